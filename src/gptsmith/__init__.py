@@ -1,0 +1,34 @@
+"""gptsmith: make a GPT from your own text and use it.
+
+    import gptsmith
+    model, tokenizer = gptsmith.load("runs/bard")
+    logits = model(ids)                                    # ids: (B, T) int64 -> logits: (B, T, V)
+    text = gptsmith.generate(model, tokenizer, "ROMEO:", max_tokens=200, temperature=0.8)
+
+Importing this package imports nothing heavy; torch comes with the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "generate", "load"]
+
+if TYPE_CHECKING:
+    from gptsmith.checkpoint import load
+    from gptsmith.engine.generate import generate
+
+_WHERE = {"load": "gptsmith.checkpoint", "generate": "gptsmith.engine.generate"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'gptsmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

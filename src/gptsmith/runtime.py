@@ -1,0 +1,109 @@
+"""The machine: where to cache, which device and precision, how many threads, whether a compiler is there.
+
+Nothing here happens at import; torch is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gptsmith.errors import UsageError
+from gptsmith.storage import explain_os_errors
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def cache_directory() -> Path:
+    """Where downloads and prepared data are kept: $GPTSMITH_CACHE, or the platform's user cache. Made on demand."""
+    chosen = os.environ.get("GPTSMITH_CACHE")
+    if chosen:
+        path = Path(chosen).expanduser()
+    else:
+        import platformdirs
+
+        path = Path(platformdirs.user_cache_dir("gptsmith", appauthor=False))
+    with explain_os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto`: a CUDA GPU, then Apple's MPS, then the CPU. UsageError for a device this machine does not have."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is not a device. Use auto, cpu, cuda, cuda:N or mps.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device auto.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Apple GPU. Use --device auto.")
+    return device
+
+
+def choose_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """`auto`: fp32 on a CPU, bf16 on a GPU that has it, otherwise fp16 with loss scaling."""
+    import torch
+
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise UsageError("--precision fp16 needs a GPU. On a CPU use fp32 or bf16.")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp32"
+
+
+def compiler_available(device: torch.device) -> bool:
+    """Whether `torch.compile` can work here: a C++ compiler for a CPU, Triton (and a C compiler) for a GPU."""
+    if device.type == "cuda":
+        import importlib.util
+
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
+    if device.type == "cpu":
+        name = os.environ.get("CXX")
+        return any(map(shutil.which, [name] if name else ["g++", "clang++"])) and platform.system() != "Windows"
+    return False
+
+
+def describe_machine() -> dict[str, str | int]:
+    """What a report says of the machine: processor, cores, operating system, Python and torch versions."""
+    import torch
+
+    return {
+        "processor": _processor_name(),
+        "cores": available_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def available_cores() -> int:
+    """Cores this process may run on (containers and affinity masks respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
