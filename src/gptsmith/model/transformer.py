@@ -1,0 +1,246 @@
+"""The GPT, whole. Read this file from top to bottom and you have read the model.
+
+Axis letters: B batch · T time (new tokens) · S time (all tokens attended to) · C hidden · H heads · K key/value heads ·
+D head_dim · F feed-forward width · V vocabulary · L layers.
+
+Papers: attention, Vaswani et al. 2017 (1706.03762); GPT-2, Radford et al. 2019; RMSNorm, Zhang & Sennrich 2019
+(1910.07467); SwiGLU, Shazeer 2020 (2002.05202); RoPE, Su et al. 2021 (2104.09864); grouped queries, Ainslie et al. 2023
+(2305.13245); query-key norm, Dehghani et al. 2023 (2302.05442).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptsmith.errors import UsageError
+from gptsmith.model.cache import KVCache
+from gptsmith.model.config import ModelConfig
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    return (nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(width, eps=config.norm_eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x: (B, H, T, D) by angles (T, D/2); pairs are (i, i + D/2), as in Llama."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Each token's distance from the start of its document; document_ids: (B, T), runs of equal numbers."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+class Attention(nn.Module):
+    """Masked multi-head self-attention: each token looks at itself and at the past."""
+
+    def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, dropout
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.attention_bias
+        )
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        weights: list[Tensor] | None,
+    ) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H|K, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        if weights is not None:
+            weights.append(self.attention_weights(q, k, mask))
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,  # no mask and T = 1: one new token, which sees all the past
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+
+    def attention_weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q kᵀ / √D) under the mask, written out: (B, H, T, S). For looking at; SDPA never builds it."""
+        k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+        T, S = scores.shape[-2:]
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: expand, bend, contract; SwiGLU gates one half by the other."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.kind, self.dropout = config.mlp, dropout
+        expanded = config.intermediate_size * (2 if config.mlp == "swiglu" else 1)
+        self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # SwiGLU: gate, then up
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up_proj(x)
+        if self.kind == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        else:
+            h = F.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return F.dropout(self.down_proj(h), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.hidden_size)
+        self.attention = Attention(config, layer, dropout)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.mlp = MLP(config, dropout)
+
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer. `model(ids)`: (B, T) int64 -> logits (B, T, V), natural-log units before softmax.
+
+    dropout: probability of zeroing, in [0, 1), after embeddings, attention weights, attention and MLP; training only.
+    """
+
+    def __init__(self, config: ModelConfig, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
+        self.config, self.dropout = config, dropout
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        if config.position == "rope":
+            assert config.rope_theta is not None
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+            angles = torch.arange(config.max_position_embeddings).double()[:, None] * frequencies  # (context, D/2)
+            self.rope_cos: Tensor
+            self.rope_sin: Tensor
+            self.register_buffer("rope_cos", angles.cos().float(), persistent=False)
+            self.register_buffer("rope_sin", angles.sin().float(), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Weights from N(0, initializer_range²), biases 0, norms 1; see `ModelConfig.residual_init`."""
+        std = self.config.initializer_range
+        residual_std = std
+        if self.config.residual_init == "scaled":
+            residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                module.weight.normal_(0.0, residual_std if into_residual else std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for the token after each of ids: (B, T) int64.
+
+        cache: keys and values of the tokens before these; it is extended.
+        document_ids: (B, T) int; tokens attend only within their own document, whose learned positions start at 0
+            (rotary positions are relative: nothing to restart).
+        weights: if a list, each layer's attention weights (B, H, T, S) are appended to it.
+        Raises IndexError where the tokens would go beyond the context.
+        """
+        logits: Tensor = self.lm_head(self.hidden_states(ids, cache=cache, document_ids=document_ids, weights=weights))
+        return logits
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What `lm_head` reads: the final norm's output, (B, T, C). Arguments as in `forward`."""
+        T, past = ids.shape[1], cache.length if cache is not None else 0
+        if past + T > self.config.max_position_embeddings:
+            raise IndexError(f"{past + T} tokens are more than the context of {self.config.max_position_embeddings}")
+        mask, positions = None, slice(past, past + T)
+        if document_ids is not None:
+            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+            mask = same & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        elif past and T > 1:  # a chunk after a past: SDPA's own causal mask would be aligned wrongly
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
+
+        x = self.embed_tokens(ids)
+        rope = None
+        if self.config.position == "learned":
+            if document_ids is not None:
+                x = x + self.embed_positions(positions_in_documents(document_ids))
+            else:
+                x = x + self.embed_positions.weight[positions]
+        else:
+            rope = (self.rope_cos[positions], self.rope_sin[positions])
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, rope, mask, cache, weights)
+        if cache is not None:
+            cache.length += T
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def fused_rows(self, name: str) -> tuple[int, ...]:
+        """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up), in order."""
+        c = self.config
+        if ".qkv_proj." in name:
+            kv = c.num_key_value_heads * c.head_dim
+            return (c.num_attention_heads * c.head_dim, kv, kv)
+        if ".up_proj." in name and c.mlp == "swiglu":
+            return (c.intermediate_size, c.intermediate_size)
+        return (self.get_parameter(name).shape[0],)
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, tied weights counted once."""
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,59 @@
+"""Shared by all tests: a cache of their own, small models, small texts."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's cache; corpora are fetched once for the whole session."""
+    path = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("GPTSMITH_CACHE")
+    os.environ["GPTSMITH_CACHE"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["GPTSMITH_CACHE"]
+    else:
+        os.environ["GPTSMITH_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def words() -> str:
+    """About 60,000 characters of made-up prose: learnable, but not trivially so."""
+    rng = random.Random(0)
+    syllables = ["ba", "ko", "mi", "ru", "ten", "sha", "lo", "vi", "ne", "dar"]
+    vocabulary = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(200)]
+    lines = [" ".join(rng.choices(vocabulary, k=rng.randint(4, 10))) for _ in range(1500)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, words: str) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(words, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+    from gptsmith.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
