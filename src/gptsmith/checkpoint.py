@@ -1,0 +1,228 @@
+"""Checkpoints: model directories with a `train/` folder, written atomically, verified by checksum, rotated.
+
+    checkpoints/step-00002000/
+        config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+        train/state.json           step, data cursor, counters
+        train/state.safetensors    optimizer state, random-number state
+        manifest.json              size and sha256 of every file above
+
+A checkpoint is whole or absent: it is written beside its place, fsynced and renamed. One that was cut short or changed
+afterwards no longer matches its manifest; it is named and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, nearest
+from gptsmith.log import JsonLines, note
+from gptsmith.model.hf import load_model_weights, read_config, save_model
+from gptsmith.model.transformer import Transformer
+from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
+from gptsmith.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What training needs beyond the model: numbers as JSON, tensors by name."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save_checkpoint(
+    directory: Path, model: Transformer, tokenizer: Tokenizer | None, state: TrainState | None = None
+) -> None:
+    """Write a model directory atomically; `directory` must not exist yet. GptsmithError if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_directory(directory) as temporary:
+        try:
+            save_model(model, temporary, eos_token_id=tokenizer.eos_id if tokenizer else None)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            if state is not None:
+                (temporary / "train").mkdir()
+                write_text(temporary / "train" / "state.json", json.dumps(state.values, indent=1) + "\n")
+                save_file(state.tensors, temporary / "train" / "state.safetensors")
+        except SafetensorError as error:
+            if "os error 28" in str(error) or "No space" in str(error):  # the only way it tells
+                raise GptsmithError(f"no space left on the disk that holds {directory}. Free some space.") from error
+            raise
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {
+            p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
+        }
+        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def verify(directory: Path) -> None:
+    """CheckpointError that names the first file missing, cut short or changed. No manifest: nothing to check."""
+    path = Path(directory) / MANIFEST
+    if not path.exists():
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
+    for name, (size, digest) in expected.items():
+        file = Path(directory) / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing from its checkpoint.")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size:,} bytes instead of {size:,}.")
+        if sha256_file(file) != digest:
+            raise CheckpointError(f"{file} is damaged: its contents have changed (sha256 differs).")
+
+
+class CheckpointStore:
+    """The checkpoints of one run. The best is the one with the lowest `val_loss` in the run's metrics."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = Path(run_directory)
+        self.directory = self.run_directory / "checkpoints"
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending."""
+        found = []
+        if self.directory.is_dir():
+            for entry in self.directory.iterdir():
+                number = entry.name.removeprefix("step-")
+                if entry.is_dir() and entry.name.startswith("step-") and number.isdigit():
+                    found.append(int(number))
+        return sorted(found)
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss among those with a checkpoint."""
+        present = set(self.steps())
+        losses = [
+            (row["val_loss"], row["step"])
+            for row in JsonLines(self.run_directory / "metrics.jsonl").read()
+            if row.get("val_loss") is not None and row["val_loss"] == row["val_loss"] and row["step"] in present
+        ]
+        return min(losses)[1] if losses else None
+
+    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, state: TrainState, *, keep: int) -> Path:
+        """Write the checkpoint of `step`, then drop all but the last `keep` and the best."""
+        path = self.path(step)
+        if path.exists():  # left from before a resume from an earlier step
+            shutil.rmtree(path)
+        save_checkpoint(path, model, tokenizer, state)
+        best = self.best_step()
+        for old in self.steps()[: -max(1, keep)]:
+            if old != best:
+                shutil.rmtree(self.path(old), ignore_errors=True)
+        self.point()
+        return path
+
+    def point(self) -> None:
+        """Refresh the `best` and `last` links. They are for people; this package finds both without them."""
+        steps, best = self.steps(), self.best_step()
+        for name, step in (("last", steps[-1] if steps else None), ("best", best)):
+            if step is not None:
+                with contextlib.suppress(OSError):  # file systems without links
+                    temporary = self.run_directory / f".tmp-{name}"
+                    temporary.unlink(missing_ok=True)
+                    temporary.symlink_to(Path("checkpoints") / self.path(step).name, target_is_directory=True)
+                    os.replace(temporary, self.run_directory / name)
+
+    def forget_after(self, step: int) -> None:
+        """Delete checkpoints of steps after `step` and what killed writers left behind."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later), ignore_errors=True)
+        if self.directory.is_dir():
+            remove_temporaries(self.directory)
+
+    def newest_intact(self, candidates: Iterable[int] | None = None) -> Path:
+        """The first of `candidates` (default: newest first) that verifies; a damaged one is named and passed over.
+
+        Raises CheckpointError if there is none.
+        """
+        damaged = []
+        for step in candidates if candidates is not None else reversed(self.steps()):
+            try:
+                verify(self.path(step))
+                if not (self.path(step) / MANIFEST).exists():
+                    raise CheckpointError(f"{self.path(step) / MANIFEST} is missing.")
+            except CheckpointError as error:
+                damaged.append(str(error))
+                note(f"warning: {error} Trying the checkpoint before it.")
+                continue
+            return self.path(step)
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self.directory} is intact: {' '.join(damaged)}")
+        raise CheckpointError(f"{self.run_directory} has no checkpoint yet.")
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The model directory that `path` means: itself, or for a run directory its best checkpoint (else its last).
+
+    Raises CheckpointError if there is none, naming the nearest sibling.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        verify(path)
+        return path
+    store = CheckpointStore(path)
+    if store.directory.is_dir():
+        best, steps = store.best_step(), store.steps()[::-1]
+        return store.newest_intact([best, *(s for s in steps if s != best)] if best is not None else steps)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is neither a model directory (no config.json) nor a run (no checkpoints/).")
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; a model is a directory with config.json and model.safetensors.")
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise CheckpointError(f"there is no model at {path}.{nearest(path.name, siblings)}")
+
+
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
+    """Load a model and its tokenizer from a model directory or a run (its best checkpoint). The model is in eval mode.
+
+    Raises CheckpointError (missing, damaged, unknown or misfit) or TokenizerError.
+    """
+    directory = resolve_model(path)
+    model = Transformer(read_config(directory))
+    load_model_weights(model, directory)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TokenizerError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"the model only {model.config.vocab_size:,}."
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def load_train_state(directory: Path) -> TrainState:
+    """Read a checkpoint's `train/` folder. CheckpointError if it has none or cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(directory) / "train"
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return TrainState(values, load_file(folder / "state.safetensors"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} cannot be resumed: {error.filename} is missing.") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}.") from None
+
+
+load = load_model

@@ -1,0 +1,66 @@
+"""The command line. Each command is a module that is imported only when it is asked for, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gptsmith.errors import GptsmithError, UsageError, nearest
+
+COMMANDS = {
+    "train": "make a GPT from a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
+    "generate": "continue a prompt with a trained model",
+    "report": "write a run's report.html again",
+    "data": "list and fetch named corpora",
+    "tokenizer": "train a tokenizer",
+}
+
+USAGE = """usage: gptsmith COMMAND ...
+
+Make a GPT from your own text and use it.
+
+  gptsmith train input.txt                         train on your text, into runs/input
+  gptsmith generate runs/input --prompt "Once"     let it write
+  gptsmith train --resume runs/input               go on where it stopped
+
+commands:
+{commands}
+
+options:
+  --version    the version, and leave
+  --help       this text; `gptsmith COMMAND --help` for a command's own"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for bad usage, 128 + N when stopped by signal N."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except GptsmithError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: `gptsmith generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        commands = "\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())
+        print(USAGE.format(commands=commands))
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        from gptsmith import __version__
+
+        print(f"gptsmith {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}.{nearest(name, COMMANDS)} `gptsmith --help` lists them.")
+    command = importlib.import_module(f"gptsmith.cli.{name}")
+    return int(command.main(rest) or 0)

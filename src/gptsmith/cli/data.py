@@ -1,0 +1,53 @@
+"""`gptsmith data`: named corpora."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gptsmith.errors import UsageError
+
+
+@dataclass(frozen=True)
+class List:
+    """List the named corpora: what they are, how large, under which licence."""
+
+
+@dataclass(frozen=True)
+class Get:
+    """Fetch a named corpus (once; it is verified and cached) and print where it is."""
+
+    name: tyro.conf.Positional[str]
+    out: Path | None = None
+    """Also copy it here (must not exist)."""
+
+
+def main(arguments: list[str]) -> int:
+    chosen = tyro.cli(
+        Annotated[List, tyro.conf.subcommand("list")] | Annotated[Get, tyro.conf.subcommand("get")],
+        prog="gptsmith data",
+        args=arguments,
+        description="Named corpora: real text, fetched on first use, verified and cached.",
+    )
+    from gptsmith.data.corpora import CORPORA, corpus_path
+
+    if isinstance(chosen, List):
+        for corpus in CORPORA.values():
+            state = "cached" if corpus.cached else "not fetched yet"
+            size = f"{corpus.size / 1e6:,.1f} MB"
+            print(f"{corpus.name:16} {size:>9}  {state:16} {corpus.description} Licence: {corpus.licence}.")
+        return 0
+    assert isinstance(chosen, Get)
+    if chosen.out is not None and chosen.out.exists():
+        raise UsageError(f"{chosen.out} exists already. Choose another --out.")
+    path = corpus_path(chosen.name)
+    if chosen.out is not None:
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, chosen.out)
+        path = chosen.out
+    print(path)
+    return 0

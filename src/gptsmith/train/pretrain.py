@@ -1,0 +1,80 @@
+"""Pretraining: predict every next token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptsmith.data.loader import Batch, TokenLoader, whole_split_batches
+from gptsmith.data.shards import Dataset
+from gptsmith.evaluate.loss import LossFunction, split_loss, to_device, token_loss_sum
+from gptsmith.model.transformer import Transformer
+from gptsmith.train.objective import LossSum
+
+EVAL_TOKENS_AT_ONCE = 8192
+
+
+class Pretrain:
+    """The pretraining objective over a prepared dataset."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        device: torch.device,
+        mask_documents: bool = False,
+        eval_tokens: int | None = None,
+        loss: LossFunction = token_loss_sum,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.dataset, self.seq_len, self.device = dataset, seq_len, device
+        self.mask_documents, self.eval_tokens = mask_documents, eval_tokens
+        self.token_loss, self.should_stop = loss, should_stop
+        self.loader = TokenLoader(
+            dataset.train, batch_size=batch_size, seq_len=seq_len, seed=seed, mask_documents=mask_documents
+        )
+        if self.has_validation:
+            next(self._validation_batches())  # a split that is too short is told now, not after an hour
+
+    @property
+    def has_validation(self) -> bool:
+        return len(self.dataset.val) > 0
+
+    def next_batch(self) -> tuple[Batch, tuple[Tensor, Tensor, Tensor | None]]:
+        batch = next(self.loader)
+        return batch, to_device(batch, self.device)
+
+    def weight(self, batch: tuple[Batch, Any]) -> float:
+        return float((batch[0].targets != -100).sum())
+
+    def loss(self, model: Transformer, batch: tuple[Batch, tuple[Tensor, Tensor, Tensor | None]]) -> LossSum:
+        return LossSum(self.token_loss(model, *batch[1]), self.weight(batch))
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        size = max(1, EVAL_TOKENS_AT_ONCE // self.seq_len)
+        batches = whole_split_batches(
+            self.dataset.val, batch_size=size, seq_len=self.seq_len, mask_documents=self.mask_documents
+        )
+        if self.eval_tokens is None:
+            return iter(batches)
+        return islice(batches, max(1, self.eval_tokens // (size * self.seq_len)))
+
+    def evaluate(self, model: Transformer) -> dict[str, float] | None:
+        """`val_loss`: mean nats per token over the validation split."""
+        if not self.has_validation:
+            return None
+        value = split_loss(model, self._validation_batches(), should_stop=self.should_stop)
+        return None if value is None else {"val_loss": value}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)

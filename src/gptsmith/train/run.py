@@ -1,0 +1,399 @@
+"""A training run on disk: its directory, its record, and how it is started and resumed.
+
+runs/bard/run.json         the resolved configuration, the model, the data, the machine, the outcome
+runs/bard/tokenizer/       made before the first step
+runs/bard/metrics.jsonl    losses, learning rate, speed
+runs/bard/samples.jsonl    what the model wrote along the way
+runs/bard/checkpoints/     model directories, each with its train/ folder
+runs/bard/report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import gptsmith
+from gptsmith.checkpoint import CheckpointStore, load_train_state
+from gptsmith.config import from_dict, to_dict
+from gptsmith.data.prepare import prepare
+from gptsmith.data.shards import Dataset
+from gptsmith.data.sources import Source, open_source
+from gptsmith.engine.generate import generate_samples
+from gptsmith.engine.sampling import SamplingParams
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, TrainingError, UsageError
+from gptsmith.evaluate.loss import token_loss_sum
+from gptsmith.log import JsonLines, note
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.hf import load_model_weights, read_config
+from gptsmith.model.transformer import Transformer
+from gptsmith.optim.build import build_optimizers
+from gptsmith.runtime import (
+    choose_device,
+    choose_precision,
+    compiler_available,
+    describe_machine,
+)
+from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
+from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
+from gptsmith.train.config import TrainConfig
+from gptsmith.train.display import Display
+from gptsmith.train.pretrain import Pretrain
+from gptsmith.train.signals import StopSignal
+from gptsmith.train.trainer import Outcome, Trainer
+
+REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
+
+# What may differ between a run and its resumption without changing what it computes.
+CHANGEABLE = frozenset({"keep_checkpoints", "sample_tokens", "sample_prompt", "device"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory and the contents of its run.json."""
+
+    directory: Path
+    record: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        return from_dict(TrainConfig, self.record["config"])
+
+    def update(self, **values: Any) -> None:
+        self.record.update(values)
+        write_text(self.directory / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+
+
+class Ended(NamedTuple):
+    """How training ended; `signal` is the number of the one that interrupted it, or 0."""
+
+    run: Run
+    outcome: Outcome
+    signal: int
+
+
+def read_run(directory: Path) -> Run:
+    """The run in `directory`. CheckpointError if there is none or its run.json is damaged."""
+    path = Path(directory) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Run(Path(directory), {**record, "config": dict(record["config"]), "data": dict(record["data"])})
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{directory} is not a run: it has no run.json.") from None
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}.") from None
+
+
+def choose_directory(out: Path | None, source: Source) -> Path:
+    """Where a new run goes: `out`, which must be empty or absent, or the first free runs/NAME[-N]."""
+    if out is None:
+        number = 1
+        while (path := Path("runs") / (source.name if number == 1 else f"{source.name}-{number}")).exists():
+            number += 1
+        return path
+    if (out / "run.json").exists():
+        raise UsageError(
+            f"{out} already holds a run. Continue it with `gptsmith train --resume {out}`, or choose another --out."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty directory. Choose another --out.")
+    return out
+
+
+def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> Tokenizer:
+    """The tokenizer a run asks for. A char alphabet comes from all the text; bpe merges from the training text only."""
+    if config.tokenizer == "char":
+        sources = [train] if val is None else [train, val]
+        return train_char((piece.text for s in sources for piece in s.pieces()), unknown=config.unknown)
+    if config.tokenizer == "bpe":
+        held_out = int(train.size_bytes * (config.val_fraction if val is None else 0.0))
+        return train_bpe(_first_bytes(train, train.size_bytes - held_out), config.vocab_size)
+    if config.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    path = Path(config.tokenizer)
+    if not path.exists():
+        raise TokenizerError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.")
+    return Tokenizer.load(path)
+
+
+def _first_bytes(source: Source, limit: int) -> Iterator[str]:
+    """The pieces of a source up to about `limit` bytes of text."""
+    taken = 0
+    for piece in source.pieces():
+        taken += len(piece.text.encode("utf-8", errors="replace"))
+        if taken > limit:
+            return
+        yield piece.text
+
+
+def start(
+    data: str,
+    config: TrainConfig,
+    out: Path | None = None,
+    *,
+    on_end: Callable[[Path], object] = lambda directory: None,
+) -> Ended:
+    """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
+
+    Raises GptsmithError for anything wrong with the data, the options or the place; nothing is left behind then.
+    """
+    source = open_source(data, field=config.text_field)
+    val = open_source(config.val, field=config.text_field) if config.val else None
+    directory = choose_directory(out, source)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    tokenizer = make_tokenizer(config, source, val)
+    dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
+    model_config = config.model.build(tokenizer.vocab_size, config.context)
+    record = {
+        "version": gptsmith.__version__,
+        "status": "running",
+        "started": _now(),
+        "config": to_dict(config),
+        "model": to_dict(model_config),
+        "data": {
+            "spec": str(data) if source.path is None else str(source.path.resolve()),
+            "val": None if val is None else (config.val if val.path is None else str(val.path.resolve())),
+            "fingerprint": dataset.fingerprint,
+            "train_tokens": len(dataset.train),
+            "val_tokens": len(dataset.val),
+            "train_bytes": dataset.bytes_train,
+            "val_bytes": dataset.bytes_val,
+        },
+        "precision": precision,
+        "machine": describe_machine(),
+    }
+    run = Run(directory, record)
+    session = _Session(run, config, tokenizer, dataset, model_config, device)
+    with explain_os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        tokenizer.save(directory / "tokenizer")
+        run.update(parameters=session.model.num_parameters())
+        return session.train(on_end)
+
+
+def resume(
+    directory: Path, config: TrainConfig | None = None, *, on_end: Callable[[Path], object] = lambda directory: None
+) -> Ended:
+    """Continue the run in `directory` from its newest intact checkpoint, bit for bit.
+
+    config: refused where it differs from the run's own in anything that changes what is computed.
+    """
+    run = read_run(directory)
+    saved = run.config
+    if config is not None:
+        _refuse_changes(saved, config)
+    config = config or saved
+    store = CheckpointStore(directory)
+    if run.record["status"] == "finished" and store.steps():
+        raise UsageError(f"{directory} is finished: all {saved.steps} steps are done. Start a new run to train more.")
+    tokenizer = Tokenizer.load(directory / "tokenizer")
+    data = run.record["data"]
+    source = open_source(data["spec"], field=config.text_field)
+    val = open_source(data["val"], field=config.text_field) if data["val"] else None
+    dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
+    if dataset.fingerprint != data["fingerprint"]:
+        raise CheckpointError(
+            f"the data of {directory} has changed since the run began ({data['spec']}). "
+            "Put the text back as it was, or start a new run."
+        )
+    model_config = config.model.build(tokenizer.vocab_size, config.context)
+    device = choose_device(config.device)
+    with _locked(directory):
+        session = _Session(run, config, tokenizer, dataset, model_config, device)
+        step = session.restore() if store.steps() else 0
+        store.forget_after(step)
+        remove_temporaries(directory)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (directory / name).exists():
+                JsonLines(directory / name).truncate_after(step)
+        note(f"resuming {directory} at step {step} of {config.steps}")
+        run.update(status="running")
+        return session.train(on_end)
+
+
+def _refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
+    before, now = _flat(to_dict(saved)), _flat(to_dict(asked))
+    changed = [name for name in before if before[name] != now[name] and name not in CHANGEABLE]
+    if changed:
+        what = ", ".join(f"{name} ({before[name]} → {now[name]})" for name in changed)
+        raise UsageError(f"a resumed run keeps its settings; these differ: {what}. Leave them out, or start a new run.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+class _Session:
+    """Everything one process needs to train a run."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        dataset: Dataset,
+        model_config: ModelConfig,
+        device: torch.device,
+    ) -> None:
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        torch.manual_seed(config.seed)
+        self.model = Transformer(model_config, dropout=config.dropout).to(device)
+        self.stop = StopSignal()
+        self.store = CheckpointStore(run.directory)
+        self.objective = Pretrain(
+            dataset,
+            batch_size=config.micro_batch_size or config.batch_size,
+            seq_len=config.context,
+            seed=config.seed,
+            device=device,
+            mask_documents=config.mask_documents,
+            eval_tokens=config.eval_tokens,
+            should_stop=self.stop,
+        )
+        optim = config.optim
+        self.optimizers = build_optimizers(
+            self.model,
+            name=optim.name,
+            lr=optim.lr,
+            embedding_lr=optim.embedding_lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            betas=(optim.beta1, optim.beta2),
+        )
+        self.display = Display(config.steps)
+        self.trainer = Trainer(
+            config=config,
+            model=self.model,
+            tokenizer=tokenizer,
+            objective=self.objective,
+            optimizers=self.optimizers,
+            store=self.store,
+            precision=run.record["precision"],
+            should_stop=self.stop,
+            display=self.display,
+            on_evaluation=self.preview,
+        )
+
+    def restore(self) -> int:
+        """Load the newest intact checkpoint; the step it is of."""
+        directory = self.store.newest_intact()
+        if read_config(directory) != self.model.config:
+            raise CheckpointError(
+                f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
+                "Start a new run to change the model."
+            )
+        load_model_weights(self.model, directory)
+        self.trainer.restore(load_train_state(directory))
+        self.display.first_step = self.trainer.step
+        return self.trainer.step
+
+    def train(self, on_end: Callable[[Path], object]) -> Ended:
+        if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
+            self.run.update(compile=self._should_compile())
+        if self.run.record["compile"]:
+            for layer in self.model.layers:
+                layer.compile()
+        try:
+            with self.stop, self.display:
+                outcome = self.trainer.run()
+            self.run.update(status=outcome, ended=_now(), seconds=round(self.trainer.elapsed(), 1))
+            if outcome == "finished":
+                self._final_samples()
+        except TrainingError:
+            with contextlib.suppress(GptsmithError):  # the disk may be full: what matters is the message
+                self.run.update(status="failed")
+                on_end(self.run.directory)
+            raise
+        on_end(self.run.directory)
+        return Ended(self.run, outcome, self.stop.number)
+
+    def _should_compile(self) -> bool:
+        """Whether compiling pays: where it is possible, and what it saves is well above what it costs."""
+        device = next(self.model.parameters()).device
+        if self.config.compile != "auto":
+            if self.config.compile == "on" and not compiler_available(device):
+                raise GptsmithError(
+                    "--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto."
+                )
+            return self.config.compile == "on"
+        if not compiler_available(device):
+            return False
+        if device.type == "cuda":
+            return self.config.steps >= 1000
+        left = self._eager_step_seconds() * (self.config.steps - self.trainer.step)
+        return left * COMPILE_SAVES > 2 * COMPILE_SECONDS
+
+    def _eager_step_seconds(self) -> float:
+        """Time one update's forward and backward passes, leaving no trace in weights, gradients or random numbers."""
+        rng = torch.get_rng_state()
+        ids = torch.zeros(self.config.batch_size, self.config.context, dtype=torch.int64)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            torch.autograd.backward(token_loss_sum(self.model, ids, ids, None) / ids.numel())
+            times.append(time.perf_counter() - began)
+            self.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(rng)
+        return min(times)
+
+    # -- samples -------------------------------------------------------------------------------------------------------
+
+    def _write_sample(self, temperature: float, length: int, *, final: bool) -> str:
+        prompt = self.config.sample_prompt
+        try:
+            self.tokenizer.encode(prompt)
+        except TokenizerError:
+            prompt = ""
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed)
+        text = generate_samples(self.model, self.tokenizer, prompt, params)[0]
+        JsonLines(self.run.directory / "samples.jsonl").append(
+            step=self.trainer.step, temperature=temperature, prompt=prompt, text=text, final=final
+        )
+        return text
+
+    def preview(self, step: int) -> None:
+        if self.config.sample_tokens and step < self.config.steps:
+            self.display.say("sampling")
+            self.display.sample(self._write_sample(0.8, self.config.sample_tokens, final=False))
+
+    def _final_samples(self) -> None:
+        if self.config.sample_tokens:
+            for temperature in REPORT_TEMPERATURES:
+                self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
+
+
+COMPILE_SECONDS = 20.0  # to compile one block's forward and backward on a CPU; the other blocks share it
+COMPILE_SAVES = 0.25  # of an update's time
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time in a run directory; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with explain_os_errors(directory), open(directory / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is training in {directory}. Wait for it or stop it first.") from None
+        yield
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from gptsmith.log import note
+
+
+class StopSignal:
+    """While entered, turns the first SIGINT or SIGTERM into `requested`. Calling it says whether one came."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.number != 0
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)  # a save under way is atomic: leaving now loses no older checkpoint
+        self.number = number
+        note("\nstopping: saving a checkpoint first (once more leaves at once)")

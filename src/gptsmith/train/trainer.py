@@ -1,0 +1,256 @@
+"""The training loop: one for every objective.
+
+It owns accumulation, clipping, schedules, precision, logging, evaluation, saving, resuming and signals. The order
+within a step is fixed: update, log, save, evaluate. So no evaluation can cost a checkpoint, and what a step does is a
+function of the state a checkpoint holds: stopping anywhere and resuming gives, bit for bit, the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gptsmith.checkpoint import CheckpointStore, TrainState
+from gptsmith.errors import CheckpointError, GptsmithError, TrainingError
+from gptsmith.log import JsonLines
+from gptsmith.model.transformer import Transformer
+from gptsmith.optim.build import Optimizers
+from gptsmith.optim.schedule import learning_rate_factor
+from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.config import TrainConfig
+from gptsmith.train.display import Display
+from gptsmith.train.objective import Objective
+
+Outcome = Literal["finished", "interrupted"]
+
+
+class Trainer:
+    """Trains `model` on `objective` from `self.step` to `config.steps`."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        objective: Objective,
+        optimizers: Optimizers,
+        store: CheckpointStore,
+        precision: Literal["fp32", "bf16", "fp16"],
+        should_stop: Callable[[], bool],
+        display: Display,
+        on_evaluation: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.objective = config, model, tokenizer, objective
+        self.optimizers, self.store, self.should_stop, self.display = optimizers, store, should_stop, display
+        self.on_evaluation = on_evaluation
+        self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
+        self.device = next(model.parameters()).device
+        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.accumulation = config.batch_size // (config.micro_batch_size or config.batch_size)
+        self.save_every = config.save_every or config.eval_every
+
+        self.step = 0
+        self.targets = 0.0  # how many targets have been trained on
+        self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) of steps not yet logged
+        self.first_loss: float | None = None
+        self.recent_loss = math.nan
+        self.elapsed_before = 0.0  # seconds of training in earlier sessions of this run
+        self.busy, self.busy_targets = 0.0, 0.0  # seconds in updates since the last log line, and their targets
+        self.started = time.monotonic()
+
+    def run(self) -> Outcome:
+        """Train to the end, or until `should_stop()`. TrainingError if the loss diverges or saving fails."""
+        self.model.train()
+        self.started = time.monotonic()
+        self._evaluate_if_due()  # a run killed between saving and evaluating does that first
+        while self.step < self.config.steps:
+            if self.should_stop():
+                self._save()
+                return "interrupted"
+            factor = self._factor()
+            self._update(factor)
+            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                self._log(factor)
+            if self.step % self.save_every == 0 or self._evaluation_due():
+                self._save()
+            self._evaluate_if_due()
+        return "finished"
+
+    def elapsed(self) -> float:
+        """Seconds this run has trained, over all its sessions."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _factor(self) -> float:
+        optim = self.config.optim
+        return learning_rate_factor(
+            self.step,
+            steps=self.config.steps,
+            kind=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            decay_fraction=optim.decay_fraction,
+            final_factor=optim.final_factor,
+        )
+
+    def _update(self, factor: float) -> None:
+        """One optimizer update over all micro-batches; their losses are divided by their weights together."""
+        began = time.perf_counter()
+        batches = [self.objective.next_batch() for _ in range(self.accumulation)]
+        weight = max(1.0, sum(self.objective.weight(batch) for batch in batches))
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self._autocast():
+                loss = self.objective.loss(self.model, batch).sum / weight
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        for optimizer in self.optimizers.optimizers:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
+        self.optimizers.set_factor(factor)
+        if self.scaler.is_enabled():
+            for optimizer in self.optimizers.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        elif self.device.type == "cuda" or bool(torch.isfinite(norm)):  # on a GPU asking would wait for it
+            self.optimizers.step()
+        for p in parameters:
+            p.grad = None
+        self.pending.append((total, norm))
+        self.targets += weight
+        self.step += 1
+        if self.device.type != "cuda":
+            self._check(float(total), float(norm))
+        self.busy += time.perf_counter() - began
+        self.busy_targets += weight
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _check(self, loss: float, norm: float) -> None:
+        """TrainingError if the loss is no number or has risen far above where it began."""
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if self.first_loss is None:
+            self.first_loss = loss
+            self.recent_loss = loss
+        self.recent_loss += (loss - self.recent_loss) / 20
+        if finite and self.recent_loss <= self.first_loss + 1.0:
+            return
+        what = "is not a number" if not finite else f"has risen to {self.recent_loss:.2f}, from {self.first_loss:.2f}"
+        steps = self.store.steps()
+        kept = (
+            f"The last good checkpoint is {self.store.path(steps[-1])}."
+            if steps
+            else "There is no checkpoint before it."
+        )
+        raise TrainingError(
+            f"training diverged at step {self.step}: the loss {what}. {kept} "
+            f"Try a lower learning rate (--optim.lr {self.config.optim.lr / 3:.2g}) in a new run."
+        )
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def _log(self, factor: float) -> None:
+        losses = [float(loss) for loss, _ in self.pending]
+        norms = [float(norm) for _, norm in self.pending]
+        if self.device.type == "cuda":
+            for loss, norm in zip(losses, norms, strict=True):
+                self._check(loss, norm)
+        self.pending.clear()
+        row = {
+            "step": self.step,
+            "time": round(self.elapsed(), 3),
+            "loss": sum(losses) / len(losses),
+            "lr": self.config.optim.lr * factor,
+            "grad_norm": sum(norms) / len(norms),
+            "tokens": int(self.targets),
+            "tokens_per_second": round(self.busy_targets / max(1e-9, self.busy), 1),
+        }
+        self.busy = self.busy_targets = 0.0
+        self.metrics.append(**row)
+        self.display.step(self.step, row)
+
+    def _evaluation_due(self) -> bool:
+        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.config.steps)
+
+    def _evaluate_if_due(self) -> None:
+        if not self._evaluation_due() or self.should_stop():
+            return
+        if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
+            return
+        self.display.say("evaluating")
+        with self._autocast():
+            values = self.objective.evaluate(self.model)
+        if values is not None:
+            values = {"step": self.step, "time": round(self.elapsed(), 3), "tokens": int(self.targets), **values}
+            self.metrics.append(**values)
+            self.display.evaluation(self.step, values)
+        self.store.point()
+        if not self.should_stop():
+            self.on_evaluation(self.step)
+
+    # -- saving and resuming -------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.step in self.store.steps():
+            return
+        losses = [(float(loss), float(norm)) for loss, norm in self.pending]
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            self._check(math.nan, math.nan)
+        values = {
+            "step": self.step,
+            "targets": self.targets,
+            "elapsed": self.elapsed(),
+            "pending": losses,
+            "first_loss": self.first_loss,
+            "recent_loss": self.recent_loss,
+            "objective": self.objective.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        try:
+            self.store.save(
+                self.step, self.model, self.tokenizer, TrainState(values, tensors), keep=self.config.keep_checkpoints
+            )
+        except GptsmithError as error:
+            steps = self.store.steps()
+            kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
+            resume = f" Then go on with: gptsmith train --resume {self.store.run_directory}"
+            what = f"the checkpoint of step {self.step} could not be saved: {error}"
+            raise TrainingError(what + kept + resume) from error
+
+    def restore(self, state: TrainState) -> None:
+        """Continue from a checkpoint's state (the model's weights are loaded already)."""
+        values, tensors = state.values, state.tensors
+        try:
+            self.objective.load_state_dict(values["objective"])
+            self.scaler.load_state_dict(values["scaler"])
+            prefix = "optimizer/"
+            self.optimizers.load_state_tensors(
+                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            )
+            torch.set_rng_state(tensors["rng/cpu"])
+            if self.device.type == "cuda" and "rng/cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
+            self.step, self.targets = int(values["step"]), float(values["targets"])
+            self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
+            self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
+            self.elapsed_before = float(values["elapsed"])
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
