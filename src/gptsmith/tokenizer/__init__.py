@@ -1,0 +1,19 @@
+"""Text to token ids and back: characters, byte-level BPE, and GPT-2's own vocabulary. Saved as `tokenizer.json`."""
+
+from __future__ import annotations
+
+from gptsmith.tokenizer.bpe import gpt2_tokenizer, train_bpe
+from gptsmith.tokenizer.char import train_char
+from gptsmith.tokenizer.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
+
+load_tokenizer = Tokenizer.load
+
+__all__ = [
+    "END_OF_TEXT",
+    "StreamDecoder",
+    "Tokenizer",
+    "gpt2_tokenizer",
+    "load_tokenizer",
+    "train_bpe",
+    "train_char",
+]

@@ -1,0 +1,349 @@
+"""The tokenizer: a `tokenizer.json` (Hugging Face `tokenizers`) with exact text, and decoding a token at a time.
+
+The file is the tokenizer: what is saved is what was loaded, and it also loads in
+`transformers.PreTrainedTokenizerFast`, with the same ids. Three kinds:
+
+- `char`: one id a Unicode code point (made by `train_char`); encoded here through a table, without `tokenizers`.
+- `bpe`: byte-level byte-pair encoding (Radford et al. 2019): any text has ids, and its ids give back exactly that text.
+- `other`: any other `tokenizer.json`, used as it is.
+
+No text becomes a special token here: "<|endoftext|>" in a text is thirteen ordinary characters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gptsmith.errors import TokenizerError
+from gptsmith.storage import write_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"  # the document separator: GPT-2's name for it
+UNKNOWN = "<|unk|>"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_NO_ID = np.uint32(0xFFFFFFFF)
+
+# A character is a token: no normalisation, split after every code point, look each up, join without spaces.
+CHAR_PIPELINE: dict[str, Any] = {
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
+    "decoder": {"type": "Fuse"},
+}
+
+
+class Tokenizer:
+    """A tokenizer.json at work. Immutable; may be passed to other processes.
+
+    kind: "char", "bpe" or "other". vocab_size: ids are 0 ... vocab_size - 1. eos_id: the document separator (None if
+    there is none). unk_id: the token that stands for unknown text, if there is one. fingerprint: sha256 (hex) of the
+    canonical tokenizer.json.
+    """
+
+    kind: Literal["char", "bpe", "other"]
+    vocab_size: int
+    eos_id: int | None
+    unk_id: int | None
+    fingerprint: str
+
+    def __init__(self, text: str, config: Mapping[str, Any] | None = None) -> None:
+        """text: of a tokenizer.json. config: of its tokenizer_config.json. Raises TokenizerError if it is not one."""
+        from tokenizers import Tokenizer as Pipeline
+
+        try:
+            description = json.loads(text)
+            self._pipeline: tokenizers.Tokenizer = Pipeline.from_str(text)
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            raise TokenizerError(f"not a tokenizer.json: {error}.") from None
+        self._pipeline.encode_special_tokens = True  # text stays text
+        self._pipeline.no_padding()
+        self._pipeline.no_truncation()
+        self._text = text
+        self._config = dict(config or {})
+        self.kind = _kind(description)
+        canonical = json.dumps(description, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+        vocabulary = self._pipeline.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._special = {
+            id: token.content for id, token in self._pipeline.get_added_tokens_decoder().items() if token.special
+        }
+        self.eos_id = _token_id(vocabulary, self._config.get("eos_token"))
+        if self.eos_id is None:
+            contents = set(self._special.values())
+            self.eos_id = next((vocabulary[token] for token in _END_TOKENS if token in contents), None)
+        unknown = description["model"].get("unk_token")
+        self.unk_id = _token_id(vocabulary, unknown if isinstance(unknown, str) else self._config.get("unk_token"))
+        if self.kind == "char":
+            self._code_points = _code_point_table(description["model"]["vocab"], self._special)
+        elif self.kind == "bpe":
+            self._token_bytes: dict[int, bytes] = {}  # filled as needed
+        self._byte_fallback = '"ByteFallback"' in json.dumps(description.get("decoder"))
+
+    # text to ids
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, nothing added. Raises TokenizerError for text that has none, naming character and place."""
+        if self.kind == "char":
+            ids: list[int] = self.encode_array(text).tolist()
+            return ids
+        return self.encode_batch([text])[0]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as a (number of tokens,) uint32 array."""
+        if self.kind != "char":
+            return np.array(self.encode(text), dtype=np.uint32)
+        try:
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        except UnicodeEncodeError as error:
+            raise _surrogate(text, error.start) from None
+        table = self._code_points  # its last entry stands for everything beyond it
+        ids: np.ndarray = table[np.minimum(codes, len(table) - 1)]
+        unknown = ids == _NO_ID
+        if unknown.any():
+            if self.unk_id is None:
+                raise _unknown_character(text, int(unknown.argmax()), len(self._special), self.vocab_size)
+            ids[unknown] = self.unk_id
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for several texts, in parallel where the kind allows it."""
+        if self.kind == "char":
+            return [self.encode(text) for text in texts]
+        try:
+            return [each.ids for each in self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            for text in texts:
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as surrogate:
+                    raise _surrogate(text, surrogate.start) from None
+            raise TokenizerError(f"the tokenizer cannot encode this text: {error}.") from None
+
+    # ids to text
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises TokenizerError for an id out of range."""
+        checked = [self._check(id) for id in ids]
+        text: str = self._pipeline.decode(checked, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes one id at a time."""
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, id: int) -> str:
+        """One token for display: its text, bytes of an incomplete character written as \\xNN."""
+        if self.kind == "bpe":
+            return self._bytes(self._check(id)).decode("utf-8", "backslashreplace")
+        token: str | None = self._pipeline.id_to_token(self._check(id))
+        return "" if token is None else token
+
+    # files
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into `directory`, as transformers reads them."""
+        write_text(Path(directory) / TOKENIZER_FILE, self._text)
+        write_text(Path(directory) / CONFIG_FILE, json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """The tokenizer saved in `directory`. Raises TokenizerError naming the file that is missing or damaged."""
+        path = Path(directory) / TOKENIZER_FILE
+        config_path = Path(directory) / CONFIG_FILE
+        if not path.is_file():
+            raise TokenizerError(f"no tokenizer in {directory}: {path} does not exist.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"cannot read {path}: {error}.") from None
+        config: Any = {}
+        if config_path.exists():
+            try:
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise TokenizerError(f"cannot read {config_path}: {error}.") from None
+            if not isinstance(config, dict):
+                raise TokenizerError(f"{config_path} is not a JSON object.")
+        try:
+            return cls(text, config)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path} is {error} It is damaged, or was not made by a tokenizer.") from None
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._text
+
+    @classmethod
+    def from_json(cls, text: str, config: Mapping[str, Any] | None = None) -> Tokenizer:
+        """The tokenizer of a tokenizer.json's text (and of its tokenizer_config.json)."""
+        return cls(text, config)
+
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says: the loaded one, or one that suits transformers."""
+        if self._config:
+            return dict(self._config)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.eos_id is not None:
+            config["bos_token"] = config["eos_token"] = self._pipeline.id_to_token(self.eos_id)
+        if self.unk_id is not None:
+            config["unk_token"] = self._pipeline.id_to_token(self.unk_id)
+        return config
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any]]]:
+        return Tokenizer, (self._text, self._config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self.kind}, {self.vocab_size:,} tokens>"
+
+    # one token
+
+    def _check(self, id: int) -> int:
+        value = int(id)
+        if not 0 <= value < self.vocab_size:
+            raise TokenizerError(f"{value} is not a token id: they go from 0 to {self.vocab_size - 1}.")
+        return value
+
+    def _bytes(self, id: int) -> bytes:
+        """What one token of a byte-level tokenizer stands for."""
+        known = self._token_bytes.get(id)
+        if known is None:
+            token = self._pipeline.id_to_token(id) or ""
+            try:
+                known = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token: its characters are themselves
+                known = token.encode("utf-8")
+            self._token_bytes[id] = known
+        return known
+
+
+class StreamDecoder:
+    """Decodes one id at a time. All that is returned, joined, is `decode` of all the ids.
+
+    Text comes out as soon as it is certain: bytes that may yet become a character wait for the rest of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer._special) if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []  # kind "other": the last finished tokens and those after them
+        self._finished = 0  # how many of `_ids` have been put out
+
+    def push(self, id: int) -> str:
+        """The text that this id completes; may be empty. Raises TokenizerError for an id out of range."""
+        tokenizer = self._tokenizer
+        id = tokenizer._check(id)
+        if id in self._skipped:
+            return ""
+        if tokenizer.kind == "bpe":
+            return self._utf8.decode(tokenizer._bytes(id))
+        if tokenizer.kind == "char":
+            return tokenizer.token_text(id)
+        self._ids.append(id)
+        if tokenizer._byte_fallback and _BYTE_TOKEN.fullmatch(tokenizer.token_text(id)):
+            return ""  # such a decoder looks at a run of bytes as a whole: wait for its end
+        return self._new_text(final=False)
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character. The decoder is then as new."""
+        text = self._utf8.decode(b"", final=True) + (self._new_text(final=True) if self._ids else "")
+        self._utf8.reset()
+        self._ids, self._finished = [], 0
+        return text
+
+    def _new_text(self, final: bool) -> str:
+        """Kind "other": how the text grew. A decoder may treat a text's first token in its own way (a space dropped),
+        so the tokens of the last piece put out are decoded again together with the new ones."""
+        before = self._decode(self._ids[: self._finished])
+        after = self._decode(self._ids)
+        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
+            return ""
+        self._ids, self._finished = self._ids[self._finished :], len(self._ids) - self._finished
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _kind(description: Mapping[str, Any]) -> Literal["char", "bpe", "other"]:
+    model = description["model"]
+    if model.get("type") == "WordLevel" and all(description.get(key) == part for key, part in CHAR_PIPELINE.items()):
+        special = {token["content"] for token in description.get("added_tokens") or []}
+        if all(len(token) == 1 or token in special for token in model["vocab"]):
+            return "char"
+    if (
+        model.get("type") == "BPE"
+        and (description.get("decoder") or {}).get("type") == "ByteLevel"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+    ):
+        return "bpe"
+    return "other"
+
+
+def _token_id(vocabulary: Mapping[str, int], token: object) -> int | None:
+    """The id of a token that a tokenizer_config.json names as a string or as {"content": ...}."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return vocabulary.get(content) if isinstance(content, str) else None
+
+
+def _code_point_table(vocabulary: Mapping[str, int], special: Mapping[int, str]) -> np.ndarray:
+    """table[code point] = id: uint32, one entry longer than the alphabet needs, _NO_ID where there is no token."""
+    codes = {ord(token): id for token, id in vocabulary.items() if len(token) == 1 and id not in special}
+    table = np.full(max(codes, default=-1) + 2, _NO_ID, dtype=np.uint32)
+    table[list(codes)] = list(codes.values())
+    return table
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte (Radford et al. 2019, encoder.py): {character: byte}."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
+
+
+def _place(text: str, position: int) -> str:
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return f"at character {position:,} (line {line:,}, column {column:,})"
+
+
+def _unknown_character(text: str, position: int, num_special: int, vocab_size: int) -> TokenizerError:
+    character = text[position]
+    return TokenizerError(
+        f"the character {character!r} (U+{ord(character):04X}) {_place(text, position)} is not among the "
+        f"{vocab_size - num_special:,} characters of this tokenizer. Remove or replace it, or make a tokenizer from a "
+        "text that has it, one with an unknown token, or one of kind bpe."
+    )
+
+
+def _surrogate(text: str, position: int) -> TokenizerError:
+    return TokenizerError(
+        f"the text holds half a character (a lone surrogate, U+{ord(text[position]):04X}) {_place(text, position)}. "
+        "It was read with a wrong encoding: read it again as UTF-8, or remove it."
+    )
