@@ -1,0 +1,254 @@
+"""Batches of windows over tokens: a pure function of the seed and of how many sequences were taken before.
+
+An epoch lays N non-overlapping windows of T tokens over the split, shifted by a random offset, and visits them in a
+random order, so nothing is seen twice before everything was seen once. Offset and order are computed, not stored:
+the order is a Feistel network over [0, N) (M. Luby and C. Rackoff, "How to construct pseudorandom permutations", 1988)
+with cycle walking (J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002). Any batch of any epoch
+costs the same, there is no state but the position, and nothing depends on the number of ranks.
+
+Axes: B batch, T time, N windows of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptsmith.data.shards import TokenSplit
+from gptsmith.errors import CheckpointError, DataError, UsageError
+
+IGNORED = -100  # a target that has no part in the loss
+ROUNDS = 12  # ranges of a few dozen need as many to look random
+
+_U64 = np.uint64
+_STEP = _U64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
+_MASK = (1 << 64) - 1
+
+
+class Batch(NamedTuple):
+    """ids, targets: (B, T) int64, a target being the id that follows, or -100 for none;
+    document_ids: (B, T) int32, equal within a row exactly where two tokens share a document, or None."""
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    document_ids: NDArray[np.int32] | None
+
+
+class TokenLoader:
+    """Endless training batches, sampled without replacement within an epoch.
+
+    `position` counts the sequences taken by all ranks together. Rank r of w takes sequences
+    [position + r*B, position + (r + 1)*B) of one global order, so w ranks of B see what one rank of w*B sees.
+
+    batch_size: B, sequences per rank; seq_len: T; mask_documents: give document ids, and no target across documents.
+    Raises DataError if the split has fewer than T + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mask_documents: bool = False,
+    ) -> None:
+        _check_shape(batch_size, seq_len, rank, world_size)
+        if len(split) < seq_len + 1:
+            raise DataError(
+                f"the training text is too short: it has {len(split):,} tokens, and a context of {seq_len:,} needs at "
+                f"least {seq_len + 1:,}. Use a shorter context, more text, or a smaller part for validation."
+            )
+        self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
+        self.rank, self.world_size, self.mask_documents = rank, world_size, mask_documents
+        self.position = 0
+        # N is the same for every offset, so that an epoch has the same length whatever its shift. There are T to 2T - 1
+        # offsets (fewer for the shortest texts): enough for each token to come up, and for every alignment of windows.
+        self.windows_per_epoch = max(1, (len(split) - seq_len) // seq_len)
+        self._offsets = len(split) - self.windows_per_epoch * seq_len
+        self._seed_key = _mix(np.array([seed & _MASK], dtype=_U64) + _STEP)
+
+    @property
+    def epoch(self) -> float:
+        """How often the split was gone through, as a fraction."""
+        return self.position / self.windows_per_epoch
+
+    def window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the split the given sequences of the global order begin; same shape, (B,) int64."""
+        epoch, index = np.divmod(sequences.astype(_U64), _U64(self.windows_per_epoch))
+        key = _mix(epoch * _STEP + self._seed_key)
+        offset = _mix(~key) % _U64(self._offsets)
+        order = permuted(index, self.windows_per_epoch, key)
+        return (offset + order * _U64(self.seq_len)).astype(np.int64)
+
+    def batch_at(self, position: int) -> Batch:
+        """This rank's batch after `position` sequences were taken by all ranks. Pure."""
+        first = position + self.rank * self.batch_size
+        starts = self.window_starts(np.arange(first, first + self.batch_size))
+        window = self.split.windows(starts, self.seq_len + 1)
+        ids, targets = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
+        return _batch(self.split, ids, targets, starts, self.mask_documents)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self.batch_at(self.position)
+        self.position += self.world_size * self.batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what it belongs to."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. CheckpointError if it belongs to other data, another seed, batch or context.
+
+        Another number of ranks is fine, as long as the global batch is the same.
+        """
+        for name, value in self._identity().items():
+            if name not in state:
+                raise CheckpointError(f"the checkpoint's data cursor has no {name!r}; it cannot be resumed.")
+            if state[name] != value:
+                raise CheckpointError(_mismatch(name, state[name], value))
+        position = state.get("position")
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise CheckpointError(f"the checkpoint's data cursor has position {position!r}; it cannot be resumed.")
+        self.position = position
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data": self.split.fingerprint,
+            "tokens": len(self.split),
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "global_batch": self.batch_size * self.world_size,
+            "mask_documents": self.mask_documents,
+        }
+
+
+def whole_split_batches(
+    split: TokenSplit,
+    *,
+    batch_size: int,
+    seq_len: int,
+    mask_documents: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Consecutive windows in which every token of the split but the first is a target exactly once.
+
+    All batches have the shape (B, T); what reaches past the end has target -100. Ranks take turns and all get the same
+    number of batches, the last ones perhaps without any target. With `mask_documents` the first token of a document is
+    no target. Raises DataError for a split of fewer than 2 tokens: nothing to predict.
+    """
+    _check_shape(batch_size, seq_len, rank, world_size)
+    if len(split) < 2:
+        raise DataError(
+            f"the validation text is too short: it has {len(split):,} tokens, and at least 2 are needed. "
+            "Use more text, or a larger part for validation."
+        )
+    return _whole_split(split, batch_size, seq_len, mask_documents, rank, world_size)
+
+
+def _whole_split(
+    split: TokenSplit, batch_size: int, seq_len: int, mask_documents: bool, rank: int, world_size: int
+) -> Iterator[Batch]:
+    targets_left = len(split) - 1
+    per_batch = batch_size * seq_len
+    rounds = math.ceil(targets_left / (per_batch * world_size))
+    for first in range(rank * per_batch, rounds * world_size * per_batch, world_size * per_batch):
+        low, high = min(first, targets_left), min(first + per_batch, targets_left)
+        ids = np.zeros(per_batch, np.int64)
+        targets = np.full(per_batch, IGNORED, np.int64)
+        if high > low:
+            stretch = split.tokens(low, high + 1)
+            ids[: high - low], targets[: high - low] = stretch[:-1], stretch[1:]
+        shape = (batch_size, seq_len)
+        starts = first + seq_len * np.arange(batch_size)
+        yield _batch(split, ids.reshape(shape), targets.reshape(shape), starts, mask_documents)
+
+
+def permuted(index: NDArray[np.uint64], n: int, key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Where a random permutation of [0, n), chosen by `key`, sends `index`: elementwise, pure, in constant memory.
+
+    index: (B,) uint64 below n; key: (B,) uint64, well mixed. Each round adds to one half of the number, seen as
+    left + a * right with a * b >= n, a hash of the other half: a bijection of [0, a*b). What falls outside [0, n) goes
+    round again, which makes it one of [0, n).
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    found = _feistel(index, key, _U64(a), _U64(b))
+    outside = found >= _U64(n)
+    while outside.any():
+        found[outside] = _feistel(found[outside], key[outside], _U64(a), _U64(b))
+        outside = found >= _U64(n)
+    return found
+
+
+def _feistel(x: NDArray[np.uint64], key: NDArray[np.uint64], a: np.uint64, b: np.uint64) -> NDArray[np.uint64]:
+    right, left = np.divmod(x, a)
+    for turn in range(ROUNDS):
+        key = key + _STEP
+        if turn % 2 == 0:
+            left = (left + _half_mix(right + key)) % a
+        else:
+            right = (right + _half_mix(left + key)) % b
+    return left + a * right
+
+
+def _half_mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of 64 bits to 32 bits, cheaper than `_mix`. Writes over `x`."""
+    x *= _U64(0xBF58476D1CE4E5B9)
+    x ^= x >> _U64(32)
+    x *= _U64(0x94D049BB133111EB)
+    x >>= _U64(32)
+    return x
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of 64 bits to 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def _batch(
+    split: TokenSplit,
+    ids: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    mask_documents: bool,
+) -> Batch:
+    if not mask_documents:
+        return Batch(ids, targets, None)
+    steps = np.arange(ids.shape[1] + 1)
+    documents = split.documents_at(starts[:, None] + steps)
+    targets[documents[:, :-1] != documents[:, 1:]] = IGNORED  # a document does not foretell the next one
+    return Batch(ids, targets, (documents[:, :-1] - documents[:, :1]).astype(np.int32))
+
+
+def _check_shape(batch_size: int, seq_len: int, rank: int, world_size: int) -> None:
+    for name, value in (("batch size", batch_size), ("context length", seq_len), ("number of ranks", world_size)):
+        if value < 1:
+            raise UsageError(f"the {name} must be at least 1, not {value}.")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}.")
+
+
+def _mismatch(name: str, saved: Any, now: Any) -> str:
+    what = {
+        "data": "the training text or its tokenizer",
+        "tokens": "the number of training tokens",
+        "seq_len": "the context length",
+        "seed": "the seed",
+        "global_batch": "the number of sequences per step",
+        "mask_documents": "the masking across documents",
+    }[name]
+    return f"cannot resume: {what} has changed (checkpoint: {saved}, now: {now}). Restore it, or start a new run."
