@@ -25,7 +25,7 @@ class TrainTokenizer:
     """Number of tokens of a bpe tokenizer."""
     unknown: bool = False
     """Give a char tokenizer a token for characters it has not seen."""
-    text_field: str = "text"
+    field: str = "text"
     """The field that holds the text, for JSONL and parquet."""
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         raise UsageError(f"{chosen.out} exists and is not an empty directory. Choose another --out.")
-    source = open_source(chosen.data, field=chosen.text_field)
+    source = open_source(chosen.data, field=chosen.field)
     texts = (piece.text for piece in source.pieces())
     if chosen.kind == "bpe":
         tokenizer = train_bpe(texts, chosen.vocab_size)

@@ -22,8 +22,21 @@ from gptsmith.model.cache import KVCache
 from gptsmith.model.config import ModelConfig
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, computed in float32 whatever the type of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    return (nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(width, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(width, eps=config.norm_eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

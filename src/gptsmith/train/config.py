@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gptsmith.errors import UsageError
@@ -95,7 +96,7 @@ class TrainConfig:
     """Validation text of your own: a file, folder or named corpus (default: cut from the end of the data)."""
     val_fraction: float = 0.1
     """Share of the data, from its end, held out for validation."""
-    text_field: str = "text"
+    field: str = "text"
     """The field that holds the text, for JSONL and parquet."""
     tokenizer: str = "char"
     """char, bpe (trained on the data), gpt2, or a directory with tokenizer.json."""
@@ -103,7 +104,7 @@ class TrainConfig:
     """Vocabulary of a bpe tokenizer trained here."""
     unknown: bool = False
     """Give the char tokenizer a token for characters it has not seen."""
-    model: ModelOptions = field(default_factory=ModelOptions)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     context: int = 128
     """Tokens that attend to one another: the training sequence length and the model's limit."""
     dropout: float = 0.0
@@ -115,7 +116,7 @@ class TrainConfig:
     """Sequences per update."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; fewer than the batch accumulates gradients (default: all at once)."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     eval_every: int = 500
     """Steps between evaluations on the validation split; a checkpoint is saved before each."""
     eval_tokens: int | None = None

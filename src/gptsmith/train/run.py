@@ -145,8 +145,8 @@ def start(
 
     Raises GptsmithError for anything wrong with the data, the options or the place; nothing is left behind then.
     """
-    source = open_source(data, field=config.text_field)
-    val = open_source(config.val, field=config.text_field) if config.val else None
+    source = open_source(data, field=config.field)
+    val = open_source(config.val, field=config.field) if config.val else None
     directory = choose_directory(out, source)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -198,8 +198,8 @@ def resume(
         raise UsageError(f"{directory} is finished: all {saved.steps} steps are done. Start a new run to train more.")
     tokenizer = Tokenizer.load(directory / "tokenizer")
     data = run.record["data"]
-    source = open_source(data["spec"], field=config.text_field)
-    val = open_source(data["val"], field=config.text_field) if data["val"] else None
+    source = open_source(data["spec"], field=config.field)
+    val = open_source(data["val"], field=config.field) if data["val"] else None
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     if dataset.fingerprint != data["fingerprint"]:
         raise CheckpointError(
