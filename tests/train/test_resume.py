@@ -1,0 +1,282 @@
+"""Stop anywhere, resume: bit for bit the run that never stopped. By SIGKILL at random moments, saves included."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptsmith.checkpoint import CheckpointStore
+from gptsmith.config import to_dict
+from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.log import JsonLines
+from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.run import resume, start
+
+# Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all must be restored.
+CONFIG = TrainConfig(
+    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
+    context=32,
+    batch_size=8,
+    micro_batch_size=4,
+    dropout=0.1,
+    steps=60,
+    eval_every=20,
+    save_every=5,
+    log_every=3,
+    sample_tokens=10,
+    optim=OptimConfig(name="muon", weight_decay=0.01),
+    compile="off",
+    device="cpu",
+)
+
+
+def trace(directory: Path) -> list[dict[str, float]]:
+    """Everything in the metrics but the times."""
+    rows = JsonLines(directory / "metrics.jsonl").read()
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    store = CheckpointStore(directory)
+    path = store.path(store.steps()[-1])
+    tensors = load_file(path / "model.safetensors")
+    tensors.update({f"train/{k}": v for k, v in load_file(path / "train" / "state.safetensors").items()})
+    return tensors
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert trace(a) == trace(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    samples = [
+        [{k: v for k, v in row.items() if k != "time"} for row in JsonLines(d / "samples.jsonl").read()] for d in (a, b)
+    ]
+    assert samples[0] == samples[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, words: str) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(words)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that never stopped, computed with one thread as the killed ones are."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = launch(text, out)
+    assert process.wait(timeout=120) == 0
+    return out
+
+
+def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = False) -> subprocess.Popen[bytes]:
+    """Train in a process of its own. slow_save: every fsync takes a while, so that kills fall into saves."""
+    code = [
+        "import os, sys, json, time, torch",
+        "from pathlib import Path",
+        "torch.set_num_threads(1)",
+        "from gptsmith.config import from_dict",
+        "from gptsmith.train.config import TrainConfig",
+        "from gptsmith.train.run import resume, start",
+    ]
+    if slow_save:
+        code += ["fsync = os.fsync", "os.fsync = lambda fd: (time.sleep(0.01), fsync(fd))[1]"]
+    if resuming:
+        code.append(f"resume(Path({str(out)!r}))")
+    else:
+        config = json.dumps(to_dict(CONFIG))
+        code.append(f"start({str(text)!r}, from_dict(TrainConfig, json.loads({config!r})), Path({str(out)!r}))")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(errors_of(out), "ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-c", "\n".join(code)], stdout=subprocess.DEVNULL, stderr=errors, env=environment
+        )
+
+
+def errors_of(out: Path) -> Path:
+    return out.with_suffix(".stderr")
+
+
+def wait_for(directory: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = JsonLines(directory / "metrics.jsonl").read()
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_steps(seed: int, text: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL two or three times, wherever it falls, then run to the end."""
+    rng, out = random.Random(seed), tmp_path / "run"
+    process = launch(text, out)
+    kills = 0
+    for target in sorted(rng.sample(range(6, 50), 2)):
+        wait_for(out, target, process)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        process = launch(text, out, resuming=True)
+    assert process.wait(timeout=120) == 0, errors_of(out).read_text()
+    assert kills >= 1
+    assert_same_run(uninterrupted, out)
+
+
+def test_killed_during_a_save(text: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL while a checkpoint is half-written: what is there stays whole, and the half is cleared away."""
+    out = tmp_path / "run"
+    process = launch(text, out, slow_save=True)
+    deadline, store = time.monotonic() + 60, CheckpointStore(out)
+    while time.monotonic() < deadline and process.poll() is None:
+        half = list(store.directory.glob(".tmp-*")) if store.directory.is_dir() else []
+        if len(store.steps()) >= 2 and half and (half[0] / "model.safetensors").exists():
+            break
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert list(store.directory.glob(".tmp-*")), "the kill missed the save"
+    process = launch(text, out, resuming=True)
+    assert process.wait(timeout=120) == 0, errors_of(out).read_text()
+    assert not list(store.directory.glob(".tmp-*"))
+    assert_same_run(uninterrupted, out)
+
+
+def test_killed_before_the_first_checkpoint(text: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = launch(text, out)
+    wait_for(out, 3, process)
+    process.kill()
+    process.wait()
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    process = launch(text, out, resuming=True)
+    assert process.wait(timeout=120) == 0, errors_of(out).read_text()
+    assert_same_run(uninterrupted, out)
+
+
+def interrupted_copy(uninterrupted: Path, tmp_path: Path, step: int) -> Path:
+    """The uninterrupted run's directory as a crash after the save at `step` would leave it."""
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out, symlinks=True)
+    record = json.loads((out / "run.json").read_text())
+    record["status"] = "running"
+    (out / "run.json").write_text(json.dumps(record))
+    for later in CheckpointStore(out).steps():
+        if later > step:
+            shutil.rmtree(CheckpointStore(out).path(later))
+    return out
+
+
+def test_a_kill_between_saving_and_evaluating(uninterrupted: Path, tmp_path: Path) -> None:
+    out = interrupted_copy(uninterrupted, tmp_path, 55)
+    rows = [row for row in JsonLines(out / "metrics.jsonl").read() if not (row["step"] == 60)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 57, "lo')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resume(out)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+@pytest.mark.parametrize("name", ["model.safetensors", "train/state.safetensors", "config.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    damage: str, name: str, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(uninterrupted)
+    newest, before = store.steps()[-1], store.steps()[-2]
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out, symlinks=True)
+    path = CheckpointStore(out).path(newest) / name
+    contents = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(contents[:-5])
+    elif damage == "flip":
+        path.write_bytes(contents[:-5] + bytes([contents[-5] ^ 1]) + contents[-4:])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        name = "manifest.json"
+        (CheckpointStore(out).path(newest) / name).write_text("{")
+    assert CheckpointStore(out).newest_intact() == CheckpointStore(out).path(before)
+    message = capfd.readouterr().err
+    assert str(CheckpointStore(out).path(newest) / name) in message
+    assert "before it" in message
+
+
+def test_all_checkpoints_damaged(uninterrupted: Path, tmp_path: Path) -> None:
+    out = interrupted_copy(uninterrupted, tmp_path, 60)
+    for step in CheckpointStore(out).steps():
+        (CheckpointStore(out).path(step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint .* is intact"):
+        resume(out)
+
+
+def test_what_cannot_be_resumed(uninterrupted: Path, text: Path, tmp_path: Path) -> None:
+    out = interrupted_copy(uninterrupted, tmp_path, 55)
+    with pytest.raises(UsageError, match=r"hidden_size \(32 → 64\)"):
+        resume(out, replace(CONFIG, model=replace(CONFIG.model, hidden_size=64)))
+    with pytest.raises(UsageError, match="is finished"):
+        resume(uninterrupted)
+    with pytest.raises(CheckpointError, match="not a run"):
+        resume(tmp_path)
+    record = json.loads((out / "run.json").read_text())
+    changed = tmp_path / "changed.txt"
+    changed.write_text(text.read_text() + "and one more line\n")
+    record["data"]["spec"] = str(changed)
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="has changed"):
+        resume(out)
+
+
+def test_two_processes_cannot_train_one_run(uninterrupted: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    out = interrupted_copy(uninterrupted, tmp_path, 55)
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another process"):
+            resume(out)
+
+
+def test_a_new_run_refuses_an_occupied_directory(text: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    before = sorted(p.name for p in uninterrupted.iterdir())
+    with pytest.raises(UsageError, match="--resume"):
+        start(str(text), CONFIG, uninterrupted)
+    assert sorted(p.name for p in uninterrupted.iterdir()) == before
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not an empty directory"):
+        start(str(text), CONFIG, tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_runs_resume_bit_for_bit(text: Path, tmp_path: Path) -> None:
+    from gptsmith.runtime import compiler_available
+
+    if not compiler_available(torch.device("cpu")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    config = replace(CONFIG, compile="on", dropout=0.0, steps=20, eval_every=10)
+    start(str(text), config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "copy", symlinks=True)
+    out = interrupted_copy(tmp_path / "copy", tmp_path, 15)
+    resume(out)
+    assert_same_run(tmp_path / "whole", out)
