@@ -81,7 +81,7 @@ def _convert(hint: Any, value: Any, name: str, default: Any) -> Any:
         return origin(_convert(options[0], item, f"{name}[{i}]", None) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, default=default, where=name)
-    if hint is Path:
+    if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

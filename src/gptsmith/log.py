@@ -16,7 +16,8 @@ from gptsmith.storage import atomic_file, explain_os_errors
 
 def note(text: str) -> None:
     """One line to the person at the terminal (standard error: standard output is for results)."""
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop the work
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress(Protocol):
@@ -29,7 +30,7 @@ class _Bar:
     def __init__(self, total: float | None, description: str, unit: str) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done, self.started, self.shown = 0.0, time.monotonic(), 0.0
-        self.interactive = sys.stderr.isatty()
+        self.interactive = is_terminal()
         self.rich: Any = None
 
     def advance(self, amount: float) -> None:
@@ -43,7 +44,9 @@ class _Bar:
             self._start()
         elif now - max(self.shown, self.started) > 10.0:  # a log file: a line every ten seconds
             self.shown = now
-            left = "" if not self.total else f", {duration((now - self.started) * (self.total / self.done - 1))} left"
+            left = ""
+            if self.total and self.done:
+                left = f", {duration((now - self.started) * (self.total / self.done - 1))} left"
             share = f"{self.done:,.0f}" if not self.total else f"{100 * self.done / self.total:.0f}%"
             note(f"{self.description}: {share}{left}")
 
@@ -114,8 +117,8 @@ class JsonLines:
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in self.path.read_bytes().split(b"\n"):  # not splitlines: U+2028 in a text does not end its line
+            with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
 

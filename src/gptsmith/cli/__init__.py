@@ -47,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left: `gptsmith generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # one that nobody expected is still the system's, not ours
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         commands = "\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())
-        print(USAGE.format(commands=commands))
+        print(USAGE.format(commands=commands), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0] in ("--version", "-V"):
         from gptsmith import __version__

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from gptsmith.errors import UsageError
+from gptsmith.storage import atomic_file
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{chosen.out} exists already. Choose another --out.")
     path = corpus_path(chosen.name)
     if chosen.out is not None:
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, chosen.out)
+        with open(path, "rb") as source, atomic_file(chosen.out) as copy:
+            shutil.copyfileobj(source, copy)
         path = chosen.out
     print(path)
     return 0

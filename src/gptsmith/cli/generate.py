@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.engine.generate import stream
     from gptsmith.runtime import choose_device
 
-    prompt = sys.stdin.read() if chosen.prompt == "-" else chosen.prompt
+    prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
     model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
 
     def on_slide() -> None:
@@ -83,6 +83,15 @@ def main(arguments: list[str]) -> int:
     for i, text in enumerate(texts):
         _write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {chosen.num_samples} ---\n{prompt}{text}\n")
     return 0
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not {sys.stdin.encoding} text: {error.reason} at byte {error.start}."
+        ) from None
 
 
 def _write(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -30,12 +30,8 @@ class TrainTokenizer:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(
-        Annotated[TrainTokenizer, tyro.conf.subcommand("train")],
-        prog="gptsmith tokenizer",
-        args=arguments,
-        description="Tokenizers.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
+    chosen: TrainTokenizer = tyro.extras.subcommand_cli_from_dict(
+        {"train": TrainTokenizer}, prog="gptsmith tokenizer", args=arguments, description="Make tokenizers."
     )
     from gptsmith.data.sources import open_source
     from gptsmith.tokenizer import train_bpe, train_char

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         default=Train(run=base),
         description=f"{Train.__doc__}\n\npresets:\n{describe_presets()}",
     )
-    if chosen.resume is None and chosen.data is None:
+    if chosen.resume is None and not chosen.data:
         raise UsageError("train on what? Give a text file, a folder or a named corpus: gptsmith train input.txt")
     if chosen.resume is not None and (chosen.data is not None or chosen.out is not None):
         raise UsageError("--resume takes data and place from the run itself; leave the text and --out away.")
@@ -78,12 +78,14 @@ def _base(arguments: list[str]) -> TrainConfig:
 
 
 def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option, by the parser's rules: the last one counts."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
+            value = arguments[i + 1]
+        elif argument.startswith(option + "="):
+            value = argument.removeprefix(option + "=")
+    return value
 
 
 def _read_config(path: Path) -> TrainConfig:
@@ -91,6 +93,8 @@ def _read_config(path: Path) -> TrainConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {path} is not UTF-8 text.") from None
     try:
         if path.suffix in (".yaml", ".yml"):
             try:
@@ -106,7 +110,10 @@ def _read_config(path: Path) -> TrainConfig:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     if isinstance(values, dict) and "config" in values and "version" in values:  # a run.json
         values = values["config"]
-    return from_dict(TrainConfig, values, default=TrainConfig())
+    try:
+        return from_dict(TrainConfig, values, default=TrainConfig())
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
 
 
 def _summary(directory: Path) -> str:

@@ -34,6 +34,7 @@ STATUS = {
     "finished": ("finished", "good"),
     "interrupted": ("interrupted", "warn"),
     "diverged": ("diverged", "bad"),
+    "failed": ("failed", "bad"),
 }
 
 
@@ -194,14 +195,14 @@ def _page(run: Run, trained: Trained, mask_text: str) -> str:
 def _status(run: Run) -> tuple[str, str]:
     status = run.info.get("status")
     if not isinstance(status, str):
-        status = "finished" if run.info.get("finished") else "running"
+        status = "finished" if run.info.get("ended") else "running"
     return STATUS.get(status, (_text(status), "warn"))
 
 
 def _dates(run: Run) -> str:
     parts = [
         f"{word} {_moment(run.info[key])}"
-        for key, word in (("started", "Started"), ("finished", "ended"))
+        for key, word in (("started", "Started"), ("ended", "ended"))
         if run.info.get(key)
     ]
     parts.append(f"report written {_moment(datetime.now().astimezone().isoformat())}")
@@ -259,14 +260,13 @@ def _facts(run: Run, trained: Trained) -> Facts:
 def _per_byte(run: Run) -> float:
     """Validation tokens per UTF-8 byte, from run.json's `data`; NaN where it does not say."""
     data = run.part("data")
-    tokens, size = number(data.get("tokens_val")), number(data.get("bytes_val"))
+    tokens, size = number(data.get("val_tokens")), number(data.get("val_bytes"))
     return tokens / size if size > 0 else math.nan
 
 
 def _is_char(run: Run, trained: Trained) -> bool:
-    tokenizer = run.part("data").get("tokenizer")
-    kind = tokenizer.get("kind") if isinstance(tokenizer, dict) else tokenizer
-    return "char" in (kind, trained.tokenizer_kind)
+    """Whether a token is a character: as the saved tokenizer says, or before there is one, the configuration."""
+    return (trained.tokenizer_kind or run.part("config").get("tokenizer")) == "char"
 
 
 def _loss_in_words(loss: float, run: Run, trained: Trained) -> str:
@@ -327,8 +327,8 @@ def _results(run: Run, trained: Trained) -> str:
     if machine := _machine(run):
         text += f'\n<p class="note" style="margin: 1.2rem 0 0">Machine: {_text(machine)}.</p>'
     word, _ = _status(run)
-    if word == "diverged":
-        text += _missing("The loss stopped being a sensible number; the last good checkpoint is what was kept.")
+    if word in ("diverged", "failed"):
+        text += _missing("This run was stopped by an error, such as a diverging loss. Its last checkpoint is intact.")
     elif word != "finished":
         text += _missing(f"This run is {word}: the numbers are those up to its last logged step.")
     if run.unreadable_lines:
@@ -499,10 +499,10 @@ def _sample(sample: Mapping[str, Any], limit: int) -> str:
 
 
 def _prompt_and_text(sample: Mapping[str, Any]) -> tuple[str, str]:
-    """The prompt, unless it is blank, and what the model added (whether or not `text` begins with the prompt)."""
+    """The prompt, unless it is blank, and the model's continuation."""
     prompt, text = sample.get("prompt"), str(sample["text"])
     prompt = prompt if isinstance(prompt, str) else ""
-    return prompt if prompt.strip() else "", text.removeprefix(prompt)
+    return prompt if prompt.strip() else "", text
 
 
 def _temperature(sample: Mapping[str, Any]) -> float:
@@ -579,10 +579,11 @@ def _strongest_look(weights: Any, tokens: Sequence[str]) -> str:
 
 def _configuration(run: Run) -> str:
     parts = [
-        ("run", run.part("config")),
-        ("model", run.part("model")),
+        ("training", run.part("config")),
+        ("model, as built", run.part("model")),
         ("data", run.part("data")),
         ("machine", run.part("machine")),
+        ("outcome", {key: value for key, value in run.info.items() if not isinstance(value, dict)}),
     ]
     groups = [group for name, values in parts for group in _groups(name, values)]
     tables = "\n".join(_table(name, rows) for name, rows in groups if rows)
@@ -602,7 +603,7 @@ def _groups(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, list[tu
     yield name, [(key, value) for key, value in values.items() if not isinstance(value, dict)]
     for key, value in values.items():
         if isinstance(value, dict):
-            yield (key if name == "run" else f"{name}: {key}"), list(_flat(value))
+            yield f"{name}: {key}", list(_flat(value))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -646,7 +647,8 @@ def _value(value: Any) -> str:
         return f"{value:.6g}" if math.isfinite(value) else "not a finite number"
     if isinstance(value, list):
         return ", ".join(map(_value, value)) or "–"
-    return str(value)
+    text = str(value)
+    return text if text.strip() and text.isprintable() else plots.visible(text, 200)
 
 
 def _count(value: float) -> str:

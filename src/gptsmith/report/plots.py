@@ -255,7 +255,7 @@ def causal_mask_figure(tokens: Sequence[str]) -> Figure:
     T = len(labels)
     past, itself = (colormaps["viridis"](value) for value in (0.38, 0.85))
     side = 0.36 * T
-    figure = Figure(figsize=(side + 2.2, side + 1.7), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(max(side, 2.2) + 2.2, side + 1.7), layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor=PANEL)
     mask = np.ma.masked_less(np.tril(np.ones((T, T))) + np.eye(T), 1)  # 1 past, 2 itself, masked: the future
     edges = np.arange(T + 1) - 0.5

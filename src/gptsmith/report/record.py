@@ -20,7 +20,7 @@ class Run:
 
     directory: Path
     info: dict[str, Any]
-    """run.json: `config`, `model`, `data`, `machine`, `status`, `started`, `finished`, `parameters`, where known."""
+    """run.json: `config`, `model`, `data`, `machine`, `status`, `started`, `ended`, `parameters`, where known."""
     metrics: list[dict[str, Any]]
     """In order of step, each step once (see `read_metrics`)."""
     samples: list[dict[str, Any]]

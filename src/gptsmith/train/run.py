@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,8 +305,7 @@ class _Session:
         if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
             self.run.update(compile=self._should_compile())
         if self.run.record["compile"]:
-            for layer in self.model.layers:
-                layer.compile()
+            self._compile()
         try:
             with self.stop, self.display:
                 outcome = self.trainer.run()
@@ -319,6 +319,13 @@ class _Session:
             raise
         on_end(self.run.directory)
         return Ended(self.run, outcome, self.stop.number)
+
+    def _compile(self) -> None:
+        """Compile one block; all share its code, so it costs the same whatever the depth."""
+        # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        for layer in self.model.layers:
+            layer.compile()
 
     def _should_compile(self) -> bool:
         """Whether compiling pays: where it is possible, and what it saves is well above what it costs."""
