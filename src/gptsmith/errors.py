@@ -35,7 +35,11 @@ class CheckpointError(GptsmithError):
 
 
 class TrainingError(GptsmithError):
-    """Training had to stop (diverged, disk full); the last good checkpoint is named."""
+    """Training had to stop (a checkpoint could not be saved); the last good checkpoint is named."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no number or has risen far above where it began; the last good checkpoint is named."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -130,7 +130,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tm
     with pytest.raises(TrainingError, match=r"diverged at step \d+.*(step-0000\d{4}|no checkpoint)") as error:
         train(text_file, tmp_path / "run", config)
     assert "--optim.lr" in str(error.value)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "diverged"
 
 
 def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

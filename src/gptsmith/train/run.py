@@ -30,7 +30,7 @@ from gptsmith.data.shards import Dataset
 from gptsmith.data.sources import Source, open_source
 from gptsmith.engine.generate import generate_samples
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, TrainingError, UsageError
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TokenizerError, TrainingError, UsageError
 from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
@@ -312,9 +312,9 @@ class _Session:
             self.run.update(status=outcome, ended=_now(), seconds=round(self.trainer.elapsed(), 1))
             if outcome == "finished":
                 self._final_samples()
-        except TrainingError:
+        except TrainingError as error:
             with contextlib.suppress(GptsmithError):  # the disk may be full: what matters is the message
-                self.run.update(status="failed")
+                self.run.update(status="diverged" if isinstance(error, DivergedError) else "failed")
                 on_end(self.run.directory)
             raise
         on_end(self.run.directory)
@@ -341,7 +341,7 @@ class _Session:
         if device.type == "cuda":
             return self.config.steps >= 1000
         left = self._eager_step_seconds() * (self.config.steps - self.trainer.step)
-        return left * COMPILE_SAVES > 2 * COMPILE_SECONDS
+        return left * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
 
     def _eager_step_seconds(self) -> float:
         """Time one update's forward and backward passes, leaving no trace in weights, gradients or random numbers."""
@@ -382,8 +382,8 @@ class _Session:
                 self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
 
 
-COMPILE_SECONDS = 20.0  # to compile one block's forward and backward on a CPU; the other blocks share it
-COMPILE_SAVES = 0.25  # of an update's time
+COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
+COMPILE_SAVES = 0.28  # of an update's time
 
 
 @contextlib.contextmanager

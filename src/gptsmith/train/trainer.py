@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
-from gptsmith.errors import CheckpointError, GptsmithError, TrainingError
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
@@ -67,7 +67,7 @@ class Trainer:
         self.started = time.monotonic()
 
     def run(self) -> Outcome:
-        """Train to the end, or until `should_stop()`. TrainingError if the loss diverges or saving fails."""
+        """Train to the end, or until `should_stop()`. DivergedError if the loss does, TrainingError if saving fails."""
         self.model.train()
         self.started = time.monotonic()
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
@@ -150,13 +150,14 @@ class Trainer:
         if finite and self.recent_loss <= self.first_loss + 1.0:
             return
         what = "is not a number" if not finite else f"has risen to {self.recent_loss:.2f}, from {self.first_loss:.2f}"
+        self.metrics.append(step=self.step, time=round(self.elapsed(), 3), loss=loss, grad_norm=norm)
         steps = self.store.steps()
         kept = (
             f"The last good checkpoint is {self.store.path(steps[-1])}."
             if steps
             else "There is no checkpoint before it."
         )
-        raise TrainingError(
+        raise DivergedError(
             f"training diverged at step {self.step}: the loss {what}. {kept} "
             f"Try a lower learning rate (--optim.lr {self.config.optim.lr / 3:.2g}) in a new run."
         )

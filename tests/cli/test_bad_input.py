@@ -1,0 +1,639 @@
+"""Every mistake a person can make: one clear message, exit code 1 or 2, no traceback, existing files as they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., tuple[int, str, str]]
+Snapshot = Callable[[Path], dict[str, bytes | str | None]]
+
+
+@pytest.fixture
+def refused(run_cli: Cli, tmp_path: Path, snapshot: Snapshot) -> Callable[..., str]:
+    """Run a command that must fail: (its message, without line breaks and boxes). Nothing in tmp_path may change."""
+
+    def check(*arguments: object, code: int, unchanged: Path = tmp_path) -> str:
+        before = snapshot(unchanged)
+        actual, out, err = run_cli(*arguments)
+        assert "Traceback" not in err
+        assert actual == code, err
+        assert out == ""
+        lines = [line for line in err.splitlines() if line]
+        boxed = lines[0].startswith("╭") and lines[-1].startswith("╰")  # a usage error of the parser
+        assert boxed or [line.startswith("error: ") for line in lines].count(True) == 1, err
+        assert boxed or lines[-1].startswith("error: "), err
+        assert snapshot(unchanged) == before
+        return " ".join("".join("" if c in "╭╮╰╯─│" else c for c in err).split())
+
+    return check
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
+    "missing": ("nothing.txt", None, 2, "no such file, folder or named corpus: '{path}'"),
+    "empty": ("empty.txt", b"", 1, "{path} is empty"),
+    "white space": ("blank.txt", b" \n\t \n" * 100, 1, "holds no text"),
+    "binary": ("data.txt", bytes(range(256)) * 8, 1, "{path} is a binary file: byte 0 is zero"),
+    "latin-1": ("latin.txt", b"caf\xe9 au lait " * 50, 1, "{path} is not UTF-8 text: invalid continuation byte at byte 3"),
+    "utf-16": ("wide.txt", ("words " * 50).encode("utf-16"), 1, "{path} is UTF-16, not UTF-8"),
+    "cut inside a character": ("cut.txt", ("é" * 500).encode()[:-1], 1, "ends inside the character at byte 998"),
+    "shorter than the context": ("short.txt", b"Too short for this context.", 1, "context of 32 needs at least 33"),
+    "a few characters": ("tiny.txt", b"short", 1, "{path} is too short"),
+    "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"text": ', 1, "{path}, line 3: not valid JSON"),
+    "JSONL without the field": ("rows.jsonl", b'{"text": "one"}\n{"txt": "two"}', 1, "{path}, line 2: no field 'text'. There is txt"),
+    "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
+    "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
+    "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a sound gzip file"),
+    "broken zstd": ("rows.jsonl.zst", b"not zstd at all", 1, "{path}"),
+    "broken parquet": ("rows.parquet", b"PAR1 not parquet PAR1", 1, "{path}"),
+}  # fmt: skip
+
+
+HAVE_AN_ALPHABET = {"white space", "shorter than the context", "a few characters"}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_text_that_cannot_be_trained_on(case: str, refused: Any, tmp_path: Path, tiny: list[str]) -> None:
+    name, content, code, message = BAD_TEXTS[case]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert message.format(path=path) in refused("train", path, "--out", tmp_path / "run", *tiny, code=code)
+
+
+@pytest.mark.parametrize("case", sorted(BAD_TEXTS.keys() - HAVE_AN_ALPHABET))
+def test_text_that_has_no_alphabet(case: str, refused: Any, tmp_path: Path) -> None:
+    name, content, code, message = BAD_TEXTS[case]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    err = refused("tokenizer", "train", path, "--kind", "char", "--out", tmp_path / "tok", code=code)
+    assert message.format(path=path) in err
+
+
+def test_a_folder_without_text(refused: Any, tmp_path: Path, tiny: list[str]) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    assert "no text in the folder" in refused("train", folder, *tiny, "--out", tmp_path / "run", code=1)
+    (folder / "inner" / "image.png").write_bytes(bytes(100))
+    (folder / ".hidden").write_text("words")
+    assert "2 are hidden or binary" in refused("train", folder, *tiny, "--out", tmp_path / "run", code=1)
+
+
+def test_validation_text_of_ones_own(refused: Any, tmp_path: Path, text_file: Path, tiny: list[str]) -> None:
+    command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--val"]
+    assert "no such file" in refused(*command, tmp_path / "nothing.txt", code=2)
+    (tmp_path / "one.txt").write_text("x")
+    assert "validation" in refused(*command, tmp_path / "one.txt", code=1)
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_no_text_at_all(name: str, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("train", *([name] if name else []), code=1 if name else 2)
+    assert "train on what?" in refused("train", "", code=2)
+
+
+# Names and values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["trian", "TEXT"], "'train'"),
+        (["train", "TEXT", "--stepz", "3"], "--steps"),
+        (["train", "TEXT", "--optim.lrr", "3"], "--optim.lr"),
+        (["train", "TEXT", "--model.hiden-size", "32"], "--model.hidden-size"),
+        (["train", "TEXT", "--preset", "char-smal"], "'char-small'"),
+        (["train", "TEXT", "--preset=char-smal"], "'char-small'"),
+        (["train", "TEXT", "--model.family", "qwen"], "'qwen3'"),
+        (["train", "TEXT", "--tokenizer", "bep"], "bpe"),
+        (["train", "tinyshakespear"], "'tinyshakespeare'"),
+        (["train", "TEXT", "--val", "tinyshakespear"], "'tinyshakespeare'"),
+        (["data", "get", "shakespere"], "'shakespeare'"),
+        (["data", "lst"], "list"),
+        (["tokenizer", "trian", "TEXT", "--out", "TMP/tok"], "train"),
+        (["tokenizer", "train", "TEXT", "--out", "TMP/tok", "--kind", "bep"], "'bpe'"),
+        (["tokenizer", "train", "TEXT", "--out", "TMP/tok", "--vocab-sise", "300"], "--vocab-size"),
+        (["generate", "RUN", "--tempreture", "1"], "--temperature"),
+        (["generate", "RUNN"], "'run'"),
+        (["report", "RUN", "--txt", "abc"], "--text"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_misspelt_name(
+    arguments: list[str], nearest: str, refused: Any, text_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    def resolved(argument: str) -> str:
+        return argument.replace("TEXT", str(text_file)).replace("RUN", str(finished)).replace("TMP", str(tmp_path))
+
+    code = 1 if arguments == ["generate", "RUNN"] else 2
+    assert nearest in refused(*map(resolved, arguments), code=code)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--steps", "0"),
+        ("--steps", "-5"),
+        ("--batch-size", "0"),
+        ("--context", "0"),
+        ("--eval-every", "0"),
+        ("--save-every", "0"),
+        ("--eval-tokens", "0"),
+        ("--log-every", "0"),
+        ("--keep-checkpoints", "0"),
+        ("--sample-tokens", "-1"),
+        ("--micro-batch-size", "3"),
+        ("--val-fraction", "2"),
+        ("--val-fraction", "-0.1"),
+        ("--val-fraction", "nan"),
+        ("--dropout", "1"),
+        ("--dropout", "nan"),
+        ("--optim.lr", "0"),
+        ("--optim.lr", "nan"),
+        ("--optim.lr", "inf"),
+        ("--optim.embedding-lr", "-1"),
+        ("--optim.weight-decay", "nan"),
+        ("--optim.clip", "-1"),
+        ("--optim.warmup-steps", "-1"),
+        ("--optim.momentum", "1"),
+        ("--optim.beta2", "1.5"),
+        ("--optim.decay-fraction", "2"),
+        ("--optim.final-factor", "nan"),
+        ("--model.hidden-size", "0"),
+        ("--model.hidden-size", "33"),
+        ("--model.num-hidden-layers", "0"),
+        ("--model.num-attention-heads", "0"),
+        ("--model.num-attention-heads", "-4"),
+        ("--model.num-key-value-heads", "3"),
+        ("--model.head-dim", "7"),
+        ("--model.intermediate-size", "-8"),
+        ("--device", "gpu"),
+        ("--device", "meta"),
+        ("--device", "cuda:99"),
+        ("--precision", "fp16"),
+        ("--precision", "fp8"),
+        ("--vocab-size", "0"),
+        ("--steps", "many"),
+    ],
+)
+def test_a_value_out_of_range(
+    option: str, value: str, refused: Any, text_file: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    err = refused("train", text_file, "--out", tmp_path / "run", *tiny, option, value, code=2)
+    name = option.removeprefix("--").split(".")[-1]
+    assert name in err.replace("_", "-")
+
+
+def test_a_vocabulary_below_the_alphabet(refused: Any, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+    command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--tokenizer", "bpe", "--vocab-size", "100"]
+    assert "--vocab-size 100 is too small for byte-level BPE: at least 257" in refused(*command, code=2)
+    command = ["tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size", "100"]
+    assert "--vocab-size 100 is too small" in refused(*command, code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--top-p", "2"),
+        ("--top-p", "0"),
+        ("--top-p", "nan"),
+        ("--top-k", "0"),
+        ("--min-p", "1.5"),
+        ("--min-p", "nan"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--repetition-penalty", "0"),
+        ("--repetition-penalty", "nan"),
+        ("--max-tokens", "0"),
+        ("--num-samples", "0"),
+        ("--stop", ""),
+        ("--seed", "x"),
+        ("--device", "meta"),
+    ],
+)
+def test_a_sampling_value_out_of_range(option: str, value: str, refused: Any, finished: Path) -> None:
+    assert option in refused("generate", finished, option, value, code=2)
+
+
+def test_a_prompt_the_tokenizer_does_not_know(refused: Any, finished: Path) -> None:
+    err = refused("generate", finished, "--prompt", "ba ko\nmi X", code=1)
+    assert "'X' (U+0058) at character 9 (line 2, column 4)" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"stepz": 5}', "unknown configuration key 'stepz'. Did you mean 'steps'?"),
+        ('{"optim": {"lrr": 5}}', "unknown configuration key 'optim.lrr'. Did you mean 'lr'?"),
+        ('{"steps": "five"}', "steps must be int, not 'five'"),
+        ('{"steps": 0}', "--steps must be at least 1"),
+        ('{"optim": {"lr": NaN}}', "--optim.lr must be above 0, not nan"),
+        ('{"model": {"family": "gpt"}}', "model.family is 'gpt'; it can be gpt2, qwen3. Did you mean 'gpt2'?"),
+        ("[]", "must be a mapping"),
+        ('{"steps": ', "is not valid JSON"),
+        ("\x00\xff", "config.json"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_configuration_file(
+    content: str | None, message: str, refused: Any, text_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    err = refused("train", text_file, "--out", tmp_path / "run", "--config", path, code=2)
+    assert message in err
+    assert str(path) in err
+
+
+def test_configurations_do_not_mix(refused: Any, text_file: Path, stopped: Path) -> None:
+    assert "use one of them" in refused("train", "--resume", stopped, "--preset", "char-small", code=2)
+    assert "leave the text and --out away" in refused("train", text_file, "--resume", stopped, code=2)
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_holds_another_run(refused: Any, text_file: Path, tiny: list[str], finished_copy: Path) -> None:
+    err = refused("train", text_file, "--out", finished_copy, *tiny, code=2)
+    assert f"already holds a run. Continue it with `gptsmith train --resume {finished_copy}`" in err
+
+
+def test_a_place_that_holds_other_files(refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for out in (tmp_path / "mine", text_file):
+        command = ["train", text_file, "--out", out, *tiny]
+        assert f"{out} exists and is not an empty directory" in refused(*command, code=2)
+        assert f"{out} exists" in refused("tokenizer", "train", text_file, "--out", out, code=2)
+
+
+def test_a_place_below_a_file(refused: Any, text_file: Path, tiny: list[str]) -> None:
+    err = refused("train", text_file, "--out", text_file / "run", *tiny, code=1)
+    assert "a part of that path is a file, not a folder" in err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a file system of one's own, with options; called again it is mounted with other ones."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a file system takes root on Linux")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> Path:
+        again = ["-o", "remount"] if os.path.ismount(disk) else []
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", *again, "-o", options, "tmpfs", disk], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_no_permission(refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    if os.name == "nt" or os.geteuid() == 0:
+        pytest.skip("everything is permitted to root; see the read-only disk")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    try:
+        err = refused("train", text_file, "--out", locked / "run", *tiny, code=1)
+        assert f"no permission to write {locked / 'run'}" in err
+        assert "no permission" in refused("tokenizer", "train", text_file, "--out", locked / "tok", code=1)
+        text_file.chmod(0)
+        err = refused("train", text_file, "--out", locked / "run", *tiny, code=1, unchanged=locked)
+        assert f"cannot read {text_file}: permission denied" in err
+    finally:
+        text_file.chmod(0o644)
+        locked.chmod(0o755)
+
+
+def test_a_read_only_disk(small_disk: Any, refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    disk = small_disk("ro")
+    err = refused("train", text_file, "--out", disk / "run", *tiny, code=1)
+    assert f"no permission to write {disk / 'run'}" in err
+    assert "no permission" in refused("tokenizer", "train", text_file, "--out", disk / "tok", code=1)
+    assert "no permission" in refused("data", "get", "python-stdlib", "--out", disk / "text", code=1)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_later(
+    small_disk: Any, run_cli: Cli, text_file: Path, tiny: list[str], finished: Path
+) -> None:
+    disk = small_disk("size=700k")
+    run = disk / "run"
+    code, out, err = run_cli("train", text_file, "--out", run, *tiny, "--keep-checkpoints", "100", "--save-every", "1")
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert f"no space left on the disk that holds {run}" in message
+    assert f"gptsmith train --resume {run}" in message
+    last = max((run / "checkpoints").glob("step-*"))
+    assert f"The checkpoint of step {int(last.name[5:])} is intact." in message
+    assert run_cli("generate", last, "--max-tokens", "5")[0] == 0
+
+    small_disk("size=50m")
+    code, _, err = run_cli("train", "--resume", run)
+    assert code == 0, err
+    assert f"at step {int(last.name[5:])} of 20" in err
+    assert _losses(run) == _losses(finished)
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("full_from", [11, 15])
+def test_no_space_for_a_checkpoint(
+    full_from: int, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without a disk of one's own: the system says there is no space, from some step on."""
+    from gptsmith.train.trainer import Trainer
+
+    fsync, update, full = os.fsync, Trainer._update, [False]
+
+    def no_space(fd: int) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(fd)
+
+    def then_full(self: Trainer, factor: float) -> None:
+        update(self, factor)
+        full[0] = self.step >= full_from
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(Trainer, "_update", then_full)
+    run = tmp_path / "run"
+    code, _, err = run_cli("train", text_file, "--out", run, *tiny)
+    assert code == 1
+    assert "Traceback" not in err
+    assert "no space left" in err
+    assert "The checkpoint of step 10 is intact." in err
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+    monkeypatch.undo()
+    assert run_cli("train", "--resume", run)[0] == 0
+
+
+# Checkpoints and runs ------------------------------------------------------------------------------------------------
+
+
+def _losses(run: Path) -> dict[tuple[int, str], float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], name): row[name] for row in rows for name in ("loss", "val_loss") if name in row}
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def _garble(path: Path) -> None:
+    path.write_text("{ not JSON")
+
+
+def _lie(path: Path) -> None:
+    """A manifest that fits another file."""
+    manifest = json.loads(path.read_text())
+    manifest["model.safetensors"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+
+
+def _emptied_manifest(path: Path) -> None:
+    path.write_text("{}")
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "weights cut short": ("model.safetensors", _cut),
+    "a bit of the weights flipped": ("model.safetensors", _flip),
+    "weights missing": ("model.safetensors", Path.unlink),
+    "weights emptied": ("model.safetensors", _empty),
+    "configuration garbled": ("config.json", _garble),
+    "configuration missing": ("config.json", Path.unlink),
+    "tokenizer garbled": ("tokenizer.json", _garble),
+    "tokenizer missing": ("tokenizer.json", Path.unlink),
+    "manifest garbled": ("manifest.json", _garble),
+    "manifest lies": ("manifest.json", _lie),
+    "manifest missing": ("manifest.json", Path.unlink),
+    "manifest emptied": ("manifest.json", _emptied_manifest),
+    "optimizer state flipped": ("train/state.safetensors", _flip),
+    "optimizer state missing": ("train/state.safetensors", Path.unlink),
+    "state garbled": ("train/state.json", _garble),
+}
+
+
+def _name_in_message(file: str, kind: str) -> str:
+    return "model.safetensors" if kind == "manifest lies" else file
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    kind: str, stopped_copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gptsmith.checkpoint import CheckpointStore
+
+    file, spoil = DAMAGE[kind]
+    spoil(stopped_copy / "checkpoints" / "step-00000015" / file)
+    assert CheckpointStore(stopped_copy).newest_intact().name == "step-00000010"
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert warning.startswith("warning: ")
+    assert f"step-00000015/{_name_in_message(file, kind)}" in warning
+
+
+@pytest.mark.parametrize("kind", ["weights cut short", "optimizer state flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
+    kind: str, run_cli: Cli, stopped_copy: Path, finished: Path
+) -> None:
+    file, spoil = DAMAGE[kind]
+    spoil(stopped_copy / "checkpoints" / "step-00000015" / file)
+    code, _, err = run_cli("train", "--resume", stopped_copy)
+    assert code == 0, err
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert f"step-00000015/{_name_in_message(file, kind)}" in warning
+    assert "at step 10 of 20" in err
+    assert _losses(stopped_copy) == _losses(finished)  # as if nothing had happened
+
+
+@pytest.mark.parametrize("kind", ["weights cut short", "configuration garbled"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_generates(
+    kind: str, run_cli: Cli, finished_copy: Path
+) -> None:
+    file, spoil = DAMAGE[kind]
+    best = (finished_copy / "best").resolve()
+    assert best.name == "step-00000020"
+    arguments = ["--prompt", "ba", "--temperature", "0", "--max-tokens", "5"]
+    expected = run_cli("generate", finished_copy / "checkpoints" / "step-00000015", *arguments)[1]
+    spoil(best / file)
+    code, out, err = run_cli("generate", finished_copy, *arguments)
+    assert (code, out) == (0, expected)
+    (warning,) = err.splitlines()
+    assert warning.startswith("warning: ")
+    assert f"step-00000020/{file}" in warning
+
+
+@pytest.mark.parametrize("kind", sorted(set(DAMAGE) - {"manifest missing", "manifest emptied"}))
+def test_a_damaged_model_directory_is_refused(kind: str, refused: Any, finished_copy: Path) -> None:
+    file, spoil = DAMAGE[kind]
+    directory = finished_copy / "checkpoints" / "step-00000020"
+    spoil(directory / file)
+    err = refused("generate", directory, code=1)
+    assert kind == "configuration missing" or str(directory / _name_in_message(file, kind)) in err
+
+
+def test_no_checkpoint_is_left(refused: Any, stopped_copy: Path) -> None:
+    for checkpoint in (stopped_copy / "checkpoints").iterdir():
+        _cut(checkpoint / "model.safetensors")
+    for command in (["train", "--resume", stopped_copy], ["generate", stopped_copy]):
+        err = refused(*command, code=1)
+        assert f"no checkpoint in {stopped_copy / 'checkpoints'} is intact" in err
+        assert all(f"step-000000{step}/model.safetensors" in err for step in ("05", "10", "15"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "does not fit its config.json"),
+        ({"num_hidden_layers": 2}, "missing tensors"),
+        ({"hidden_size": "wide"}, "config.json"),
+        ({"hidden_size": 0}, "config.json"),
+        ({"hidden_size": None}, "config.json"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"rope_parameters": 3}, "config.json"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "config.json"),
+        ({"model_type": "gpt5"}, "gpt5"),
+        ({"model_type": None}, "config.json"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"vocab_size": 7}, "does not fit"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_mismatched_model_directory(
+    changes: dict[str, Any], message: str, refused: Any, finished_copy: Path
+) -> None:
+    """Made elsewhere, so without a manifest: only what it says of itself can be checked."""
+    directory = finished_copy / "checkpoints" / "step-00000020"
+    (directory / "manifest.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    assert message in refused("generate", directory, code=1)
+
+
+def test_a_tokenizer_of_another_model(refused: Any, finished_copy: Path, tmp_path: Path, run_cli: Cli) -> None:
+    directory = finished_copy / "checkpoints" / "step-00000020"
+    (directory / "manifest.json").unlink()
+    (tmp_path / "wide.txt").write_text("".join(map(chr, range(33, 200))))
+    assert run_cli("tokenizer", "train", tmp_path / "wide.txt", "--kind", "char", "--out", tmp_path / "tok")[0] == 0
+    shutil.copy(tmp_path / "tok" / "tokenizer.json", directory)
+    assert "the tokenizer has 168 tokens, the model only 19" in refused("generate", directory, code=1)
+
+
+def test_what_is_no_model_or_run(refused: Any, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nothing", tmp_path / "empty", text_file):
+        assert str(path) in refused("generate", path, code=1)
+        assert f"{path} is not a run: it has no run.json" in refused("train", "--resume", path, code=1)
+        assert "run.json" in refused("report", path, code=1) or not path.exists()
+
+
+def test_resuming_with_another_architecture(refused: Any, stopped_copy: Path) -> None:
+    err = refused("train", "--resume", stopped_copy, "--model.hidden-size", "64", code=2)
+    assert "model.hidden_size (32 → 64)" in err
+    err = refused("train", "--resume", stopped_copy, "--steps", "40", "--optim.lr", "0.1", code=2)
+    assert "steps (20 → 40), optim.lr (0.02 → 0.1)" in err
+
+
+def test_a_checkpoint_of_another_architecture(refused: Any, stopped_copy: Path, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    """A whole checkpoint, but of another run."""
+    assert run_cli("train", text_file, "--out", tmp_path / "other", *tiny, "--model.hidden-size", "64")[0] == 0
+    shutil.rmtree(stopped_copy / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", stopped_copy / "checkpoints")
+    err = refused("train", "--resume", stopped_copy, code=1)
+    assert "step-00000020 has another architecture than" in err
+
+
+@pytest.mark.parametrize("change", ["a line more", "a letter", "a new character", "gone"])
+def test_resuming_with_changed_data(change: str, refused: Any, stopped_copy: Path, words: str, tmp_path: Path) -> None:
+    text = tmp_path / "moved.txt"
+    text.write_text(words)
+    record = json.loads((stopped_copy / "run.json").read_text())
+    record["data"]["spec"] = str(text)
+    (stopped_copy / "run.json").write_text(json.dumps(record))
+    if change == "gone":
+        text.unlink()
+        assert str(text) in refused("train", "--resume", stopped_copy, code=2)
+        return
+    changed = {"a line more": words + "ba\n", "a letter": "k" + words[1:], "a new character": "Ü" + words[1:]}
+    text.write_text(changed[change])
+    err = refused("train", "--resume", stopped_copy, code=1)
+    assert f"the data of {stopped_copy} has changed since the run began ({text})" in err
+
+
+def test_resuming_a_finished_run(refused: Any, finished_copy: Path) -> None:
+    assert "is finished: all 20 steps are done" in refused("train", "--resume", finished_copy, code=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda record: "{ not JSON", "run.json is damaged"),
+        (lambda record: "[]", "run.json is damaged"),
+        (lambda record: {k: v for k, v in record.items() if k != "config"}, "run.json is damaged"),
+        (lambda record: {k: v for k, v in record.items() if k != "status"}, "run.json is damaged"),
+        (lambda record: {k: v for k, v in record.items() if k != "precision"}, "run.json is damaged"),
+        (lambda record: {**record, "data": {}}, "run.json is damaged"),
+        (lambda record: {**record, "config": {**record["config"], "stepz": 1}}, "run.json"),
+        (lambda record: {**record, "config": {**record["config"], "steps": "x"}}, "run.json"),
+    ],
+    ids=["garbled", "no object", "no config", "no status", "no precision", "no data", "unknown key", "wrong type"],
+)
+def test_a_damaged_run_record(spoil: Callable[[Any], Any], message: str, refused: Any, stopped_copy: Path) -> None:
+    path = stopped_copy / "run.json"
+    spoilt = spoil(json.loads(path.read_text()))
+    path.write_text(spoilt if isinstance(spoilt, str) else json.dumps(spoilt))
+    assert message in refused("train", "--resume", stopped_copy, code=1)
+
+
+def test_a_run_that_another_process_trains(refused: Any, stopped_copy: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with open(stopped_copy / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is training in" in refused("train", "--resume", stopped_copy, code=2)
+
+
+# The real thing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["train", "nothing.txt"], 2), (["train", "empty.txt"], 1), (["generate", "."], 1), (["--bad"], 2), ([], 2)],
+)
+def test_in_a_process_of_its_own(arguments: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    done = subprocess.run([sys.executable, "-m", "gptsmith", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: " if arguments else "usage: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]

@@ -1,0 +1,375 @@
+"""From a text to a model that writes, through the real command line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gptsmith
+from gptsmith.log import JsonLines
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in JsonLines(run / "metrics.jsonl").read() if "loss" in row]
+
+
+def record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "run.json").read_text()))
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_leaves(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "bard"
+    code, out, err = run_cli("train", text_file, "--out", run, *tiny)
+    assert code == 0
+
+    lines = out.splitlines()
+    assert lines[0].startswith("best validation loss ")
+    assert lines[0].split(" (")[0].endswith("nats/token at step 20")
+    assert lines[1:] == [
+        f"model   {run}/best",
+        f"report  {run}/report.html",
+        f'try     gptsmith generate {run} --prompt "..."',
+    ]
+    assert "step 20/20" in err
+    assert "val loss" in err
+    assert any(line.startswith("  | ") for line in err.splitlines())  # a preview
+
+    assert {path.name for path in run.iterdir()} - {".lock"} == {
+        "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "tokenizer", "checkpoints", "best", "last",
+    }  # fmt: skip
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {"step-00000015", "step-00000020"}
+    assert {path.name for path in (run / "best").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "manifest.json", "train",
+    }  # fmt: skip
+
+    info = record(run)
+    assert info["status"] == "finished"
+    assert info["version"] == gptsmith.__version__
+    assert info["config"]["model"]["hidden_size"] == info["model"]["hidden_size"] == 32
+    assert info["data"]["spec"] == str(text_file)
+    assert info["data"]["train_tokens"] + info["data"]["val_tokens"] == len(text_file.read_text())
+    steps = [row["step"] for row in JsonLines(run / "metrics.jsonl").read() if "loss" in row]
+    assert steps == list(range(1, 21))
+    assert [row["step"] for row in JsonLines(run / "metrics.jsonl").read() if "val_loss" in row] == [10, 20]
+    final = [row["temperature"] for row in JsonLines(run / "samples.jsonl").read() if row["final"]]
+    assert final == [0.2, 0.8, 1.2]
+    page = (run / "report.html").read_text()
+    assert "</html>" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched to show it
+
+
+def test_the_run_loads_in_python(finished: Path) -> None:
+    import torch
+
+    model, tokenizer = gptsmith.load(str(finished))
+    ids = torch.tensor([tokenizer.encode("ba ko"), tokenizer.encode("mi ru")])
+    assert model(ids).shape == (2, 5, tokenizer.vocab_size)
+    text = gptsmith.generate(model, tokenizer, "ba", max_tokens=20, temperature=0)
+    assert len(text) == 20
+
+
+def test_the_report_is_written_again(run_cli: Cli, finished_copy: Path) -> None:
+    (finished_copy / "report.html").unlink()
+    assert run_cli("report", finished_copy) == (0, f"{finished_copy / 'report.html'}\n", "")
+    assert "</html>" in (finished_copy / "report.html").read_text()
+
+
+def test_run_json_as_a_configuration_makes_the_same_run(run_cli: Cli, finished: Path, tmp_path: Path) -> None:
+    text, again = finished.parent / "words.txt", tmp_path / "again"
+    assert run_cli("train", text, "--config", finished / "run.json", "--out", again)[0] == 0
+    assert losses(again) == losses(finished)
+    weights = Path("last") / "model.safetensors"
+    assert (again / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_options_override_a_configuration(run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "config.json").write_text('{"steps": 7, "optim": {"lr": 0.005}, "model": {"family": "gpt2"}}')
+    at = tiny.index("--steps")
+    options = [*tiny[:at], *tiny[at + 2 :], "--optim.lr", "0.01", "--optim.name", "adamw"]
+    command = ["train", text_file, "--config", tmp_path / "config.json", "--out", tmp_path / "run", *options]
+    assert run_cli(*command)[0] == 0
+    config = record(tmp_path / "run")["config"]
+    assert (config["steps"], config["optim"]["lr"], config["model"]["family"]) == (7, 0.01, "gpt2")
+    assert config["optim"]["beta2"] == 0.99  # what neither gives is the default
+
+
+def test_yaml_as_a_configuration(run_cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / "config.yaml").write_text("steps: 777\noptim:\n  name: adamw\n")
+    code, out, _ = run_cli("train", "--config", tmp_path / "config.yaml", "--help")
+    assert code == 0
+    assert "(default: 777)" in out
+    assert "(default: adamw)" in out
+
+
+def test_a_preset_is_a_starting_point(run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "run").mkdir()  # an empty directory is a place too
+    command = ["train", text_file, "--preset", "char-small", "--preset=nanogpt-cpu", "--out", tmp_path / "run", *tiny]
+    assert run_cli(*command)[0] == 0
+    config = record(tmp_path / "run")["config"]  # the last of two counts
+    assert (config["model"]["family"], config["optim"]["name"]) == ("gpt2", "adamw")
+    assert (config["steps"], config["context"]) == (20, 32)
+
+
+def test_runs_are_numbered(
+    run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run_cli("train", "words.txt", *tiny, "--steps", "2", "--sample-tokens", "0")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["words", "words-2"]
+    assert run_cli("generate", "runs/words-2", "--max-tokens", "5")[0] == 0
+
+
+def test_a_stopped_run_resumes_as_if_it_had_not(run_cli: Cli, stopped_copy: Path, finished: Path) -> None:
+    code, out, err = run_cli("train", "--resume", stopped_copy)
+    assert code == 0
+    assert f"resuming {stopped_copy} at step 15 of 20" in err
+    assert losses(stopped_copy) == losses(finished)
+    assert out.splitlines()[1] == f"model   {stopped_copy}/best"
+    assert record(stopped_copy)["status"] == "finished"
+
+
+def test_previews_may_change_when_resuming(run_cli: Cli, stopped_copy: Path) -> None:
+    code, _, err = run_cli("train", "--resume", stopped_copy, "--sample-tokens", "0")
+    assert code == 0, err
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _documents(words: str) -> list[str]:
+    return ["\n".join(words.splitlines()[i : i + 50]) for i in range(0, 1000, 50)]
+
+
+def _write(kind: str, documents: list[str], place: Path) -> Path:
+    rows = "".join(json.dumps({"text": document, "id": i}) + "\n" for i, document in enumerate(documents)).encode()
+    path = place / f"data.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        for i, document in enumerate(documents):
+            (path / f"{i:03}.txt").write_text(document)
+    elif kind == "jsonl":
+        path.write_bytes(rows)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(rows))
+    elif kind == "jsonl.zst":
+        path.write_bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": documents}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_documents_in_every_form_are_the_same_data(
+    kind: str, run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]
+) -> None:
+    documents = _documents(words)
+    path = _write(kind, documents, tmp_path)
+    run = tmp_path / "run"
+    code, _, err = run_cli("train", path, "--out", run, *tiny, "--steps", "3", "--sample-tokens", "0")
+    assert code == 0, err
+    data = record(run)["data"]
+    assert data["train_tokens"] + data["val_tokens"] == sum(len(document) + 1 for document in documents)
+    assert losses(run) == pytest.approx([2.9444389, 2.94, 2.94], abs=0.2)
+
+
+def test_another_field(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": document}) + "\n" for document in _documents(words)))
+    command = ["train", path, "--out", tmp_path / "run", *tiny, "--steps", "2", "--sample-tokens", "0"]
+    code, _, err = run_cli(*command)
+    assert code == 1
+    option = err.split("Name the right one with ")[1].rstrip(".\n")
+    assert run_cli(*command, option, "body")[0] == 0  # the message names the option that helps
+
+
+def test_validation_text_of_ones_own(run_cli: Cli, words: str, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "held-out.txt").write_text("sha ten mi\n" * 100 + "Z")
+    command = ["train", text_file, "--val", tmp_path / "held-out.txt", "--out", tmp_path / "run", *tiny]
+    assert run_cli(*command)[0] == 0
+    data = record(tmp_path / "run")["data"]
+    assert (data["train_tokens"], data["val_tokens"]) == (len(words), 1101)
+    assert data["val"] == str(tmp_path / "held-out.txt")
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_trained_along_the_way(run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+    command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--tokenizer", "bpe", "--vocab-size", "300"]
+    code, _, err = run_cli(*command)
+    assert code == 0, err
+    assert record(tmp_path / "run")["model"]["vocab_size"] == 300
+    code, out, _ = run_cli("generate", tmp_path / "run", "--prompt", "Ü! ", "--max-tokens", "5", "--temperature", "0")
+    assert code == 0
+    assert out.startswith("Ü! ")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_a_tokenizer_trained_before(
+    kind: str, run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    tok = tmp_path / "tok"
+    code, out, _ = run_cli("tokenizer", "train", text_file, "--kind", kind, "--vocab-size", "300", "--out", tok)
+    size = 300 if kind == "bpe" else 19
+    assert (code, out) == (0, f"{tok}/tokenizer.json: {size} tokens\n")
+    assert {path.name for path in tok.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    command = ["train", text_file, "--tokenizer", tok, "--out", tmp_path / "run", *tiny, "--steps", "2"]
+    assert run_cli(*command)[0] == 0
+    assert record(tmp_path / "run")["model"]["vocab_size"] == size
+    assert (tmp_path / "run" / "last" / "tokenizer.json").read_bytes() == (tok / "tokenizer.json").read_bytes()
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+def test_standard_output_is_the_prompt_and_the_text(run_cli: Cli, finished: Path) -> None:
+    command = ["generate", finished, "--prompt", "ba ko", "--max-tokens", "20", "--seed", "3"]
+    code, out, err = run_cli(*command)
+    assert (code, err) == (0, "")
+    assert out.startswith("ba ko")
+    model, tokenizer = gptsmith.load(finished)
+    text = gptsmith.generate(model, tokenizer, "ba ko", max_tokens=20, temperature=0.8, seed=3)
+    assert out == f"ba ko{text}\n"
+
+
+def test_seeds(run_cli: Cli, finished: Path) -> None:
+    def write(*options: str) -> str:
+        return run_cli("generate", finished, "--prompt", "ba", "--max-tokens", "25", *options)[1]
+
+    assert write("--seed", "1") == write("--seed", "1") != write("--seed", "2")
+    assert write() != write()  # without one, a new text each time
+    assert write("--temperature", "0") == write("--temperature", "0", "--seed", "9")
+    assert write("--top-k", "1") == write("--temperature", "0")
+    assert write("--top-p", "0.0001") == write("--min-p", "1") == write("--temperature", "0")
+
+
+def test_several_samples(run_cli: Cli, finished: Path) -> None:
+    command = ["generate", finished, "--prompt", "ba", "--max-tokens", "10", "--seed", "5"]
+    code, out, _ = run_cli(*command, "--num-samples", "3")
+    assert code == 0
+    texts = out.split("--- sample ")[1:]
+    assert [text.split(" ---\n")[0] for text in texts] == ["1 of 3", "2 of 3", "3 of 3"]
+    bodies = [text.split(" ---\n")[1].strip("\n") for text in texts]
+    assert all(body.startswith("ba") for body in bodies)
+    assert len(set(bodies)) > 1
+    alone = [run_cli(*command[:-1], str(5 + i))[1].strip("\n") for i in range(3)]
+    assert bodies == alone  # sample i of seed s is the only sample of seed s + i
+
+
+def test_stop_texts(run_cli: Cli, finished: Path) -> None:
+    command = ["generate", finished, "--prompt", "ba", "--max-tokens", "60", "--seed", "1", "--top-k", "5"]
+    whole = run_cli(*command)[1][2:-1]
+    stop, other = whole[10:12], whole[20:22]
+    expected = whole[: min(whole.index(stop), whole.index(other))]
+    assert 0 < len(expected) < 60
+    assert run_cli(*command, "--stop", other, "--stop", stop)[1] == f"ba{expected}\n"
+
+
+def test_the_prompt_from_standard_input(run_cli: Cli, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["generate", finished, "--max-tokens", "10", "--seed", "1", "--prompt"]
+    expected = run_cli(*command, "ba ko\n")[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ba ko\n"), encoding="utf-8"))
+    assert run_cli(*command, "-") == (0, expected, "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ba \xff"), encoding="utf-8"))
+    code, out, err = run_cli(*command, "-")
+    assert (code, out) == (2, "")
+    assert err == "error: standard input is not utf-8 text: invalid start byte at byte 3.\n"
+
+
+def test_an_empty_prompt_begins_a_document(run_cli: Cli, finished: Path) -> None:
+    code, out, _ = run_cli("generate", finished, "--prompt", "", "--max-tokens", "10", "--seed", "1")
+    assert code == 0
+    assert 1 <= len(out) <= 11
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_beyond_the_context_there_is_one_note(length: int, run_cli: Cli, finished: Path) -> None:
+    prompt = ("ba ko " * 10)[:length]
+    code, out, err = run_cli("generate", finished, "--prompt", prompt, "--max-tokens", "70", "--temperature", "0")
+    assert code == 0
+    assert out.startswith(prompt)
+    assert len(out) == length + 70 + 1
+    assert err.count("note: ") == err.count("\n") == 1
+    assert "context of 32 tokens" in err
+
+
+def test_a_reader_that_leaves_is_no_error(finished: Path) -> None:
+    """`gptsmith generate RUN --max-tokens 100000 | head -c 1`"""
+    command = [sys.executable, "-m", "gptsmith", "generate", str(finished), "--max-tokens", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def test_version(run_cli: Cli) -> None:
+    assert run_cli("--version") == (0, f"gptsmith {gptsmith.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["train", "generate", "report", "data", "tokenizer"]),
+        (["train", "--help"], ["--resume", "--preset", "char-small", "--optim.lr", "--model.family", "--val-fraction"]),
+        (["generate", "--help"], ["--prompt", "--top-p", "--min-p", "--repetition-penalty", "--stop", "--seed"]),
+        (["report", "--help"], ["--text"]),
+        (["data", "--help"], ["list", "get"]),
+        (["data", "get", "--help"], ["--out"]),
+        (["tokenizer", "--help"], ["train"]),
+        (["tokenizer", "train", "--help"], ["--kind", "--vocab-size", "--out"]),
+    ],
+    ids=lambda value: " ".join(value) if "--help" in value else "",
+)
+def test_help(arguments: list[str], words: list[str], run_cli: Cli) -> None:
+    code, out, err = run_cli(*arguments)
+    assert (code, err) == (0, "")
+    assert all(word in out for word in words)
+
+
+def test_help_shows_the_chosen_configuration(run_cli: Cli) -> None:
+    assert "(default: 2000)" in run_cli("train", "--help")[1]
+    assert "(default: 20000)" in run_cli("train", "--preset", "gpt2-124m", "--help")[1]
+
+
+def test_corpora_are_listed(run_cli: Cli) -> None:
+    code, out, _ = run_cli("data", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
+    assert all("Licence: " in line and " MB " in line for line in out.splitlines())
+
+
+def test_a_corpus_is_fetched_and_copied(run_cli: Cli, tmp_path: Path, own_cache: Path) -> None:
+    code, out, _ = run_cli("data", "get", "python-stdlib", "--out", tmp_path / "new" / "stdlib.jsonl")
+    assert (code, out) == (0, f"{tmp_path / 'new' / 'stdlib.jsonl'}\n")
+    code, out, _ = run_cli("data", "get", "python-stdlib")
+    cached = Path(out.strip())
+    assert cached.is_relative_to(own_cache)
+    assert cached.read_bytes() == (tmp_path / "new" / "stdlib.jsonl").read_bytes()
+    code, _, err = run_cli("data", "get", "python-stdlib", "--out", tmp_path / "new")
+    assert (code, err.startswith("error: ")) == (2, True)
