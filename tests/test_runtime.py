@@ -52,9 +52,7 @@ def test_a_cache_that_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
 )
-def test_auto_takes_the_fastest_device(
-    cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_the_fastest_device(cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert choose_device().type == expected

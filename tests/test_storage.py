@@ -42,9 +42,14 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
-    with pytest.raises(failure), atomic_file(path) as file:
-        file.write(b"half of the n")
-        raise failure
+
+    def write() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half of the n")
+            raise failure
+
+    with pytest.raises(failure):
+        write()
     assert path.read_text() == "old"
     assert leftovers(tmp_path) == []
 
@@ -96,9 +101,14 @@ def test_a_directory_appears_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", [ValueError, Crash])
 def test_a_failed_directory_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     path = tmp_path / "folder"
-    with pytest.raises(failure), atomic_directory(path) as temporary:
-        (temporary / "file").write_text("x")
-        raise failure
+
+    def write() -> None:
+        with atomic_directory(path) as temporary:
+            (temporary / "file").write_text("x")
+            raise failure
+
+    with pytest.raises(failure):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,7 +166,7 @@ def test_the_systems_refusals_are_explained(tmp_path: Path, code: int, message: 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), explain_os_errors(tmp_path):
-        open(tmp_path / "missing")
+        (tmp_path / "missing").read_text()
 
 
 def test_a_place_below_a_file_is_explained(tmp_path: Path) -> None:

@@ -45,13 +45,13 @@ BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
     "empty": ("empty.txt", b"", 1, "{path} is empty"),
     "white space": ("blank.txt", b" \n\t \n" * 100, 1, "holds no text"),
     "binary": ("data.txt", bytes(range(256)) * 8, 1, "{path} is a binary file: byte 0 is zero"),
-    "latin-1": ("latin.txt", b"caf\xe9 au lait " * 50, 1, "{path} is not UTF-8 text: invalid continuation byte at byte 3"),
+    "latin-1": ("latin.txt", b"caf\xe9 au lait " * 50, 1, "not UTF-8 text: invalid continuation byte at byte 3"),
     "utf-16": ("wide.txt", ("words " * 50).encode("utf-16"), 1, "{path} is UTF-16, not UTF-8"),
     "cut inside a character": ("cut.txt", ("é" * 500).encode()[:-1], 1, "ends inside the character at byte 998"),
     "shorter than the context": ("short.txt", b"Too short for this context.", 1, "context of 32 needs at least 33"),
     "a few characters": ("tiny.txt", b"short", 1, "{path} is too short"),
-    "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"text": ', 1, "{path}, line 3: not valid JSON"),
-    "JSONL without the field": ("rows.jsonl", b'{"text": "one"}\n{"txt": "two"}', 1, "{path}, line 2: no field 'text'. There is txt"),
+    "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"te', 1, "{path}, line 3: not valid JSON"),
+    "JSONL without the field": ("rows.jsonl", b'{"text": "one"}\n{"txt": "two"}', 1, "line 2: no field 'text'. There is txt"),
     "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
     "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a sound gzip file"),
@@ -529,9 +529,7 @@ def test_no_checkpoint_is_left(refused: Any, stopped_copy: Path) -> None:
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_a_mismatched_model_directory(
-    changes: dict[str, Any], message: str, refused: Any, finished_copy: Path
-) -> None:
+def test_a_mismatched_model_directory(changes: dict[str, Any], message: str, refused: Any, finished_copy: Path) -> None:
     """Made elsewhere, so without a manifest: only what it says of itself can be checked."""
     directory = finished_copy / "checkpoints" / "step-00000020"
     (directory / "manifest.json").unlink()
@@ -564,7 +562,9 @@ def test_resuming_with_another_architecture(refused: Any, stopped_copy: Path) ->
     assert "steps (20 → 40), optim.lr (0.02 → 0.1)" in err
 
 
-def test_a_checkpoint_of_another_architecture(refused: Any, stopped_copy: Path, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture(
+    refused: Any, stopped_copy: Path, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path
+) -> None:
     """A whole checkpoint, but of another run."""
     assert run_cli("train", text_file, "--out", tmp_path / "other", *tiny, "--model.hidden-size", "64")[0] == 0
     shutil.rmtree(stopped_copy / "checkpoints")

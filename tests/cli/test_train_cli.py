@@ -201,7 +201,9 @@ def test_another_field(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]
     assert run_cli(*command, option, "body")[0] == 0  # the message names the option that helps
 
 
-def test_validation_text_of_ones_own(run_cli: Cli, words: str, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_validation_text_of_ones_own(
+    run_cli: Cli, words: str, text_file: Path, tmp_path: Path, tiny: list[str]
+) -> None:
     (tmp_path / "held-out.txt").write_text("sha ten mi\n" * 100 + "Z")
     command = ["train", text_file, "--val", tmp_path / "held-out.txt", "--out", tmp_path / "run", *tiny]
     assert run_cli(*command)[0] == 0
@@ -224,9 +226,7 @@ def test_a_tokenizer_trained_along_the_way(run_cli: Cli, text_file: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_tokenizer_trained_before(
-    kind: str, run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]
-) -> None:
+def test_a_tokenizer_trained_before(kind: str, run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
     tok = tmp_path / "tok"
     code, out, _ = run_cli("tokenizer", "train", text_file, "--kind", kind, "--vocab-size", "300", "--out", tok)
     size = 300 if kind == "bpe" else 19
@@ -360,7 +360,8 @@ def test_help_shows_the_chosen_configuration(run_cli: Cli) -> None:
 def test_corpora_are_listed(run_cli: Cli) -> None:
     code, out, _ = run_cli("data", "list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
     assert all("Licence: " in line and " MB " in line for line in out.splitlines())
 
 

@@ -45,7 +45,7 @@ CONFIG = TrainConfig(
 def trace(directory: Path) -> list[dict[str, float]]:
     """Everything in the metrics but the times."""
     rows = JsonLines(directory / "metrics.jsonl").read()
-    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("time", "update_time", "tokens_per_second")} for row in rows]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def interrupted_copy(uninterrupted: Path, tmp_path: Path, step: int) -> Path:
 
 def test_a_kill_between_saving_and_evaluating(uninterrupted: Path, tmp_path: Path) -> None:
     out = interrupted_copy(uninterrupted, tmp_path, 55)
-    rows = [row for row in JsonLines(out / "metrics.jsonl").read() if not (row["step"] == 60)]
+    rows = [row for row in JsonLines(out / "metrics.jsonl").read() if row["step"] != 60]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 57, "lo')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

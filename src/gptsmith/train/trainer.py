@@ -64,6 +64,7 @@ class Trainer:
         self.recent_loss = math.nan
         self.elapsed_before = 0.0  # seconds of training in earlier sessions of this run
         self.busy, self.busy_targets = 0.0, 0.0  # seconds in updates since the last log line, and their targets
+        self.update_seconds = 0.0  # seconds in updates alone, over all sessions: what a speed is measured by
         self.started = time.monotonic()
 
     def run(self) -> Outcome:
@@ -132,7 +133,9 @@ class Trainer:
         self.step += 1
         if self.device.type != "cuda":
             self._check(float(total), float(norm))
-        self.busy += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.busy += seconds
+        self.update_seconds += seconds
         self.busy_targets += weight
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -196,9 +199,15 @@ class Trainer:
         with self._autocast():
             values = self.objective.evaluate(self.model)
         if values is not None:
-            values = {"step": self.step, "time": round(self.elapsed(), 3), "tokens": int(self.targets), **values}
-            self.metrics.append(**values)
-            self.display.evaluation(self.step, values)
+            row = {
+                "step": self.step,
+                "time": round(self.elapsed(), 3),
+                "update_time": round(self.update_seconds, 3),
+                "tokens": int(self.targets),
+                **values,
+            }
+            self.metrics.append(**row)
+            self.display.evaluation(self.step, row)
         self.store.point()
         if not self.should_stop():
             self.on_evaluation(self.step)
@@ -215,6 +224,7 @@ class Trainer:
             "step": self.step,
             "targets": self.targets,
             "elapsed": self.elapsed(),
+            "update_seconds": self.update_seconds,
             "pending": losses,
             "first_loss": self.first_loss,
             "recent_loss": self.recent_loss,
@@ -253,5 +263,6 @@ class Trainer:
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
             self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
             self.elapsed_before = float(values["elapsed"])
+            self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
