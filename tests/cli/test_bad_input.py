@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from gptsmith.storage import explain_os_errors
+
 Cli = Callable[..., tuple[int, str, str]]
 Snapshot = Callable[[Path], dict[str, bytes | str | None]]
 
@@ -51,7 +53,7 @@ BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
     "shorter than the context": ("short.txt", b"Too short for this context.", 1, "context of 32 needs at least 33"),
     "a few characters": ("tiny.txt", b"short", 1, "{path} is too short"),
     "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"te', 1, "{path}, line 3: not valid JSON"),
-    "JSONL without the field": ("rows.jsonl", b'{"text": "one"}\n{"txt": "two"}', 1, "line 2: no field 'text'. There is txt"),
+    "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "line 2: no field 'text'. There is txt"),
     "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
     "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a sound gzip file"),
@@ -195,6 +197,14 @@ def test_a_value_out_of_range(
     err = refused("train", text_file, "--out", tmp_path / "run", *tiny, option, value, code=2)
     name = option.removeprefix("--").split(".")[-1]
     assert name in err.replace("_", "-")
+
+
+def test_compiling_without_a_compiler(
+    refused: Any, text_file: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptsmith.train.run.compiler_available", lambda device: False)
+    err = refused("train", text_file, "--out", tmp_path / "run", *tiny, "--compile", "on", code=1)
+    assert "--compile on needs a C++ compiler" in err
 
 
 def test_a_vocabulary_below_the_alphabet(refused: Any, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
@@ -385,6 +395,30 @@ def test_no_space_for_a_checkpoint(
     assert "The checkpoint of step 10 is intact." in err
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
     monkeypatch.undo()
+    assert run_cli("train", "--resume", run)[0] == 0
+
+
+def test_no_space_for_a_line_of_metrics(
+    run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptsmith.log import JsonLines
+
+    append = JsonLines.append
+
+    def no_space(self: JsonLines, **values: Any) -> None:
+        with explain_os_errors(self.path):
+            if values["step"] > 12:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, **values)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "append", no_space)
+        code, _, err = run_cli("train", text_file, "--out", run, *tiny)
+    assert code == 1
+    assert "no space left" in err
+    assert f"gptsmith train --resume {run}" in err  # what is saved is not lost, and the message says so
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert run_cli("train", "--resume", run)[0] == 0
 
 

@@ -116,3 +116,34 @@ def test_ctrl_c_before_the_first_step(
     monkeypatch.setattr("gptsmith.train.run.prepare", interrupted)
     assert run_cli("train", text_file, "--out", tmp_path / "run", *tiny) == (130, "", "\nstopped\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_at_the_last_step_costs_nothing(
+    run_cli: Callable[..., tuple[int, str, str]],
+    text_file: Path,
+    tmp_path: Path,
+    tiny: list[str],
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last step is done and saved, its evaluation is not: that is left to the resumed run."""
+    from gptsmith.train.trainer import Trainer
+
+    log: Callable[..., None] = Trainer._log
+
+    def log_and_stop(self: Trainer, factor: float) -> None:
+        log(self, factor)
+        if self.step == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log", log_and_stop)
+        assert run_cli("train", text_file, "--out", run, *tiny)[0] == 130
+    assert run_cli("train", "--resume", run)[0] == 0
+
+    def val_losses(directory: Path) -> list[float]:
+        return [row["val_loss"] for row in JsonLines(directory / "metrics.jsonl").read() if "val_loss" in row]
+
+    assert val_losses(run) == val_losses(finished)
+    assert (run / "best").resolve().name == "step-00000020"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,6 +134,17 @@ def test_runs_are_numbered(
         assert run_cli("train", "words.txt", *tiny, "--steps", "2", "--sample-tokens", "0")[0] == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["words", "words-2"]
     assert run_cli("generate", "runs/words-2", "--max-tokens", "5")[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_that_are_not_utf8(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    place.mkdir()
+    (place / "words.txt").write_text(words)
+    code, out, err = run_cli("train", place / "words.txt", "--out", place / "run", *tiny)
+    assert code == 0, err
+    assert record(place / "run")["data"]["spec"] == str(place / "words.txt")
+    assert out.splitlines()[1].startswith("model ")
 
 
 def test_a_stopped_run_resumes_as_if_it_had_not(run_cli: Cli, stopped_copy: Path, finished: Path) -> None:
