@@ -53,7 +53,7 @@ BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
     "shorter than the context": ("short.txt", b"Too short for this context.", 1, "context of 32 needs at least 33"),
     "a few characters": ("tiny.txt", b"short", 1, "{path} is too short"),
     "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"te', 1, "{path}, line 3: not valid JSON"),
-    "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "line 2: no field 'text'. There is txt"),
+    "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "no field 'text'. There is txt"),
     "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
     "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a sound gzip file"),

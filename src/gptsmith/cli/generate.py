@@ -95,7 +95,6 @@ def _read_input() -> str:
 
 
 def _write(text: str) -> None:
-    """To standard output at once; what its encoding cannot show is replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    """To standard output, at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()

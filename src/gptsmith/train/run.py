@@ -115,8 +115,7 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
         sources = [train] if val is None else [train, val]
         return train_char((piece.text for s in sources for piece in s.pieces()), unknown=config.unknown)
     if config.tokenizer == "bpe":
-        held_out = int(train.size_bytes * (config.val_fraction if val is None else 0.0))
-        return train_bpe(_first_bytes(train, train.size_bytes - held_out), config.vocab_size)
+        return train_bpe(_training_part(train, 0.0 if val is not None else config.val_fraction), config.vocab_size)
     if config.tokenizer == "gpt2":
         return gpt2_tokenizer()
     path = Path(config.tokenizer)
@@ -125,14 +124,14 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
     return Tokenizer.load(path)
 
 
-def _first_bytes(source: Source, limit: int) -> Iterator[str]:
-    """The pieces of a source up to about `limit` bytes of text."""
-    taken = 0
+def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
+    """The text of a source but for the last `val_fraction` of its characters, which validation will be cut from."""
+    left = round(sum(len(piece.text) for piece in source.pieces()) * (1 - val_fraction))
     for piece in source.pieces():
-        taken += len(piece.text.encode("utf-8", errors="replace"))
-        if taken > limit:
+        yield piece.text[:left]
+        left -= len(piece.text)
+        if left <= 0:
             return
-        yield piece.text
 
 
 def start(
