@@ -11,10 +11,10 @@ demo: $(VENV)/.core
 	@echo "open $(DEMO_RUN)/report.html in a browser"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; small models gain nothing from threads
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,7 +43,7 @@ def nanogpt_cpu() -> TrainConfig:
 
 
 def bpe_small() -> TrainConfig:
-    """11M parameters over a byte-level BPE vocabulary trained on your text (books, code, notes): hours on a CPU."""
+    """12M parameters over a byte-level BPE vocabulary trained on your text (books, code, notes): hours on a CPU."""
     return TrainConfig(
         tokenizer="bpe",
         vocab_size=4096,
