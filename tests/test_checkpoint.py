@@ -121,9 +121,7 @@ def test_what_is_no_model_is_said(model: Transformer, tokenizer: Tokenizer, tmp_
         load_train_state(tmp_path / "bard")
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(
-    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_tokenizer_larger_than_the_model_is_refused(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", model, tokenizer)
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
     train_char(["abcdefghijklmnop"]).save(tmp_path / "other")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, nearest
 from gptsmith.log import JsonLines, note
-from gptsmith.model.hf import load_model_weights, read_config, save_model
+from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, load_model_weights, read_config, save_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
@@ -79,6 +79,9 @@ def verify(directory: Path) -> None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in expected:
+            raise CheckpointError(f"{path} is damaged: it does not list {name}.")
     for name, (size, digest) in expected.items():
         file = Path(directory) / name
         if not file.is_file():

@@ -22,6 +22,18 @@ def shakespeare_3min() -> TrainConfig:
     return replace(char_small(), steps=1200, eval_every=400)
 
 
+def shakespeare_quick() -> TrainConfig:
+    """0.2M parameters, context 64: readable Shakespeare in seconds."""
+    return TrainConfig(
+        model=ModelOptions(num_hidden_layers=2, hidden_size=96, num_attention_heads=3, tie_word_embeddings=False),
+        context=64,
+        batch_size=16,
+        steps=250,
+        eval_every=250,
+        optim=OptimConfig(lr=0.02, embedding_lr=0.01, momentum=0.9, newton_schulz_steps=3, warmup_steps=5),
+    )
+
+
 def nanogpt_cpu() -> TrainConfig:
     """nanoGPT's published recipe for a CPU (GPT-2 layout, AdamW, context 64), to compare with."""
     return TrainConfig(
@@ -80,6 +92,7 @@ def gpt2_124m() -> TrainConfig:
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "char-small": char_small,
     "shakespeare-3min": shakespeare_3min,
+    "shakespeare-quick": shakespeare_quick,
     "nanogpt-cpu": nanogpt_cpu,
     "bpe-small": bpe_small,
     "gpt2-124m": gpt2_124m,

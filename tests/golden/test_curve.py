@@ -1,4 +1,7 @@
-"""A 50-step training curve must not drift. After a change that is meant to move it: GPTSMITH_GOLDEN=write pytest tests/golden"""
+"""A 50-step training curve must not drift.
+
+After a change that is meant to move it: GPTSMITH_GOLDEN=write pytest tests/golden
+"""
 
 from __future__ import annotations
 

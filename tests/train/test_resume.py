@@ -24,7 +24,7 @@ from gptsmith.log import JsonLines
 from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
 from gptsmith.train.run import resume, start
 
-# Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all must be restored.
+# Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
 CONFIG = TrainConfig(
     model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
     context=32,

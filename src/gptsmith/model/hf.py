@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptsmith.errors import CheckpointError
+from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
@@ -225,8 +225,10 @@ def read_config(directory: Path) -> ModelConfig:
         return _layout(values.get("model_type"), str(path)).from_hf(values)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}.") from None
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} has a value of the wrong type: {error}.") from None
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def weights_to_hf(model: Transformer) -> dict[str, Tensor]:

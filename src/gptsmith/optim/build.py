@@ -67,6 +67,7 @@ def build_optimizers(
     weight_decay: float,
     momentum: float,
     betas: tuple[float, float],
+    newton_schulz_steps: int = 5,
 ) -> Optimizers:
     """`adamw`: everything by AdamW (Loshchilov & Hutter 2017, 1711.05101). `muon`: the blocks' matrices by Muon.
 
@@ -78,7 +79,7 @@ def build_optimizers(
     if name == "muon":
         splits = [model.fused_rows(names[p]) for p in matrices]
         group = {"params": matrices, "splits": splits}
-        optimizers.append(Muon([group], lr=lr, momentum=momentum, weight_decay=weight_decay))
+        optimizers.append(Muon([group], lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps))
         chosen = set(matrices)
         others, rate = [p for p in model.parameters() if p not in chosen], embedding_lr
     else:

@@ -40,7 +40,8 @@ class ModelOptions:
         """The resolved `ModelConfig`. UsageError where sizes do not fit together."""
         from gptsmith.model.families import FAMILIES
 
-        if self.head_dim is None and self.hidden_size % max(1, self.num_attention_heads):
+        _check(self.num_attention_heads >= 1, "--model.num-attention-heads", self.num_attention_heads, "at least 1")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"--model.hidden-size {self.hidden_size} is not a multiple of "
                 f"--model.num-attention-heads {self.num_attention_heads}."
@@ -65,6 +66,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices and embeddings."""
     momentum: float = 0.95
     """Muon's momentum."""
+    newton_schulz_steps: int = 5
+    """Muon's iterations: fewer are faster and less exact."""
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
@@ -84,6 +87,7 @@ class OptimConfig:
             _check(getattr(self, name) >= 0, f"--optim.{name.replace('_', '-')}", getattr(self, name), "0 or more")
         for name in ("momentum", "beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, f"--optim.{name}", getattr(self, name), "at least 0 and below 1")
+        _check(self.newton_schulz_steps >= 1, "--optim.newton-schulz-steps", self.newton_schulz_steps, "at least 1")
         for name in ("decay_fraction", "final_factor"):
             _check(0 <= getattr(self, name) <= 1, f"--optim.{name.replace('_', '-')}", getattr(self, name), "in [0, 1]")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -18,7 +17,9 @@ class Display:
 
     def __init__(self, steps: int, first_step: int = 0) -> None:
         self.steps, self.first_step = steps, first_step
-        self.started = time.monotonic()
+        self.measured_from: tuple[int, float] | None = (
+            None  # speed is that since the first line: compiling comes before
+        )
         self.shown = 0.0
         self.val_loss: float | None = None
         self.bar: Any = None
@@ -70,9 +71,13 @@ class Display:
             self.bar.update(self.task, completed=step, status=status)
         elif now - self.shown > PLAIN_EVERY_SECONDS or step == self.steps:
             self.shown = now
-            done = max(1, step - self.first_step)
-            left = duration((now - self.started) / done * (self.steps - step))
-            note(f"step {step}/{self.steps}  {status}  {left} left")
+            left = ""
+            if self.measured_from is not None:
+                first, began = self.measured_from
+                left = f"  {duration((now - began) / (step - first) * (self.steps - step))} left"
+            note(f"step {step}/{self.steps}  {status}{left}")
+        if self.measured_from is None:
+            self.measured_from = (step, now)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self.val_loss = values["val_loss"]
@@ -83,9 +88,3 @@ class Display:
         width = 78
         lines = [line[:width] for line in text.strip("\n").splitlines()[:8]] or ["(nothing)"]
         self.print("\n".join(f"  | {line}" for line in lines))
-
-
-def terminal_encoding_safe(text: str) -> str:
-    """`text` with what the terminal cannot show replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="replace").decode(encoding)

@@ -28,9 +28,17 @@ from gptsmith.config import from_dict, to_dict
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
 from gptsmith.data.sources import Source, open_source
-from gptsmith.engine.generate import generate_samples
+from gptsmith.engine.generate import stream
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TokenizerError, TrainingError, UsageError
+from gptsmith.errors import (
+    CheckpointError,
+    DivergedError,
+    GptsmithError,
+    TokenizerError,
+    TrainingError,
+    UsageError,
+    nearest,
+)
 from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
@@ -70,7 +78,7 @@ class Run:
 
     def update(self, **values: Any) -> None:
         self.record.update(values)
-        write_text(self.directory / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.directory / "run.json", json.dumps(self.record, indent=2) + "\n")
 
 
 class Ended(NamedTuple):
@@ -86,7 +94,14 @@ def read_run(directory: Path) -> Run:
     path = Path(directory) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Run(Path(directory), {**record, "config": dict(record["config"]), "data": dict(record["data"])})
+        run = Run(Path(directory), {**record, "config": dict(record["config"]), "data": dict(record["data"])})
+        for part, keys in ((record, ("status", "precision")), (record["data"], ("spec", "val", "fingerprint"))):
+            for key in keys:
+                _ = part[key]
+        _ = run.config
+        return run
+    except UsageError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} is not a run: it has no run.json.") from None
     except (ValueError, TypeError, KeyError, OSError) as error:
@@ -120,7 +135,8 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
         return gpt2_tokenizer()
     path = Path(config.tokenizer)
     if not path.exists():
-        raise TokenizerError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.")
+        near = nearest(config.tokenizer, ("char", "bpe", "gpt2"))
+        raise UsageError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
     return Tokenizer.load(path)
 
 
@@ -150,6 +166,8 @@ def start(
     directory = choose_directory(out, source)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
+    if config.compile == "on" and not compiler_available(device):
+        raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     model_config = config.model.build(tokenizer.vocab_size, config.context)
@@ -200,8 +218,12 @@ def resume(
     data = run.record["data"]
     source = open_source(data["spec"], field=config.field)
     val = open_source(data["val"], field=config.field) if data["val"] else None
-    dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
-    if dataset.fingerprint != data["fingerprint"]:
+    try:
+        dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
+        unchanged = dataset.fingerprint == data["fingerprint"]
+    except TokenizerError:  # a character that was not there before
+        unchanged = False
+    if not unchanged:
         raise CheckpointError(
             f"the data of {directory} has changed since the run began ({data['spec']}). "
             "Put the text back as it was, or start a new run."
@@ -272,6 +294,7 @@ class _Session:
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             betas=(optim.beta1, optim.beta2),
+            newton_schulz_steps=optim.newton_schulz_steps,
         )
         self.display = Display(config.steps)
         self.trainer = Trainer(
@@ -308,9 +331,9 @@ class _Session:
         try:
             with self.stop, self.display:
                 outcome = self.trainer.run()
-            self.run.update(status=outcome, ended=_now(), seconds=round(self.trainer.elapsed(), 1))
-            if outcome == "finished":
-                self._final_samples()
+                self.run.update(status=outcome, ended=_now(), seconds=round(self.trainer.elapsed(), 1))
+                if outcome == "finished":
+                    self._final_samples()
         except TrainingError as error:
             with contextlib.suppress(GptsmithError):  # the disk may be full: what matters is the message
                 self.run.update(status="diverged" if isinstance(error, DivergedError) else "failed")
@@ -324,16 +347,12 @@ class _Session:
         # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         for layer in self.model.layers:
-            layer.compile()
+            layer.forward = _compiled_while_training(layer)
 
     def _should_compile(self) -> bool:
         """Whether compiling pays: where it is possible, and what it saves is well above what it costs."""
         device = next(self.model.parameters()).device
         if self.config.compile != "auto":
-            if self.config.compile == "on" and not compiler_available(device):
-                raise GptsmithError(
-                    "--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto."
-                )
             return self.config.compile == "on"
         if not compiler_available(device):
             return False
@@ -358,13 +377,18 @@ class _Session:
     # -- samples -------------------------------------------------------------------------------------------------------
 
     def _write_sample(self, temperature: float, length: int, *, final: bool) -> str:
+        """Generate, note in samples.jsonl and return; an empty text, not noted, if asked to stop meanwhile."""
         prompt = self.config.sample_prompt
         try:
             self.tokenizer.encode(prompt)
         except TokenizerError:
             prompt = ""
         params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed)
-        text = generate_samples(self.model, self.tokenizer, prompt, params)[0]
+        text = ""
+        for _, piece in stream(self.model, self.tokenizer, prompt, params):
+            if self.stop():
+                return ""
+            text += piece
         JsonLines(self.run.directory / "samples.jsonl").append(
             step=self.trainer.step, temperature=temperature, prompt=prompt, text=text, final=final
         )
@@ -383,6 +407,14 @@ class _Session:
 
 COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
 COMPILE_SAVES = 0.28  # of an update's time
+
+
+def _compiled_while_training(module: torch.nn.Module) -> Callable[..., Any]:
+    """A forward that is compiled while `module` trains. Evaluation and generation come in other shapes, each of which
+    would be compiled anew: they run as written."""
+    eager = module.forward
+    compiled = torch.compile(eager)
+    return lambda *arguments: (compiled if module.training else eager)(*arguments)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second leaves at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save and stop, the second leaves at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptsmith.log import note
 
 
 class StopSignal:
-    """While entered, turns the first SIGINT or SIGTERM into `requested`. Calling it says whether one came."""
+    """While entered, turns the first SIGINT, SIGTERM or SIGHUP into `requested`. Calling it says whether one came."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -27,8 +27,10 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal is gone; Windows has none
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+                    self.previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

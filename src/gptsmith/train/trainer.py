@@ -69,6 +69,17 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train to the end, or until `should_stop()`. DivergedError if the loss does, TrainingError if saving fails."""
+        try:
+            return self._run()
+        except TrainingError:
+            raise
+        except GptsmithError as error:  # no space, mostly
+            steps = self.store.steps()
+            kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
+            resume = f" Then go on with: gptsmith train --resume {self.store.run_directory}"
+            raise TrainingError(f"stopped at step {self.step}: {error}{kept}{resume}") from error
+
+    def _run(self) -> Outcome:
         self.model.train()
         self.started = time.monotonic()
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
@@ -83,7 +94,7 @@ class Trainer:
             if self.step % self.save_every == 0 or self._evaluation_due():
                 self._save()
             self._evaluate_if_due()
-        return "finished"
+        return "interrupted" if self.should_stop() else "finished"
 
     def elapsed(self) -> float:
         """Seconds this run has trained, over all its sessions."""
@@ -235,16 +246,8 @@ class Trainer:
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        try:
-            self.store.save(
-                self.step, self.model, self.tokenizer, TrainState(values, tensors), keep=self.config.keep_checkpoints
-            )
-        except GptsmithError as error:
-            steps = self.store.steps()
-            kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
-            resume = f" Then go on with: gptsmith train --resume {self.store.run_directory}"
-            what = f"the checkpoint of step {self.step} could not be saved: {error}"
-            raise TrainingError(what + kept + resume) from error
+        state = TrainState(values, tensors)
+        self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.keep_checkpoints)
 
     def restore(self, state: TrainState) -> None:
         """Continue from a checkpoint's state (the model's weights are loaded already)."""
