@@ -16,7 +16,11 @@ LossFunction = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
 
 def token_loss_sum(model: Transformer, ids: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
     """Cross-entropy in nats, summed over targets that are not -100; ids and targets: (B, T) int64."""
-    logits = model(ids, document_ids=document_ids)
+    return cross_entropy_sum(model(ids, document_ids=document_ids), targets)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) summed over targets that are not -100; logits: (B, T, V), targets: (B, T)."""
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
     )

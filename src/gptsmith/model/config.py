@@ -9,6 +9,30 @@ from gptsmith.errors import UsageError
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched so that a model reads further than it was trained to.
+
+    linear: positions divided by `factor` (Chen et al. 2023, 2306.15595). yarn: low frequencies are slowed, high ones
+    kept, attention sharpened (Peng et al. 2023, 2309.00071). llama3: likewise, by wavelength (Llama 3.1).
+    """
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise UsageError(f"a rope scaling factor must be at least 1, not {self.factor}.")
+        if self.kind in ("yarn", "llama3") and not self.original_max_position_embeddings:
+            raise UsageError(f"rope scaling {self.kind!r} needs original_max_position_embeddings.")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Every choice that makes one GPT differ from another.
 
@@ -37,7 +61,32 @@ class ModelConfig:
     residual_init: Literal["normal", "scaled"]
     """`scaled`: projections into the residual stream start 1/sqrt(2·layers) smaller (GPT-2, section 2.3)."""
     model_type: str
-    """The Hugging Face layout it is saved in (`gpt2`, `qwen3`)."""
+    """The Hugging Face layout it is saved in (`gpt2`, `qwen3`, ...)."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre`: x + f(norm(x)), and a last norm. `post`: norm(x + f(x)), as in the first transformer and GPT-1."""
+    attention_output_bias: bool | None = None
+    """Bias of the attention's output projection; None: as `attention_bias`."""
+    sliding_window: int | None = None
+    """How many tokens back, itself included, a token of a banded layer sees."""
+    window_pattern: tuple[bool, ...] = ()
+    """Which layers are banded, repeated over the depth; empty: none."""
+    rope_scaling: RopeScaling | None = None
+    num_experts: int = 0
+    """Experts of each layer, of width `intermediate_size`; 0: one dense feed-forward layer."""
+    num_experts_per_tok: int = 2
+    """How many of them a token uses."""
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' weights are made to add up to 1."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss in training."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the router z-loss in training."""
+
+    def window_of(self, layer: int) -> int | None:
+        """How far back `layer` sees, itself included; None: everything."""
+        if self.sliding_window is None or not self.window_pattern:
+            return None
+        return self.sliding_window if self.window_pattern[layer % len(self.window_pattern)] else None
 
     def __post_init__(self) -> None:
         for name in (
@@ -57,5 +106,13 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"model.num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UsageError(f"num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to {self.num_experts}.")
+        if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):
+            raise UsageError("experts are SwiGLU layers without biases.")
+        if any(self.window_pattern) and (self.sliding_window or 0) < 1:
+            raise UsageError(f"banded layers need a sliding_window of at least 1, not {self.sliding_window}.")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise UsageError("rope_scaling needs rotary positions.")
         if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
             raise UsageError(f"rotary positions need an even head_dim (it is {self.head_dim}) and a rope_theta.")

@@ -1,4 +1,7 @@
-"""Families of GPTs: functions that return a `ModelConfig`, and nothing else."""
+"""Families of GPTs: functions that return a `ModelConfig`, and nothing else.
+
+What a family is made of is its defaults here; every field can be overridden by name.
+"""
 
 from __future__ import annotations
 
@@ -8,84 +11,243 @@ from typing import Any
 from gptsmith.model.config import ModelConfig
 
 
-def gpt2(
-    *,
-    vocab_size: int = 50257,
-    hidden_size: int = 768,
-    num_hidden_layers: int = 12,
-    num_attention_heads: int = 12,
-    num_key_value_heads: int | None = None,
-    head_dim: int | None = None,
-    intermediate_size: int | None = None,
-    max_position_embeddings: int = 1024,
-    **overrides: Any,
-) -> ModelConfig:
+def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward: Callable[[int], int]) -> ModelConfig:
+    """Merge, and derive what is None or left out: heads for keys, width of a head, width of the feed-forward layer."""
+    values = {**defaults, **overrides}
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    if values.get("head_dim") is None:
+        values["head_dim"] = hidden // heads
+    if values.get("intermediate_size") is None:
+        values["intermediate_size"] = feed_forward(hidden)
+    return ModelConfig(**values)
+
+
+def _four_times(hidden: int) -> int:
+    return 4 * hidden
+
+
+def _gated(hidden: int) -> int:
+    """About 8/3 of the width, so that three matrices cost what two of four times the width do (2002.05202)."""
+    return 32 * round(hidden * 8 / 3 / 32)
+
+
+_OPENAI: dict[str, Any] = {
+    "vocab_size": 50257,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "position": "learned",
+    "rope_theta": None,
+    "mlp": "gelu_tanh",
+    "qk_norm": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+
+_MODERN: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "norm_eps": 1e-6,
+    "position": "rope",
+    "rope_theta": 10000.0,
+    "mlp": "swiglu",
+    "qk_norm": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "residual_init": "normal",
+}
+
+
+def gpt1(**overrides: Any) -> ModelConfig:
+    """GPT-1 (Radford et al. 2018): norm after each sublayer, learned positions, context 512, a BPE of 40,478 tokens."""
+    defaults = {
+        **_OPENAI,
+        "vocab_size": 40478,
+        "max_position_embeddings": 512,
+        "norm_position": "post",
+        "residual_init": "normal",
+        "model_type": "openai-gpt",
+    }
+    return _build(defaults, overrides, feed_forward=_four_times)
+
+
+def gpt2(**overrides: Any) -> ModelConfig:
     """GPT-2 (Radford et al. 2019): layer norm before each sublayer, learned positions, GELU, tied embeddings."""
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads or num_attention_heads,
-        head_dim=head_dim or hidden_size // num_attention_heads,
-        intermediate_size=intermediate_size or 4 * hidden_size,
-        max_position_embeddings=max_position_embeddings,
-        **{
-            "norm": "layernorm",
-            "norm_eps": 1e-5,
-            "position": "learned",
-            "rope_theta": None,
-            "mlp": "gelu_tanh",
-            "qk_norm": False,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-            "residual_init": "scaled",
-            "model_type": "gpt2",
-            **overrides,
-        },
-    )
+    defaults = {**_OPENAI, "residual_init": "scaled", "model_type": "gpt2"}
+    return _build(defaults, overrides, feed_forward=_four_times)
 
 
-def qwen3(
-    *,
-    vocab_size: int = 151936,
-    hidden_size: int = 1024,
-    num_hidden_layers: int = 28,
-    num_attention_heads: int = 16,
-    num_key_value_heads: int | None = 8,
-    head_dim: int | None = 128,
-    intermediate_size: int | None = 3072,
-    max_position_embeddings: int = 40960,
-    **overrides: Any,
-) -> ModelConfig:
-    """The modern decoder in Qwen3's layout (Yang et al. 2025, 2505.09388): RoPE, RMSNorm, SwiGLU, GQA, QK-norm."""
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads or num_attention_heads,
-        head_dim=head_dim or hidden_size // num_attention_heads,
-        intermediate_size=intermediate_size or 32 * round(hidden_size * 8 / 3 / 32),
-        max_position_embeddings=max_position_embeddings,
-        **{
-            "norm": "rmsnorm",
-            "norm_eps": 1e-6,
-            "position": "rope",
-            "rope_theta": 10000.0,
-            "mlp": "swiglu",
-            "qk_norm": True,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-            "residual_init": "normal",
-            "model_type": "qwen3",
-            **overrides,
-        },
-    )
+def gpt3(**overrides: Any) -> ModelConfig:
+    """GPT-3 (Brown et al. 2020, 2005.14165): GPT-2 with dense and locally banded layers in turn, context 2048.
+
+    The band is 256 tokens, as in GPT-Neo; the paper does not give its width.
+    """
+    defaults = {
+        **_OPENAI,
+        "max_position_embeddings": 2048,
+        "sliding_window": 256,
+        "window_pattern": (False, True),
+        "attention_bias": False,
+        "attention_output_bias": True,
+        "residual_init": "scaled",
+        "model_type": "gpt_neo",
+    }
+    return _build(defaults, overrides, feed_forward=_four_times)
 
 
-FAMILIES: dict[str, Callable[..., ModelConfig]] = {"gpt2": gpt2, "qwen3": qwen3}
+def llama(**overrides: Any) -> ModelConfig:
+    """Llama (Touvron et al. 2023, 2302.13971; Llama 3.2 1B's size): RoPE, RMSNorm, SwiGLU, grouped queries."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 8192,
+        "norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "model_type": "llama",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def mistral(**overrides: Any) -> ModelConfig:
+    """Mistral 7B (Jiang et al. 2023, 2310.06825): Llama with every layer banded."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 32768,
+        "norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "window_pattern": (True,),
+        "model_type": "mistral",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def qwen2(**overrides: Any) -> ModelConfig:
+    """Qwen2 (Yang et al. 2024, 2407.10671; the 0.5B size): Llama with biases on queries, keys and values."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "tie_word_embeddings": True,
+        "model_type": "qwen2",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def qwen3(**overrides: Any) -> ModelConfig:
+    """The modern decoder in Qwen3's layout (Yang et al. 2025, 2505.09388; the 0.6B size): Llama with QK-norm."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "qk_norm": True,
+        "tie_word_embeddings": True,
+        "model_type": "qwen3",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def mixtral(**overrides: Any) -> ModelConfig:
+    """Mixtral 8x7B (Jiang et al. 2024, 2401.04088): Mistral's layers with eight experts, two a token."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "model_type": "mixtral",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def qwen3_moe(**overrides: Any) -> ModelConfig:
+    """Qwen3-30B-A3B (Yang et al. 2025, 2505.09388): Qwen3's layers with 128 small experts, eight a token."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 768,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "qk_norm": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "model_type": "qwen3_moe",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+FAMILIES: dict[str, Callable[..., ModelConfig]] = {
+    "gpt1": gpt1,
+    "gpt2": gpt2,
+    "gpt3": gpt3,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+}
+
+
+def _gpt3_size(layers: int, hidden: int, heads: int) -> dict[str, int]:
+    return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+
+
+# Published sizes: family and what differs from its defaults. Missing parts (heads for keys ...) follow as above.
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt1-117m": ("gpt1", {}),
+    "gpt2-124m": ("gpt2", {}),
+    "gpt2-355m": ("gpt2", _gpt3_size(24, 1024, 16)),
+    "gpt2-774m": ("gpt2", _gpt3_size(36, 1280, 20)),
+    "gpt2-1.5b": ("gpt2", _gpt3_size(48, 1600, 25)),
+    # Table 2.1 of 2005.14165. Where width is not heads times the width of a head (1.3B, 13B), the width decides.
+    "gpt3-125m": ("gpt3", _gpt3_size(12, 768, 12)),
+    "gpt3-350m": ("gpt3", _gpt3_size(24, 1024, 16)),
+    "gpt3-760m": ("gpt3", _gpt3_size(24, 1536, 16)),
+    "gpt3-1.3b": ("gpt3", _gpt3_size(24, 2048, 16)),
+    "gpt3-2.7b": ("gpt3", _gpt3_size(32, 2560, 32)),
+    "gpt3-6.7b": ("gpt3", _gpt3_size(32, 4096, 32)),
+    "gpt3-13b": ("gpt3", _gpt3_size(40, 5120, 40)),
+    "gpt3-175b": ("gpt3", _gpt3_size(96, 12288, 96)),
+    "qwen3-0.6b": ("qwen3", {"rope_theta": 1e6}),
+    "mixtral-8x7b": ("mixtral", {}),
+    "qwen3-30b-a3b": ("qwen3_moe", {}),
+}

@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.errors import UsageError
+from gptsmith.model.attention import attend, attention_weights
 from gptsmith.model.cache import KVCache
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.moe import MixtureOfExperts
+from gptsmith.model.rope import rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +70,9 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(
             config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.attention_bias
         )
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=output_bias)
+        self.window = config.window_of(layer)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -88,26 +93,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         if weights is not None:
-            weights.append(self.attention_weights(q, k, mask))
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,  # no mask and T = 1: one new token, which sees all the past
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+            weights.append(attention_weights(q, k, mask, self.window))
+        y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
-
-    def attention_weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q kᵀ / √D) under the mask, written out: (B, H, T, S). For looking at; SDPA never builds it."""
-        k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-        T, S = scores.shape[-2:]
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
 
 class MLP(nn.Module):
@@ -120,7 +108,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # SwiGLU: gate, then up
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         h = self.up_proj(x)
         if self.kind == "swiglu":
             gate, up = h.chunk(2, dim=-1)
@@ -131,18 +119,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post-norm norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
         super().__init__()
+        self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config, layer, dropout)
         self.mlp_norm = make_norm(config, config.hidden_size)
-        self.mlp = MLP(config, dropout)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else MLP(config, dropout)
 
-    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *attention_inputs)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, router_logits: list[Tensor] | None, *attention_inputs: Any) -> Tensor:
+        y: Tensor
+        if self.post_norm:
+            y = self.attention_norm(x + self.attention(x, *attention_inputs))
+            y = self.mlp_norm(y + self.mlp(y, router_logits))
+        else:
+            y = x + self.attention(self.attention_norm(x), *attention_inputs)
+            y = y + self.mlp(self.mlp_norm(y), router_logits)
         return y
 
 
@@ -150,9 +144,10 @@ class Transformer(nn.Module):
     """A decoder-only transformer. `model(ids)`: (B, T) int64 -> logits (B, T, V), natural-log units before softmax.
 
     dropout: probability of zeroing, in [0, 1), after embeddings, attention weights, attention and MLP; training only.
+    initialize: draw the starting weights; leave them as they come where others are to be loaded.
     """
 
-    def __init__(self, config: ModelConfig, *, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, *, dropout: float = 0.0, initialize: bool = True) -> None:
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
@@ -161,19 +156,18 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
-        self.norm = make_norm(config, config.hidden_size)
+        self.norm = make_norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         if config.position == "rope":
-            assert config.rope_theta is not None
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).double() / config.head_dim)
-            angles = torch.arange(config.max_position_embeddings).double()[:, None] * frequencies  # (context, D/2)
             self.rope_cos: Tensor
             self.rope_sin: Tensor
-            self.register_buffer("rope_cos", angles.cos().float(), persistent=False)
-            self.register_buffer("rope_sin", angles.sin().float(), persistent=False)
-        self.initialize()
+            cos, sin = rope_tables(config)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        if initialize:
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -188,6 +182,9 @@ class Transformer(nn.Module):
                 module.weight.normal_(0.0, residual_std if into_residual else std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+            elif isinstance(module, MixtureOfExperts):
+                module.up_proj.normal_(0.0, std)
+                module.down_proj.normal_(0.0, residual_std)
 
     def forward(
         self,
@@ -196,6 +193,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for the token after each of ids: (B, T) int64.
 
@@ -203,9 +201,14 @@ class Transformer(nn.Module):
         document_ids: (B, T) int; tokens attend only within their own document, whose learned positions start at 0
             (rotary positions are relative: nothing to restart).
         weights: if a list, each layer's attention weights (B, H, T, S) are appended to it.
+        router_logits: if a list, each layer's expert logits (B·T, E) are appended to it.
         Raises IndexError where the tokens would go beyond the context.
         """
-        logits: Tensor = self.lm_head(self.hidden_states(ids, cache=cache, document_ids=document_ids, weights=weights))
+        logits: Tensor = self.lm_head(
+            self.hidden_states(
+                ids, cache=cache, document_ids=document_ids, weights=weights, router_logits=router_logits
+            )
+        )
         return logits
 
     def hidden_states(
@@ -215,6 +218,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """What `lm_head` reads: the final norm's output, (B, T, C). Arguments as in `forward`."""
         T, past = ids.shape[1], cache.length if cache is not None else 0
@@ -224,8 +228,6 @@ class Transformer(nn.Module):
         if document_ids is not None:
             same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
             mask = same & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-        elif past and T > 1:  # a chunk after a past: SDPA's own causal mask would be aligned wrongly
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
 
         x = self.embed_tokens(ids)
         rope = None
@@ -238,18 +240,22 @@ class Transformer(nn.Module):
             rope = (self.rope_cos[positions], self.rope_sin[positions])
         x = F.dropout(x, self.dropout, self.training)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache, weights)
+            x = layer(x, router_logits, rope, mask, cache, weights)
         if cache is not None:
             cache.length += T
         hidden: Tensor = self.norm(x)
         return hidden
 
     def fused_rows(self, name: str) -> tuple[int, ...]:
-        """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up), in order."""
+        """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up; experts)."""
         c = self.config
         if ".qkv_proj." in name:
             kv = c.num_key_value_heads * c.head_dim
             return (c.num_attention_heads * c.head_dim, kv, kv)
+        if name.endswith(".mlp.up_proj"):  # all experts' gate and up, one after the other
+            return (c.intermediate_size,) * (2 * c.num_experts)
+        if name.endswith(".mlp.down_proj"):
+            return (c.hidden_size,) * c.num_experts
         if ".up_proj." in name and c.mlp == "swiglu":
             return (c.intermediate_size, c.intermediate_size)
         return (self.get_parameter(name).shape[0],)

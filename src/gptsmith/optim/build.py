@@ -74,7 +74,7 @@ def build_optimizers(
     Weight decay touches matrices and embeddings, not norms and biases.
     """
     names = {p: n for n, p in model.named_parameters()}
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers.")]
+    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and n.startswith("layers.")]
     optimizers: list[torch.optim.Optimizer] = []
     if name == "muon":
         splits = [model.fused_rows(names[p]) for p in matrices]

@@ -35,8 +35,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest orthogonal one.
 
-    params: 2-D tensors, or groups of them. A group may carry `"splits"`, a list with one tuple of row counts per
-    parameter: a fused projection (q, k and v in one) is orthogonalised part by part.
+    params: matrices or stacks of them (a stack counts as one matrix of all its rows), or groups of those. A group may
+    carry `"splits"`, a list with one tuple of row counts per parameter: a fused projection (q, k and v in one) or a
+    stack of experts is orthogonalised part by part.
     lr: the spectral norm of an update of a square matrix. Tall ones get sqrt(rows / columns) more.
     weight_decay: decoupled, as in AdamW.
     """
@@ -51,9 +52,9 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
         for group in self.param_groups:
-            group.setdefault("splits", [(p.shape[0],) for p in group["params"]])
+            group.setdefault("splits", [(p.numel() // p.shape[-1],) for p in group["params"]])
             for p, split in zip(group["params"], group["splits"], strict=True):
-                if p.ndim != 2 or sum(split) != p.shape[0]:
+                if p.ndim < 2 or sum(split) != p.numel() // p.shape[-1]:
                     shape = tuple(p.shape)
                     raise ValueError(f"Muon takes matrices whose splits add up to their rows, not {shape} {split}")
 
@@ -77,7 +78,10 @@ class Muon(torch.optim.Optimizer):
 
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for (p, split), update in zip(chosen, updates, strict=True):
-                for target, part in zip(torch.split(p, split), torch.split(update, split), strict=True):
+                rows_of = zip(
+                    torch.split(p.flatten(0, -2), split), torch.split(update.flatten(0, -2), split), strict=True
+                )
+                for target, part in rows_of:
                     rows, columns = part.shape
                     if rows > columns:
                         target, part = target.mT, part.mT

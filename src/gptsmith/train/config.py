@@ -17,8 +17,9 @@ from gptsmith.runtime import Precision
 class ModelOptions:
     """The shape of the model; what is left out follows from the family and the width."""
 
-    family: Literal["gpt2", "qwen3"] = "qwen3"
-    """gpt2: the 2019 layout. qwen3: the modern one (RoPE, RMSNorm, SwiGLU, grouped queries, QK-norm)."""
+    family: Literal["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"] = "qwen3"
+    """gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: today's (RoPE, RMSNorm, SwiGLU, grouped queries,
+    QK-norm); llama, mistral, qwen2: its relatives; mixtral, qwen3_moe: with experts."""
     num_hidden_layers: int = 4
     """Depth: the number of blocks."""
     hidden_size: int = 128
@@ -33,6 +34,16 @@ class ModelOptions:
     """Width of the feed-forward layer (default: 4x for gpt2, about 8/3x for qwen3)."""
     tie_word_embeddings: bool = True
     """Use one matrix for the input embedding and the output head."""
+    sliding_window: int | None = None
+    """How far back the banded layers of gpt3 and mistral see (default: as published)."""
+    num_experts: int | None = None
+    """Experts of each layer of mixtral and qwen3_moe, of width intermediate-size (default: as published)."""
+    num_experts_per_tok: int | None = None
+    """Experts that a token uses (default: as published)."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss (default: 0.001)."""
+    router_z_loss_coef: float | None = None
+    """Weight of the router z-loss (default: 0)."""
     residual_init: Literal["normal", "scaled"] | None = None
     """scaled: start projections into the residual stream smaller, as GPT-2 does (default: as in the family's paper)."""
 
@@ -47,8 +58,11 @@ class ModelOptions:
                 f"--model.num-attention-heads {self.num_attention_heads}."
             )
         options = {key: value for key, value in asdict(self).items() if key != "family"}
-        if options["residual_init"] is None:
-            del options["residual_init"]
+        # None: as the family has it. Sizes that follow from the width are derived, not taken from the published model.
+        derived = ("num_key_value_heads", "head_dim", "intermediate_size")
+        options = {key: value for key, value in options.items() if value is not None or key in derived}
+        if "num_experts" in options and self.family not in ("mixtral", "qwen3_moe"):
+            raise UsageError(f"--model.num-experts needs --model.family mixtral or qwen3_moe, not {self.family}.")
         return FAMILIES[self.family](vocab_size=vocab_size, max_position_embeddings=context, **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,6 +18,8 @@ class LossSum:
     """Scalar, natural-log units, summed over what it is about (tokens, pairs)."""
     weight: float
     """How many of those there are."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What else to log, averaged over the steps of a log line."""
 
 
 class Objective(Protocol):

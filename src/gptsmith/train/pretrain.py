@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gptsmith.data.loader import Batch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
-from gptsmith.evaluate.loss import LossFunction, split_loss, to_device, token_loss_sum
+from gptsmith.evaluate.loss import LossFunction, cross_entropy_sum, split_loss, to_device, token_loss_sum
+from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.objective import LossSum
 
@@ -55,7 +56,29 @@ class Pretrain:
         return float((batch[0].targets != -100).sum())
 
     def loss(self, model: Transformer, batch: tuple[Batch, tuple[Tensor, Tensor, Tensor | None]]) -> LossSum:
-        return LossSum(self.token_loss(model, *batch[1]), self.weight(batch))
+        weight = self.weight(batch)
+        if not model.config.num_experts:
+            return LossSum(self.token_loss(model, *batch[1]), weight)
+        return self._loss_with_experts(model, *batch[1], weight)
+
+    def _loss_with_experts(
+        self, model: Transformer, ids: Tensor, targets: Tensor, document_ids: Tensor | None, weight: float
+    ) -> LossSum:
+        """Cross-entropy plus what keeps routers balanced and their logits small; the spread of the load is logged."""
+        config, routers = model.config, list[Tensor]()
+        logits = model(ids, document_ids=document_ids, router_logits=routers)
+        loss = cross_entropy_sum(logits, targets)
+        balance = load_balancing_loss(routers, config.num_experts_per_tok)
+        extra = config.router_aux_loss_coef * balance
+        if config.router_z_loss_coef:
+            extra = extra + config.router_z_loss_coef * router_z_loss(routers)
+        load = expert_load([r.detach() for r in routers], config.num_experts_per_tok) * config.num_experts
+        metrics = {
+            "balance_loss": float(balance.detach()),
+            "expert_load_max": float(load.max()),  # 1: as much as every other
+            "expert_load_min": float(load.min()),
+        }
+        return LossSum(loss + weight * extra, weight, metrics)
 
     def _validation_batches(self) -> Iterator[Batch]:
         size = max(1, EVAL_TOKENS_AT_ONCE // self.seq_len)

@@ -60,6 +60,7 @@ class Trainer:
         self.step = 0
         self.targets = 0.0  # how many targets have been trained on
         self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) of steps not yet logged
+        self.extra: dict[str, list[float]] = {}  # what else an objective reports, likewise
         self.first_loss: float | None = None
         self.recent_loss = math.nan
         self.elapsed_before = 0.0  # seconds of training in earlier sessions of this run
@@ -121,7 +122,10 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for batch in batches:
             with self._autocast():
-                loss = self.objective.loss(self.model, batch).sum / weight
+                result = self.objective.loss(self.model, batch)
+                loss = result.sum / weight
+            for name, value in result.metrics.items():
+                self.extra.setdefault(name, []).append(value)
             torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         for optimizer in self.optimizers.optimizers:
@@ -185,6 +189,8 @@ class Trainer:
             for loss, norm in zip(losses, norms, strict=True):
                 self._check(loss, norm)
         self.pending.clear()
+        extra = {name: sum(values) / len(values) for name, values in self.extra.items()}
+        self.extra.clear()
         row = {
             "step": self.step,
             "time": round(self.elapsed(), 3),
@@ -193,6 +199,7 @@ class Trainer:
             "grad_norm": sum(norms) / len(norms),
             "tokens": int(self.targets),
             "tokens_per_second": round(self.busy_targets / max(1e-9, self.busy), 1),
+            **extra,
         }
         self.busy = self.busy_targets = 0.0
         self.metrics.append(**row)
@@ -237,6 +244,7 @@ class Trainer:
             "elapsed": self.elapsed(),
             "update_seconds": self.update_seconds,
             "pending": losses,
+            "extra": self.extra,
             "first_loss": self.first_loss,
             "recent_loss": self.recent_loss,
             "objective": self.objective.state_dict(),
@@ -264,6 +272,7 @@ class Trainer:
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.step, self.targets = int(values["step"]), float(values["targets"])
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
+            self.extra = {name: list(numbers) for name, numbers in values["extra"].items()}
             self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
             self.elapsed_before = float(values["elapsed"])
             self.update_seconds = float(values["update_seconds"])

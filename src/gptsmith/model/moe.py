@@ -1,0 +1,74 @@
+"""Mixture of experts: many feed-forward layers, of which each token uses a few.
+
+Axis letters: N tokens · C hidden · E experts · F width of an expert · k experts per token.
+
+Papers: Shazeer et al. 2017 (1701.06538); load-balancing loss, Fedus et al. 2021 (2101.03961); router z-loss, Zoph et
+al. 2022 (2202.08906); Mixtral, Jiang et al. 2024 (2401.04088); upcycling, Komatsuzaki et al. 2022 (2212.05055).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptsmith.model.config import ModelConfig
+
+
+class MixtureOfExperts(nn.Module):
+    """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert and each expert reads its
+    own run of them, so the work is that of k experts a token, whatever E is."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.experts, self.chosen = config.num_experts, config.num_experts_per_tok
+        self.normalize = config.norm_topk_prob
+        self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
+        self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
+
+    def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C). The router's logits (N, E) are appended to `router_logits`, if given."""
+        tokens = x.flatten(0, 1)
+        logits = self.router(tokens).float()
+        if router_logits is not None:
+            router_logits.append(logits)
+        weights, experts = logits.softmax(dim=-1).topk(self.chosen, dim=-1)  # (N, k)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
+        sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
+        runs = tokens.repeat_interleave(self.chosen, dim=0)[order].split(sizes)
+        outputs = torch.cat([self.expert(i, run) for i, run in enumerate(runs) if len(run)])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        y = outputs[back].view(-1, self.chosen, x.shape[-1])  # (N, k, C)
+        return (y * weights[..., None].to(y.dtype)).sum(dim=1).view_as(x)
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """One expert's SwiGLU: (n, C) -> (n, C)."""
+        gate, up = F.linear(x, self.up_proj[index]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[index])
+
+
+def load_balancing_loss(router_logits: list[Tensor], chosen: int) -> Tensor:
+    """E · Σ_e (share of choices that fell on e) · (mean probability of e), over all layers' tokens together.
+
+    Its minimum is `chosen`, where all experts are used alike (2101.03961, equation 4, for top-k as in Mixtral).
+    """
+    logits = torch.cat(router_logits)
+    probabilities = logits.softmax(dim=-1)
+    choices = F.one_hot(probabilities.topk(chosen, dim=-1).indices, logits.shape[-1]).float().sum(dim=1)
+    return logits.shape[-1] * (choices.mean(dim=0) * probabilities.mean(dim=0)).sum()
+
+
+def router_z_loss(router_logits: list[Tensor]) -> Tensor:
+    """Mean squared log-partition of the routers: keeps their logits small (2202.08906, equation 5)."""
+    return torch.cat(router_logits).logsumexp(dim=-1).square().mean()
+
+
+def expert_load(router_logits: list[Tensor], chosen: int) -> Tensor:
+    """(E,) the share of all choices that fell on each expert; 1/E each is perfect balance."""
+    logits = torch.cat(router_logits)
+    counts = torch.bincount(logits.topk(chosen, dim=-1).indices.flatten(), minlength=logits.shape[-1])
+    return counts / counts.sum()

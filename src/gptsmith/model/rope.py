@@ -1,0 +1,78 @@
+"""The angles of rotary positions (Su et al. 2021, 2104.09864), plain or stretched for a longer context.
+
+Axis letters: T positions · D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptsmith.errors import UsageError
+from gptsmith.model.config import ModelConfig, RopeScaling
+
+
+def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of every position of the context: two (T, D/2) float32 tensors."""
+    assert config.rope_theta is not None
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).double() / config.head_dim)
+    attention_factor = 1.0
+    if config.rope_scaling is not None:
+        frequencies, attention_factor = stretch(frequencies, config.rope_scaling, config.rope_theta)
+    positions = torch.arange(config.max_position_embeddings, device=device).double()
+    angles = positions[:, None] * frequencies
+    return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
+
+
+def stretch(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Tensor, float]:
+    """Scaled frequencies (D/2,) and the factor by which cosines and sines are multiplied."""
+    slowed = frequencies / scaling.factor
+    original = scaling.original_max_position_embeddings or 0
+    if scaling.kind == "linear":
+        return slowed, 1.0
+    if scaling.kind == "llama3":
+        turns = original * frequencies / (2 * math.pi)  # over the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return slowed * (1 - keep) + frequencies * keep, 1.0
+    # YaRN: dimensions that turn more than beta_fast times over the original context are kept, those that turn less than
+    # beta_slow times are slowed, those between are mixed (2309.00071, section 3.2).
+    size = 2 * len(frequencies)
+
+    def dimension(turns: float) -> float:
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(dimension(scaling.beta_fast)), 0)
+    last = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+    index = torch.arange(len(frequencies), device=frequencies.device).double()
+    slow = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return slowed * slow + frequencies * (1 - slow), factor
+
+
+def extend_context(config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn"] = "yarn") -> ModelConfig:
+    """The configuration for reading `context` tokens with weights that were trained on fewer.
+
+    ntk raises the base so that the slowest dimension turns as far over the new context as it did over the old one; it
+    is a plain model with another rope_theta. UsageError for learned positions (the table ends) or a shorter context.
+    """
+    old = config.max_position_embeddings
+    if config.position != "rope":
+        raise UsageError(f"learned positions end at {old}; only rotary positions can be extended.")
+    if context <= old:
+        raise UsageError(f"the context is {old} already; extend it to more, not to {context}.")
+    assert config.rope_theta is not None
+    if config.rope_scaling is not None:
+        raise UsageError("the context of this model is extended already.")
+    factor = context / old
+    if method == "ntk":
+        theta = config.rope_theta * factor ** (config.head_dim / max(1, config.head_dim - 2))
+        return replace(config, max_position_embeddings=context, rope_theta=theta)
+    scaling = RopeScaling(kind=method, factor=factor, original_max_position_embeddings=old)
+    return replace(config, max_position_embeddings=context, rope_scaling=scaling)
