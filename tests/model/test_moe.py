@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptsmith.errors import UsageError
+from gptsmith.log import JsonLines
+from gptsmith.model import families
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss
+from gptsmith.model.transformer import Transformer
+from gptsmith.model.upcycle import upcycle
+from gptsmith.train.config import ModelOptions, TrainConfig
+from gptsmith.train.run import start
+
+
+def small(experts: int, chosen: int, **overrides: object) -> ModelConfig:
+    return families.qwen3_moe(
+        vocab_size=20,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        intermediate_size=10,
+        max_position_embeddings=16,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        initializer_range=0.3,
+        **overrides,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(experts=st.integers(1, 9), chosen=st.integers(1, 4), tokens=st.integers(1, 30), normalize=st.booleans())
+def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, tokens: int, normalize: bool) -> None:
+    chosen = min(chosen, experts)
+    layer = MixtureOfExperts(small(experts, chosen, norm_topk_prob=normalize))
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(1, tokens, 12)
+    probabilities = layer.router(x[0]).softmax(-1)
+    weights, picked = probabilities.topk(chosen, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    every = torch.stack([layer.expert(e, x[0]) for e in range(experts)], dim=1)  # (N, E, C)
+    expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
+    torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@given(chosen=st.integers(1, 3), seed=st.integers(0, 50))
+@settings(max_examples=20, deadline=None)
+def test_balance_loss_equals_transformers(chosen: int, seed: int) -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    torch.manual_seed(seed)
+    logits = [torch.randn(11, 6) for _ in range(3)]
+    expected = load_balancing_loss_func(tuple(logits), 6, chosen)
+    torch.testing.assert_close(load_balancing_loss(logits, chosen), torch.as_tensor(expected))
+
+
+def test_balance_is_lowest_where_experts_are_used_alike() -> None:
+    even = [torch.eye(4).repeat(5, 1) * 50]
+    assert load_balancing_loss(even, 1).item() == pytest.approx(1.0)
+    assert expert_load(even, 1).tolist() == [0.25] * 4
+    one = [torch.tensor([[50.0, 0, 0, 0]]).repeat(8, 1)]
+    assert load_balancing_loss(one, 1).item() == pytest.approx(4.0)
+    assert router_z_loss(one).item() == pytest.approx(2500.0)
+
+
+def test_upcycling_starts_as_the_dense_model() -> None:
+    torch.manual_seed(0)
+    options = {"vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options |= {"num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 10, "max_position_embeddings": 16}
+    dense = Transformer(families.qwen3(**options, initializer_range=0.3)).eval()
+    ids = torch.randint(0, 20, (2, 16))
+    sparse = upcycle(dense, 4).eval()
+    assert sparse.config.model_type == "qwen3_moe"
+    torch.testing.assert_close(sparse(ids), dense(ids), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="cannot be upcycled"):
+        upcycle(Transformer(families.gpt2(**{**options, "num_key_value_heads": None, "head_dim": None})), 4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_experts_learn_and_their_load_is_logged(family: str, optimizer: str, text_file: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=ModelOptions(
+            family=family,  # type: ignore[arg-type]
+            num_hidden_layers=2,
+            hidden_size=32,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_experts=4,
+            num_experts_per_tok=2,
+            router_z_loss_coef=1e-4,
+        ),
+        context=32,
+        batch_size=8,
+        steps=60,
+        eval_every=60,
+        sample_tokens=0,
+        compile="off",
+        device="cpu",
+    )
+    config = replace(config, optim=replace(config.optim, name=optimizer, lr=0.02 if optimizer == "muon" else 0.01))
+    start(str(text_file), config, tmp_path / "run")
+    rows = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
+    assert rows[-1]["val_loss"] < 2.2
+    logged = [row for row in rows if "loss" in row]
+    assert all(row["expert_load_max"] >= 1 >= row["expert_load_min"] for row in logged)
+    assert all(row["balance_loss"] >= 1.9 for row in logged)  # at least `chosen`
+
+
+@pytest.mark.parametrize("wrong", [{"experts": 2, "chosen": 3}, {"experts": 2, "chosen": 0}])
+def test_impossible_choices(wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="num_experts_per_tok"):
+        small(**wrong)
