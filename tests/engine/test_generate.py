@@ -18,17 +18,20 @@ CONTEXT = 24
 
 def make_model(family: str, vocab_size: int) -> Transformer:
     torch.manual_seed(3)
+    options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 24}
+    if family in ("gpt3", "mistral"):
+        options["sliding_window"] = 7
+    if family in ("mixtral", "qwen3_moe"):
+        options |= {"num_experts": 4, "num_experts_per_tok": 2}
     return Transformer(
         families.FAMILIES[family](
             vocab_size=vocab_size,
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,
-            num_key_value_heads=None,
-            head_dim=None,
-            intermediate_size=24,
             max_position_embeddings=CONTEXT,
             initializer_range=0.4,
+            **options,
         )
     )
 
@@ -43,7 +46,7 @@ def ids_of(model: Transformer, prompt: list[int], params: SamplingParams, n: int
     return [[step[i] for step in steps if step[i] is not None] for i in range(n)]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_greedy_equals_a_naive_loop(family: str) -> None:
     model = make_model(family, 30)
     tokens = [1, 2, 3]
