@@ -402,7 +402,12 @@ class _Session:
     def _final_samples(self) -> None:
         if self.config.sample_tokens:
             for temperature in REPORT_TEMPERATURES:
-                self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
+                self.display.say("sampling")
+                text = self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
+                if self.stop():
+                    return
+                self.display.print(f"at temperature {temperature}:")
+                self.display.sample(text)
 
 
 COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
