@@ -120,7 +120,7 @@ class Trainer:
         weight = max(1.0, sum(self.objective.weight(batch) for batch in batches))
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self._autocast():
+            with self.autocast():
                 loss = self.objective.loss(self.model, batch).sum / weight
             torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
@@ -149,7 +149,8 @@ class Trainer:
         self.update_seconds += seconds
         self.busy_targets += weight
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which losses are computed."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
@@ -207,7 +208,7 @@ class Trainer:
         if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
             return
         self.display.say("evaluating")
-        with self._autocast():
+        with self.autocast():
             values = self.objective.evaluate(self.model)
         if values is not None:
             row = {
