@@ -9,12 +9,14 @@ import importlib.util
 import io
 import os
 import subprocess
+import sys
 import tarfile
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -252,12 +254,22 @@ def test_damaged_cached_file_is_fetched_again(index: Index, capsys: pytest.Captu
 
 
 def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
+    real = importlib.machinery.PathFinder.find_spec
 
-    def find_spec(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
-        return None if name == "pip" else real(name, package)
+    def find_spec(name: str, *arguments: Any) -> importlib.machinery.ModuleSpec | None:
+        return None if name == "pip" else real(name, *arguments)
 
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", find_spec)
+
+
+def test_compiling_works_after_a_download(index: Index) -> None:
+    """In one process: setuptools, which torch compiles with, must not notice that pip was looked for."""
+    pytest.importorskip("setuptools")
+    wheel = make_wheel()
+    file = package_file(wheel)
+    index.files = {file.filename: wheel}
+    code = f"from gptsmith.download import *; fetch_package_file({file!r}); import setuptools, distutils.core"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_works_with_python_s_own_pip_wheel_and_uv_s_index_setting(

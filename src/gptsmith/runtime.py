@@ -91,7 +91,7 @@ def describe_machine() -> dict[str, str | int]:
         "processor": _processor_name(),
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

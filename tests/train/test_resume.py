@@ -280,3 +280,26 @@ def test_compiled_runs_resume_bit_for_bit(text: Path, tmp_path: Path) -> None:
     out = interrupted_copy(tmp_path / "copy", tmp_path, 15)
     resume(out)
     assert_same_run(tmp_path / "whole", out)
+
+
+def test_without_a_working_compiler_training_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gptsmith.errors import GptsmithError
+    from gptsmith.train import run as module
+
+    def broken(forward: object) -> object:
+        def fail(*_: object) -> None:
+            raise RuntimeError("the compiler has no header\nand much more")
+
+        return fail
+
+    monkeypatch.setattr(module.torch, "compile", broken)
+    monkeypatch.setattr(module, "compiler_available", lambda device: True)
+    monkeypatch.setattr(module, "COMPILE_SECONDS", 0.0)
+    config = replace(CONFIG, compile="auto", steps=10, eval_every=10)
+    start(str(text), config, tmp_path / "auto")
+    assert "compiling failed, going on without: the compiler has no header" in capfd.readouterr().err
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["compile"] is False
+    with pytest.raises(GptsmithError, match="--compile on failed: the compiler has no header"):
+        start(str(text), replace(config, compile="on"), tmp_path / "on")

@@ -326,10 +326,10 @@ class _Session:
     def train(self, on_end: Callable[[Path], object]) -> Ended:
         if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
             self.run.update(compile=self._should_compile())
-        if self.run.record["compile"]:
-            self._compile()
         try:
             with self.stop, self.display:
+                if self.run.record["compile"]:
+                    self._compile()
                 outcome = self.trainer.run()
                 self.run.update(status=outcome, ended=_now(), seconds=round(self.trainer.elapsed(), 1))
                 if outcome == "finished":
@@ -343,11 +343,23 @@ class _Session:
         return Ended(self.run, outcome, self.stop.number)
 
     def _compile(self) -> None:
-        """Compile one block; all share its code, so it costs the same whatever the depth."""
+        """Compile one block; all share its code, so it costs the same whatever the depth. If it fails, do without."""
+        self.display.say("compiling")
+        began = time.monotonic()
         # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         for layer in self.model.layers:
             layer.forward = _compiled_while_training(layer)
+        try:
+            self._trial_pass()
+        except Exception as error:  # whatever a compiler, its headers or its runtime can do wrong on a machine
+            for layer in self.model.layers:
+                del layer.forward
+            if self.config.compile == "on":
+                raise GptsmithError(f"--compile on failed: {_first_line(error)} Use --compile auto or off.") from error
+            self.display.print(f"note: compiling failed, going on without: {_first_line(error)}")
+            self.run.update(compile=False)
+        self.trainer.elapsed_before += time.monotonic() - began
 
     def _should_compile(self) -> bool:
         """Whether compiling pays: where it is possible, and what it saves is well above what it costs."""
@@ -358,21 +370,22 @@ class _Session:
             return False
         if device.type == "cuda":
             return self.config.steps >= 1000
-        left = self._eager_step_seconds() * (self.config.steps - self.trainer.step)
+        seconds = min(self._trial_pass() for _ in range(3)) * self.trainer.accumulation
+        left = seconds * (self.config.steps - self.trainer.step)
         return left * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
 
-    def _eager_step_seconds(self) -> float:
-        """Time one update's forward and backward passes, leaving no trace in weights, gradients or random numbers."""
-        rng = torch.get_rng_state()
-        ids = torch.zeros(self.config.batch_size, self.config.context, dtype=torch.int64)
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            torch.autograd.backward(token_loss_sum(self.model, ids, ids, None) / ids.numel())
-            times.append(time.perf_counter() - began)
-            self.model.zero_grad(set_to_none=True)
+    def _trial_pass(self) -> float:
+        """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers."""
+        rng, device = torch.get_rng_state(), next(self.model.parameters()).device
+        size = self.config.micro_batch_size or self.config.batch_size
+        ids = torch.zeros(size, self.config.context, dtype=torch.int64, device=device)
+        began = time.perf_counter()
+        with self.trainer.autocast():
+            loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
+        torch.autograd.backward(loss)
+        self.model.zero_grad(set_to_none=True)
         torch.set_rng_state(rng)
-        return min(times)
+        return time.perf_counter() - began
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -402,11 +415,20 @@ class _Session:
     def _final_samples(self) -> None:
         if self.config.sample_tokens:
             for temperature in REPORT_TEMPERATURES:
-                self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
+                self.display.say("sampling")
+                text = self._write_sample(temperature, 2 * self.config.sample_tokens, final=True)
+                if self.stop():
+                    return
+                self.display.print(f"at temperature {temperature}:")
+                self.display.sample(text)
 
 
 COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
 COMPILE_SAVES = 0.28  # of an update's time
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _compiled_while_training(module: torch.nn.Module) -> Callable[..., Any]:

@@ -121,7 +121,7 @@ class Trainer:
         weight = max(1.0, sum(self.objective.weight(batch) for batch in batches))
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self._autocast():
+            with self.autocast():
                 result = self.objective.loss(self.model, batch)
                 loss = result.sum / weight
             for name, value in result.metrics.items():
@@ -153,7 +153,8 @@ class Trainer:
         self.update_seconds += seconds
         self.busy_targets += weight
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which losses are computed."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
@@ -214,7 +215,7 @@ class Trainer:
         if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
             return
         self.display.say("evaluating")
-        with self._autocast():
+        with self.autocast():
             values = self.objective.evaluate(self.model)
         if values is not None:
             row = {
