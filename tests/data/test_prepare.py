@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gptsmith.data import Dataset, Source, open_dataset, open_source, prepare
@@ -163,6 +163,7 @@ def test_own_validation_text(tmp_path: Path) -> None:
     kind=st.sampled_from(["char", "bpe"]),
     documents=st.booleans(),
 )
+@example(texts=["11漢"], fraction=0.25, kind="bpe", documents=False)
 @pytest.mark.usefixtures("small_pieces")
 def test_splits_share_nothing_and_lose_nothing(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], fraction: float, kind: str, documents: bool

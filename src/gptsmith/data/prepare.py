@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -253,10 +254,12 @@ class _Job:
         if near:  # documents stay whole
             cut = self._counts_before(directory, text, min(near, key=lambda start: abs(start - target)))
         else:  # one text, or a few long ones
+            forwards = range(target, min(target + LONGEST_CHARACTER, total))
+            backwards = range(target - 1, max(target - LONGEST_CHARACTER, 0), -1)  # the text may end with the character
             cut = next(
                 (
                     counts
-                    for place in range(target, min(target + LONGEST_CHARACTER, total - 1))
+                    for place in itertools.chain(forwards, backwards)
                     if (counts := self._exact_counts_before(directory, text, place)) is not None
                 ),
                 None,
