@@ -1,0 +1,410 @@
+"""The GGUF container: metadata and tensors in one file, read with every size checked before it is believed.
+
+Layout (ggml's docs/gguf.md, versions 2 and 3, little-endian): magic, version, number of tensors, number of metadata
+entries; the entries (key, type, value); for each tensor its name, dimensions (fastest first), type and offset; padding;
+the tensors' data, each at a multiple of the alignment.
+
+Nothing is allocated on a file's word alone: counts and lengths are held against the bytes that are there and against
+fixed limits, so a damaged or hostile file gives one CheckpointError in bounded memory.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gptsmith.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32
+
+_MAX_ENTRIES = 1 << 16  # metadata entries
+_MAX_TENSORS = 1 << 20
+_MAX_DIMENSIONS = 4
+_MAX_NAME = 1 << 10  # bytes of a key or a tensor's name
+_MAX_STRING = 1 << 26  # bytes of a string value; a whole tokenizer.json may be one
+_MAX_ELEMENTS = 1 << 23  # elements of all arrays together; the largest vocabularies need about two million
+_MAX_ALIGNMENT = 1 << 16
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {  # value type: struct format
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<B",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """How numbers are packed: `block_bytes` bytes hold `block_size` of them (ggml-common.h)."""
+
+    number: int
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+TENSOR_TYPES = {
+    each.number: each
+    for each in (
+        TensorType(0, "F32", 1, 4),
+        TensorType(1, "F16", 1, 2),
+        TensorType(30, "BF16", 1, 2),
+        TensorType(2, "Q4_0", 32, 18),
+        TensorType(3, "Q4_1", 32, 20),
+        TensorType(6, "Q5_0", 32, 22),
+        TensorType(7, "Q5_1", 32, 24),
+        TensorType(8, "Q8_0", 32, 34),
+        TensorType(12, "Q4_K", 256, 144),
+        TensorType(13, "Q5_K", 256, 176),
+        TensorType(14, "Q6_K", 256, 210),
+    )
+}
+TYPES_BY_NAME = {each.name: each for each in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. shape: slowest dimension first, as in numpy and torch. offset: of the file, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) // self.type.block_size * self.type.block_bytes
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file's contents: plain values (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    data: mmap.mmap
+
+    def read(self, name: str, part: int | None = None) -> np.ndarray:
+        """Tensor `name` as float32, in its shape; `part`: only that index of its first dimension.
+
+        Raises CheckpointError where a number is not finite.
+        """
+        info = self.tensors[name]
+        shape, start, size = info.shape, info.offset, info.num_bytes
+        if part is not None:
+            size //= shape[0]
+            start, shape = start + part * size, shape[1:]
+        raw = np.frombuffer(self.data, dtype=np.uint8, count=size, offset=start)
+        numbers = dequantize(raw, info.type).reshape(shape)
+        if not np.isfinite(numbers).all():
+            raise CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
+        return numbers
+
+
+def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
+    """(bytes,) uint8, whole blocks -> (numbers,) float32."""
+    if type.name == "F32":
+        return raw.view("<f4").astype(np.float32)
+    if type.name == "F16":
+        return raw.view("<f2").astype(np.float32)
+    if type.name == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    quants, types = _gguf_library()
+    blocks = raw.reshape(-1, type.block_bytes)
+    numbers = np.empty((len(blocks), type.block_size), dtype=np.float32)
+    step = max(1, (1 << 17) // type.block_size)  # the intermediate arrays stay in the processor's cache
+    with np.errstate(all="ignore"):  # damaged scales are found by looking at the result
+        for start in range(0, len(blocks), step):
+            row = blocks[start : start + step].reshape(1, -1)
+            numbers[start : start + step] = quants.dequantize(row, types(type.number)).reshape(-1, type.block_size)
+    return numbers.reshape(-1)
+
+
+def quantize(numbers: np.ndarray, type: TensorType) -> np.ndarray:
+    """Numbers in whole blocks -> (bytes,) uint8."""
+    flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
+    if type.name == "F32":
+        return flat.astype("<f4", copy=False).view(np.uint8)
+    if type.name == "F16":
+        with np.errstate(over="ignore"):
+            half = flat.astype("<f2")
+        if not np.isfinite(half).all():
+            raise CheckpointError("a weight is too large for F16 (above 65,504). Write the model with --dtype f32.")
+        return half.view(np.uint8)
+    quants, types = _gguf_library()
+    blocks = flat.reshape(-1, type.block_size)
+    packed = np.empty((len(blocks), type.block_bytes), dtype=np.uint8)
+    step = max(1, (1 << 17) // type.block_size)
+    for start in range(0, len(blocks), step):
+        row = blocks[start : start + step].reshape(1, -1)
+        packed[start : start + step] = quants.quantize(row, types(type.number)).reshape(-1, type.block_bytes)
+    return packed.reshape(-1)
+
+
+def _gguf_library() -> tuple[Any, Callable[[int], Any]]:
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise CheckpointError(
+            "quantised GGUF tensors need the package gguf. Install it: pip install 'gptsmith[gguf]'."
+        ) from None
+    return quants, GGMLQuantizationType
+
+
+# reading
+
+
+class _Damaged(Exception):
+    """What is wrong; the reader's caller adds where."""
+
+
+class _Cursor:
+    """Takes values off a buffer, never past its end."""
+
+    def __init__(self, buffer: mmap.mmap) -> None:
+        self.buffer, self.position, self.size = buffer, 0, len(buffer)
+        self.elements = 0
+
+    def unpack(self, format: str) -> Any:
+        width = struct.calcsize(format)
+        if self.size - self.position < width:
+            raise _Damaged("it ends in the middle of its header")
+        (value,) = struct.unpack_from(format, self.buffer, self.position)
+        self.position += width
+        return value
+
+    def string(self, limit: int, what: str) -> str:
+        length = self.unpack("<Q")
+        if length > self.size - self.position:
+            raise _Damaged(f"{what} claims {length:,} bytes, more than the file has")
+        if length > limit:
+            raise _Damaged(f"{what} is {length:,} bytes long (at most {limit:,} are read)")
+        text = self.buffer[self.position : self.position + length]
+        self.position += length
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Damaged(f"{what} is not UTF-8") from None
+
+    def value(self, type: int, key: str) -> Any:
+        what = f"the value of {key!r}"
+        if type == _STRING:
+            return self.string(_MAX_STRING, what)
+        if type == _ARRAY:
+            return self.array(key)
+        if type not in _SCALARS:
+            raise _Damaged(f"{what} has the unknown type {type}")
+        value = self.unpack(_SCALARS[type])
+        return bool(value) if type == _BOOL else value
+
+    def array(self, key: str) -> Any:
+        what = f"the array {key!r}"
+        type, length = self.unpack("<I"), self.unpack("<Q")
+        if type not in _SCALARS and type != _STRING:
+            raise _Damaged(f"{what} has elements of type {type}, which are not read")
+        smallest = 8 if type == _STRING else struct.calcsize(_SCALARS[type])
+        if length > (self.size - self.position) // smallest:
+            raise _Damaged(f"{what} claims {length:,} elements, more than the file has")
+        self.elements += length
+        if self.elements > _MAX_ELEMENTS:
+            raise _Damaged(f"its metadata has arrays of more than {_MAX_ELEMENTS:,} elements")
+        if type == _STRING:
+            return self.strings(length, what)
+        values = np.frombuffer(self.buffer, dtype=_SCALARS[type], count=length, offset=self.position)
+        self.position += values.nbytes
+        return values.astype(bool) if type == _BOOL else values.copy()
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """A vocabulary has 100,000s of them: the loop is written out."""
+        buffer, position, size, unpack = self.buffer, self.position, self.size, struct.Struct("<Q").unpack_from
+        texts = []
+        try:
+            for _ in range(count):
+                (length,) = unpack(buffer, position)
+                position += 8
+                if length > _MAX_STRING or length > size - position:
+                    raise _Damaged(f"{what} has a string of {length:,} bytes, more than the file has or is read")
+                texts.append(buffer[position : position + length].decode("utf-8"))
+                position += length
+        except struct.error:
+            raise _Damaged(f"it ends in the middle of {what}") from None
+        except UnicodeDecodeError:
+            raise _Damaged(f"{what} has a string that is not UTF-8") from None
+        self.position = position
+        return texts
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Read and check a file's header and map its tensors. CheckpointError names the file and what is wrong with it."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    try:
+        metadata, tensors = _read_header(_Cursor(data))
+    except _Damaged as problem:
+        raise CheckpointError(f"{path} is not a GGUF file that can be read: {problem}.") from None
+    return GgufFile(path, metadata, tensors, data)
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    if cursor.buffer[:4] != MAGIC:
+        raise _Damaged("it does not begin with the letters GGUF")
+    cursor.position = 4
+    version = cursor.unpack("<I")
+    if version not in (2, 3):
+        if version & 0xFFFF == 0:
+            raise _Damaged("it is big-endian, which is not supported")
+        raise _Damaged(f"its format version is {version}; versions 2 and 3 are read")
+    num_tensors, num_entries = cursor.unpack("<Q"), cursor.unpack("<Q")
+    for count, limit, least, what in (
+        (num_entries, _MAX_ENTRIES, 13, "metadata entries"),
+        (num_tensors, _MAX_TENSORS, 24, "tensors"),
+    ):
+        if count > min(limit, cursor.size // least):
+            raise _Damaged(f"it claims {count:,} {what}")
+
+    metadata: dict[str, Any] = {}
+    for _ in range(num_entries):
+        key = cursor.string(_MAX_NAME, "a metadata key")
+        if key in metadata:
+            raise _Damaged(f"the metadata key {key!r} occurs twice")
+        metadata[key] = cursor.value(cursor.unpack("<I"), key)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise _Damaged(f"its alignment is {alignment!r}, not a power of two up to {_MAX_ALIGNMENT}")
+
+    infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
+    start = -(-cursor.position // alignment) * alignment
+    tensors: dict[str, TensorInfo] = {}
+    for info in infos:
+        if info.name in tensors:
+            raise _Damaged(f"the tensor {info.name!r} occurs twice")
+        if info.offset % alignment:
+            raise _Damaged(f"the tensor {info.name!r} lies at offset {info.offset:,}, not a multiple of {alignment}")
+        placed = TensorInfo(info.name, info.shape, info.type, start + info.offset)
+        if placed.offset + placed.num_bytes > cursor.size:
+            raise _Damaged(
+                f"it ends at byte {cursor.size:,}, but the tensor {info.name!r} needs it up to "
+                f"{placed.offset + placed.num_bytes:,}; it may have been cut short"
+            )
+        tensors[info.name] = placed
+    end, last = 0, ""
+    for info in sorted(tensors.values(), key=lambda each: each.offset):
+        if info.offset < end:
+            raise _Damaged(f"the tensors {last!r} and {info.name!r} overlap")
+        end, last = info.offset + info.num_bytes, info.name
+    return metadata, tensors
+
+
+def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
+    """One tensor's entry; its offset still counts from where the data begin."""
+    name = cursor.string(_MAX_NAME, "a tensor's name")
+    dimensions = cursor.unpack("<I")
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise _Damaged(f"the tensor {name!r} has {dimensions:,} dimensions")
+    shape = tuple(cursor.unpack("<Q") for _ in range(dimensions))[::-1]
+    number, offset = cursor.unpack("<I"), cursor.unpack("<Q")
+    if number not in TENSOR_TYPES:
+        raise _Damaged(
+            f"the tensor {name!r} is of type {_type_name(number)}, which is not supported (those that are: "
+            f"{', '.join(TYPES_BY_NAME)})"
+        )
+    type = TENSOR_TYPES[number]
+    if 0 in shape or math.prod(shape) // type.block_size * type.block_bytes > cursor.size:
+        raise _Damaged(f"the tensor {name!r} claims the size {' x '.join(map(str, shape))}, more than the file has")
+    if shape[-1] % type.block_size:
+        raise _Damaged(
+            f"the tensor {name!r} has rows of {shape[-1]:,}, not a multiple of {type.name}'s {type.block_size}"
+        )
+    return TensorInfo(name, shape, type, offset)
+
+
+def _type_name(number: int) -> str:
+    """A type that is not in our table, by its name if it has one."""
+    try:
+        return str(_gguf_library()[1](number).name)
+    except (CheckpointError, ValueError):
+        return f"number {number}"
+
+
+# writing
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: its numbers are asked for when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    numbers: Callable[[], np.ndarray]
+
+
+def write_gguf_file(file: IO[bytes], metadata: Mapping[str, Any], tensors: list[PlannedTensor]) -> None:
+    """Write a version 3 file. Values: str, bool, int (stored as uint32), float (float32), and lists or arrays of them.
+
+    Arrays of whole numbers are stored as int32, of others as float32.
+    """
+    header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        header += [_string(key), _value(value)]
+    offset = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) // tensor.type.block_size * tensor.type.block_bytes
+        header += [
+            _string(tensor.name),
+            struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape)),
+            struct.pack("<IQ", tensor.type.number, offset),
+        ]
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    written = file.write(b"".join(header))
+    file.write(bytes(-written % ALIGNMENT))
+    for tensor in tensors:
+        packed = quantize(tensor.numbers(), tensor.type)
+        file.write(packed.data)
+        file.write(bytes(-packed.nbytes % ALIGNMENT))
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode("utf-8")
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(value: Any) -> bytes:
+    if isinstance(value, bool):
+        return struct.pack("<IB", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, list) and not value:  # ggml knows an empty array by the type of its (no) strings
+        return struct.pack("<IIQ", _ARRAY, _STRING, 0)
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return struct.pack("<IIQ", _ARRAY, 5, array.size) + array.astype("<i4").tobytes()
+    return struct.pack("<IIQ", _ARRAY, 6, array.size) + array.astype("<f4").tobytes()

@@ -1,0 +1,421 @@
+"""The tokenizer inside a GGUF file: from its metadata to ours, and back.
+
+llama.cpp knows a vocabulary by `tokenizer.ggml.model`: "gpt2" is byte-level BPE, whose way of cutting text into words
+is named by `tokenizer.ggml.pre` (llama.cpp's src/llama-vocab.cpp holds the patterns); "llama" is SentencePiece's BPE,
+where the best-scored pair is joined first and unknown characters fall back to bytes. Text is not normalised in either
+(a tokenizer.json may do so: Qwen2's composes characters, NFC).
+
+What is written also carries the tokenizer.json itself, under the specification's key `tokenizer.huggingface.json`;
+llama.cpp passes over it, and reading it back gives the same tokenizer, whatever its kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gptsmith.errors import CheckpointError, TokenizerError
+from gptsmith.tokenizer.tokenizer import _BYTE_OF_CHARACTER, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+HUGGINGFACE_KEY = "tokenizer.huggingface.json"
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+_MODERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN, QWEN2_PATTERN = _MODERN % "{1,3}", _MODERN % ""
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT_PATTERNS = (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2 = {**_BYTES, "use_regex": True}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+# `tokenizer.ggml.pre`: the pre-tokenizer of a tokenizer.json that cuts text in the same places.
+_DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _GPT2)
+_LLAMA3 = _sequence(_split(LLAMA3_PATTERN), _BYTES)
+_QWEN2 = _sequence(_split(QWEN2_PATTERN), _BYTES)
+_TEKKEN = _sequence(_split(TEKKEN_PATTERN), _BYTES)
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "default": _sequence(*map(_split, _DEFAULT_PATTERNS), _BYTES),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe", "exaone4", "trillion", "mellum"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _QWEN2),
+    "tekken": _TEKKEN,
+}
+# With these, a word that is a token is that token, whatever the merges say.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"}
+_WRITTEN = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default")
+
+_SPACE = "▁"  # SentencePiece's
+_LONGEST_PIECE = 256  # characters; longer tokens are not taken apart
+
+
+# reading
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describe. where: the file, for messages.
+
+    Raises CheckpointError if it has none, or one that is damaged or of an unknown kind.
+    """
+    reader = _Reader(metadata, where)
+    stored = metadata.get(HUGGINGFACE_KEY)
+    try:
+        if isinstance(stored, str):
+            tokenizer = Tokenizer(stored, reader.config())
+            if tokenizer.vocab_size > len(reader.tokens):
+                raise reader.fail(f"its tokenizer.json has more tokens than its list of {len(reader.tokens):,}")
+            return tokenizer
+        return Tokenizer(reader.pipeline().to_str(pretty=True), reader.config())
+    except CheckpointError:
+        raise
+    except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics, which are not even those
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise reader.fail(f"no tokenizer can be built from it: {str(error).rstrip('.')}") from None
+
+
+class _Reader:
+    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+        self.metadata, self.where = metadata, where
+        self.model = metadata.get("tokenizer.ggml.model")
+        if self.model not in ("gpt2", "llama"):
+            raise self.fail(
+                f"its tokenizer is of the kind {self.model!r:.80}. Supported: gpt2 (byte-level BPE), llama"
+                if self.model
+                else "it has no tokenizer"
+            )
+        self.tokens: list[str] = self.array("tokens", str, None)
+        if not self.tokens or len(set(self.tokens)) != len(self.tokens):
+            raise self.fail("its list of tokens is empty or has a token twice")
+        self.types: list[int] = self.array("token_type", int, [NORMAL] * len(self.tokens))
+        self.scores: list[float] = self.array("scores", float, [0.0] * len(self.tokens))
+        for name in ("types", "scores"):
+            if len(getattr(self, name)) != len(self.tokens):
+                raise self.fail(f"it has {len(self.tokens):,} tokens, but {len(getattr(self, name)):,} {name}")
+
+    def fail(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {problem}.")
+
+    def array(self, name: str, kind: type, default: list[Any] | None) -> list[Any]:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        values = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(values, list) or (values and not isinstance(values[0], kind)):
+            raise self.fail(f"its tokenizer.ggml.{name} is missing or not a list of {kind.__name__}")
+        return values
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        return value if isinstance(value, bool) else default
+
+    def special(self, name: str) -> str | None:
+        """The token whose id is given as `name`, such as "bos"."""
+        id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return self.tokens[id] if type(id) is int and 0 <= id < len(self.tokens) else None
+
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            if (token := self.special(name)) is not None:
+                config[f"{role}_token"] = token
+        config["add_bos_token"] = self.adds_bos()
+        template = self.metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            config["chat_template"] = template
+        return config
+
+    def adds_bos(self) -> bool:
+        """As llama.cpp decides where the file does not."""
+        return self.flag("add_bos_token", self.model == "llama" or self.metadata.get(_PRE) in _WHOLE_WORDS)
+
+    def pipeline(self) -> tokenizers.Tokenizer:
+        from tokenizers import AddedToken, processors
+
+        pipeline = self.byte_level() if self.model == "gpt2" else self.sentencepiece()
+        for type in (CONTROL, USER_DEFINED):
+            kind = (CONTROL, UNKNOWN) if type == CONTROL else (USER_DEFINED,)
+            added = [
+                AddedToken(token, special=type == CONTROL, normalized=False)
+                for token, its_type in zip(self.tokens, self.types, strict=True)
+                if its_type in kind and token
+            ]
+            (pipeline.add_special_tokens if type == CONTROL else pipeline.add_tokens)(added)
+        if self.adds_bos() and (bos := self.special("bos")) is not None:
+            pipeline.post_processor = processors.TemplateProcessing(
+                single=f"{bos}:0 $A:0" if ":" not in bos and " " not in bos else "$A:0",
+                special_tokens=[(bos, self.tokens.index(bos))],
+            )
+        return pipeline
+
+    def byte_level(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Pipeline
+        from tokenizers import decoders, models, processors
+
+        name = self.metadata.get(_PRE, "default")
+        if name not in PRE_TOKENIZERS:
+            raise self.fail(f"its pre-tokenizer {name!r:.80} is unknown. Supported: {', '.join(PRE_TOKENIZERS)}")
+        merges = []
+        for merge in self.array("merges", str, None):
+            at = merge.find(" ", 1)
+            if at < 0:
+                raise self.fail(f"its merge {merge!r:.80} is not of two parts")
+            merges.append((merge[:at], merge[at + 1 :]))
+        vocabulary = {token: id for id, token in enumerate(self.tokens)}
+        pipeline = Pipeline(models.BPE(vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
+        pipeline.decoder = decoders.ByteLevel()
+        pipeline.post_processor = processors.ByteLevel(trim_offsets=False)
+        return _with(pipeline, "pre_tokenizer", PRE_TOKENIZERS[name])
+
+    def sentencepiece(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Pipeline
+        from tokenizers import decoders, models, normalizers
+
+        vocabulary = {token: id for id, token in enumerate(self.tokens)}
+        joinable = {
+            token: score
+            for token, score, type in zip(self.tokens, self.scores, self.types, strict=True)
+            if type in (NORMAL, USER_DEFINED, UNUSED)
+        }
+        unknown = next((token for token, type in zip(self.tokens, self.types, strict=True) if type == UNKNOWN), None)
+        pipeline = Pipeline(
+            models.BPE(
+                vocabulary,
+                merges_of_scores(joinable, vocabulary),
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback="<0x00>" in vocabulary,
+            )
+        )
+        prefix = self.flag("add_space_prefix", True)
+        replace = normalizers.Replace(" ", _SPACE)
+        pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
+        strip = [decoders.Strip(content=" ", left=1)] if prefix else []
+        pipeline.decoder = decoders.Sequence(
+            [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+        return pipeline
+
+
+_PRE = "tokenizer.ggml.pre"
+
+
+def _with(pipeline: tokenizers.Tokenizer, part: str, description: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The pipeline with one part of its tokenizer.json replaced."""
+    from tokenizers import Tokenizer as Pipeline
+
+    return Pipeline.from_str(json.dumps({**json.loads(pipeline.to_str()), part: description}))
+
+
+def merges_of_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, the pairs of the best-scored token first (SentencePiece's order)."""
+    found = []
+    for token, score in scores.items():
+        if 1 < len(token) <= _LONGEST_PIECE:
+            for at in range(1, len(token)):
+                left, right = token[:at], token[at:]
+                if left in scores and right in scores:
+                    found.append((-score, ids[token], ids[left], ids[right], left, right))
+    return [each[4:] for each in sorted(found)]
+
+
+# writing
+
+
+def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The metadata with which llama.cpp turns text into the same ids, for a model of `vocab_size` rows.
+
+    Characters (kind "char") are written as byte-level BPE whose merges join the bytes of each character and nothing
+    else; llama.cpp drops characters that the vocabulary lacks, where this package reports them.
+    Raises TokenizerError for a tokenizer that llama.cpp has no like of.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {vocab_size:,}.")
+    description = json.loads(tokenizer.to_json())
+    added = {token["id"]: token for token in description.get("added_tokens") or []}
+    if tokenizer.kind == "char":
+        specific = _char_metadata(description, added)
+    elif tokenizer.kind == "bpe":
+        specific = _byte_level_metadata(description)
+    else:
+        specific = _sentencepiece_metadata(description, added)
+
+    vocabulary: dict[str, int] = specific.pop("vocabulary")
+    tokens = [f"[PAD{id}]" for id in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, id in vocabulary.items():
+        tokens[id], types[id] = token, NORMAL
+        if specific["model"] == "llama" and _is_byte(token):
+            types[id] = BYTE
+    for id, token in added.items():
+        tokens[id], types[id] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    if specific["model"] == "llama" and tokenizer.unk_id is not None:
+        types[tokenizer.unk_id] = UNKNOWN
+    if len(set(tokens)) != len(tokens):
+        raise TokenizerError("two of the tokenizer's tokens have the same name, which GGUF does not allow.")
+    if scores := specific.pop("scores", None):
+        specific["scores"] = [float(scores.get(token, 0.0)) for token in tokens]
+
+    config = tokenizer.config()
+    ids = {token: id for id, token in enumerate(tokens)}
+    metadata: dict[str, Any] = {f"tokenizer.ggml.{key}": value for key, value in specific.items()}
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        named = config.get(f"{role}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        if named in ids:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = ids[named]
+    if tokenizer.eos_id is not None:
+        metadata["tokenizer.ggml.eos_token_id"] = tokenizer.eos_id
+        metadata.setdefault("tokenizer.ggml.bos_token_id", tokenizer.eos_id)
+    metadata["tokenizer.ggml.add_bos_token"] = _adds_bos(description, config)
+    metadata["tokenizer.ggml.add_eos_token"] = False
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        metadata["tokenizer.chat_template"] = template
+    metadata[HUGGINGFACE_KEY] = json.dumps(description, ensure_ascii=False, separators=(",", ":"))
+    return metadata
+
+
+def _byte_level_metadata(description: Mapping[str, Any]) -> dict[str, Any]:
+    model = description["model"]
+    whole_words = bool(model.get("ignore_merges"))
+    normalizer = (description.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):  # llama.cpp does without NFC in Qwen's files, too
+        raise TokenizerError(f"llama.cpp normalises no text; this tokenizer does ({normalizer}).")
+    name = next(
+        (
+            name
+            for name in _WRITTEN
+            if _cuts(description.get("pre_tokenizer")) == _cuts(PRE_TOKENIZERS[name])
+            and (name in _WHOLE_WORDS) == whole_words
+        ),
+        None,
+    )
+    if name is None:
+        raise TokenizerError("llama.cpp has no like of this tokenizer's way of cutting text into words.")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {
+        "model": "gpt2",
+        "pre": name,
+        "add_space_prefix": False,
+        "merges": merges,
+        "vocabulary": model["vocab"],
+    }
+
+
+def _cuts(part: Mapping[str, Any] | None) -> list[Any]:
+    """A pre-tokenizer's effect, whichever way it is spelt."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [cut for each in part["pretokenizers"] for cut in _cuts(each)]
+    if part["type"] == "ByteLevel":
+        bytes = ("bytes", part.get("add_prefix_space", True))
+        return [("split", _WORDS), bytes] if part.get("use_regex", True) else [bytes]
+    if part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
+        return [("split", part["pattern"].get("Regex"))]
+    return [json.dumps(part, sort_keys=True)]
+
+
+def _char_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:
+    """Byte-level BPE in which the bytes of each character, and only they, join from left to right.
+
+    UTF-8's first bytes differ from the following ones, so no merge reaches across two characters.
+    """
+    character_of = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+    vocabulary: dict[str, int] = {}
+    merges: dict[str, None] = {}  # in order, each once
+    for token, id in description["model"]["vocab"].items():
+        if id in added:
+            continue
+        spelt = "".join(character_of[byte] for byte in token.encode("utf-8"))
+        vocabulary[spelt] = id
+        for at in range(1, len(spelt)):
+            merges[f"{spelt[:at]} {spelt[at]}"] = None
+    return {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "add_space_prefix": False,
+        "merges": list(merges),
+        "vocabulary": vocabulary,
+    }
+
+
+def _sentencepiece_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:
+    """A BPE with byte fallback over text whose spaces are "▁": scores that put the merges into the same order."""
+    model = description["model"]
+    prefix = _space_prefix(description)
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or prefix is None:
+        raise TokenizerError(
+            "llama.cpp has no like of this tokenizer. Supported: characters, byte-level BPE, and SentencePiece's BPE "
+            "with byte fallback."
+        )
+    vocabulary: dict[str, int] = model["vocab"]
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(pairs):
+        scores.setdefault(left + right, -float(rank))
+    pieces = {
+        token: scores.get(token, -float(len(pairs)))
+        for token, id in vocabulary.items()
+        if id not in added and not _is_byte(token)
+    }
+    if set(merges_of_scores(pieces, vocabulary)) != set(pairs):
+        raise TokenizerError(
+            "this tokenizer's merges are not all the pairs that make its tokens, as they are for llama.cpp."
+        )
+    return {
+        "model": "llama",
+        "pre": "default",
+        "add_space_prefix": prefix,
+        "scores": pieces,
+        "vocabulary": vocabulary,
+    }
+
+
+def _space_prefix(description: Mapping[str, Any]) -> bool | None:
+    """Whether a space is put before the text; None: the spaces are not SentencePiece's."""
+    normalizer, pre = description.get("normalizer"), description.get("pre_tokenizer")
+    if pre is not None and normalizer is None and pre.get("type") == "Metaspace" and not pre.get("split", True):
+        return str(pre.get("prepend_scheme", "always")) != "never"
+    parts: Sequence[Mapping[str, Any]] = (normalizer or {}).get("normalizers") or [normalizer or {}]
+    kinds = [part.get("type") for part in parts]
+    replaces = parts[-1].get("pattern") == {"String": " "} and parts[-1].get("content") == _SPACE
+    if pre is not None or not replaces or kinds not in (["Replace"], ["Prepend", "Replace"]):
+        return None
+    return bool(kinds[0] == "Prepend")
+
+
+def _adds_bos(description: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    stated = config.get("add_bos_token")
+    if isinstance(stated, bool):
+        return stated
+    processor = description.get("post_processor") or {}
+    first = (processor.get("single") or [{}])[0] if processor.get("type") == "TemplateProcessing" else {}
+    return "SpecialToken" in first
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
