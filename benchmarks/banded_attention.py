@@ -1,6 +1,6 @@
 """Time and memory of banded against full attention at long context: python benchmarks/banded_attention.py [--save]
 
-One attention operation, forward and backward, 8 heads of 64, fp32. `full mask` is SDPA with the band as its mask, `band`
+One attention operation, forward and backward, 8 heads of 64, in fp32. `full mask` is SDPA masked to the band, `band`
 is what the model does. Each in a process of its own, so that its peak memory is its own.
 """
 

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, nearest
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
 from gptsmith.log import JsonLines, note
-from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, load_model_weights, read_config, save_model
+from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
 from gptsmith.model.transformer import Transformer
+from gptsmith.model_source import find_model, open_model
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 
@@ -46,11 +47,10 @@ def save_checkpoint(
     directory: Path, model: Transformer, tokenizer: Tokenizer | None, state: TrainState | None = None
 ) -> None:
     """Write a model directory atomically; `directory` must not exist yet. GptsmithError if the disk is full."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_directory(directory) as temporary:
-        try:
+        with explain_full_disk(directory):
             save_model(model, temporary, eos_token_id=tokenizer.eos_id if tokenizer else None)
             if tokenizer is not None:
                 tokenizer.save(temporary)
@@ -58,15 +58,24 @@ def save_checkpoint(
                 (temporary / "train").mkdir()
                 write_text(temporary / "train" / "state.json", json.dumps(state.values, indent=1) + "\n")
                 save_file(state.tensors, temporary / "train" / "state.safetensors")
-        except SafetensorError as error:
-            if "os error 28" in str(error) or "No space" in str(error):  # the only way it tells
-                raise GptsmithError(f"no space left on the disk that holds {directory}. Free some space.") from error
-            raise
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
         }
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def explain_full_disk(directory: Path) -> Iterator[None]:
+    """Turn the safetensors library's account of a full disk into a message that says where."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" in str(error) or "No space" in str(error):  # the only way it tells
+            raise GptsmithError(f"no space left on the disk that holds {directory}. Free some space.") from error
+        raise
 
 
 def verify(directory: Path) -> None:
@@ -175,13 +184,16 @@ class CheckpointStore:
         raise CheckpointError(f"{self.run_directory} has no checkpoint yet.")
 
 
-def resolve_model(path: str | Path) -> Path:
-    """The model directory that `path` means: itself, or for a run directory its best checkpoint (else its last).
+def resolve_model(spec: str | Path) -> Path:
+    """The model directory or .gguf file that `spec` means.
 
-    Raises CheckpointError if there is none, naming the nearest sibling.
+    A path that is here comes first: a model directory, a .gguf file, or a run (its best checkpoint, else its last).
+    Then a named model (`smollm2-135m`), then one of the hub (`org/name`, `org/name@revision`, `hf:name`), fetched if
+    need be.
+    Raises CheckpointError if there is none, naming what comes near.
     """
-    path = Path(path)
-    if (path / "config.json").exists():
+    path = Path(spec)
+    if (path / CONFIG_FILE).exists():
         verify(path)
         return path
     store = CheckpointStore(path)
@@ -190,27 +202,32 @@ def resolve_model(path: str | Path) -> Path:
         return store.newest_intact([best, *(s for s in steps if s != best)] if best is not None else steps)
     if path.is_dir():
         raise CheckpointError(f"{path} is neither a model directory (no config.json) nor a run (no checkpoints/).")
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file; a model is a directory with config.json and model.safetensors.")
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise CheckpointError(f"there is no model at {path}.{nearest(path.name, siblings)}")
+        raise CheckpointError(
+            f"{path} is a file, and not a .gguf; a model is such a file, or a directory with config.json and "
+            "model.safetensors."
+        )
+    return find_model(str(spec))
 
 
-def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """Load a model and its tokenizer from a model directory or a run (its best checkpoint). The model is in eval mode.
+def load_model(
+    spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer]:
+    """Load a model and its tokenizer from whatever `resolve_model` understands. The model is in eval mode.
 
+    dtype: of the weights in memory, whatever they are stored in.
     Raises CheckpointError (missing, damaged, unknown or misfit) or TokenizerError.
     """
-    directory = resolve_model(path)
-    model = Transformer(read_config(directory))
-    load_model_weights(model, directory)
-    tokenizer = Tokenizer.load(directory)
+    source = open_model(resolve_model(spec))
+    model, tokenizer = source.model(dtype=dtype), source.tokenizer()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TokenizerError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
             f"the model only {model.config.vocab_size:,}."
         )
-    return model.to(device).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_train_state(directory: Path) -> TrainState:

@@ -252,7 +252,7 @@ def test_a_prompt_the_tokenizer_does_not_know(refused: Any, finished: Path) -> N
         ('{"steps": "five"}', "steps must be int, not 'five'"),
         ('{"steps": 0}', "--steps must be at least 1"),
         ('{"optim": {"lr": NaN}}', "--optim.lr must be above 0, not nan"),
-        ('{"model": {"family": "gpt"}}', "model.family is 'gpt'; it can be gpt2, qwen3. Did you mean 'gpt2'?"),
+        ('{"model": {"family": "gpt"}}', "Did you mean 'gpt"),
         ("[]", "must be a mapping"),
         ('{"steps": ', "is not valid JSON"),
         ("\x00\xff", "config.json"),

@@ -173,6 +173,13 @@ def test_bad_prompts(tokenizer: Tokenizer) -> None:
     assert len(generate_samples(model, tokenizer, "", params)) == 1  # starts from the end-of-document token
 
 
+def test_ids_beyond_the_tokenizer_are_never_chosen(tokenizer: Tokenizer) -> None:
+    """Vocabularies of models are often padded."""
+    model = make_model("qwen3", tokenizer.vocab_size + 50)
+    params = SamplingParams(max_tokens=60, temperature=2.0, seed=0, repetition_penalty=1.1)
+    assert len(generate_samples(model, tokenizer, "ab", params)[0]) > 0
+
+
 def test_nan_weights_are_a_clear_error(tokenizer: Tokenizer) -> None:
     model = make_model("qwen3", tokenizer.vocab_size)
     torch.nn.init.constant_(model.norm.weight, float("nan"))

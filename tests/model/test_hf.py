@@ -123,8 +123,9 @@ def test_logits_and_gradients_equal_transformers(
         theirs_gradient = q.detach().clone()
         if config.model_type == "gpt_neo" and "qkv_proj" in name:  # scaled weights: gradients scale the other way
             theirs_gradient[: config.hidden_size] /= config.head_dim
-        scale = theirs_gradient.abs().max().clamp_min(1e-6)
-        assert (ours_gradient - theirs_gradient).abs().max() / scale < 1e-3, name
+        # Relative to the largest; what is nothing but rounding (a router whose one choice has weight 1) is nothing.
+        bound = 1e-4 * theirs_gradient.abs().max() + 1e-7
+        assert (ours_gradient - theirs_gradient).abs().max() <= bound, name
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ COMMANDS = {
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
+    "import": "read a model of others: Hugging Face directory, hub id, GGUF file",
+    "export": "write a model for others: Hugging Face directory, GGUF file",
 }
 
 USAGE = """usage: gptsmith COMMAND ...
@@ -68,5 +71,6 @@ def _dispatch(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}.{nearest(name, COMMANDS)} `gptsmith --help` lists them.")
-    command = importlib.import_module(f"gptsmith.cli.{name}")
+    module = f"{name}_" if keyword.iskeyword(name) else name  # `import` is no name for a module
+    command = importlib.import_module(f"gptsmith.cli.{module}")
     return int(command.main(rest) or 0)

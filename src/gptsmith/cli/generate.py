@@ -17,7 +17,7 @@ class Generate:
     """Continue a prompt with a trained model; the text appears as it is made."""
 
     model: tyro.conf.Positional[str]
-    """A run directory (its best checkpoint is used) or a model directory."""
+    """A run (its best checkpoint), a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
     prompt: str = "\n"
     """The text to continue; - reads it from standard input."""
     max_tokens: int = 200

@@ -23,6 +23,7 @@ def generate_ids(
     *,
     num_samples: int = 1,
     stop_ids: Sequence[int] = (),
+    num_ids: int | None = None,
     on_slide: Callable[[], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue `prompt` (at least one id) `num_samples` times, together.
@@ -30,9 +31,12 @@ def generate_ids(
     Yields, per step, one id for each sample, or None for a sample that is finished (it produced one of `stop_ids`,
     which is yielded too). When the context is full the window slides: the last three quarters of it are read again and
     generation goes on (`on_slide` is called the first time, also for a prompt longer than the context).
+    num_ids: choose only ids below this; a model's vocabulary is often padded beyond its tokenizer's.
     The model is left in the mode it was in. Raises UsageError for an empty prompt or ids outside the vocabulary.
     """
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
+    if num_ids is not None:
+        vocabulary = min(vocabulary, num_ids)
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token to continue.")
     if min(prompt) < 0 or max(prompt) >= vocabulary:
@@ -64,7 +68,7 @@ def generate_ids(
                     on_slide()
                 cache.length, new = 0, tokens[:, -kept:]
             hidden = model.hidden_states(new, cache=cache)[:, -1]
-            logits = model.lm_head(hidden).float()
+            logits = model.lm_head(hidden).float()[:, :vocabulary]
             if not torch.isfinite(logits).all():
                 raise GptsmithError("the model gives NaN or infinite logits; its weights are damaged or it diverged.")
             if params.repetition_penalty != 1:
@@ -132,7 +136,15 @@ def stream(
         if tokenizer.eos_id is None:
             raise UsageError("the prompt is empty and this tokenizer has no token to start from; give a prompt.")
         ids = [tokenizer.eos_id]
-    steps = generate_ids(model, ids, params, num_samples=num_samples, stop_ids=stop_ids, on_slide=on_slide)
+    steps = generate_ids(
+        model,
+        ids,
+        params,
+        num_samples=num_samples,
+        stop_ids=stop_ids,
+        num_ids=tokenizer.vocab_size,
+        on_slide=on_slide,
+    )
     return _pieces(steps, tokenizer, params, num_samples, stop_ids)
 
 

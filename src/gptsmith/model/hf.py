@@ -217,6 +217,8 @@ def gpt_neo_config_to_hf(c: ModelConfig) -> dict[str, Any]:
 
 
 def gpt_neo_config_from_hf(h: Mapping[str, Any]) -> ModelConfig:
+    if sum(times for _, times in h["attention_types"]) > h["num_layers"]:  # before they are unrolled
+        raise CheckpointError(f"config.json describes more attention layers than the model's {h['num_layers']}.")
     kinds = [kind for pattern, times in h["attention_types"] for _ in range(times) for kind in pattern]
     if len(kinds) != h["num_layers"]:
         raise CheckpointError(f"config.json describes {len(kinds)} attention layers in a model of {h['num_layers']}.")
@@ -352,7 +354,7 @@ def llama_config_from_hf(h: Mapping[str, Any]) -> ModelConfig:
         if h.get("decoder_sparse_step", 1) != 1 or h.get("mlp_only_layers") or h.get("use_sliding_window"):
             raise CheckpointError("config.json mixes dense layers or a sliding window with experts: unsupported.")
         values |= {
-            "num_experts": h["num_experts"],
+            "num_experts": h.get("num_experts") or h["num_local_experts"],  # transformers 5 writes the latter
             "num_experts_per_tok": h.get("num_experts_per_tok", 8),
             "norm_topk_prob": h.get("norm_topk_prob", False),
             "intermediate_size": h["moe_intermediate_size"],
@@ -451,7 +453,7 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         return _layout(values.get("model_type"), where).from_hf(values)
     except KeyError as error:
         raise CheckpointError(f"{where} lacks {error}.") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} has a value of the wrong type: {error}.") from None
     except UsageError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -464,7 +466,7 @@ def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
     for entry in _entries(model.config):
         tensor = _rows(state[entry.ours].detach().cpu(), entry)
         sizes = _split_sizes(model, entry)
-        for name, part in zip(entry.theirs, tensor.split(sizes) if sizes else (tensor,), strict=True):
+        for name, part in zip(entry.theirs, torch.split(tensor, list(sizes)) if sizes else (tensor,), strict=True):
             result[name] = part.contiguous()
         if entry.scale != 1:
             result[entry.theirs[0]] = result[entry.theirs[0]] / entry.scale
@@ -493,7 +495,7 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
             parts = [tensors[name] for name in entry.theirs]
             sizes = _split_sizes(model, entry)
             target = _rows(state[entry.ours], entry)
-            shapes = [tuple(t.shape) for t in (target.split(sizes) if sizes else (target,))]
+            shapes = [tuple(t.shape) for t in (torch.split(target, list(sizes)) if sizes else (target,))]
             bad = [
                 f"{name} is {list(part.shape)}, expected {list(shape)}"
                 for name, part, shape in zip(entry.theirs, parts, shapes, strict=True)
@@ -502,8 +504,9 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
             wrong += bad
             if not bad:
                 if entry.scale != 1:
-                    parts[0] = parts[0] * entry.scale
-                target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+                    parts[0] = parts[0].float() * entry.scale
+                for part, place in zip(parts, torch.split(target, list(sizes)) if sizes else (target,), strict=True):
+                    place.copy_(part)
     problems = [
         f"{what}: {', '.join(names[:8])}{' and ' + str(len(names) - 8) + ' more' if len(names) > 8 else ''}"
         for what, names in (("missing tensors", missing), ("unexpected tensors", extra), ("wrong shapes", wrong))

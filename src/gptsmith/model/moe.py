@@ -38,12 +38,13 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
-        runs = tokens.repeat_interleave(self.chosen, dim=0)[order].split(sizes)
+        runs = torch.split(tokens.repeat_interleave(self.chosen, dim=0)[order], sizes)
         outputs = torch.cat([self.expert(i, run) for i, run in enumerate(runs) if len(run)])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         y = outputs[back].view(-1, self.chosen, x.shape[-1])  # (N, k, C)
-        return (y * weights[..., None].to(y.dtype)).sum(dim=1).view_as(x)
+        mixed: Tensor = (y * weights[..., None].to(y.dtype)).sum(dim=1)
+        return mixed.view_as(x)
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """One expert's SwiGLU: (n, C) -> (n, C)."""

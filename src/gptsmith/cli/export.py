@@ -1,0 +1,69 @@
+"""`gptsmith export`: a model in the form that others read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptsmith.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptsmith.model.gguf import GgufType
+
+_GGUF: dict[str, GgufType] = {
+    "auto": "f16",
+    "fp32": "f32",
+    "fp16": "f16",
+    "f32": "f32",
+    "f16": "f16",
+    "q8_0": "q8_0",
+    "q4_0": "q4_0",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model for others: a Hugging Face directory with a model card, or a GGUF file for llama.cpp."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run, a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    out: Path
+    """The directory (hf) or the .gguf file to write; must not exist."""
+    to: Literal["hf", "gguf"] = "hf"
+    """hf: a directory for transformers, vLLM and others. gguf: one file for llama.cpp and others."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q4_0"] = "auto"
+    """hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16, q8_0 or q4_0 (auto: f16)."""
+    license: str | None = None
+    """For the model card: an identifier such as mit or apache-2.0 (default: the model's own, where it is known)."""
+
+
+def main(arguments: list[str]) -> int:
+    chosen = tyro.cli(Export, prog="gptsmith export", args=arguments)
+    if chosen.to == "gguf":
+        return _write_gguf(chosen)
+    dtype = {"f32": "fp32", "f16": "fp16"}.get(chosen.dtype, chosen.dtype)
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise UsageError(f"--to hf has no --dtype {dtype}; there are fp32, bf16 and fp16 (quantized is --to gguf).")
+
+    from gptsmith.export import describe, export_directory
+
+    model, dtype = export_directory(chosen.model, chosen.out, dtype=dtype, licence=chosen.license)
+    print(describe(chosen.out, model, dtype))
+    return 0
+
+
+def _write_gguf(chosen: Export) -> int:
+    dtype = _GGUF.get(chosen.dtype)
+    if dtype is None:
+        raise UsageError(f"--to gguf has no --dtype {chosen.dtype}; there are f32, f16, q8_0 and q4_0.")
+    if chosen.out.suffix.lower() != ".gguf":
+        raise UsageError(f"--to gguf writes a file, whose name ends in .gguf; --out {chosen.out} does not.")
+
+    from gptsmith.export import describe, export_gguf
+
+    model = export_gguf(chosen.model, chosen.out, dtype=dtype)
+    print(describe(chosen.out, model, dtype))
+    return 0

@@ -1,0 +1,108 @@
+"""The tokenizer of a Hugging Face model directory, whatever files it is in: tokenizer.json, or the older vocab.json and
+merges.txt (GPT-2's bytes, or GPT-1's words). The chat template travels in the tokenizer's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptsmith.errors import TokenizerError
+from gptsmith.tokenizer.bpe import _byte_level, _special_token
+from gptsmith.tokenizer.tokenizer import CONFIG_FILE, END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_END_OF_WORD = "</w>"
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory. Raises TokenizerError naming the file that is missing or damaged."""
+    directory = Path(directory)
+    if (directory / TOKENIZER_FILE).is_file():
+        tokenizer = Tokenizer.load(directory)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        tokenizer = _from_vocabulary(directory)
+    elif any(directory.glob("*.model")):
+        name = next(iter(sorted(directory.glob("*.model")))).name
+        raise TokenizerError(
+            f"{directory} has its tokenizer only as SentencePiece ({name}), which is not read. Make a "
+            f"{TOKENIZER_FILE} of it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+        )
+    else:
+        return Tokenizer.load(directory)  # says what is missing
+    config = tokenizer.config()
+    for role, token in _object(directory / "special_tokens_map.json").items():
+        if role in _SPECIAL_ROLES and config.get(role) is None:
+            config[role] = token
+    template = directory / CHAT_TEMPLATE_FILE
+    if template.is_file():
+        config["chat_template"] = _text(template)
+    return tokenizer if config == tokenizer.config() else Tokenizer.from_json(tokenizer.to_json(), config)
+
+
+def _from_vocabulary(directory: Path) -> Tokenizer:
+    """A tokenizer from vocab.json (token: id) and merges.txt (a pair a line, in order)."""
+    where = directory / "vocab.json"
+    vocabulary = _object(where)
+    if not vocabulary or not all(isinstance(id, int) and 0 <= id < 1 << 24 for id in vocabulary.values()):
+        raise TokenizerError(f"{where} is not a vocabulary: it must give each token its number.")
+    lines = _text(directory / "merges.txt").split("\n")
+    rules = [line for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(left, right) for left, _, right in (rule.partition(" ") for rule in rules)]
+    config = _object(directory / CONFIG_FILE)
+    try:
+        if any(token.endswith(_END_OF_WORD) for token in vocabulary):
+            pipeline = _whole_words(vocabulary, merges)
+        else:
+            pipeline = _byte_level(vocabulary, merges)
+            pipeline.add_special_tokens([_special_token(END_OF_TEXT)] if END_OF_TEXT in vocabulary else [])
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        raise TokenizerError(f"{where} and merges.txt do not go together: {error}.") from None
+    added = {id: token for token, id in _object(directory / "added_tokens.json").items() if token not in vocabulary}
+    first = pipeline.get_vocab_size()
+    if set(added) != set(range(first, first + len(added))):
+        raise TokenizerError(f"{directory / 'added_tokens.json'}: the numbers of added tokens must go on from {first}.")
+    pipeline.add_special_tokens([_special_token(added[id]) for id in sorted(added)])
+    return Tokenizer(pipeline.to_str(pretty=True), config)
+
+
+def _whole_words(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """GPT-1's: lower case, words and punctuation apart, merges within words, the last piece of a word marked `</w>`."""
+    from tokenizers import Tokenizer as Pipeline
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    unknown = "<unk>" if "<unk>" in vocabulary else None
+    model = models.BPE(dict(vocabulary), merges, unk_token=unknown, end_of_word_suffix=_END_OF_WORD, fuse_unk=False)
+    pipeline = Pipeline(model)
+    pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.decoder = decoders.BPEDecoder(suffix=_END_OF_WORD)
+    if unknown is not None:
+        pipeline.add_special_tokens([_special_token(unknown)])
+    return pipeline
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"cannot read {path}: {error}.") from None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} is not a JSON object.")
+    return values
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read {path}: {error}.") from None

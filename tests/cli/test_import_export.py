@@ -1,0 +1,347 @@
+"""`gptsmith import` and `gptsmith export`: in, out, and in again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptsmith.checkpoint import load_model, save_checkpoint
+from gptsmith.export import export_directory, write_directory
+from gptsmith.model import families
+from gptsmith.model.hf import LAYOUTS
+from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import Tokenizer, train_bpe
+
+Cli = Callable[..., tuple[int, str, str]]
+VOCABULARY, CONTEXT = 300, 24
+
+
+@pytest.fixture(scope="session")
+def bpe(words: str) -> Tokenizer:
+    return train_bpe([words], VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable[[str], Path]:
+    """A small random model of each family as transformers writes it. Not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            if model_type in ("openai-gpt", "gpt2"):
+                values: dict[str, Any] = {"n_positions": CONTEXT, "n_embd": 24, "n_layer": 2, "n_head": 3}
+            elif model_type == "gpt_neo":
+                values = {
+                    "max_position_embeddings": CONTEXT,
+                    "hidden_size": 24,
+                    "num_layers": 2,
+                    "num_heads": 3,
+                    "attention_types": [[["global", "local"], 1]],
+                    "window_size": 8,
+                }
+            else:
+                values = {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "max_position_embeddings": CONTEXT,
+                }
+            if model_type in ("mixtral", "qwen3_moe"):
+                values |= {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+            config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **values)
+            torch.manual_seed(0)
+            theirs = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for p in theirs.parameters():
+                    p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+            directory = tmp_path_factory.mktemp(model_type)
+            theirs.generation_config.max_length = 77
+            theirs.save_pretrained(directory)
+            bpe.save(directory)
+            made[model_type] = directory
+        return made[model_type]
+
+    return get
+
+
+@pytest.fixture
+def source(models: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A directory to spoil."""
+    return Path(shutil.copytree(models("qwen3"), tmp_path / "source"))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def set_in(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("model_type", sorted(LAYOUTS))
+def test_import_export_import_changes_no_bit(
+    model_type: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    first, out, second = tmp_path / "first", tmp_path / "out", tmp_path / "second"
+    code, text, err = run_cli("import", models(model_type), "--out", first)
+    assert code == 0, err
+    assert f"{model_type}, context {CONTEXT}, {VOCABULARY} tokens; fp32" in text
+    assert run_cli("export", first, "--to", "hf", "--dtype", "fp32", "--out", out)[0] == 0
+    assert run_cli("import", out, "--out", second, "--dtype", "fp32")[0] == 0
+    a, b, c = weights(first), weights(out), weights(second)
+    assert a.keys() == b.keys() == c.keys()
+    assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (first / name).read_bytes() == (out / name).read_bytes() == (second / name).read_bytes(), name
+    if model_type != "gpt_neo":  # whose queries are scaled on the way in and out: exact from then on
+        theirs = weights(models(model_type))
+        assert all(torch.equal(a[name], theirs[name]) for name in a.keys() & theirs.keys())
+
+
+@pytest.mark.parametrize("model_type", sorted(LAYOUTS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", None), ("fp16", None)])
+def test_what_is_exported_loads_in_transformers(
+    model_type: str, dtype: str, tolerance: float | None, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    code, _, err = run_cli("export", models(model_type), "--dtype", dtype, "--out", out)
+    assert code == 0, err
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False)
+    assert theirs.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    ours, tokenizer = load_model(out)
+    ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs.float().eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    text = "bako mi tensha"
+    assert AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+
+
+def test_precision_is_kept_unless_asked(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(half, source / "model.safetensors", metadata={"format": "pt"})
+    assert "bf16" in run_cli("import", source, "--out", tmp_path / "same")[1]
+    assert all(torch.equal(half[name], tensor) for name, tensor in weights(tmp_path / "same").items())
+    assert "fp32" in run_cli("import", source, "--out", tmp_path / "wide", "--dtype", "fp32")[1]
+    assert all(torch.equal(half[name].float(), tensor) for name, tensor in weights(tmp_path / "wide").items())
+
+
+def test_settings_template_ids_card_and_licence_go_along(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+    set_in(source / "config.json", bos_token_id=3, eos_token_id=[0, 5], pad_token_id=4)
+    set_in(source / "tokenizer_config.json", pad_token="<|endoftext|>")
+    (source / "generation_config.json").write_text('{"eos_token_id": [0, 5], "top_k": 20}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    (source / "LICENSE").write_text("MIT")
+    (source / "run_me.py").write_text("1/0")
+    for place, command in ((tmp_path / "one", "import"), (tmp_path / "two", "export")):
+        assert run_cli(command, source, "--out", place)[0] == 0
+        config = json.loads((place / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, [0, 5], 4)
+        assert json.loads((place / "generation_config.json").read_text()) == {"eos_token_id": [0, 5], "top_k": 20}
+        tokenizer = json.loads((place / "tokenizer_config.json").read_text())
+        assert tokenizer["chat_template"] == "{{ messages }}"
+        assert tokenizer["pad_token"] == "<|endoftext|>"
+        assert (place / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+        assert len({path.stat().st_mode for path in place.iterdir()}) == 1
+        assert names(place) == [
+            "LICENSE",
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        source = place
+    assert run_cli("export", source, "--out", tmp_path / "three", "--license", "apache-2.0")[0] == 0
+    assert 'license: "apache-2.0"' in (tmp_path / "three" / "README.md").read_text()
+
+
+def test_a_run_is_exported_with_its_card(finished: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, _, err = run_cli("export", finished, "--out", tmp_path / "out", "--license", "mit")
+    assert code == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ('license: "mit"', "## Data", "words.txt", "## Recipe", "## Results", "nats/token", "## A sample"):
+        assert part in card
+    assert str(finished.parent) not in card
+    assert "train" not in names(tmp_path / "out")  # nothing of the optimizer
+    ours, again = load_model(finished)[0], load_model(tmp_path / "out")[0]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_large_models_are_cut_into_shards(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load_model(source)
+    write_directory(tmp_path / "out", model, tokenizer, shard_bytes=30_000)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(path.stat().st_size < 50_000 for path in shards)
+    again, _ = load_model(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_existing_places_are_refused(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    for command in ("import", "export"):
+        code, out, err = run_cli(command, source, "--out", tmp_path / "out")
+        assert (code, out) == (2, "")
+        assert "exists already" in err
+    assert names(tmp_path / "out") == ["file"]
+    (tmp_path / "empty").mkdir()
+    assert run_cli("import", source, "--out", tmp_path / "empty")[0] == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, source: Path, tmp_path: Path, run_cli: Cli) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for arguments in (("import",), ("export",), ("export", "--to", "gguf")):
+        out = tmp_path / "out.gguf"
+        code, _, err = run_cli(arguments[0], source, *arguments[1:], "--out", out)
+        assert code == 1
+        for part in ("NaN or infinite", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+            assert part in err
+        assert not out.exists()
+    load_model(source)  # not looked for at every load
+
+
+def test_weights_beyond_fp16_are_refused(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run_cli("export", source, "--dtype", "fp16", "--out", tmp_path / "out")
+    assert code == 1
+    assert "beyond the range of fp16" in err
+    assert "model.norm.weight" in err
+    assert not (tmp_path / "out").exists()
+    assert run_cli("export", source, "--dtype", "bf16", "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "hf", "--dtype", "q8_0"), "no --dtype q8_0"),
+        (("--to", "gguf", "--dtype", "bf16"), "no --dtype bf16"),
+        (("--to", "gguf"), "ends in .gguf"),
+        (("--license", "a b"), "no identifier"),
+        (("--to", "onnx"), "invalid choice"),
+    ],
+)
+def test_wrong_options_are_explained(
+    arguments: tuple[str, ...], message: str, source: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    code, out, err = run_cli("export", source, "--out", tmp_path / "out", *arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(source: Path, tmp_path: Path, run_cli: Cli, words: str) -> None:
+    train_bpe([words], VOCABULARY + 10).save(source)
+    code, _, err = run_cli("import", source, "--out", tmp_path / "out")
+    assert code == 1
+    assert "the model only 300" in err
+
+
+def test_a_full_disk_is_explained(source: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    code, _, err = run_cli("import", source, "--out", tmp_path / "out")
+    assert code == 1
+    assert "no space left" in err
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_checkpoint_of_this_package_comes_back(tmp_path: Path, bpe: Tokenizer) -> None:
+    config = families.gpt2(
+        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+    )
+    model = Transformer(config)
+    save_checkpoint(tmp_path / "model", model, bpe)
+    export_directory(tmp_path / "model", tmp_path / "out")
+    again, _ = load_model(tmp_path / "out")
+    assert again.config == config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_gguf_goes_out_and_comes_in(dtype: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) -> None:
+    pytest.importorskip("gguf")
+    source, file = models("qwen3"), tmp_path / "model.gguf"
+    code, text, err = run_cli("export", source, "--to", "gguf", "--dtype", dtype, "--out", file)
+    assert code == 0, err
+    assert dtype in text
+    code, text, err = run_cli("import", file, "--out", tmp_path / "back")
+    assert code == 0, err
+    before, after = weights(source), weights(tmp_path / "back")
+    tolerance = {"f32": 0.0, "f16": 1e-3, "q8_0": 2e-2}[dtype]
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], atol=tolerance, rtol=0)
+    tokenizers = load_model(source)[1], load_model(file)[1]
+    assert tokenizers[0].encode("bako mi tensha é") == tokenizers[1].encode("bako mi tensha é")
+    code, out, err = run_cli("generate", file, "--prompt", "ba", "--max-tokens", "5", "--temperature", "0")
+    assert code == 0, err
+    assert out.startswith("ba")
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "gpt_neo"])
+def test_gguf_without_such_a_family_is_refused(
+    model_type: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    pytest.importorskip("gguf")
+    code, out, err = run_cli("export", models(model_type), "--to", "gguf", "--out", tmp_path / "x.gguf")
+    assert (code, out) == (2, "")
+    assert f"no architecture for a {model_type} model" in err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom gptsmith.cli import main\ntry:\n"
+        f"    main([{command!r}, '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'tokenizers', 'safetensors', 'huggingface_hub')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_named_model_knows_the_capital_of_italy(run_cli: Cli) -> None:
+    pytest.importorskip("gguf")
+    prompt = "The capital of Italy is"
+    code, out, err = run_cli(
+        "generate", "smollm2-135m", "--prompt", prompt, "--max-tokens", "8", "--temperature", "0", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert out.startswith(f"{prompt} Rome")
