@@ -1,6 +1,6 @@
 """An imported model beside transformers' own reading of it: python benchmarks/imported.py [--save]
 
-smollm2-135m (GGUF, Q4_1): seconds to load, seconds from the command to its first token, and perplexity over a fixed text
+smollm2-135m (GGUF, Q4_1): seconds to load, seconds from the command to its first token, and perplexity over a text
 (the opening of Coriolanus, from tinyshakespeare) through this package and through transformers, on the same token ids.
 """
 
