@@ -26,6 +26,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/demo.py --save
 	$(BIN)/python benchmarks/nanogpt_cpu.py --save
 	$(BIN)/python benchmarks/prepare_memory.py --save
+	$(BIN)/python benchmarks/banded_attention.py --save
+	$(BIN)/python benchmarks/experts.py --save
+	$(BIN)/python benchmarks/imported.py --save
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

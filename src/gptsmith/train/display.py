@@ -85,6 +85,6 @@ class Display:
 
     def sample(self, text: str) -> None:
         """A preview of what the model writes now."""
-        width = 78
+        width = 74
         lines = [line[:width] for line in text.strip("\n").splitlines()[:8]] or ["(nothing)"]
         self.print("\n".join(f"  | {line}" for line in lines))
