@@ -29,6 +29,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/banded_attention.py --save
 	$(BIN)/python benchmarks/experts.py --save
 	$(BIN)/python benchmarks/imported.py --save
+	$(BIN)/python benchmarks/startup.py --save
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

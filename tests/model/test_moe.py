@@ -121,3 +121,22 @@ def test_experts_learn_and_their_load_is_logged(family: str, optimizer: str, tex
 def test_impossible_choices(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="num_experts_per_tok"):
         small(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ModelOptions(family="qwen3", num_experts=4),
+            "--model.num-experts: a qwen3 model has none.*mixtral, qwen3_moe",
+        ),
+        (ModelOptions(family="gpt2", router_aux_loss_coef=0.1), "--model.router-aux-loss-coef: a gpt2 model"),
+        (
+            ModelOptions(family="llama", sliding_window=8),
+            "--model.sliding-window: a llama model has none.*gpt3, mistral",
+        ),
+    ],
+)
+def test_options_a_family_has_no_use_for_are_refused(options: ModelOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        options.build(vocab_size=20, context=16)

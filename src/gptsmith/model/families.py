@@ -227,7 +227,7 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
 }
 
 
-def _gpt3_size(layers: int, hidden: int, heads: int) -> dict[str, int]:
+def _size(layers: int, hidden: int, heads: int) -> dict[str, int]:
     return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
 
 
@@ -235,18 +235,18 @@ def _gpt3_size(layers: int, hidden: int, heads: int) -> dict[str, int]:
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt1-117m": ("gpt1", {}),
     "gpt2-124m": ("gpt2", {}),
-    "gpt2-355m": ("gpt2", _gpt3_size(24, 1024, 16)),
-    "gpt2-774m": ("gpt2", _gpt3_size(36, 1280, 20)),
-    "gpt2-1.5b": ("gpt2", _gpt3_size(48, 1600, 25)),
+    "gpt2-355m": ("gpt2", _size(24, 1024, 16)),
+    "gpt2-774m": ("gpt2", _size(36, 1280, 20)),
+    "gpt2-1.5b": ("gpt2", _size(48, 1600, 25)),
     # Table 2.1 of 2005.14165. Where width is not heads times the width of a head (1.3B, 13B), the width decides.
-    "gpt3-125m": ("gpt3", _gpt3_size(12, 768, 12)),
-    "gpt3-350m": ("gpt3", _gpt3_size(24, 1024, 16)),
-    "gpt3-760m": ("gpt3", _gpt3_size(24, 1536, 16)),
-    "gpt3-1.3b": ("gpt3", _gpt3_size(24, 2048, 16)),
-    "gpt3-2.7b": ("gpt3", _gpt3_size(32, 2560, 32)),
-    "gpt3-6.7b": ("gpt3", _gpt3_size(32, 4096, 32)),
-    "gpt3-13b": ("gpt3", _gpt3_size(40, 5120, 40)),
-    "gpt3-175b": ("gpt3", _gpt3_size(96, 12288, 96)),
+    "gpt3-125m": ("gpt3", _size(12, 768, 12)),
+    "gpt3-350m": ("gpt3", _size(24, 1024, 16)),
+    "gpt3-760m": ("gpt3", _size(24, 1536, 16)),
+    "gpt3-1.3b": ("gpt3", _size(24, 2048, 16)),
+    "gpt3-2.7b": ("gpt3", _size(32, 2560, 32)),
+    "gpt3-6.7b": ("gpt3", _size(32, 4096, 32)),
+    "gpt3-13b": ("gpt3", _size(40, 5120, 40)),
+    "gpt3-175b": ("gpt3", _size(96, 12288, 96)),
     "qwen3-0.6b": ("qwen3", {"rope_theta": 1e6}),
     "mixtral-8x7b": ("mixtral", {}),
     "qwen3-30b-a3b": ("qwen3_moe", {}),

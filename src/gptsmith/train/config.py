@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,9 +62,23 @@ class ModelOptions:
         # None: as the family has it. Sizes that follow from the width are derived, not taken from the published model.
         derived = ("num_key_value_heads", "head_dim", "intermediate_size")
         options = {key: value for key, value in options.items() if value is not None or key in derived}
-        if "num_experts" in options and self.family not in ("mixtral", "qwen3_moe"):
-            raise UsageError(f"--model.num-experts needs --model.family mixtral or qwen3_moe, not {self.family}.")
+        published = FAMILIES[self.family]()
+        if not published.num_experts:
+            given = [
+                n
+                for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef")
+                if n in options
+            ]
+            self._refuse(given, [name for name, make in FAMILIES.items() if make().num_experts])
+        if not published.window_pattern and "sliding_window" in options:
+            self._refuse(["sliding_window"], [name for name, make in FAMILIES.items() if make().window_pattern])
         return FAMILIES[self.family](vocab_size=vocab_size, max_position_embeddings=context, **options)
+
+    def _refuse(self, given: Sequence[str], families: Sequence[str]) -> None:
+        """UsageError for options that this family has no use for: ignoring them would be a silent mistake."""
+        if given:
+            options = ", ".join(f"--model.{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{options}: a {self.family} model has none. These have: {', '.join(families)}.")
 
 
 @dataclass(frozen=True)
