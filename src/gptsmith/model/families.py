@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import ModelConfig
 
 
@@ -251,3 +252,37 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-8x7b": ("mixtral", {}),
     "qwen3-30b-a3b": ("qwen3_moe", {}),
 }
+
+
+DIALLED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` knows proportions for
+
+
+def by_depth(depth: int, family: str = "qwen3") -> dict[str, Any]:
+    """The size of a modern model from its depth alone, from 0.6M parameters (depth 3) to 8B (depth 35).
+
+    Returns num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size. Width
+    grows as 12.7 · depth^(5/3), which passes through 128 wide at 4 layers and 4,096 at 32, as models in use do. Heads
+    are 32 wide up to width 256, 64 up to 1,024, and 128 above. From width 2,048 up queries share 8 key/value heads;
+    their number is then a multiple of 8, and all heads together may differ from the width by a fifth (Qwen3's do too).
+    UsageError for a depth below 1 or a family of other proportions.
+    """
+    if family not in DIALLED:
+        raise UsageError(f"depth sets the size of {', '.join(DIALLED)}, not of {family}.{nearest(family, DIALLED)}")
+    if depth < 1:
+        raise UsageError(f"a depth must be at least 1, not {depth}.")
+    ideal = 12.7 * depth ** (5 / 3)
+    width = max(128, 64 * round(ideal / 64))
+    if width > 1024:
+        width = 128 * round(ideal / 128)
+    head_dim = 32 if width <= 256 else 64 if width <= 1024 else 128
+    heads = width // head_dim
+    if width >= 2048:
+        heads = 8 * ((heads + 4) // 8)
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8 if width >= 2048 else heads,
+        "head_dim": head_dim,
+        "intermediate_size": _gated(width),
+    }
