@@ -1,6 +1,6 @@
 """How much arithmetic a model is: parameters and floating-point operations, from its configuration alone (no torch).
 
-Letters: C hidden · H heads · K key/value heads · D head_dim · F feed-forward width · V vocabulary · L layers · T context.
+Axis letters as in `transformer`, and N parameters.
 """
 
 from __future__ import annotations

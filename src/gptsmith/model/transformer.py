@@ -114,8 +114,16 @@ class MLP(nn.Module):
             gate, up = h.chunk(2, dim=-1)
             h = F.silu(gate) * up
         else:
-            h = F.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+            h = gelu_tanh(h) if self.kind == "gelu_tanh" else F.gelu(h)
         return F.dropout(self.down_proj(h), self.dropout, self.training)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh approximation (Hendrycks & Gimpel 2016, 1606.08415). 1 + tanh(y) = 2·sigmoid(2y), and on a CPU a
+    compiled sigmoid takes half the time of a compiled tanh."""
+    if torch.compiler.is_compiling() and x.is_cpu:
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):

@@ -125,6 +125,12 @@ class OptimConfig:
 class TrainConfig:
     """A whole pretraining run: the same values and data give the same weights."""
 
+    budget: str | None = None
+    """What to spend: time (5m, 2h), arithmetic (1e15flop) or tokens (200Mtok). What you do not give yourself - size,
+    context, batch, learning rates, steps - is chosen for the best loss within it."""
+    depth: int | None = None
+    """The size dial, instead of model.num-hidden-layers and its companions: 3 is 0.6M parameters, 12 85M. What you do
+    not give yourself follows from it."""
     val: str | None = None
     """Validation text of your own: a file, folder or named corpus (default: cut from the end of the data)."""
     val_fraction: float = 0.1

@@ -24,6 +24,7 @@ from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
+from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
 from gptsmith.train.objective import Objective
 
@@ -31,7 +32,7 @@ Outcome = Literal["finished", "interrupted"]
 
 
 class Trainer:
-    """Trains `model` on `objective` from `self.step` to `config.steps`."""
+    """Trains `model` on `objective` for `config.steps`, or for as many as a deadline allows."""
 
     def __init__(
         self,
@@ -45,11 +46,12 @@ class Trainer:
         precision: Literal["fp32", "bf16", "fp16"],
         should_stop: Callable[[], bool],
         display: Display,
+        deadline: Deadline | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.model, self.tokenizer, self.objective = config, model, tokenizer, objective
         self.optimizers, self.store, self.should_stop, self.display = optimizers, store, should_stop, display
-        self.on_evaluation = on_evaluation
+        self.deadline, self.on_evaluation = deadline, on_evaluation
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         self.device = next(model.parameters()).device
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -57,7 +59,7 @@ class Trainer:
         self.accumulation = config.batch_size // (config.micro_batch_size or config.batch_size)
         self.save_every = config.save_every or config.eval_every
 
-        self.step = 0
+        self.step, self.steps = 0, config.steps
         self.targets = 0.0  # how many targets have been trained on
         self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) of steps not yet logged
         self.extra: dict[str, list[float]] = {}  # what else an objective reports, likewise
@@ -84,14 +86,15 @@ class Trainer:
         self.model.train()
         self.started = time.monotonic()
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
-        while self.step < self.config.steps:
+        while self.step < self.steps:
             if self.should_stop():
                 self._save()
                 return "interrupted"
             factor = self._factor()
             self._update(factor)
-            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+            if self.step % self.config.log_every == 0 or self.step == self.steps:
                 self._log(factor)
+                self._plan()
             if self.step % self.save_every == 0 or self._evaluation_due():
                 self._save()
             self._evaluate_if_due()
@@ -107,7 +110,7 @@ class Trainer:
         optim = self.config.optim
         return learning_rate_factor(
             self.step,
-            steps=self.config.steps,
+            steps=self.steps,
             kind=optim.schedule,
             warmup_steps=optim.warmup_steps,
             decay_fraction=optim.decay_fraction,
@@ -183,6 +186,14 @@ class Trainer:
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
+    def _plan(self) -> None:
+        """With a deadline: as many steps as end on time, by the speed of late. The rate falls along the new plan."""
+        if self.deadline is None or self.step == self.steps:
+            return
+        pauses = (self.steps - 1) // self.config.eval_every - self.step // self.config.eval_every
+        self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), pauses)
+        self.display.steps = self.steps
+
     def _log(self, factor: float) -> None:
         losses = [float(loss) for loss, _ in self.pending]
         norms = [float(norm) for _, norm in self.pending]
@@ -207,13 +218,14 @@ class Trainer:
         self.display.step(self.step, row)
 
     def _evaluation_due(self) -> bool:
-        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.config.steps)
+        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.steps)
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():
             return
         if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
             return
+        began = time.monotonic()
         self.display.say("evaluating")
         with self.autocast():
             values = self.objective.evaluate(self.model)
@@ -230,6 +242,8 @@ class Trainer:
         self.store.point()
         if not self.should_stop():
             self.on_evaluation(self.step)
+        if self.deadline is not None:
+            self.deadline.paused(time.monotonic() - began)
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
@@ -241,6 +255,7 @@ class Trainer:
             self._check(math.nan, math.nan)
         values = {
             "step": self.step,
+            "steps": self.steps,
             "targets": self.targets,
             "elapsed": self.elapsed(),
             "update_seconds": self.update_seconds,
@@ -271,7 +286,7 @@ class Trainer:
             torch.set_rng_state(tensors["rng/cpu"])
             if self.device.type == "cuda" and "rng/cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
-            self.step, self.targets = int(values["step"]), float(values["targets"])
+            self.step, self.steps, self.targets = int(values["step"]), int(values["steps"]), float(values["targets"])
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
             self.extra = {name: list(numbers) for name, numbers in values["extra"].items()}
             self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
