@@ -49,16 +49,18 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         return families.FAMILIES[family](**options)
     options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 3, 6) if heads % k == 0]))
     options["hidden_size"] = heads * draw(st.sampled_from([4, 6]))
-    if family != "qwen2":  # transformers' Qwen2 has no width of heads of its own
+    if family not in ("qwen2", "qwen2_moe"):  # transformers' Qwen2 has no width of heads of its own
         options["head_dim"] = draw(st.sampled_from([2, 4, 8]))
     options["intermediate_size"] = draw(st.sampled_from([16, 37]))
     options["rope_theta"] = draw(st.sampled_from([100.0, 10000.0, 1e6]))
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
         options["num_experts"] = draw(st.integers(2, 8))
         options["num_experts_per_tok"] = draw(st.integers(1, min(4, options["num_experts"])))
-        if family == "qwen3_moe":
+        if family == "qwen2_moe":
+            options["shared_expert_intermediate_size"] = draw(st.sampled_from([None, 12, 23]))
+        if family != "mixtral":
             options["norm_topk_prob"] = draw(st.booleans())
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    if family in ("llama", "qwen2_moe", "qwen3", "qwen3_moe"):
         options["attention_bias"] = draw(st.booleans())
     if family == "llama":
         options["mlp_bias"] = draw(st.booleans())

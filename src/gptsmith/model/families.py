@@ -13,7 +13,7 @@ from gptsmith.model.config import ModelConfig
 
 
 def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward: Callable[[int], int]) -> ModelConfig:
-    """Merge, and derive what is None or left out: heads for keys, width of a head, width of the feed-forward layer."""
+    """Merge, and derive what is None or left out: heads for keys, width of a head, widths of feed-forward layers."""
     values = {**defaults, **overrides}
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("num_key_value_heads") is None:
@@ -22,6 +22,8 @@ def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward:
         values["head_dim"] = hidden // heads
     if values.get("intermediate_size") is None:
         values["intermediate_size"] = feed_forward(hidden)
+    if values.get("shared_expert_intermediate_size", 0) is None:  # as wide as the experts of a token together
+        values["shared_expert_intermediate_size"] = values["num_experts_per_tok"] * values["intermediate_size"]
     return ModelConfig(**values)
 
 
@@ -194,6 +196,29 @@ def mixtral(**overrides: Any) -> ModelConfig:
     return _build(defaults, overrides, feed_forward=_gated)
 
 
+def qwen2_moe(**overrides: Any) -> ModelConfig:
+    """Qwen1.5-MoE-A2.7B (Qwen team 2024; Qwen2's layout with experts, 2407.10671): 60 small experts, four a token, and
+    one that all tokens share, as wide as those four."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 1408,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e6,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "shared_expert_intermediate_size": None,
+        "norm_topk_prob": False,
+        "model_type": "qwen2_moe",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
 def qwen3_moe(**overrides: Any) -> ModelConfig:
     """Qwen3-30B-A3B (Yang et al. 2025, 2505.09388): Qwen3's layers with 128 small experts, eight a token."""
     defaults = {
@@ -224,6 +249,7 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
 }
 
