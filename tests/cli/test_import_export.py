@@ -60,8 +60,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable
                     "head_dim": 8,
                     "max_position_embeddings": CONTEXT,
                 }
-            if model_type in ("mixtral", "qwen3_moe"):
+            if model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
                 values |= {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+                values |= {"num_experts": 4, "shared_expert_intermediate_size": 24}
             config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **values)
             torch.manual_seed(0)
             theirs = AutoModelForCausalLM.from_config(config)

@@ -49,16 +49,18 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         return families.FAMILIES[family](**options)
     options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 3, 6) if heads % k == 0]))
     options["hidden_size"] = heads * draw(st.sampled_from([4, 6]))
-    if family != "qwen2":  # transformers' Qwen2 has no width of heads of its own
+    if family not in ("qwen2", "qwen2_moe"):  # transformers' Qwen2 has no width of heads of its own
         options["head_dim"] = draw(st.sampled_from([2, 4, 8]))
     options["intermediate_size"] = draw(st.sampled_from([16, 37]))
     options["rope_theta"] = draw(st.sampled_from([100.0, 10000.0, 1e6]))
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
         options["num_experts"] = draw(st.integers(2, 8))
         options["num_experts_per_tok"] = draw(st.integers(1, min(4, options["num_experts"])))
-        if family == "qwen3_moe":
+        if family == "qwen2_moe":
+            options["shared_expert_intermediate_size"] = draw(st.sampled_from([None, 12, 23]))
+        if family != "mixtral":
             options["norm_topk_prob"] = draw(st.booleans())
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    if family in ("llama", "qwen2_moe", "qwen3", "qwen3_moe"):
         options["attention_bias"] = draw(st.booleans())
     if family == "llama":
         options["mlp_bias"] = draw(st.booleans())
@@ -172,30 +174,48 @@ def test_config_survives_the_round_trip(config: ModelConfig, tmp_path: Path) -> 
     assert read_config(tmp_path) == config
 
 
-@pytest.mark.parametrize(
-    ("name", "published", "tolerance"),
-    [
-        ("gpt1-117m", 117e6, 0.005),
-        ("gpt2-124m", 124_439_808, 0),
-        ("gpt2-355m", 354_823_168, 0),
-        ("gpt2-774m", 774_030_080, 0),
-        ("gpt2-1.5b", 1_557_611_200, 0),
-        ("gpt3-125m", 125e6, 0.01),
-        ("gpt3-350m", 350e6, 0.02),
-        ("gpt3-760m", 760e6, 0.01),
-        ("gpt3-1.3b", 1.3e9, 0.02),
-        ("gpt3-2.7b", 2.7e9, 0.02),
-        ("gpt3-6.7b", 6.7e9, 0.01),
-        ("gpt3-13b", 13e9, 0.02),
-        ("gpt3-175b", 175e9, 0.005),
-        ("qwen3-0.6b", 596_049_920, 0),
-        ("mixtral-8x7b", 46_702_792_704, 0),
-        ("qwen3-30b-a3b", 30_532_122_624, 0),
-    ],
-)
-def test_published_parameter_counts(name: str, published: float, tolerance: float) -> None:
+PUBLISHED = {  # parameters, and how exactly that is known
+    "gpt1-117m": (117e6, 0.005),
+    "gpt2-124m": (124_439_808, 0),
+    "gpt2-355m": (354_823_168, 0),
+    "gpt2-774m": (774_030_080, 0),
+    "gpt2-1.5b": (1_557_611_200, 0),
+    "gpt3-125m": (125e6, 0.01),
+    "gpt3-350m": (350e6, 0.02),
+    "gpt3-760m": (760e6, 0.01),
+    "gpt3-1.3b": (1.3e9, 0.02),
+    "gpt3-2.7b": (2.7e9, 0.02),
+    "gpt3-6.7b": (6.7e9, 0.01),
+    "gpt3-13b": (13e9, 0.02),
+    "gpt3-175b": (175e9, 0.005),
+    "llama-7b": (6_738_415_616, 0),
+    "llama3.1-8b": (8_030_261_248, 0),
+    "llama3.2-1b": (1_235_814_400, 0),
+    "llama3.2-3b": (3_212_749_824, 0),
+    "mistral-7b": (7_241_732_096, 0),
+    "qwen2-0.5b": (494_032_768, 0),
+    "qwen2-1.5b": (1_543_714_304, 0),
+    "qwen2-7b": (7_615_616_512, 0),
+    "qwen3-0.6b": (596_049_920, 0),
+    "qwen3-1.7b": (1_720_574_976, 0),
+    "qwen3-4b": (4_022_468_096, 0),
+    "qwen3-8b": (8_190_735_360, 0),
+    "mixtral-8x7b": (46_702_792_704, 0),
+    "qwen1.5-moe-a2.7b": (14_315_784_192, 0),
+    "qwen2-57b-a14b": (57.4e9, 0.001),
+    "qwen3-30b-a3b": (30_532_122_624, 0),
+}
+
+
+def test_every_published_size_is_checked() -> None:
+    assert list(PUBLISHED) == list(families.SIZES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    published, tolerance = PUBLISHED[name]
     family, options = families.SIZES[name]
     config = families.FAMILIES[family](**options)
     with torch.device("meta"):

@@ -75,6 +75,8 @@ class ModelConfig:
     """Experts of each layer, of width `intermediate_size`; 0: one dense feed-forward layer."""
     num_experts_per_tok: int = 2
     """How many of them a token uses."""
+    shared_expert_intermediate_size: int = 0
+    """Width of a further expert that every token uses, behind a sigmoid gate of its own; 0: none."""
     norm_topk_prob: bool = True
     """Whether the chosen experts' weights are made to add up to 1."""
     router_aux_loss_coef: float = 0.001
@@ -110,6 +112,8 @@ class ModelConfig:
             raise UsageError(f"num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to {self.num_experts}.")
         if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):
             raise UsageError("experts are SwiGLU layers without biases.")
+        if self.shared_expert_intermediate_size < 0 or (self.shared_expert_intermediate_size and not self.num_experts):
+            raise UsageError("shared_expert_intermediate_size is the width (0: none) of what is shared beside experts.")
         if any(self.window_pattern) and (self.sliding_window or 0) < 1:
             raise UsageError(f"banded layers need a sliding_window of at least 1, not {self.sliding_window}.")
         if self.rope_scaling is not None and self.position != "rope":

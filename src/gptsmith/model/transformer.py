@@ -264,6 +264,8 @@ class Transformer(nn.Module):
             return (c.intermediate_size,) * (2 * c.num_experts)
         if name.endswith(".mlp.down_proj"):
             return (c.hidden_size,) * c.num_experts
+        if ".shared_up_proj." in name:
+            return (c.shared_expert_intermediate_size,) * 2
         if ".up_proj." in name and c.mlp == "swiglu":
             return (c.intermediate_size, c.intermediate_size)
         return (self.get_parameter(name).shape[0],)
