@@ -71,6 +71,11 @@ def context_for(parameters: int) -> int:
     return 128
 
 
+def tied_for(vocab_size: int, hidden_size: int, parameters: int) -> bool:
+    """Whether the output head shares the embedding's matrix: only where a matrix of its own would be a large part."""
+    return vocab_size * hidden_size > parameters / 8
+
+
 def batch_for(tokens: float) -> int:
     """Tokens per update, a power of two: about 1.2·√tokens, so that updates and their size grow alike."""
     return int(2 ** min(19, max(9, round(math.log2(1.2 * math.sqrt(tokens))))))
@@ -221,6 +226,9 @@ def _best(
         parameters = count_parameters(_model(sized, text)).multiplied
         if "context" not in given:
             sized = replace(sized, context=context_for(parameters))
+        if "model.tie_word_embeddings" not in given:
+            tied = tied_for(text.vocab_size, sized.model.hidden_size, parameters)
+            sized = replace(sized, model=replace(sized.model, tie_word_embeddings=tied))
         tokens = affordable(_model(sized, text), sized.context)
         misfit = abs(math.log(tokens / parameters / TOKENS_PER_PARAMETER))
         if best is None or misfit < best[0]:
