@@ -276,6 +276,7 @@ def _sized(config: TrainConfig, given: Collection[str], depth: int) -> TrainConf
     family = config.model.family
     size: dict[str, Any] = dict(by_depth(depth, family if family in DIALLED else "qwen3"))
     if family not in DIALLED:  # of other proportions: these follow from the width
+        size["num_attention_heads"] = size["hidden_size"] // size["head_dim"]
         size |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None}
     given_sizes = {name for name in size if f"model.{name}" in given}
     if "hidden_size" in given_sizes or "num_attention_heads" in given_sizes:  # the rest follows from what is given
