@@ -66,6 +66,8 @@ class ModelConfig:
     """`pre`: x + f(norm(x)), and a last norm. `post`: norm(x + f(x)), as in the first transformer and GPT-1."""
     attention_output_bias: bool | None = None
     """Bias of the attention's output projection; None: as `attention_bias`."""
+    attention_scale: float | None = None
+    """What scores q·k are multiplied by before the softmax; None: 1/sqrt(head_dim)."""
     sliding_window: int | None = None
     """How many tokens back, itself included, a token of a banded layer sees."""
     window_pattern: tuple[bool, ...] = ()
@@ -108,6 +110,8 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"model.num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.attention_scale is not None and not self.attention_scale > 0:
+            raise UsageError(f"attention_scale must be above 0, not {self.attention_scale}.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(f"num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to {self.num_experts}.")
         if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):

@@ -5,7 +5,9 @@ What a family is made of is its defaults here; every field can be overridden by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from gptsmith.errors import UsageError, nearest
@@ -91,7 +93,9 @@ def gpt2(**overrides: Any) -> ModelConfig:
 def gpt3(**overrides: Any) -> ModelConfig:
     """GPT-3 (Brown et al. 2020, 2005.14165): GPT-2 with dense and locally banded layers in turn, context 2048.
 
-    The band is 256 tokens, as in GPT-Neo; the paper does not give its width.
+    The band is 256 tokens, as in GPT-Neo; the paper does not give its width. Scores are scaled by the power of two
+    nearest to 1/√head_dim: GPT-Neo's layout has no scale, so it is folded into the query weights whenever they are
+    written, and folding a power of two loses no bit.
     """
     defaults = {
         **_OPENAI,
@@ -103,7 +107,10 @@ def gpt3(**overrides: Any) -> ModelConfig:
         "residual_init": "scaled",
         "model_type": "gpt_neo",
     }
-    return _build(defaults, overrides, feed_forward=_four_times)
+    config = _build(defaults, overrides, feed_forward=_four_times)
+    if config.attention_scale is None:
+        config = replace(config, attention_scale=2.0 ** -round(math.log2(config.head_dim) / 2))
+    return config
 
 
 def llama(**overrides: Any) -> ModelConfig:

@@ -7,7 +7,6 @@ format. Weights are stored under their names, in their shapes: this module is th
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,7 +64,8 @@ def openai_entries(config: ModelConfig) -> list[Entry]:
 
 
 def gpt_neo_entries(config: ModelConfig) -> list[Entry]:
-    """GPT-Neo does not divide scores by √D: its queries are ours, divided by it."""
+    """GPT-Neo does not scale scores: its queries are ours times our scale, a power of two (see `families.gpt3`)."""
+    assert config.attention_scale is not None
     entries = [
         Entry("embed_tokens.weight", ("transformer.wte.weight",)),
         Entry("embed_positions.weight", ("transformer.wpe.weight",)),
@@ -73,7 +73,7 @@ def gpt_neo_entries(config: ModelConfig) -> list[Entry]:
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"transformer.h.{i}."
         qkv = tuple(f"{theirs}attn.attention.{name}_proj.weight" for name in "qkv")
-        entries.append(Entry(f"{ours}attention.qkv_proj.weight", qkv, scale=math.sqrt(config.head_dim)))
+        entries.append(Entry(f"{ours}attention.qkv_proj.weight", qkv, scale=1 / config.attention_scale))
         entries += _both(f"{ours}attention_norm", f"{theirs}ln_1")
         entries += _both(f"{ours}attention.o_proj", f"{theirs}attn.attention.out_proj")
         entries += _both(f"{ours}mlp_norm", f"{theirs}ln_2")
@@ -439,6 +439,8 @@ def _entries(config: ModelConfig) -> list[Entry]:
 
 def config_to_hf(config: ModelConfig, *, eos_token_id: int | None = None) -> dict[str, Any]:
     """The contents of `config.json`."""
+    if config.attention_scale is not None and config.model_type != "gpt_neo":
+        raise CheckpointError(f"the {config.model_type} layout has no scale of scores other than 1/sqrt(head_dim).")
     return {
         **LAYOUTS[config.model_type].to_hf(config),
         "model_type": config.model_type,

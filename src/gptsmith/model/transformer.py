@@ -72,7 +72,7 @@ class Attention(nn.Module):
         )
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=output_bias)
-        self.window = config.window_of(layer)
+        self.window, self.scale = config.window_of(layer), config.attention_scale
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -93,8 +93,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         if weights is not None:
-            weights.append(attention_weights(q, k, mask, self.window))
-        y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0)
+            weights.append(attention_weights(q, k, mask, self.window, self.scale))
+        y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0, self.scale)
         return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
@@ -207,7 +207,8 @@ class Transformer(nn.Module):
 
         cache: keys and values of the tokens before these; it is extended.
         document_ids: (B, T) int; tokens attend only within their own document, whose learned positions start at 0
-            (rotary positions are relative: nothing to restart).
+            (rotary positions are relative: nothing to restart). Padding, left or right, is a document of its own: a
+            mask of 1 for real and 0 for padding tokens will do.
         weights: if a list, each layer's attention weights (B, H, T, S) are appended to it.
         router_logits: if a list, each layer's expert logits (B·T, E) are appended to it.
         Raises IndexError where the tokens would go beyond the context.
