@@ -49,11 +49,8 @@ def test_flops_equal_those_that_torch_counts() -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         model(ids).sum().backward()
-    # torch counts the backward pass of fused attention as 5 products, two of them computed again.
-    attention = 12 * 2 * 128 * 32
-    assert counter.get_total_flops() / ids.numel() == pytest.approx(
-        flops_per_token(config, 32) + attention * (7 / 6 - 1), rel=1e-6
-    )
+    attention = 12 * 2 * 128 * 32  # which torch does not count on a CPU
+    assert counter.get_total_flops() / ids.numel() == flops_per_token(config, 32) - attention
 
 
 def test_a_band_and_a_triangle_are_counted_as_such() -> None:
