@@ -33,8 +33,6 @@ def count_parameters(config: ModelConfig) -> Size:
     expert = (halves + 1) * c.hidden_size * c.intermediate_size
     small += (halves * c.intermediate_size + c.hidden_size) * c.mlp_bias
     router = c.hidden_size * c.num_experts
-    if c.shared_expert_intermediate_size:  # one that all tokens use, behind a gate of its own
-        router += (halves + 1) * c.hidden_size * c.shared_expert_intermediate_size + c.hidden_size
     if c.shared_expert_intermediate_size:  # every token passes through it, behind a gate of one row
         router += c.hidden_size * (3 * c.shared_expert_intermediate_size + 1)
     stored, used = (c.num_experts, c.num_experts_per_tok) if c.num_experts else (1, 1)
