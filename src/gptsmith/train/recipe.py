@@ -148,7 +148,7 @@ def _by_time(
     def plan(model: ModelConfig, context: int, rate: float) -> _Hours:
         forward = flops_per_token(model, context, training=False)
         looked_at = min(text.val_tokens, config.eval_tokens or text.val_tokens)
-        evaluation, token = looked_at * forward / rate, SAMPLE_SECONDS + forward / rate
+        evaluation, token = looked_at * forward / rate, SAMPLE_SECONDS * model.num_hidden_layers + forward / rate
         pause = evaluation + config.sample_tokens * token
         ending = evaluation + 6 * config.sample_tokens * token + REPORT_SECONDS
         pauses = max(0, min(MOST_PAUSES, int(0.1 * (left - ending) / pause)))
@@ -209,8 +209,8 @@ class _Hours(NamedTuple):
     ending: float
 
 
-REPORT_SECONDS = 4.0
-SAMPLE_SECONDS = 0.003  # a token of a preview, besides its arithmetic
+REPORT_SECONDS = 3.0
+SAMPLE_SECONDS = 0.0005  # a layer of a token of a preview, besides its arithmetic
 USUAL_RATE = 5e10  # FLOP/s, until something has been measured
 MOST_PAUSES = 5
 

@@ -218,7 +218,14 @@ class Trainer:
         self.display.step(self.step, row)
 
     def _evaluation_due(self) -> bool:
-        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.steps)
+        if self.step == self.steps:
+            return self.step > 0
+        left = self.steps - self.step
+        if (
+            self.deadline is not None and left < self.config.eval_every / 3
+        ):  # the last one is near: time is better spent
+            return False
+        return self.step > 0 and self.step % self.config.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():
