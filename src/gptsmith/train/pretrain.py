@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptsmith.data.loader import Batch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
-from gptsmith.evaluate.loss import LossFunction, cross_entropy_sum, split_loss, to_device, token_loss_sum
+from gptsmith.evaluate.loss import LossFunction, split_loss, to_device, token_loss_sum
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.objective import LossSum
@@ -66,8 +66,7 @@ class Pretrain:
     ) -> LossSum:
         """Cross-entropy plus what keeps routers balanced and their logits small; the spread of the load is logged."""
         config, routers = model.config, list[Tensor]()
-        logits = model(ids, document_ids=document_ids, router_logits=routers)
-        loss = cross_entropy_sum(logits, targets)
+        loss = token_loss_sum(model, ids, targets, document_ids, routers)
         balance = load_balancing_loss(routers, config.num_experts_per_tok)
         extra = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:

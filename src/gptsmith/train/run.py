@@ -57,6 +57,7 @@ from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_bloc
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
+from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.pretrain import Pretrain
 from gptsmith.train.recipe import Text, choose
 from gptsmith.train.signals import StopSignal
@@ -297,6 +298,8 @@ class _Session:
         self.run, self.config, self.tokenizer = run, config, tokenizer
         torch.manual_seed(config.seed)
         self.model = Transformer(model_config, dropout=config.dropout).to(device)
+        if run.record["precision"] == "fp8":
+            use_fp8(self.model)
         self.stop = StopSignal()
         self.store = CheckpointStore(run.directory)
         self.objective = Pretrain(

@@ -22,6 +22,7 @@ from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
+from gptsmith.runtime import ChosenPrecision, autocast_dtype
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
@@ -43,7 +44,7 @@ class Trainer:
         objective: Objective,
         optimizers: Optimizers,
         store: CheckpointStore,
-        precision: Literal["fp32", "bf16", "fp16"],
+        precision: ChosenPrecision,
         should_stop: Callable[[], bool],
         display: Display,
         deadline: Deadline | None = None,
@@ -54,7 +55,7 @@ class Trainer:
         self.deadline, self.on_evaluation = deadline, on_evaluation
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         self.device = next(model.parameters()).device
-        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.accumulation = config.batch_size // (config.micro_batch_size or config.batch_size)
         self.save_every = config.save_every or config.eval_every
@@ -221,9 +222,7 @@ class Trainer:
         if self.step == self.steps:
             return self.step > 0
         left = self.steps - self.step
-        if (
-            self.deadline is not None and left < self.config.eval_every / 3
-        ):  # the last one is near: time is better spent
+        if self.deadline is not None and left < self.config.eval_every / 3:  # the last is near
             return False
         return self.step > 0 and self.step % self.config.eval_every == 0
 
