@@ -11,7 +11,7 @@ Papers: attention, Vaswani et al. 2017 (1706.03762); GPT-2, Radford et al. 2019;
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from gptsmith.model.attention import attend, attention_weights
 from gptsmith.model.cache import KVCache
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.moe import MixtureOfExperts
-from gptsmith.model.rope import rope_tables
+from gptsmith.model.rope import extend_context, rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -254,6 +254,11 @@ class Transformer(nn.Module):
             cache.length += T
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def extend_context(self, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn") -> None:
+        """Read up to `context` tokens from now on, with the weights as they are; see `rope.extend_context`."""
+        self.config = extend_context(self.config, context, method)
+        self.rope_cos, self.rope_sin = rope_tables(self.config, self.rope_cos.device)
 
     def fused_rows(self, name: str) -> tuple[int, ...]:
         """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up; experts)."""
