@@ -49,6 +49,15 @@ def test_a_run_of_a_budget_is_a_configuration_like_any_other(run_cli: Cli, text_
     assert losses[0] == losses[1]
 
 
+def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text(" ".join(chr(0x4E00 + i % 400) for i in range(20_000)))
+    code, _, err = run_cli("train", path, "--budget", "20ktok", "--out", tmp_path / "run", "--context", "32", *QUICK)
+    assert code == 0, err
+    assert "more than 256 different characters" in err
+    assert record(tmp_path / "run")["config"]["tokenizer"] == "bpe"  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,8 +7,9 @@ import pytest
 from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import flops_per_token
+from gptsmith.train.budget import Budget
 from gptsmith.train.config import ModelOptions, TrainConfig
-from gptsmith.train.recipe import Machine, Text, choose, settled
+from gptsmith.train.recipe import Machine, Text, choose, settled, tokenizer_for
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
 BOOKS = Text(train_tokens=10_000_000_000, val_tokens=1_000_000, vocab_size=4096)
@@ -114,6 +115,12 @@ def test_more_time_than_the_text_can_use_ends_early_and_says_so() -> None:
     choice = choose(TrainConfig(budget="30d"), (), Text(50_000, 5_000, 65), machine())
     assert "will end early" in choice.reasons[0]
     assert tokens(choice.config) <= 61 * 50_000
+
+
+def test_texts_of_many_characters_are_read_in_byte_pairs() -> None:
+    assert tokenizer_for(65, Budget.parse("5m"))[0] == "char"
+    assert tokenizer_for(5000, Budget.parse("5m")) == ("bpe", 1024)
+    assert tokenizer_for(5000, Budget.parse("1d")) == ("bpe", 4096)
 
 
 def test_contradictions_are_refused() -> None:

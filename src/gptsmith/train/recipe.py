@@ -63,6 +63,20 @@ TOKENS_PER_PARAMETER = 5.0
 MOST_PASSES = 60.0
 
 
+MOST_CHARACTERS = 256
+
+
+def tokenizer_for(characters: int, budget: Budget) -> tuple[str, int]:
+    """Characters where there are few different ones; else a byte-level BPE, of a vocabulary whose head a model of that
+    budget can afford."""
+    if characters <= MOST_CHARACTERS:
+        return "char", 0
+    seconds = {"seconds": budget.amount, "flops": budget.amount / USUAL_RATE, "tokens": budget.amount / 5e3}[
+        budget.kind
+    ]
+    return "bpe", 1024 if seconds < 1800 else 4096
+
+
 def context_for(parameters: int) -> int:
     """Tokens that attend to one another: longer for larger models, of whose work attention is a smaller part."""
     for context, least in ((2048, 5e8), (1024, 5e7), (512, 8e6), (256, 1e6)):

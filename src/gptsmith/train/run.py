@@ -11,6 +11,7 @@ runs/bard/report.html
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import time
@@ -59,11 +60,12 @@ from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.pretrain import Pretrain
-from gptsmith.train.recipe import Text, choose
+from gptsmith.train.recipe import MOST_CHARACTERS, Text, choose, tokenizer_for
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.trainer import Outcome, Trainer
 from gptsmith.train.trial import optimizers_for, this_machine
 
+SAMPLE_CHARACTERS = 2_000_000  # of a text, by which its alphabet is judged
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
 
 # What may differ between a run and its resumption without changing what it computes.
@@ -145,6 +147,26 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
     return Tokenizer.load(path)
 
 
+def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
+    """The kind of tokenizer that suits a text and a budget, by how many different characters its beginning has."""
+    alphabet: set[str] = set()
+    read = 0
+    for piece in source.pieces():
+        alphabet.update(piece.text)
+        read += len(piece.text)
+        if read >= SAMPLE_CHARACTERS:
+            break
+    assert config.budget is not None
+    kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
+    if kind == "bpe":
+        size = config.vocab_size if "vocab_size" in given else size
+        note(
+            f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs, made from the text, instead of them"
+        )
+        return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
+    return config
+
+
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
     """The text of a source but for the last `val_fraction` of its characters, which validation will be cut from."""
     left = round(sum(len(piece.text) for piece in source.pieces()) * (1 - val_fraction))
@@ -180,6 +202,8 @@ def start(
     precision = choose_precision(config.precision, device)
     if config.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
+    if config.budget is not None and config.tokenizer == "char" and "tokenizer" not in given:
+        config = _with_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     keep_freed_memory()
