@@ -160,9 +160,7 @@ def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source)
     kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
     if kind == "bpe":
         size = config.vocab_size if "vocab_size" in given else size
-        note(
-            f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs, made from the text, instead of them"
-        )
+        note(f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs made from the text instead")
         return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
     return config
 
