@@ -1,7 +1,6 @@
 """Quality against time: python benchmarks/quality.py tinyshakespeare 3m 6m 15m --seeds 3 --save
 
-Each run is the command a person gives, `gptsmith train DATA --budget TIME`, by the wall clock from its start to its end.
-The loss is over the whole validation split; bits per byte are of its text. `enwik8 5m 15m 45m` is the other table.
+Each run is the command a person gives, `gptsmith train DATA --budget TIME`, by the wall clock from start to end. The loss is over the whole validation split; bits per byte are of its text. `enwik8 5m 15m 45m` is the other table.
 """
 
 from __future__ import annotations
@@ -43,7 +42,9 @@ def run(data: str, budget: str, seed: int, extra: list[str]) -> dict[str, Any]:
         "tokens": rows[-1]["tokens"],
         "whole_split": config["eval_tokens"] is None,
         "tokenizer": f"{config['tokenizer']} {config['vocab_size']}" if config["tokenizer"] == "bpe" else "char",
-        "shape": f"{config['model']['num_hidden_layers']}×{config['model']['hidden_size']}, context {config['context']}",
+        "depth": config["model"]["num_hidden_layers"],
+        "width": config["model"]["hidden_size"],
+        "context": config["context"],
         "reasons": record["choice"]["reasons"],
     }
 

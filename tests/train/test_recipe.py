@@ -48,6 +48,16 @@ def test_a_budget_of_time_is_used_up_by_the_machine_as_measured() -> None:
     assert len(choice.reasons) == 3
 
 
+def test_a_long_validation_text_is_not_read_whole_where_that_would_take_the_time() -> None:
+    books = replace(BOOKS, val_tokens=50_000_000)
+    c = choose(TrainConfig(budget="5m"), (), books, machine()).config
+    assert c.eval_tokens is not None
+    assert 50_000 < c.eval_tokens < 2_000_000
+    given = {"eval_tokens"}
+    assert choose(TrainConfig(budget="5m", eval_tokens=70_000), given, books, machine()).config.eval_tokens == 70_000
+    assert choose(TrainConfig(budget="5m"), (), TEXT, machine()).config.eval_tokens is None
+
+
 @pytest.mark.parametrize("budget", ["1e14flop", "50Mtok"])
 def test_budgets_of_arithmetic_and_tokens_are_met_without_a_clock(budget: str) -> None:
     c = choose(TrainConfig(budget=budget), (), BOOKS).config
