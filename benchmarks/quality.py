@@ -1,6 +1,7 @@
 """Quality against time: python benchmarks/quality.py tinyshakespeare 3m 6m 15m --seeds 3 --save
 
-Each run is the command a person gives, `gptsmith train DATA --budget TIME`, by the wall clock from start to end. The loss is over the whole validation split; bits per byte are of its text. `enwik8 5m 15m 45m` is the other table.
+Each run is the command a person gives, `gptsmith train DATA --budget TIME`, by the wall clock from start to end. The
+loss is over the validation split; bits per byte are of its text. `enwik8 5m 15m 45m` is the other table.
 """
 
 from __future__ import annotations
