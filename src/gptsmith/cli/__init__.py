@@ -14,6 +14,7 @@ from gptsmith.errors import GptsmithError, UsageError, nearest
 COMMANDS = {
     "train": "make a GPT from a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk to a model",
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
