@@ -109,7 +109,6 @@ def test_closing_drains_or_cancels(make_model: Any) -> None:
             asyncio.run(engine.generate([1], GREEDY))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_breaks_says_so(make_model: Any) -> None:
     engine = AsyncEngine(Engine(make_model("gpt2")))
 
@@ -118,5 +117,5 @@ def test_an_engine_that_breaks_says_so(make_model: Any) -> None:
 
     engine.engine.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
     for _ in range(2):
-        with pytest.raises(GptsmithError, match=r"a mistake of ours|closed"):
+        with pytest.raises(GptsmithError, match="a mistake of ours"):
             asyncio.run(engine.generate([1], GREEDY))

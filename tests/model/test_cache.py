@@ -18,7 +18,7 @@ CONTEXT = 30
 def config(family: str) -> ModelConfig:
     options: dict[str, object] = {"sliding_window": 5} if family in ("gpt3", "mistral") else {}
     if family in ("mixtral", "qwen3_moe"):
-        options |= {"num_experts": 4, "num_experts_per_tok": 2}
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
     if family in ("llama", "qwen3", "qwen3_moe"):
         options["num_key_value_heads"] = 2
     return families.FAMILIES[family](

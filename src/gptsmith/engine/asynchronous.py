@@ -86,7 +86,7 @@ class AsyncEngine:
                 self._readers[ticket.request] = deliver
 
         if self._closing or self._broken is not None:
-            _hand(deliver, GptsmithError("the engine is closed."))
+            _hand(deliver, self._broken or GptsmithError("the engine is closed."))
         else:
             self._orders.put(begin)
         return ticket
@@ -131,11 +131,10 @@ class AsyncEngine:
                         self._readers.pop(event.request, None)
                     if deliver is not None and not _hand(deliver, event):
                         self.engine.abort(event.request)
-        except BaseException as failure:  # a mistake of this package: say so to all who wait, instead of silence
+        except Exception as failure:  # a mistake of this package: said to all who wait, and to who comes after
             self._broken = GptsmithError(f"the engine has failed: {type(failure).__name__}: {failure}.")
             for deliver in self._readers.values():
                 _hand(deliver, self._broken)
-            raise
 
 
 class Ticket:

@@ -87,7 +87,7 @@ class Scheduler:
                 budget -= count
         if budget > 0:
             self._admit()
-        prompts = [s for s in self.running if s.remaining > 1]
+        prompts = [s for s in self.running if s not in chosen]
         shares = dict.fromkeys(prompts, 0)
         if prompts:
             oldest, *others = prompts
