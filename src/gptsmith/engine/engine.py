@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.cache import PagedCache, windows_of
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from gptsmith.engine.speculative import Speculator
 
 _SHARE_OF_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # that the cache may take, where nobody says how much
 
@@ -51,6 +56,14 @@ class EngineStats:
     waiting: int
     blocks_used: int
     blocks: int
+    drafted: int = 0
+    """Tokens that were guessed ahead."""
+    accepted: int = 0
+    """And rightly so."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -69,6 +82,7 @@ class Engine:
     max_batch: most sequences at a time. max_batch_tokens: most tokens of one pass; a prompt is read in chunks of at
     most so many. cache_tokens: room for so many tokens' keys and values (default: what `max_batch` sequences can need,
     up to a quarter of a computer's memory or four fifths of a GPU's). block_size: tokens of a block.
+    speculator: guesses ahead where that is faster (`engine.speculative`); what is generated stays the same.
     Raises UsageError for values that make no sense together.
 
     If the model's weights change, call `weights_changed`.
@@ -84,6 +98,7 @@ class Engine:
         cache_tokens: int | None = None,
         block_size: int = 16,
         prefix_caching: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("block_size", block_size)):
@@ -91,7 +106,7 @@ class Engine:
                 raise UsageError(f"{name} must be at least 1, not {value}.")
         if max_batch_tokens < max_batch:
             raise UsageError(f"max_batch_tokens must be at least max_batch ({max_batch}), not {max_batch_tokens}.")
-        self.model, self.config = model, config
+        self.model, self.config, self.speculator = model, config, speculator
         self.context = config.max_position_embeddings
         self.vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
         weight = model.embed_tokens.weight
@@ -113,17 +128,20 @@ class Engine:
 
     # requests ---------------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: Items[int], params: SamplingParams) -> int:
-        """Queue a prompt; returns the request's number. Raises UsageError for one that cannot be served."""
-        return self._enqueue(self._prepare(prompt, params))
+    def add_request(self, prompt: Items[int], params: SamplingParams, *, offset: int = 0) -> int:
+        """Queue a prompt; returns the request's number. Raises UsageError for one that cannot be served.
 
-    def _prepare(self, prompt: Items[int], params: SamplingParams) -> Request:
+        offset: its first token draws the random number that the seed's token number `offset` would.
+        """
+        return self._enqueue(self._prepare(prompt, params, offset))
+
+    def _prepare(self, prompt: Items[int], params: SamplingParams, offset: int = 0) -> Request:
         prompt = self._checked(prompt, params)
         seed = params.seed if params.seed is not None else secrets.randbits(48)
         salt = b"" if params.adapter is None else params.adapter.encode()
         request = Request(self._count, prompt, params, seed, salt)
         self._count += 1
-        sampler = SamplerState(params, seed, prompt, self.vocab_size)
+        sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)
         sequence = Sequence(request, 0, sampler, len(self.blocks.pools))
         if len(prompt) > self.context:
             sequence.shift(self._kept)
@@ -172,6 +190,8 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             blocks_used=self.blocks.used(),
             blocks=sum(pool.size for pool in self.blocks.pools),
+            drafted=self.speculator.drafted if self.speculator is not None else 0,
+            accepted=self.speculator.accepted if self.speculator is not None else 0,
         )
 
     def weights_changed(self) -> None:
@@ -195,29 +215,34 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"there are {len(prompts)} prompts and {len(each)} SamplingParams; give one, or as many.")
-        results: list[Result | None] = [None] * len(prompts)
-        place: dict[int, int] = {}
+        results: dict[int, Result] = {}
+        numbers: dict[int, int] = {}
         for i, (prompt, wishes) in enumerate(zip(prompts, each, strict=True)):
             try:
-                number = self.add_request(prompt, wishes)
+                numbers[i] = self.add_request(prompt, wishes)
             except GptsmithError as error:
                 results[i] = Result(-1, list(prompt), error=error)
-            else:
-                place[number] = i
-                self._streams[number] = deque()
+        results |= zip(numbers, self.drain(list(numbers.values())), strict=True)
+        return [results[i] for i in range(len(prompts))]
+
+    def drain(self, requests: Items[int]) -> list[Result]:
+        """Work until these requests are finished; their results. Left early (by Ctrl-C), it cancels them."""
+        results: dict[int, Result] = {}
+        inboxes = {number: self._streams.setdefault(number, deque()) for number in requests}
         try:
-            while any(number in self._requests or self._streams[number] for number in place):
+            while len(results) < len(inboxes):
                 self._advance()
-                for number, i in place.items():
-                    while self._streams[number]:
-                        event = self._streams[number].popleft()
-                        results[i] = event.result or results[i]
-        finally:  # left early, by Ctrl-C perhaps
-            for number in place:
+                for inbox in inboxes.values():
+                    while inbox:
+                        event = inbox.popleft()
+                        if event.result is not None:
+                            results[event.request] = event.result
+        finally:
+            for number in inboxes:
                 self.abort(number)
                 del self._streams[number]
-            self._undelivered = [event for event in self._undelivered if event.request not in place]
-        return [result for result in results if result is not None]
+            self._undelivered = [event for event in self._undelivered if event.request not in inboxes]
+        return [results[number] for number in requests]
 
     def stream(self, prompt: Items[int], params: SamplingParams) -> Generator[Event]:
         """Continue a prompt; its events as they come. Whoever leaves off reading cancels it.
@@ -257,9 +282,38 @@ class Engine:
 
     # a pass -----------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _pass(self) -> list[Event]:
+        speculator = self.speculator
+        if speculator is None:
+            return self._compute(self.scheduler.schedule())
+        began, generated = time.perf_counter(), self._generated_tokens
+        self._guess(speculator)
         batch = self.scheduler.schedule()
+        decoding = all(each.sequence.remaining == 1 for each in batch)
+        drafted = sum(len(each.sequence.drafts) for each in batch)
+        events = self._compute(batch)
+        if batch and decoding:
+            made = self._generated_tokens - generated
+            speculator.learn(len(batch), drafted > 0, time.perf_counter() - began, made)
+            speculator.drafted += drafted
+            speculator.accepted += max(0, made - len(batch))
+        return events
+
+    def _guess(self, speculator: Speculator) -> None:
+        """Give sequences that only decode drafts, if that pays."""
+        running = self.scheduler.running
+        if self.scheduler.waiting or not all(s.remaining == 1 for s in running):
+            return
+        able = [s for s in running if s.request.params.draws_plainly]
+        if not able or not speculator.worthwhile(len(running)):
+            return
+        for sequence, guess in zip(able, speculator.drafter.guess(able, speculator.most), strict=True):
+            params = sequence.request.params
+            room = min(params.max_tokens - sequence.sampler.generated - 1, self.context - sequence.length)
+            sequence.drafts = [id for id in guess[: max(0, room)] if 0 <= id < self.vocab_size]
+
+    @torch.inference_mode()
+    def _compute(self, batch: list[Scheduled]) -> list[Event]:
         if not batch:
             return []
         self._passes += 1

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith.errors import UsageError
@@ -163,12 +164,14 @@ class SamplerState:
     """What the choice of a sequence's next token depends on, besides the logits. Raises UsageError for a constraint
     that nothing satisfies.
 
-    generated: how many tokens were. seen: (V,) bool, in prompt or result; counts: (V,) float32, in the result. Both
-    only where a penalty asks for them.
+    generated: how many tokens were. offset: at which of the seed's numbers it begins. seen: (V,) bool, in prompt or
+    result; counts: (V,) float32, in the result. Both only where a penalty asks for them.
     """
 
-    def __init__(self, params: SamplingParams, seed: int, prompt: Items[int], vocab_size: int) -> None:
-        self.params, self.seed, self.generated = params, seed, 0
+    def __init__(
+        self, params: SamplingParams, seed: int, prompt: Items[int], vocab_size: int, *, offset: int = 0
+    ) -> None:
+        self.params, self.seed, self.offset, self.generated = params, seed, offset, 0
         self.seen = self.counts = None
         self.matcher = params.constraint.start() if params.constraint is not None else None
         if params.repetition_penalty != 1:
@@ -189,7 +192,7 @@ class SamplerState:
     def fork(self, seed: int) -> SamplerState:
         """A copy for another sample."""
         child = object.__new__(SamplerState)
-        child.params, child.seed, child.generated = self.params, seed, self.generated
+        child.params, child.seed, child.offset, child.generated = self.params, seed, self.offset, self.generated
         child.seen = None if self.seen is None else self.seen.clone()
         child.counts = None if self.counts is None else self.counts.clone()
         child.matcher = None if self.matcher is None else self.matcher.copy()
@@ -200,7 +203,7 @@ class SamplerState:
 
         ahead: for a token so many places after the next. purpose: several numbers for one token are independent.
         """
-        message = b"%d %d %d" % (self.seed, self.generated + ahead, purpose)
+        message = b"%d %d %d" % (self.seed, self.offset + self.generated + ahead, purpose)
         return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") / 2**64 * (1 - 2**-53)
 
 
@@ -246,7 +249,8 @@ def adjust(logits: Tensor, states: Items[SamplerState]) -> Tensor:
     rows = [i for i, s in enumerate(states) if s.matcher is not None]
     if rows:
         masks = [s.matcher.allowed() for s in states if s.matcher is not None]
-        allowed = torch.stack(masks).to(device)
+        V = logits.shape[-1]
+        allowed = torch.stack([F.pad(mask, (0, max(0, V - len(mask))))[:V] for mask in masks]).to(device)
         logits = on_rows(rows, lambda x: x.masked_fill(~allowed, -torch.inf))
     return logits
 

@@ -75,12 +75,13 @@ class Scheduler:
         """The next pass; at least one token, if there is any sequence that is not parked."""
         chosen: dict[Sequence, int] = {}
         budget = self.max_batch_tokens
-        for sequence in [s for s in self.running if s.remaining == 1]:
+        decoding = [s for s in self.running if s.remaining == 1]
+        crowded = len(self.waiting) > 0 or len(decoding) < len(self.running)  # prompts have a use for the budget
+        for i, sequence in enumerate(decoding):
             if sequence not in self.running:  # given up for an older one
                 continue
-            prompts_wait = len(self.waiting) > 0 or any(s.remaining > 1 for s in self.running)
-            if prompts_wait or len(self.running) + len(sequence.drafts) > budget:
-                sequence.drafts.clear()
+            if crowded or len(decoding) - i + len(sequence.drafts) > budget:
+                sequence.drafts = []
             count = 1 + len(sequence.drafts)
             if self._make_room(sequence, count, chosen):
                 chosen[sequence] = count
@@ -133,7 +134,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         sequence.preemptions += 1
-        sequence.drafts.clear()
+        sequence.drafts = []
         self.blocks.release(sequence)
         if sequence in self.parked:
             self.parked.remove(sequence)  # it comes back through `unpark`
