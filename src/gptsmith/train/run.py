@@ -28,8 +28,8 @@ from gptsmith.config import from_dict, to_dict
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
 from gptsmith.data.sources import Source, open_source
-from gptsmith.engine.generate import stream
 from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.text import engine_for, stream
 from gptsmith.errors import (
     CheckpointError,
     DivergedError,
@@ -441,12 +441,12 @@ class _Session:
             self.tokenizer.encode(prompt)
         except TokenizerError:
             prompt = ""
-        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed)
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed, overflow="shift")
         text = ""
-        for _, piece in stream(self.model, self.tokenizer, prompt, params):
+        for piece in stream(engine_for(self.model, self.tokenizer, params), self.tokenizer, prompt, params):
             if self.stop():
                 return ""
-            text += piece
+            text += piece.text
         JsonLines(self.run.directory / "samples.jsonl").append(
             step=self.trainer.step, temperature=temperature, prompt=prompt, text=text, final=final
         )
