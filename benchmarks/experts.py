@@ -1,9 +1,9 @@
 """A mixture of experts against a dense model of equal active parameters: python benchmarks/experts.py [--save]
 
-Both train on enwik8 for the same time of updates on the same machine, one after the other, eager against eager, for each
-duration and seed. The sparse model has eight experts of half the dense model's feed-forward width, two a token: what a
-token passes through has the same size. How many steps fit into the time is taken from short runs before, alternated; the
-time that the updates really took is in the result.
+Both train on enwik8 for the same time of updates on the same machine, one after the other, eager against eager, for
+each duration and seed. The sparse model has eight experts of half the dense model's feed-forward width, two a token:
+what a token passes through has the same size. How many steps fit into the time is taken from short runs before,
+alternated; the time that the updates really took is in the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import machine
 
 SHARED = ["--model.num-hidden-layers", "4", "--model.hidden-size", "192", "--model.num-attention-heads", "6"]
 SHARED += ["--context", "128", "--batch-size", "32", "--sample-tokens", "0", "--compile", "off", "--log-every", "5"]
-SHARED += ["--eval-tokens", "400000", "--tokenizer", "bpe", "--vocab-size", "1024"]
 MODELS = {
     "dense": ["--model.family", "qwen3", "--model.intermediate-size", "512"],
     "experts": [
@@ -30,12 +29,17 @@ MODELS = {
 }
 
 
-def train(name: str, steps: int, seed: int) -> dict[str, Any]:
+def gptsmith(*arguments: str) -> None:
+    command = [sys.executable, "-m", "gptsmith", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def train(name: str, steps: int, seed: int, tokenizer: Path, eval_tokens: int = 400_000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
-        command = [sys.executable, "-m", "gptsmith", "train", "enwik8", "--out", str(out), "--steps", str(steps)]
-        command += ["--eval-every", str(steps), "--seed", str(seed), *SHARED, *MODELS[name]]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        options = ["--steps", str(steps), "--eval-every", str(steps), "--eval-tokens", str(eval_tokens)]
+        options += ["--seed", str(seed), "--tokenizer", str(tokenizer), *SHARED, *MODELS[name]]
+        gptsmith("train", "enwik8", "--out", str(out), *options)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         record = json.loads((out / "run.json").read_text())
     speeds = sorted(row["tokens_per_second"] for row in rows if "loss" in row)
@@ -51,13 +55,27 @@ def train(name: str, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def steps_per_second(trials: int = 3) -> dict[str, float]:
+def steps_per_second(tokenizer: Path, trials: int = 3) -> dict[str, float]:
     """Of each model's updates: the best of several short runs, alternated, so that both meet the same machine."""
     best = dict.fromkeys(MODELS, 0.0)
     for _ in range(trials):
         for name in MODELS:
-            best[name] = max(best[name], 20 / train(name, 20, 1337)["update_seconds"])
+            best[name] = max(best[name], 20 / train(name, 20, 1337, tokenizer, 4096)["update_seconds"])
     return best
+
+
+def compare(durations: list[float], seeds: int, tokenizer: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Updates a second with experts, as a share of the dense model's, and all runs."""
+    speeds = steps_per_second(tokenizer)
+    ratio = speeds["experts"] / speeds["dense"]
+    print(f"updates: {ratio:.0%} as many a second as the dense model", flush=True)
+    runs = []
+    for seconds in durations:
+        for seed in range(1337, 1337 + seeds):
+            for name in MODELS:
+                runs.append({"seconds": seconds, **train(name, round(seconds * speeds[name]), seed, tokenizer)})
+                print(json.dumps(runs[-1]), flush=True)
+    return ratio, runs
 
 
 def main() -> None:
@@ -66,15 +84,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each model and time")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts.json")
     arguments = parser.parse_args()
-    speeds = steps_per_second()
-    ratio = speeds["experts"] / speeds["dense"]
-    print(f"updates: {ratio:.0%} as many a second as the dense model", flush=True)
-    runs = []
-    for seconds in arguments.seconds:
-        for seed in range(1337, 1337 + arguments.seeds):
-            for name in MODELS:
-                runs.append({"seconds": seconds, **train(name, round(seconds * speeds[name]), seed)})
-                print(json.dumps(runs[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = Path(directory) / "tokenizer"
+        gptsmith("tokenizer", "train", "enwik8", "--kind", "bpe", "--vocab-size", "1024", "--out", str(tokenizer))
+        ratio, runs = compare(arguments.seconds, arguments.seeds, tokenizer)
     print("\n| seconds | model | steps | tokens/s | validation loss |\n|---|---|---|---|---|")
     for seconds in arguments.seconds:
         for name in MODELS:

@@ -12,7 +12,8 @@ from gptsmith.model.transformer import Transformer
 def use_fp8(model: Transformer, *, emulate: bool = False) -> None:
     """Swap the blocks' linear layers for ones that multiply in fp8; weights and their names stay as they are.
 
-    Layers whose sides are not multiples of 16, which the hardware cannot multiply, the head, routers and experts stay in bf16.
+    Layers whose sides are not multiples of 16, which the hardware cannot multiply, the head, routers and experts stay
+    in bf16.
     emulate: compute what an fp8 GPU would, on any device.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
