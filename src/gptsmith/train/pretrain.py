@@ -67,15 +67,15 @@ class Pretrain:
         """Cross-entropy plus what keeps routers balanced and their logits small; the spread of the load is logged."""
         config, routers = model.config, list[Tensor]()
         loss = token_loss_sum(model, ids, targets, document_ids, routers)
-        balance = load_balancing_loss(routers, config.num_experts_per_tok)
+        load = expert_load(routers, config.num_experts_per_tok)
+        balance = load_balancing_loss(routers, config.num_experts_per_tok, load)
         extra = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:
             extra = extra + config.router_z_loss_coef * router_z_loss(routers)
-        load = expert_load([r.detach() for r in routers], config.num_experts_per_tok) * config.num_experts
         metrics = {
             "balance_loss": float(balance.detach()),
-            "expert_load_max": float(load.max()),  # 1: as much as every other
-            "expert_load_min": float(load.min()),
+            "expert_load_max": float(load.max()) * config.num_experts,  # 1: as much as every other
+            "expert_load_min": float(load.min()) * config.num_experts,
         }
         return LossSum(loss + weight * extra, weight, metrics)
 
