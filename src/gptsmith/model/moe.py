@@ -46,12 +46,12 @@ class MixtureOfExperts(nn.Module):
         order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
         places = order // self.chosen  # the token of each pair
-        runs = tokens.index_select(0, places).split(sizes)
+        runs = torch.split(tokens.index_select(0, places), sizes)
         # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
         parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
         outputs = torch.cat([swiglu(run, up, down) for run, up, down in parts])  # (N·k, C)
         outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
-        mixed = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
+        mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
             mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
