@@ -8,8 +8,10 @@ from gptsmith.train.deadline import Deadline
 
 
 def train(deadline: Deadline, steps: int, speed: Callable[[float], float], *, eval_every: int, pause: float) -> float:
-    """A trainer by an invented clock: `speed(t)` is the seconds of an update at time t. Returns when all has ended; what
-    comes after the last step takes as much longer as updates do by then."""
+    """A trainer by an invented clock: `speed(t)` is the seconds of an update at time t. Returns when all has ended.
+
+    What comes after the last step takes as much longer as updates do by then.
+    """
     clock, update_seconds, step = 0.0, 0.0, 0
     while step < steps:
         seconds = speed(clock)
