@@ -83,6 +83,16 @@ def compiler_available(device: torch.device) -> bool:
     return False
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had: torch's on a GPU, and the several forms of it on a CPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
 def describe_machine() -> dict[str, str | int]:
     """What a report says of the machine: processor, cores, operating system, Python and torch versions."""
     import torch
