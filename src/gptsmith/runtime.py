@@ -93,6 +93,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what a training step frees, for the next step to use.
+
+    By default it hands large blocks back to the system at once, and every step touches thousands of fresh pages again:
+    a tenth of the time of a small model's step. Does nothing where the library is not glibc, or is told otherwise by
+    MALLOC_* variables or GLIBC_TUNABLES.
+    """
+    import ctypes
+
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (malloc.h)
+        mallopt(option, value)
+
+
 def describe_machine() -> dict[str, str | int]:
     """What a report says of the machine: processor, cores, operating system, Python and torch versions."""
     import torch

@@ -57,6 +57,10 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "qwen3_moe": lambda: families.qwen3_moe(
         **GROUPED, head_dim=16, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True
     ),
+    "qwen2_moe": lambda: families.qwen2_moe(
+        **GROUPED, num_experts=5, num_experts_per_tok=2, shared_expert_intermediate_size=160
+    ),
+    "qwen2_moe-tied": lambda: families.qwen2_moe(**GROUPED, num_experts=4, tie_word_embeddings=True),
     "gpt2": lambda: families.gpt2(**SMALL),
     "gpt2-untied": lambda: families.gpt2(**SMALL, tie_word_embeddings=False, intermediate_size=160),
 }
@@ -169,7 +173,8 @@ def test_the_gguf_library_reads_what_is_written(bpe: Tokenizer, tmp_path: Path) 
     [
         ("llama", {}),
         ("qwen2", {}),
-        ("qwen3", {"head_dim": 128}),  # it takes head_dim and (for gpt2) the context from its defaults, not the file
+        ("qwen3", {"head_dim": 128}),  # it takes head_dim, experts' widths and (gpt2) the context from its defaults
+        ("qwen2_moe", {"intermediate_size": 1408, "shared_expert_intermediate_size": 5632}),
         ("gpt2", {"max_position_embeddings": 1024}),
     ],
 )
@@ -214,7 +219,7 @@ def test_llama_cpp_gives_the_same_logits_and_text(name: str, bpe: Tokenizer, tmp
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen2_moe", "qwen3_moe", "gpt2"])
 def test_llama_cpp_reads_the_smaller_types(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     engine, ids = llama(path), bpe.encode(TEXT)[:40]
@@ -247,6 +252,8 @@ def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
         ("gpt2", {"mlp": "gelu"}, "tanh form of GELU"),
         ("qwen3", {"attention_bias": True}, "no attention biases"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("qwen2_moe", {"attention_bias": False}, "has biases of queries"),
         ("qwen2", {"head_dim": 8}, "biases of the queries"),
         ("qwen3", {"rope_scaling": RopeScaling("yarn", 2.0, 32, beta_fast=16.0)}, "YaRN"),
     ],
@@ -261,7 +268,9 @@ def test_models_that_llama_cpp_computes_otherwise(
 
 @pytest.mark.parametrize("family", [families.gpt1, families.gpt3])
 def test_families_without_an_architecture(family: Any, bpe: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"Supported: gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"):
+    with pytest.raises(
+        UsageError, match=r"Supported: gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"
+    ):
         write(Transformer(family(**SMALL)), bpe, tmp_path / "model.gguf")
 
 

@@ -86,7 +86,7 @@ def test_upcycling_starts_as_the_dense_model() -> None:
         upcycle(Transformer(families.gpt2(**{**options, "num_key_value_heads": None, "head_dim": None})), 4)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_experts_learn_and_their_load_is_logged(family: str, optimizer: str, text_file: Path, tmp_path: Path) -> None:
     config = TrainConfig(
@@ -128,8 +128,13 @@ def test_impossible_choices(wrong: dict[str, int]) -> None:
     [
         (
             ModelOptions(family="qwen3", num_experts=4),
-            "--model.num-experts: a qwen3 model has none.*mixtral, qwen3_moe",
+            "--model.num-experts: a qwen3 model has none.*mixtral, qwen2_moe, qwen3_moe",
         ),
+        (
+            ModelOptions(family="qwen3_moe", shared_expert_intermediate_size=8),
+            "--model.shared-expert-intermediate-size: a qwen3_moe model has none. These have: qwen2_moe",
+        ),
+        (ModelOptions(family="gpt1", rope_theta=1e4), "--model.rope-theta: a gpt1 model has none.*llama"),
         (ModelOptions(family="gpt2", router_aux_loss_coef=0.1), "--model.router-aux-loss-coef: a gpt2 model"),
         (
             ModelOptions(family="llama", sliding_window=8),

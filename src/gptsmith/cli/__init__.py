@@ -13,6 +13,7 @@ from gptsmith.errors import GptsmithError, UsageError, nearest
 
 COMMANDS = {
     "train": "make a GPT from a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
+    "scale": "train a ladder of budgets and see how loss falls with compute",
     "generate": "continue a prompt with a trained model",
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",

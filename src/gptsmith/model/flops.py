@@ -1,6 +1,6 @@
 """How much arithmetic a model is: parameters and floating-point operations, from its configuration alone (no torch).
 
-Letters: C hidden · H heads · K key/value heads · D head_dim · F feed-forward width · V vocabulary · L layers · T context.
+Axis letters as in `transformer`, and N parameters.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def count_parameters(config: ModelConfig) -> Size:
     expert = (halves + 1) * c.hidden_size * c.intermediate_size
     small += (halves * c.intermediate_size + c.hidden_size) * c.mlp_bias
     router = c.hidden_size * c.num_experts
+    if c.shared_expert_intermediate_size:  # every token passes through it, behind a gate of one row
+        router += c.hidden_size * (3 * c.shared_expert_intermediate_size + 1)
     stored, used = (c.num_experts, c.num_experts_per_tok) if c.num_experts else (1, 1)
     layer_stored = attention + small + stored * expert + router
     layer_used = attention + used * expert + router

@@ -3,7 +3,8 @@
 Axis letters: N tokens · C hidden · E experts · F width of an expert · k experts per token.
 
 Papers: Shazeer et al. 2017 (1701.06538); load-balancing loss, Fedus et al. 2021 (2101.03961); router z-loss, Zoph et
-al. 2022 (2202.08906); Mixtral, Jiang et al. 2024 (2401.04088); upcycling, Komatsuzaki et al. 2022 (2212.05055).
+al. 2022 (2202.08906); Mixtral, Jiang et al. 2024 (2401.04088); shared experts, Dai et al. 2024 (2401.06066); upcycling,
+Komatsuzaki et al. 2022 (2212.05055).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from gptsmith.model.config import ModelConfig
 
 class MixtureOfExperts(nn.Module):
     """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert and each expert reads its
-    own run of them, so the work is that of k experts a token, whatever E is."""
+    own run of them, so the work is that of k experts a token, whatever E is. A shared expert, if there is one, reads
+    all tokens; a gate of its own says how much of it each token takes (Qwen2-57B-A14B, 2407.10671)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,6 +28,11 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
+        self.shared = config.shared_expert_intermediate_size
+        if self.shared:
+            self.shared_up_proj = nn.Linear(config.hidden_size, 2 * self.shared, bias=False)
+            self.shared_down_proj = nn.Linear(self.shared, config.hidden_size, bias=False)
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). The router's logits (N, E) are appended to `router_logits`, if given."""
@@ -44,6 +51,9 @@ class MixtureOfExperts(nn.Module):
         back[order] = torch.arange(len(order), device=order.device)
         y = outputs[back].view(-1, self.chosen, x.shape[-1])  # (N, k, C)
         mixed: Tensor = (y * weights[..., None].to(y.dtype)).sum(dim=1)
+        if self.shared:
+            gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
+            mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
         return mixed.view_as(x)
 
     def expert(self, index: int, x: Tensor) -> Tensor:

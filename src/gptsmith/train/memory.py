@@ -16,34 +16,37 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptsmith.data.shards import Dataset, TokenSplit
 from gptsmith.errors import UsageError
-from gptsmith.evaluate.loss import to_device, token_loss_sum
+from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
-from gptsmith.optim.build import build_optimizers
 from gptsmith.train.config import TrainConfig
-from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE, Pretrain
+from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE
+from gptsmith.train.trial import Update
 
 RunPrecision = Literal["fp32", "bf16", "fp16"]
 Parts = dict[str, float]
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
-USABLE = 0.92  # of what is available: a forecast errs, and other programs want some too
 SHALLOW = 2  # layers of the smaller model that is run
+USABLE = 0.92  # of what is available: a forecast errs, and other programs want some too
+
+# Measured on Linux (glibc) by benchmarks/forecast.py.
+RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
+COMPILER = 90 << 20  # what the compiler loads and keeps
+HOLES = 0.1  # of all tensors: space between blocks of the heap that fits nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Memory:
 
     parts: Mapping[str, int]
     """weights, gradients, optimizer (its state and what a step needs), activations, logits (with their gradients); on a
-    CPU also fragmentation (of the heap: freed, but not given back) and the process itself."""
+    CPU also heap (freed, but not given back to the system) and process (Python, torch and their buffers)."""
     moment: str
     """When that is: update (forward and backward pass), optimizer (its step), evaluation or save (of a checkpoint)."""
 
@@ -80,7 +83,10 @@ class Forecaster:
         process: int | None = None,
     ) -> None:
         self.config, self.model_config, self.device, self.precision = config, model_config, device, precision
-        self.process = 0 if device.type == "cuda" else process_memory() if process is None else process
+        self.on_heap = device.type != "cuda"
+        self.process = 0
+        if self.on_heap:
+            self.process = RUNTIME + compiled * COMPILER + (process_memory() if process is None else process)
         self.kept = compiled_share(model_config, config.dropout) if compiled else 1.0
         self._known: dict[int, Memory] = {}
 
@@ -90,271 +96,143 @@ class Forecaster:
             self._known[micro_batch] = self._forecast(micro_batch)
         return self._known[micro_batch]
 
-    def largest_micro_batch(self, available: int) -> int | None:
+    def largest_fitting(self, available: int) -> int | None:
         """The largest divisor of the batch whose forecast fits into `available` bytes; None if not even 1 does."""
-        batch = self.config.batch_size
-        divisors = [size for size in range(1, batch + 1) if batch % size == 0]
+        divisors = [size for size in range(1, self.config.batch_size + 1) if self.config.batch_size % size == 0]
         fitting = bisect.bisect_left(divisors, True, key=lambda size: self.at(size).total > USABLE * available)
         return divisors[fitting - 1] if fitting else None
 
     def _forecast(self, micro_batch: int) -> Memory:
+        peaks = self._peaks(micro_batch)
+        if not self.on_heap:
+            moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
+        else:
+            # What is freed stays with the process, to be used again. But the large blocks that an optimizer's step asks
+            # for do not fit into the holes that activations leave between gradients: they come on top.
+            step = peaks.pop("optimizer")
+            moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
+            temporary = max(0.0, step["optimizer"] - peaks["save"]["optimizer"])
+            held = sum(parts.values()) + temporary
+            parts = {**parts, "heap": temporary + HOLES * held, "process": float(self.process)}
+        return Memory({part: max(0, round(size)) for part, size in parts.items()}, moment.split("/")[0])
+
+    def _peaks(self, micro_batch: int) -> dict[str, Parts]:
+        """Bytes by part at each moment's peak, for the whole depth."""
         c = self.model_config
         period = max(1, len(c.window_pattern))
         few = SHALLOW * period
         if c.num_hidden_layers <= few + period:
-            peaks = self._run(c, micro_batch)
-        else:
-            low = self._run(replace(c, num_hidden_layers=few), micro_batch)
-            high = self._run(replace(c, num_hidden_layers=few + period), micro_batch)
-            times = (c.num_hidden_layers - few) / period
-            peaks = {
-                moment: {part: low[moment][part] + times * (high[moment][part] - low[moment][part]) for part in parts}
-                for moment, parts in low.items()
-            }
-        moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
-        if self.device.type != "cuda":
-            parts = {**parts, "process": self.process}
-        return Memory({part: max(0, round(size)) for part, size in parts.items()}, moment.split("/")[0])
+            return self._run(c, micro_batch)
+        low = self._run(replace(c, num_hidden_layers=few), micro_batch)
+        high = self._run(replace(c, num_hidden_layers=few + period), micro_batch)
+        times = (c.num_hidden_layers - few) / period
+        return {
+            moment: {part: low[moment][part] + times * (high[moment][part] - low[moment][part]) for part in PARTS}
+            for moment in low
+        }
 
     def _run(self, model_config: ModelConfig, micro_batch: int) -> dict[str, Parts]:
-        trace = trace_run(self.config, model_config, micro_batch, self.device, self.precision)
-        if self.device.type == "cuda":
-            return trace.peaks(self.kept)
-        return trace.peaks_on_heap(self.kept)
+        return run_without_storage(
+            self.config, model_config, micro_batch, self.device, self.precision, kept=self.kept
+        )
 
 
 # A run without storage -----------------------------------------------------------------------------------------------
 
 
-def trace_run(
-    config: TrainConfig, model_config: ModelConfig, micro_batch: int, device: torch.device, precision: RunPrecision
-) -> Trace:
-    """What one update and one evaluation batch ask of the allocator, found by running them without storage."""
+def run_without_storage(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    micro_batch: int,
+    device: torch.device,
+    precision: RunPrecision,
+    *,
+    kept: float = 1.0,
+) -> dict[str, Parts]:
+    """Bytes held, by part, at the peak of each moment of training from the second update on.
+
+    kept: what share of its activations a block keeps for the backward pass.
+    The backward pass comes in stages (`update/...`): the peak of each is a straight line in the depth, the highest of
+    them is not.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = torch.device("cpu") if device.type == "mps" else device
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ledger = _Ledger()
-    with _without_rng(), FakeTensorMode(), ledger, torch.device(device):
-        model = Transformer(model_config, dropout=config.dropout, initialize=False).train()
-        objective = Pretrain(
-            _nothing(config.context),
-            batch_size=micro_batch,
-            seq_len=config.context,
-            seed=0,
-            device=device,
-            mask_documents=config.mask_documents,
-        )
-        optim = config.optim
-        optimizers = build_optimizers(
-            model,
-            name=optim.name,
-            lr=optim.lr,
-            embedding_lr=optim.embedding_lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            betas=(optim.beta1, optim.beta2),
-            newton_schulz_steps=optim.newton_schulz_steps,
-        )
-        autocast = contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    ledger = _Ledger(kept)
+    with _same_random_numbers(), FakeTensorMode(), ledger, torch.device(device):
+        update = Update(Transformer(model_config, dropout=config.dropout, initialize=False), config, precision)
+        model = update.model
         ledger.watch(model)
+
+        def tokens(rows: int) -> tuple[Tensor, Tensor | None]:
+            ids = torch.zeros(rows, config.context, dtype=torch.int64)
+            return ids, torch.zeros_like(ids, dtype=torch.int32) if config.mask_documents else None
+
         for _ in range(min(2, config.batch_size // micro_batch)):  # the second finds the gradients of the first
             ledger.begin("update", "activations")
-            with autocast:
-                result = objective.loss(model, objective.blank(micro_batch))
-                loss = result.sum / result.weight
-            torch.autograd.backward(loss)
-            del loss, result
+            update.accumulate(*tokens(micro_batch))
         ledger.begin("optimizer", "optimizer")
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.clip or 1.0, norm)
-        optimizers.step()
-        for p in parameters:
-            p.grad = None
-        del norm
+        update.apply()
         ledger.begin("evaluation", "activations")
-        with autocast, torch.no_grad():
-            token_loss_sum(model.eval(), *to_device(objective.blank(objective.evaluation_rows), device))
-        events = list(ledger.events)
+        state = ledger.total["optimizer"]
+        ids, documents = tokens(max(1, EVAL_TOKENS_AT_ONCE // config.context))
+        with update.autocast(), torch.no_grad():
+            token_loss_sum(model.eval(), ids, ids, documents)
+    peaks = ledger.peaks
+    for moment, parts in peaks.items():
+        if moment.startswith("update"):
+            parts["optimizer"] += state
+    # A checkpoint's weights are put together in memory, from copies where their layout is another (GPT-1's, GPT-2's).
     copies = 0 if device.type == "cuda" else 2 if model_config.model_type in ("gpt2", "openai-gpt") else 1
-    return Trace(events, copies)
-
-
-class Event(NamedTuple):
-    """A storage comes (size > 0) or goes (size 0)."""
-
-    storage: int
-    size: int
-    part: str
-    moment: str
-
-
-class Trace:
-    """Comings and goings of storages: making the model, then update, optimizer and evaluation once.
-
-    copies: how many copies of the weights are made to save them (one; two where GPT-1's and GPT-2's layouts are others).
-    """
-
-    def __init__(self, events: list[Event], copies: int) -> None:
-        self.events, self.copies = events, copies
-
-    def peaks(self, kept: float) -> dict[str, Parts]:
-        """Bytes held, by part, at the peak of each moment from the second update on.
-
-        kept: what share of a block's activations is kept for the backward pass.
-        """
-        state = self._optimizer_state()
-        found: dict[str, Parts] = {}
-        highest: dict[str, float] = {}
-        total = dict.fromkeys(PARTS, 0.0)
-        live: dict[int, tuple[str, float]] = {}
-        for storage, size, part, moment in self.events:
-            if size:
-                share = kept * size if part == "blocks" else float(size)
-                part = "activations" if part == "blocks" else part
-                live[storage] = (part, share)
-                total[part] += share
-            else:
-                part, share = live.pop(storage)
-                total[part] -= share
-            held = sum(total.values())
-            if held > highest.get(moment, 0.0):
-                highest[moment], found[moment] = held, dict(total)
-        for moment, parts in found.items():
-            if moment.startswith("update"):
-                parts["optimizer"] += state
-        weights = sum(event.size for event in self.events if event.moment == "start" and event.size)
-        found["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": weights * (1.0 + self.copies), "optimizer": state}
-        del found["start"]
-        return found
-
-    def peaks_on_heap(self, kept: float) -> dict[str, Parts]:
-        """The same, with the heap's fragmentation: three updates, an evaluation and a save on a simulated heap."""
-        heap, at = Heap(), dict[tuple[int, int], tuple[int, int]]()
-
-        def replay(moments: Sequence[str], turn: int) -> None:
-            for storage, size, part, moment in self.events:
-                if moment.split("/")[0] not in moments:
-                    continue
-                if size and (turn == 0 or storage not in lasting):
-                    at[turn, storage] = heap.take(round(kept * size) if part == "blocks" else size)
-                elif not size and (turn, storage) in at:
-                    heap.give(*at.pop((turn, storage)))
-
-        born = {event.storage for event in self.events if event.size}
-        lasting = born - {event.storage for event in self.events if not event.size}
-        replay(["start"], 0)
-        for turn in range(3):
-            replay(["update", "optimizer"], turn)
-        replay(["evaluation"], 3)
-        found = self.peaks(kept)
-        weights = [e.size for e in self.events if e.moment == "start" and e.size]
-        for block in [heap.take(size) for _ in range(self.copies - 1) for size in weights] + [heap.take(sum(weights))]:
-            heap.give(*block)
-        for parts in found.values():
-            parts["fragmentation"] = max(0.0, heap.highest - sum(parts.values()))
-        return found
-
-    def _optimizer_state(self) -> float:
-        gone = {event.storage for event in self.events if not event.size}
-        return float(sum(e.size for e in self.events if e.moment == "optimizer" and e.size and e.storage not in gone))
-
-
-class Heap:
-    """The C library's heap, as far as large blocks go: best fit, neighbours joined, nothing returned to the system."""
-
-    PADDING = 128  # a block is aligned to 64 bytes within a larger one
-
-    def __init__(self) -> None:
-        self.top = self.highest = 0
-        self.by_size: list[tuple[int, int]] = []  # free blocks (size, start)
-        self.by_start: dict[int, int] = {}
-        self.by_end: dict[int, int] = {}
-
-    def take(self, size: int) -> tuple[int, int]:
-        """(start, size) of a block of at least `size` bytes."""
-        size = (size + self.PADDING + 15) & ~15
-        index = bisect.bisect_left(self.by_size, (size, 0))
-        if index < len(self.by_size):
-            whole, start = self.by_size[index]
-            self._remove(start, whole)
-            if whole > size:
-                self._add(start + size, whole - size)
-            return start, size
-        start, self.top = self.top, self.top + size
-        self.highest = max(self.highest, self.top)
-        return start, size
-
-    def give(self, start: int, size: int) -> None:
-        """Take a block back, and join it with free neighbours."""
-        before = self.by_end.get(start)
-        if before is not None:
-            self._remove(before, start - before)
-            start, size = before, size + start - before
-        after = self.by_start.get(start + size)
-        if after is not None:
-            self._remove(start + size, after)
-            size += after
-        if start + size == self.top:
-            self.top = start
-        else:
-            self._add(start, size)
-
-    def _add(self, start: int, size: int) -> None:
-        bisect.insort(self.by_size, (size, start))
-        self.by_start[start], self.by_end[start + size] = size, start
-
-    def _remove(self, start: int, size: int) -> None:
-        del self.by_size[bisect.bisect_left(self.by_size, (size, start))]
-        del self.by_start[start], self.by_end[start + size]
+    weights = peaks.pop("start")["weights"]
+    peaks["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": (1 + copies) * weights, "optimizer": state}
+    return peaks
 
 
 class _Ledger(TorchDispatchMode):
-    """Notes every storage that comes and goes, by part and moment."""
+    """Counts the bytes of live storages by part, and remembers them at the peak of each moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: float) -> None:
         super().__init__()
-        self.moment, self.part = "start", "weights"
-        self.live: set[int] = set()
-        self.number: dict[int, int] = {}  # addresses are used again, numbers are not
-        self.events: list[Event] = []
-        self.run_lengths: Iterator[int] = iter(())
+        self.kept = kept
+        self.moment, self.part, self.in_blocks = "start", "weights", False
+        self.live: dict[int, tuple[str, float]] = {}
+        self.total: Parts = dict.fromkeys(PARTS, 0.0)
+        self.peaks: dict[str, Parts] = {}
+        self.shares: Iterator[int] = iter(())
 
     def begin(self, moment: str, part: str) -> None:
         """What happens from here on belongs to `moment`, what is new to `part`."""
-        self.moment, self.part = moment, part
+        self.moment, self.part, self.in_blocks = moment, part, False
 
     def watch(self, model: Transformer) -> None:
-        """Tell activations, logits and gradients apart as the model runs, and the stages of the backward pass: the
-        peaks of each are a straight line in the depth, the highest of them is not."""
+        """Tell activations, logits and gradients apart as the model runs, and the stages of the backward pass."""
 
         def enter_blocks(module: nn.Module, inputs: Any) -> None:
-            self.part = "blocks"
-
-        def last_block(module: nn.Module, inputs: Any) -> None:
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda _: setattr(self, "moment", "update/middle"))
-
-        def first_block(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if output.requires_grad and len(model.layers) > 1:
-                output.register_hook(lambda _: setattr(self, "moment", "update/end"))
+            self.in_blocks = torch.is_grad_enabled()
 
         def leave_blocks(module: nn.Module, inputs: Any) -> None:
-            self.part = "activations"
+            self.in_blocks = False
 
         def enter_head(module: nn.Module, inputs: Any, hidden: Tensor) -> None:
             self.part = "logits"
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: self.begin("update/blocks", "activations"))
+                hidden.register_hook(lambda _: self.begin("update/last", "activations"))
+
+        def last_block(module: nn.Module, inputs: Any) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda _: self.begin("update/middle", "activations"))
+
+        def first_block(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad and len(model.layers) > 1:
+                output.register_hook(lambda _: self.begin("update/first", "activations"))
 
         def is_gradient(p: Tensor) -> None:
-            if p.grad is not None and (key := p.grad.untyped_storage()._cdata) in self.number:
-                number = self.number[key]
-                born = next(i for i in range(len(self.events) - 1, -1, -1) if self.events[i].storage == number)
-                size = self.events[born].size
-                if size and self.events[born].part != "gradients":  # from here on it counts as one
-                    self.events += [Event(number, 0, "", self.moment), Event(number, size, "gradients", self.moment)]
+            if p.grad is not None and (key := p.grad.untyped_storage()._cdata) in self.live:
+                part, size = self.live[key]
+                self.live[key] = ("gradients", size)
+                self.total[part] -= size
+                self.total["gradients"] += size
 
         model.layers[0].register_forward_pre_hook(enter_blocks)
         model.layers[0].register_forward_hook(first_block)
@@ -369,11 +247,11 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         # Experts' shares of the tokens are known only from the numbers, which are not there: let all have the same.
         if function is torch.ops.aten.bincount.default:
-            tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0))
-            self.run_lengths = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
+            tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength") or args[2])
+            self.shares = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
             return torch.zeros(experts, dtype=torch.int64, device=args[0].device)
         if function is torch.ops.aten._local_scalar_dense.default:
-            return next(self.run_lengths, 1)
+            return next(self.shares, 1)
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -382,21 +260,20 @@ class _Ledger(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.number or not size:
+        key = storage._cdata
+        if key in self.live:
             return
-        self.number[key] = number = len(self.events)
-        self.events.append(Event(number, size, self.part, self.moment))
+        size = storage.nbytes() * (self.kept if self.in_blocks else 1.0)
+        self.live[key] = (self.part, size)
+        self.total[self.part] += size
+        peak = self.peaks.get(self.moment)
+        if peak is None or sum(self.total.values()) > sum(peak.values()):
+            self.peaks[self.moment] = dict(self.total)
         weakref.finalize(storage, self._leave, key)
 
     def _leave(self, key: int) -> None:
-        self.events.append(Event(self.number.pop(key), 0, "", self.moment))
-
-
-def _nothing(context: int) -> Dataset:
-    """A dataset just long enough to be one."""
-    empty = TokenSplit.from_array(np.zeros(0, np.uint16), ())
-    return Dataset(Path(), "", 1, "", TokenSplit.from_array(np.zeros(context + 1, np.uint16)), empty)
+        part, size = self.live.pop(key)
+        self.total[part] -= size
 
 
 # Compiled blocks -----------------------------------------------------------------------------------------------------
@@ -424,7 +301,7 @@ def compiled_share(model_config: ModelConfig, dropout: float) -> float:
         kept[1] = float(sum(v.untyped_storage().nbytes() for n in saved if isinstance(v := n.meta.get("val"), Tensor)))
         return make_boxed_func(graph)
 
-    with _without_rng(), warnings.catch_warnings():
+    with _same_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         block = Transformer(c, dropout=dropout).train()
         x = torch.randn(2, c.max_position_embeddings, c.hidden_size, requires_grad=True)
@@ -486,7 +363,7 @@ def process_memory() -> int:
     """
     import matplotlib.figure  # noqa: F401  the report needs it
 
-    with _without_rng():  # the first matrix product and the first optimizer step load libraries and their buffers
+    with _same_random_numbers():  # the first matrix product and the first optimizer step load libraries and their buffers
         x = torch.nn.Parameter(torch.zeros(256, 256))
         torch.autograd.backward((x @ x).square().sum())
         torch.optim.AdamW([x], fused=True).step()
@@ -568,33 +445,41 @@ def fit(
     *,
     device: torch.device,
     precision: RunPrecision,
-    micro_batch: int | None = None,
+    micro_batch_size: int | None = None,
 ) -> int:
     """The micro-batch to train with: the one asked for, or the largest that fits into the memory there is.
 
-    micro_batch: the one asked for, if not the configuration's. UsageError with the numbers where not even 1 fits.
+    micro_batch_size: the one asked for, if not the configuration's.
+    Says so where it is another one; UsageError with the numbers where not even 1 fits.
     """
-    asked = micro_batch or config.micro_batch_size or config.batch_size
+    asked = micro_batch_size or config.micro_batch_size or config.batch_size
     available = available_memory(device)
     if available is None or certainly_fits(config, model_config, asked, available):
         return asked
     compiled = config.compile == "on"
     forecaster = Forecaster(config, model_config, device=device, precision=precision, compiled=compiled)
-    wanted = forecaster.at(asked).total
-    if wanted <= USABLE * available:
+    needed = forecaster.at(asked).total
+    if needed <= USABLE * available:
         return asked
-    largest = forecaster.largest_micro_batch(available)
-    where = "memory" if device.type == "cpu" else f"memory of {device}"
-    if largest is None:
-        raise UsageError(
-            f"this run does not fit into the {where}: with one sequence of {config.context:,} tokens at a time it needs "
-            f"{gigabytes(forecaster.at(1).total)}, and {gigabytes(available)} are available. "
-            "Choose a smaller model or a shorter --context; `gptsmith plan` shows what takes how much."
-        )
+    largest = largest_micro_batch(forecaster, available)
     note(
-        f"micro-batch {asked} would need {gigabytes(wanted)} of {where}, {gigabytes(available)} are available: "
-        f"training with micro-batches of {largest}, {config.batch_size // largest} to an update"
+        f"micro-batches of {asked} would need {gigabytes(needed)} of memory, {gigabytes(available)} are available: "
+        f"training with {largest}, {config.batch_size // largest} to an update"
     )
+    return largest
+
+
+def largest_micro_batch(forecaster: Forecaster, available: int) -> int:
+    """The largest divisor of the batch that fits into `available` bytes. UsageError with the numbers if 1 does not."""
+    largest = forecaster.largest_fitting(available)
+    if largest is None:
+        config, c = forecaster.config, forecaster.model_config
+        raise UsageError(
+            f"this run does not fit into memory: with one sequence of {config.context:,} tokens at a time, "
+            f"{count_parameters(c).total / 1e6:,.1f}M parameters trained by {config.optim.name} need "
+            f"{gigabytes(forecaster.at(1).total)}, and {gigabytes(available)} are available. Choose a smaller model or a "
+            "shorter --context; `gptsmith plan` shows what takes how much."
+        )
     return largest
 
 
@@ -604,7 +489,7 @@ def gigabytes(size: float) -> str:
 
 
 @contextlib.contextmanager
-def _without_rng() -> Iterator[None]:
+def _same_random_numbers() -> Iterator[None]:
     """What is done inside leaves the random numbers of the run as they were."""
     state = torch.get_rng_state()
     try:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from gptsmith.data.loader import IGNORED, Batch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
@@ -54,7 +53,7 @@ class Pretrain:
     def next_batch(self) -> Batch:
         return next(self.loader)
 
-    def rows(self, batch: Batch, start: int, stop: int) -> Batch:
+    def slice(self, batch: Batch, start: int, stop: int) -> Batch:
         documents = None if batch.document_ids is None else batch.document_ids[start:stop]
         return Batch(batch.ids[start:stop], batch.targets[start:stop], documents)
 
@@ -94,11 +93,6 @@ class Pretrain:
         if self.eval_tokens is None:
             return iter(batches)
         return islice(batches, max(1, self.eval_tokens // (size * self.seq_len)))
-
-    def blank(self, rows: int) -> Batch:
-        """A batch that means nothing, of `rows` sequences: to try out what one costs."""
-        ids = np.zeros((rows, self.seq_len), np.int64)
-        return Batch(ids, ids, np.zeros((rows, self.seq_len), np.int32) if self.mask_documents else None)
 
     def evaluate(self, model: Transformer) -> dict[str, float] | None:
         """`val_loss`: mean nats per token over the validation split."""
