@@ -11,10 +11,8 @@ On a CPU the forecast is of peak resident memory, on a GPU of allocated memory.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
 import re
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +31,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import TrainConfig
-from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE
+from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
 from gptsmith.train.trial import Update
 
 RunPrecision = Literal["fp32", "bf16", "fp16"]
@@ -46,7 +44,7 @@ USABLE = 0.92  # of what is available: a forecast errs, and other programs want 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
 RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
 COMPILER = 90 << 20  # what the compiler loads and keeps
-HOLES = 0.1  # of all tensors: space between blocks of the heap that fits nothing
+HOLES = 0.15  # of all tensors: space between blocks of the heap that fits nothing
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Forecaster:
     """Forecasts the memory of runs that differ in nothing but their micro-batch.
 
     device: where the run would compute; it need not be there.
-    compiled: whether blocks are compiled; what they keep for the backward pass is then less.
+    compiled: whether blocks are compiled. They keep about as much for the backward pass; the compiler takes room.
     process: bytes of the process itself (default: measured now, of this one; 0 on a GPU).
     """
 
@@ -87,14 +85,13 @@ class Forecaster:
         self.process = 0
         if self.on_heap:
             self.process = RUNTIME + compiled * COMPILER + (process_memory() if process is None else process)
-        self.kept = compiled_share(model_config, config.dropout) if compiled else 1.0
         self._known: dict[int, Memory] = {}
 
-    def at(self, micro_batch: int) -> Memory:
+    def at(self, micro_batch_size: int) -> Memory:
         """The forecast for micro-batches of so many sequences."""
-        if micro_batch not in self._known:
-            self._known[micro_batch] = self._forecast(micro_batch)
-        return self._known[micro_batch]
+        if micro_batch_size not in self._known:
+            self._known[micro_batch_size] = self._forecast(micro_batch_size)
+        return self._known[micro_batch_size]
 
     def largest_fitting(self, available: int) -> int | None:
         """The largest divisor of the batch whose forecast fits into `available` bytes; None if not even 1 does."""
@@ -102,8 +99,8 @@ class Forecaster:
         fitting = bisect.bisect_left(divisors, True, key=lambda size: self.at(size).total > USABLE * available)
         return divisors[fitting - 1] if fitting else None
 
-    def _forecast(self, micro_batch: int) -> Memory:
-        peaks = self._peaks(micro_batch)
+    def _forecast(self, micro_batch_size: int) -> Memory:
+        peaks = self._peaks(micro_batch_size)
         if not self.on_heap:
             moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
         else:
@@ -116,25 +113,23 @@ class Forecaster:
             parts = {**parts, "heap": temporary + HOLES * held, "process": float(self.process)}
         return Memory({part: max(0, round(size)) for part, size in parts.items()}, moment.split("/")[0])
 
-    def _peaks(self, micro_batch: int) -> dict[str, Parts]:
+    def _peaks(self, micro_batch_size: int) -> dict[str, Parts]:
         """Bytes by part at each moment's peak, for the whole depth."""
         c = self.model_config
         period = max(1, len(c.window_pattern))
         few = SHALLOW * period
         if c.num_hidden_layers <= few + period:
-            return self._run(c, micro_batch)
-        low = self._run(replace(c, num_hidden_layers=few), micro_batch)
-        high = self._run(replace(c, num_hidden_layers=few + period), micro_batch)
+            return self._run(c, micro_batch_size)
+        low = self._run(replace(c, num_hidden_layers=few), micro_batch_size)
+        high = self._run(replace(c, num_hidden_layers=few + period), micro_batch_size)
         times = (c.num_hidden_layers - few) / period
         return {
             moment: {part: low[moment][part] + times * (high[moment][part] - low[moment][part]) for part in PARTS}
             for moment in low
         }
 
-    def _run(self, model_config: ModelConfig, micro_batch: int) -> dict[str, Parts]:
-        return run_without_storage(
-            self.config, model_config, micro_batch, self.device, self.precision, kept=self.kept
-        )
+    def _run(self, model_config: ModelConfig, micro_batch_size: int) -> dict[str, Parts]:
+        return run_without_storage(self.config, model_config, micro_batch_size, self.device, self.precision)
 
 
 # A run without storage -----------------------------------------------------------------------------------------------
@@ -143,39 +138,37 @@ class Forecaster:
 def run_without_storage(
     config: TrainConfig,
     model_config: ModelConfig,
-    micro_batch: int,
+    micro_batch_size: int,
     device: torch.device,
     precision: RunPrecision,
-    *,
-    kept: float = 1.0,
 ) -> dict[str, Parts]:
     """Bytes held, by part, at the peak of each moment of training from the second update on.
 
-    kept: what share of its activations a block keeps for the backward pass.
     The backward pass comes in stages (`update/...`): the peak of each is a straight line in the depth, the highest of
     them is not.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = torch.device("cpu") if device.type == "mps" else device
-    ledger = _Ledger(kept)
-    with _same_random_numbers(), FakeTensorMode(), ledger, torch.device(device):
+    ledger = _Ledger()
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger, torch.device(device):
         update = Update(Transformer(model_config, dropout=config.dropout, initialize=False), config, precision)
         model = update.model
         ledger.watch(model)
+        weights = ledger.total["weights"]
 
         def tokens(rows: int) -> tuple[Tensor, Tensor | None]:
             ids = torch.zeros(rows, config.context, dtype=torch.int64)
             return ids, torch.zeros_like(ids, dtype=torch.int32) if config.mask_documents else None
 
-        for _ in range(min(2, config.batch_size // micro_batch)):  # the second finds the gradients of the first
+        for _ in range(min(2, config.batch_size // micro_batch_size)):  # the second finds the gradients of the first
             ledger.begin("update", "activations")
-            update.accumulate(*tokens(micro_batch))
+            update.accumulate(*tokens(micro_batch_size))
         ledger.begin("optimizer", "optimizer")
         update.apply()
         ledger.begin("evaluation", "activations")
         state = ledger.total["optimizer"]
-        ids, documents = tokens(max(1, EVAL_TOKENS_AT_ONCE // config.context))
+        ids, documents = tokens(evaluation_rows(micro_batch_size, config.context))
         with update.autocast(), torch.no_grad():
             token_loss_sum(model.eval(), ids, ids, documents)
     peaks = ledger.peaks
@@ -184,35 +177,28 @@ def run_without_storage(
             parts["optimizer"] += state
     # A checkpoint's weights are put together in memory, from copies where their layout is another (GPT-1's, GPT-2's).
     copies = 0 if device.type == "cuda" else 2 if model_config.model_type in ("gpt2", "openai-gpt") else 1
-    weights = peaks.pop("start")["weights"]
+    del peaks["start"]
     peaks["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": (1 + copies) * weights, "optimizer": state}
     return peaks
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages by part, and remembers them at the peak of each moment."""
 
-    def __init__(self, kept: float) -> None:
-        super().__init__()
-        self.kept = kept
-        self.moment, self.part, self.in_blocks = "start", "weights", False
-        self.live: dict[int, tuple[str, float]] = {}
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.moment, self.part = "start", "weights"
+        self.live: dict[int, tuple[str, int]] = {}
         self.total: Parts = dict.fromkeys(PARTS, 0.0)
         self.peaks: dict[str, Parts] = {}
         self.shares: Iterator[int] = iter(())
 
     def begin(self, moment: str, part: str) -> None:
         """What happens from here on belongs to `moment`, what is new to `part`."""
-        self.moment, self.part, self.in_blocks = moment, part, False
+        self.moment, self.part = moment, part
 
     def watch(self, model: Transformer) -> None:
         """Tell activations, logits and gradients apart as the model runs, and the stages of the backward pass."""
-
-        def enter_blocks(module: nn.Module, inputs: Any) -> None:
-            self.in_blocks = torch.is_grad_enabled()
-
-        def leave_blocks(module: nn.Module, inputs: Any) -> None:
-            self.in_blocks = False
 
         def enter_head(module: nn.Module, inputs: Any, hidden: Tensor) -> None:
             self.part = "logits"
@@ -234,10 +220,8 @@ class _Ledger(TorchDispatchMode):
                 self.total[part] -= size
                 self.total["gradients"] += size
 
-        model.layers[0].register_forward_pre_hook(enter_blocks)
         model.layers[0].register_forward_hook(first_block)
         model.layers[-1].register_forward_pre_hook(last_block)
-        model.norm.register_forward_pre_hook(leave_blocks)
         model.norm.register_forward_hook(enter_head)
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(is_gradient)
@@ -263,7 +247,7 @@ class _Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.live:
             return
-        size = storage.nbytes() * (self.kept if self.in_blocks else 1.0)
+        size = storage.nbytes()
         self.live[key] = (self.part, size)
         self.total[self.part] += size
         peak = self.peaks.get(self.moment)
@@ -276,83 +260,6 @@ class _Ledger(TorchDispatchMode):
         self.total[part] -= size
 
 
-# Compiled blocks -----------------------------------------------------------------------------------------------------
-
-
-def compiled_share(model_config: ModelConfig, dropout: float) -> float:
-    """Bytes that a compiled block keeps for the backward pass, as a share of what it keeps when run as written.
-
-    The compiler computes cheap things again rather than keeping them (a minimum cut of the graph: 1912.02967's idea, as
-    in torch's AOTAutograd). Its choice is made here for one narrow block of the same proportions, no code is generated.
-    1 where that fails.
-    """
-    from functorch.compile import aot_module, make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-
-    c = _narrow(model_config)
-    kept = [0.0, 0.0]
-
-    def see_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        """All outputs but the first, which is the block's own."""
-        given = {id(node) for node in graph.graph.nodes if node.op == "placeholder"}
-        (output,) = graph.graph.find_nodes(op="output")
-        saved = {node for node in output.args[0][1:] if isinstance(node, torch.fx.Node) and id(node) not in given}
-        kept[1] = float(sum(v.untyped_storage().nbytes() for n in saved if isinstance(v := n.meta.get("val"), Tensor)))
-        return make_boxed_func(graph)
-
-    with _same_random_numbers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        block = Transformer(c, dropout=dropout).train()
-        x = torch.randn(2, c.max_position_embeddings, c.hidden_size, requires_grad=True)
-        rope = (block.rope_cos, block.rope_sin) if c.position == "rope" else None
-        own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = block.layers[0](x, None, rope, None, None, None)
-        kept[0] = float(sum(size for at, size in storages.items() if at != x.untyped_storage().data_ptr()))
-        del y
-        try:
-            compiled = aot_module(
-                block.layers[0],
-                fw_compiler=see_forward,
-                bw_compiler=lambda graph, inputs: make_boxed_func(graph),
-                partition_fn=min_cut_rematerialization_partition,
-                decompositions=select_decomp_table(),
-            )
-            compiled(x, None, rope, None, None, None)
-        except Exception:  # whatever a compiler can do wrong: then count as without it
-            return 1.0
-    return min(1.0, kept[1] / kept[0]) if kept[1] else 1.0
-
-
-def _narrow(c: ModelConfig) -> ModelConfig:
-    """One layer of the same proportions, at most about 256 wide, over 64 tokens."""
-    factor = max(1, c.num_attention_heads * c.head_dim // 256)
-    heads = max(1, c.num_attention_heads // factor)
-    kv_heads = next(k for k in range(max(1, min(heads, c.num_key_value_heads // factor)), 0, -1) if heads % k == 0)
-    return replace(
-        c,
-        vocab_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        hidden_size=max(8, c.hidden_size // factor),
-        intermediate_size=max(8, c.intermediate_size // factor),
-        num_experts=min(c.num_experts, 4 * c.num_experts_per_tok) if c.num_experts else 0,
-        max_position_embeddings=64,
-        window_pattern=(),
-        rope_scaling=None,
-    )
-
-
 # The machine ---------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +270,7 @@ def process_memory() -> int:
     """
     import matplotlib.figure  # noqa: F401  the report needs it
 
-    with _same_random_numbers():  # the first matrix product and the first optimizer step load libraries and their buffers
+    with torch.random.fork_rng(devices=[]):  # the first product and the first step load libraries and buffers
         x = torch.nn.Parameter(torch.zeros(256, 256))
         torch.autograd.backward((x @ x).square().sum())
         torch.optim.AdamW([x], fused=True).step()
@@ -377,10 +284,10 @@ def resident_memory() -> int | None:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a training process may take on `device` in all, what this process has already included; None: unknown.
+    """Bytes that a training process may take on `device`, what this process has already included; None: unknown.
 
-    CPU: what Linux says is available, and no more than the limits of the control groups this process is in. GPU: what is
-    free, and what this process holds there.
+    CPU: what Linux says is available, and no more than the limits of the control groups this process is in. GPU: what
+    is free, and what this process holds there.
     """
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -389,7 +296,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     own = resident_memory() or 0
-    limits = [limit for limit in _control_group_limits()]
+    limits = list(_control_group_limits())
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
     if found:
         limits.append(int(found[1]) * 1024)
@@ -428,12 +335,12 @@ def _read(path: str | Path) -> str:
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
-def certainly_fits(config: TrainConfig, model_config: ModelConfig, micro_batch: int, available: int) -> bool:
+def certainly_fits(config: TrainConfig, model_config: ModelConfig, micro_batch_size: int, available: int) -> bool:
     """Whether a run takes so little of `available` bytes that a forecast is not worth its second."""
-    c, tokens = model_config, micro_batch * config.context
+    c, tokens = model_config, micro_batch_size * config.context
     width = 24 * c.hidden_size + 12 * (c.num_attention_heads * c.head_dim)
     width += 8 * c.intermediate_size * (c.num_experts_per_tok if c.num_experts else 1)
-    masks = config.mask_documents * config.context**2 * micro_batch * 16
+    masks = config.mask_documents * config.context**2 * micro_batch_size * 16
     logits = 16 * max(tokens, EVAL_TOKENS_AT_ONCE) * c.vocab_size
     rough = 32 * count_parameters(c).total + 8 * tokens * c.num_hidden_layers * width + masks + logits
     return (2 << 30) + 2 * rough < available
@@ -477,22 +384,15 @@ def largest_micro_batch(forecaster: Forecaster, available: int) -> int:
         raise UsageError(
             f"this run does not fit into memory: with one sequence of {config.context:,} tokens at a time, "
             f"{count_parameters(c).total / 1e6:,.1f}M parameters trained by {config.optim.name} need "
-            f"{gigabytes(forecaster.at(1).total)}, and {gigabytes(available)} are available. Choose a smaller model or a "
-            "shorter --context; `gptsmith plan` shows what takes how much."
+            f"{gigabytes(forecaster.at(1).total)}, and {gigabytes(available)} are available. "
+            "Choose a smaller model or a shorter --context; `gptsmith plan` shows what takes how much."
         )
     return largest
 
 
 def gigabytes(size: float) -> str:
     """`1.23 GB`, `45 MB`: 10**9 and 10**6 bytes."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """What is done inside leaves the random numbers of the run as they were."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+    for scale, unit in ((1e12, "TB"), (1e9, "GB")):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1e6:,.0f} MB"

@@ -35,7 +35,7 @@ class Objective(Protocol):
 
     def loss(self, model: Transformer, batch: Any) -> LossSum: ...
 
-    def evaluate(self, model: Transformer) -> dict[str, float] | None:
+    def evaluate(self, model: Transformer, micro_batch_size: int) -> dict[str, float] | None:
         """Metrics with `val_loss`, or None where there is nothing to evaluate on or evaluation was broken off."""
 
     def state_dict(self) -> dict[str, Any]: ...

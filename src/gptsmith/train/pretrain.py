@@ -20,6 +20,11 @@ from gptsmith.train.objective import LossSum
 EVAL_TOKENS_AT_ONCE = 8192
 
 
+def evaluation_rows(micro_batch_size: int, seq_len: int) -> int:
+    """Sequences of an evaluation's forward pass: many, but no more than take about as much memory as training does."""
+    return max(1, min(4 * micro_batch_size, EVAL_TOKENS_AT_ONCE // seq_len))
+
+
 class Pretrain:
     """The pretraining objective over a prepared dataset."""
 
@@ -39,12 +44,11 @@ class Pretrain:
         self.dataset, self.seq_len, self.device = dataset, seq_len, device
         self.mask_documents, self.eval_tokens = mask_documents, eval_tokens
         self.token_loss, self.should_stop = loss, should_stop
-        self.evaluation_rows = max(1, EVAL_TOKENS_AT_ONCE // seq_len)  # fewer where memory does not suffice
         self.loader = TokenLoader(
             dataset.train, batch_size=batch_size, seq_len=seq_len, seed=seed, mask_documents=mask_documents
         )
         if self.has_validation:
-            next(self._validation_batches())  # a split that is too short is told now, not after an hour
+            next(self._validation_batches(1))  # a split that is too short is told now, not after an hour
 
     @property
     def has_validation(self) -> bool:
@@ -85,8 +89,7 @@ class Pretrain:
         }
         return LossSum(loss + weight * extra, weight, metrics)
 
-    def _validation_batches(self) -> Iterator[Batch]:
-        size = self.evaluation_rows
+    def _validation_batches(self, size: int) -> Iterator[Batch]:
         batches = whole_split_batches(
             self.dataset.val, batch_size=size, seq_len=self.seq_len, mask_documents=self.mask_documents
         )
@@ -94,18 +97,19 @@ class Pretrain:
             return iter(batches)
         return islice(batches, max(1, self.eval_tokens // (size * self.seq_len)))
 
-    def evaluate(self, model: Transformer) -> dict[str, float] | None:
+    def evaluate(self, model: Transformer, micro_batch_size: int) -> dict[str, float] | None:
         """`val_loss`: mean nats per token over the validation split."""
         if not self.has_validation:
             return None
+        size = evaluation_rows(micro_batch_size, self.seq_len)
         while True:
             try:
-                value = split_loss(model, self._validation_batches(), should_stop=self.should_stop)
+                value = split_loss(model, self._validation_batches(size), should_stop=self.should_stop)
                 return None if value is None else {"val_loss": value}
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self.evaluation_rows == 1:
+                if not out_of_memory(error) or size == 1:
                     raise
-            self.evaluation_rows //= 2
+            size //= 2
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()

@@ -54,7 +54,7 @@ from gptsmith.runtime import (
 from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
 from gptsmith.train.budget import Budget
-from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_blocks, undo_compile
+from gptsmith.train.compiled import compile_blocks, pays, undo_compile
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
@@ -137,13 +137,25 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
         return train_char((piece.text for s in sources for piece in s.pieces()), unknown=config.unknown)
     if config.tokenizer == "bpe":
         return train_bpe(_training_part(train, 0.0 if val is not None else config.val_fraction), config.vocab_size)
-    if config.tokenizer == "gpt2":
+    return ready_tokenizer(config.tokenizer)
+
+
+def ready_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that is not made from the text: gpt2, or a directory's."""
+    if name == "gpt2":
         return gpt2_tokenizer()
-    path = Path(config.tokenizer)
-    if not path.exists():
-        near = nearest(config.tokenizer, ("char", "bpe", "gpt2"))
-        raise UsageError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
-    return Tokenizer.load(path)
+    if not Path(name).exists():
+        near = nearest(name, ("char", "bpe", "gpt2"))
+        raise UsageError(f"--tokenizer {name}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
+    return Tokenizer.load(Path(name))
+
+
+def read_text(data: str, config: TrainConfig) -> tuple[Tokenizer, Dataset]:
+    """The data of a run, tokenized as the run would."""
+    source = open_source(data, field=config.field)
+    val = open_source(config.val, field=config.field) if config.val else None
+    tokenizer = make_tokenizer(config, source, val)
+    return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
 
 
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
@@ -214,7 +226,7 @@ def start(
     if choice is not None:
         record["choice"] = {"reasons": choice.reasons, "pause": choice.pause, "ending": choice.ending}
     run = Run(directory, record)
-    session = _Session(run, config, tokenizer, dataset, model_config, device, began=began)
+    session = Session(run, config, tokenizer, dataset, model_config, device, began=began)
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
@@ -256,7 +268,7 @@ def resume(
     device = choose_device(config.device)
     keep_freed_memory()
     with _locked(directory):
-        session = _Session(run, config, tokenizer, dataset, model_config, device)
+        session = Session(run, config, tokenizer, dataset, model_config, device)
         step = session.restore() if store.steps() else 0
         store.forget_after(step)
         remove_temporaries(directory)
@@ -283,7 +295,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Session:
+class Session:
     """Everything one process needs to train a run."""
 
     def __init__(
@@ -297,7 +309,7 @@ class _Session:
         began: float | None = None,
     ) -> None:
         self.run, self.config, self.tokenizer = run, config, tokenizer
-        # What the run has trained with so far, if it has; a smaller one where that does not fit into memory here and now.
+        # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
         micro_batch_size = fit(
             config,
             model_config,
@@ -371,12 +383,16 @@ class _Session:
                 if outcome == "finished":
                     self._final_samples()
         except TrainingError as error:
-            # The disk may be full, or the memory: what matters is the message.
-            with contextlib.suppress(GptsmithError, RuntimeError, MemoryError):
+            with contextlib.suppress(Exception):  # the disk may be full, or the memory: what matters is the message
                 self.run.update(status="diverged" if isinstance(error, DivergedError) else "failed")
                 on_end(self.run.directory)
             raise
-        on_end(self.run.directory)
+        try:
+            on_end(self.run.directory)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            note(f"no memory for the report; the run is whole. Write it with: gptsmith report {self.run.directory}")
         return Ended(self.run, outcome, self.stop.number)
 
     def _compile(self) -> None:
@@ -407,8 +423,7 @@ class _Session:
             return self.config.steps >= 1000
         seconds = min(self._trial_pass() for _ in range(3))
         seconds *= self.config.batch_size // self.trainer.micro_batch_size
-        left = seconds * (self.trainer.steps - self.trainer.step)
-        return left * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
+        return pays(seconds * (self.trainer.steps - self.trainer.step))
 
     def _trial_pass(self) -> float:
         """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers, but

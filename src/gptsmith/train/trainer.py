@@ -98,7 +98,7 @@ class Trainer:
                 self._save()
                 return "interrupted"
             factor = self._factor()
-            self._update(factor)
+            self.update(factor)
             if self.step % self.config.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
@@ -124,7 +124,7 @@ class Trainer:
             final_factor=optim.final_factor,
         )
 
-    def _update(self, factor: float) -> None:
+    def update(self, factor: float) -> None:
         """One optimizer update over all micro-batches; their losses are divided by their weights together."""
         began = time.perf_counter()
         batch = self.objective.next_batch()
@@ -194,16 +194,16 @@ class Trainer:
         reason: the error that memory ran out with.
         """
         if self.micro_batch_size == 1:
-            raise TrainingError(self._without_memory(f"even one sequence at a time is too much ({_first_line(reason)})"))
+            raise TrainingError(
+                self._without_memory(f"even one sequence at a time is too much ({_first_line(reason)})")
+            )
         before = self.micro_batch_size
-        self.micro_batch_size = max(
-            size for size in range(1, before // 2 + 1) if self.config.batch_size % size == 0
-        )
+        self.micro_batch_size = max(size for size in range(1, before // 2 + 1) if self.config.batch_size % size == 0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.display.print(
-            f"memory ran out at step {self.step + 1}: going on with micro-batches of {self.micro_batch_size} instead of "
-            f"{before}, from the beginning of the step"
+            f"memory ran out at step {self.step + 1}: going on with micro-batches of {self.micro_batch_size} instead "
+            f"of {before}, from the beginning of the step"
         )
 
     def _without_memory(self, what: str) -> str:
@@ -301,7 +301,7 @@ class Trainer:
         began = time.monotonic()
         self.display.say("evaluating")
         with self.autocast():
-            values = self.objective.evaluate(self.model)
+            values = self.objective.evaluate(self.model, self.micro_batch_size)
         if values is not None:
             row = {
                 "step": self.step,
