@@ -95,6 +95,16 @@ def compiler_available(device: torch.device) -> bool:
     return False
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had: torch's on a GPU, and the several forms of it on a CPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep what a training step frees, for the next step to use.
 

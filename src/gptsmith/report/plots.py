@@ -9,7 +9,7 @@ import html
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -134,6 +134,35 @@ def scaling_figure(
     axes.set_yticks([round(tick, 2) for tick in np.geomspace(low, high, 6)])
     axes.set_xlabel("training compute, FLOP", color=MUTED)
     axes.set_ylabel("validation loss, nats per token", color=MUTED)
+    return figure
+
+
+def learning_rate_figure(rates: Floats, losses: Floats, smoothed: Floats, marks: Mapping[str, float]) -> Figure:
+    """Training loss against a rate that rose from update to update, raw and smoothed. marks: rates to name."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    figure, axes = _curve_axes(7.2, 4.2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.plot(rates, losses, color=TRAIN, alpha=0.4, linewidth=0.8)
+    axes.plot(rates, smoothed, color=TRAIN, linewidth=1.8)
+    low, high = float(losses.min()), float(smoothed.max())
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    for height, (name, rate) in zip((0.97, 0.9), marks.items(), strict=False):
+        axes.axvline(rate, color=VALIDATION, linewidth=1.2, linestyle="--")
+        axes.text(
+            rate,
+            height,
+            f" {name}: {rate:.2g}",
+            color=VALIDATION,
+            fontsize=9,
+            transform=axes.get_xaxis_transform(),
+            va="top",
+        )
+    axes.set_xlabel("learning rate", color=MUTED)
+    axes.set_ylabel("training loss, nats per token", color=MUTED)
     return figure
 
 

@@ -14,6 +14,11 @@ COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; 
 COMPILE_SAVES = 0.28  # of an update's time
 
 
+def pays(seconds: float) -> bool:
+    """Whether compiling is worth its time on a CPU, for a run whose passes take so many seconds without it."""
+    return seconds * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
+
+
 def compile_blocks(model: Transformer) -> None:
     """Compile one block; all share its code, so it costs the same whatever the depth."""
     # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.

@@ -50,15 +50,17 @@ from gptsmith.runtime import (
     compiler_available,
     describe_machine,
     keep_freed_memory,
+    out_of_memory,
 )
 from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
 from gptsmith.train.budget import Budget
-from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_blocks, undo_compile
+from gptsmith.train.compiled import compile_blocks, pays, undo_compile
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
 from gptsmith.train.fp8 import use_fp8
+from gptsmith.train.memory import fit
 from gptsmith.train.pretrain import Pretrain
 from gptsmith.train.recipe import MOST_CHARACTERS, Text, choose, tokenizer_for
 from gptsmith.train.signals import StopSignal
@@ -138,13 +140,25 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
         return train_char((piece.text for s in sources for piece in s.pieces()), unknown=config.unknown)
     if config.tokenizer == "bpe":
         return train_bpe(_training_part(train, 0.0 if val is not None else config.val_fraction), config.vocab_size)
-    if config.tokenizer == "gpt2":
+    return ready_tokenizer(config.tokenizer)
+
+
+def ready_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that is not made from the text: gpt2, or a directory's."""
+    if name == "gpt2":
         return gpt2_tokenizer()
-    path = Path(config.tokenizer)
-    if not path.exists():
-        near = nearest(config.tokenizer, ("char", "bpe", "gpt2"))
-        raise UsageError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
-    return Tokenizer.load(path)
+    if not Path(name).exists():
+        near = nearest(name, ("char", "bpe", "gpt2"))
+        raise UsageError(f"--tokenizer {name}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
+    return Tokenizer.load(Path(name))
+
+
+def read_text(data: str, config: TrainConfig) -> tuple[Tokenizer, Dataset]:
+    """The data of a run, tokenized as the run would."""
+    source = open_source(data, field=config.field)
+    val = open_source(config.val, field=config.field) if config.val else None
+    tokenizer = make_tokenizer(config, source, val)
+    return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
 
 
 def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
@@ -235,7 +249,7 @@ def start(
     if choice is not None:
         record["choice"] = {"reasons": choice.reasons, "pause": choice.pause, "ending": choice.ending}
     run = Run(directory, record)
-    session = _Session(run, config, tokenizer, dataset, model_config, device, began=began)
+    session = Session(run, config, tokenizer, dataset, model_config, device, began=began)
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
@@ -277,7 +291,7 @@ def resume(
     device = choose_device(config.device)
     keep_freed_memory()
     with _locked(directory):
-        session = _Session(run, config, tokenizer, dataset, model_config, device)
+        session = Session(run, config, tokenizer, dataset, model_config, device)
         step = session.restore() if store.steps() else 0
         store.forget_after(step)
         remove_temporaries(directory)
@@ -304,7 +318,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Session:
+class Session:
     """Everything one process needs to train a run."""
 
     def __init__(
@@ -318,6 +332,15 @@ class _Session:
         began: float | None = None,
     ) -> None:
         self.run, self.config, self.tokenizer = run, config, tokenizer
+        # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
+        micro_batch_size = fit(
+            config,
+            model_config,
+            device=device,
+            precision=run.record["precision"],
+            micro_batch_size=run.record.get("micro_batch_size"),
+        )
+        run.record["micro_batch_size"] = micro_batch_size
         torch.manual_seed(config.seed)
         self.model = Transformer(model_config, dropout=config.dropout).to(device)
         if run.record["precision"] == "fp8":
@@ -326,7 +349,7 @@ class _Session:
         self.store = CheckpointStore(run.directory)
         self.objective = Pretrain(
             dataset,
-            batch_size=config.micro_batch_size or config.batch_size,
+            batch_size=config.batch_size,
             seq_len=config.context,
             seed=config.seed,
             device=device,
@@ -344,6 +367,7 @@ class _Session:
             optimizers=self.optimizers,
             store=self.store,
             precision=run.record["precision"],
+            micro_batch_size=micro_batch_size,
             should_stop=self.stop,
             display=self.display,
             deadline=self._deadline(began),
@@ -373,9 +397,9 @@ class _Session:
         return self.trainer.step
 
     def train(self, on_end: Callable[[Path], object]) -> Ended:
-        if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
-            self.run.update(compile=self._should_compile())
         try:
+            if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
+                self.run.update(compile=self._should_compile())
             with self.stop, self.display:
                 if self.run.record["compile"]:
                     self._compile()
@@ -384,11 +408,16 @@ class _Session:
                 if outcome == "finished":
                     self._final_samples()
         except TrainingError as error:
-            with contextlib.suppress(GptsmithError):  # the disk may be full: what matters is the message
+            with contextlib.suppress(Exception):  # the disk may be full, or the memory: what matters is the message
                 self.run.update(status="diverged" if isinstance(error, DivergedError) else "failed")
                 on_end(self.run.directory)
             raise
-        on_end(self.run.directory)
+        try:
+            on_end(self.run.directory)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            note(f"no memory for the report; the run is whole. Write it with: gptsmith report {self.run.directory}")
         return Ended(self.run, outcome, self.stop.number)
 
     def _compile(self) -> None:
@@ -398,6 +427,8 @@ class _Session:
         compile_blocks(self.model)
         try:
             self._trial_pass()
+        except TrainingError:
+            raise
         except Exception as error:  # whatever a compiler, its headers or its runtime can do wrong on a machine
             undo_compile(self.model)
             if self.config.compile == "on":
@@ -415,22 +446,30 @@ class _Session:
             return False
         if device.type == "cuda":
             return self.config.steps >= 1000
-        seconds = min(self._trial_pass() for _ in range(3)) * self.trainer.accumulation
-        left = seconds * (self.trainer.steps - self.trainer.step)
-        return left * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
+        seconds = min(self._trial_pass() for _ in range(3))
+        seconds *= self.config.batch_size // self.trainer.micro_batch_size
+        return pays(seconds * (self.trainer.steps - self.trainer.step))
 
     def _trial_pass(self) -> float:
-        """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers."""
+        """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers, but
+        smaller micro-batches where memory ran out."""
         rng, device = torch.get_rng_state(), next(self.model.parameters()).device
-        size = self.config.micro_batch_size or self.config.batch_size
-        ids = torch.zeros(size, self.config.context, dtype=torch.int64, device=device)
-        began = time.perf_counter()
-        with self.trainer.autocast():
-            loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
-        torch.autograd.backward(loss)
-        self.model.zero_grad(set_to_none=True)
-        torch.set_rng_state(rng)
-        return time.perf_counter() - began
+        while True:
+            ids = torch.zeros(self.trainer.micro_batch_size, self.config.context, dtype=torch.int64, device=device)
+            began = time.perf_counter()
+            try:
+                with self.trainer.autocast():
+                    loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
+                torch.autograd.backward(loss)
+                return time.perf_counter() - began
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error)
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                torch.set_rng_state(rng)
+            self.trainer.shrink(reason)
 
     # -- samples -------------------------------------------------------------------------------------------------------
 

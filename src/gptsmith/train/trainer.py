@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
-from gptsmith.runtime import ChosenPrecision, autocast_dtype
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
@@ -45,6 +45,7 @@ class Trainer:
         optimizers: Optimizers,
         store: CheckpointStore,
         precision: ChosenPrecision,
+        micro_batch_size: int,
         should_stop: Callable[[], bool],
         display: Display,
         deadline: Deadline | None = None,
@@ -57,7 +58,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.accumulation = config.batch_size // (config.micro_batch_size or config.batch_size)
+        self.micro_batch_size = micro_batch_size  # a divisor of the batch; a smaller one when memory runs out
         self.save_every = config.save_every or config.eval_every
 
         self.step, self.steps = 0, config.steps
@@ -77,6 +78,11 @@ class Trainer:
             return self._run()
         except TrainingError:
             raise
+        except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be made again
+            if not out_of_memory(error):
+                raise
+            reason = _first_line(str(error))
+            raise TrainingError(self._without_memory(f"smaller micro-batches do not help here ({reason})")) from error
         except GptsmithError as error:  # no space, mostly
             steps = self.store.steps()
             kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
@@ -92,7 +98,7 @@ class Trainer:
                 self._save()
                 return "interrupted"
             factor = self._factor()
-            self._update(factor)
+            self.update(factor)
             if self.step % self.config.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
@@ -118,20 +124,12 @@ class Trainer:
             final_factor=optim.final_factor,
         )
 
-    def _update(self, factor: float) -> None:
+    def update(self, factor: float) -> None:
         """One optimizer update over all micro-batches; their losses are divided by their weights together."""
         began = time.perf_counter()
-        batches = [self.objective.next_batch() for _ in range(self.accumulation)]
-        weight = max(1.0, sum(self.objective.weight(batch) for batch in batches))
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self.autocast():
-                result = self.objective.loss(self.model, batch)
-                loss = result.sum / weight
-            for name, value in result.metrics.items():
-                self.extra.setdefault(name, []).append(value)
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
+        batch = self.objective.next_batch()
+        weight = max(1.0, self.objective.weight(batch))
+        total = self._gradients(batch, weight)
         for optimizer in self.optimizers.optimizers:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -156,6 +154,80 @@ class Trainer:
         self.busy += seconds
         self.update_seconds += seconds
         self.busy_targets += weight
+
+    def _gradients(self, batch: Any, weight: float) -> Tensor:
+        """Set the gradients of the loss over `batch`, and return the loss. Where memory runs out, the same batch is
+        gone through again from its beginning, with the same random numbers, in smaller micro-batches."""
+        while True:
+            random = self._random_state() if self.model.dropout else {}
+            try:
+                return self._accumulate(batch, weight)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error)
+            # Out of the handler: the error held on to every tensor of the failed pass.
+            for p in self.model.parameters():
+                p.grad = None
+            self._set_random_state(random)
+            self.shrink(reason)
+
+    def _accumulate(self, batch: Any, weight: float) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        extra: list[dict[str, float]] = []
+        for start in range(0, self.config.batch_size, self.micro_batch_size):
+            with self.autocast():
+                part = self.objective.slice(batch, start, start + self.micro_batch_size)
+                result = self.objective.loss(self.model, part)
+                loss = result.sum / weight
+            extra.append(result.metrics)
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        for metrics in extra:
+            for name, value in metrics.items():
+                self.extra.setdefault(name, []).append(value)
+        return total
+
+    def shrink(self, reason: str) -> None:
+        """Go on with the largest divisor of the batch that is at most half the micro-batch. TrainingError if it is 1.
+
+        reason: the error that memory ran out with.
+        """
+        if self.micro_batch_size == 1:
+            raise TrainingError(
+                self._without_memory(f"even one sequence at a time is too much ({_first_line(reason)})")
+            )
+        before = self.micro_batch_size
+        self.micro_batch_size = max(size for size in range(1, before // 2 + 1) if self.config.batch_size % size == 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.display.print(
+            f"memory ran out at step {self.step + 1}: going on with micro-batches of {self.micro_batch_size} instead "
+            f"of {before}, from the beginning of the step"
+        )
+
+    def _without_memory(self, what: str) -> str:
+        return (
+            f"memory ran out at step {self.step + 1}: {what}.{self._kept()} "
+            "Free some memory and resume, or start a smaller model or a shorter --context; "
+            "`gptsmith plan` shows what takes how much."
+        )
+
+    def _kept(self) -> str:
+        steps = self.store.steps()
+        return f" The checkpoint {self.store.path(steps[-1])} is intact." if steps else " There is no checkpoint yet."
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        if "rng/cpu" in state:
+            torch.set_rng_state(state["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in state:
+            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which losses are computed."""
@@ -234,7 +306,7 @@ class Trainer:
         began = time.monotonic()
         self.display.say("evaluating")
         with self.autocast():
-            values = self.objective.evaluate(self.model)
+            values = self.objective.evaluate(self.model, self.micro_batch_size)
         if values is not None:
             row = {
                 "step": self.step,
@@ -262,6 +334,7 @@ class Trainer:
         values = {
             "step": self.step,
             "steps": self.steps,
+            "micro_batch_size": self.micro_batch_size,
             "targets": self.targets,
             "elapsed": self.elapsed(),
             "update_seconds": self.update_seconds,
@@ -273,9 +346,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self._random_state()
         state = TrainState(values, tensors)
         self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.keep_checkpoints)
 
@@ -289,10 +360,9 @@ class Trainer:
             self.optimizers.load_state_tensors(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
-            torch.set_rng_state(tensors["rng/cpu"])
-            if self.device.type == "cuda" and "rng/cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
+            self._set_random_state(tensors)
             self.step, self.steps, self.targets = int(values["step"]), int(values["steps"]), float(values["targets"])
+            self.micro_batch_size = min(self.micro_batch_size, int(values["micro_batch_size"]))
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
             self.extra = {name: list(numbers) for name, numbers in values["extra"].items()}
             self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
@@ -300,3 +370,7 @@ class Trainer:
             self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
+
+
+def _first_line(text: str) -> str:
+    return (text.strip() or "no more memory").splitlines()[0]

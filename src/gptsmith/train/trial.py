@@ -64,12 +64,15 @@ class Update:
         self.accumulate(ids)
         self.apply()
 
-    def accumulate(self, ids: Tensor) -> None:
+    def accumulate(self, ids: Tensor, document_ids: Tensor | None = None) -> None:
         """One forward and backward pass."""
-        dtype = autocast_dtype(self.precision)
-        with torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext():
-            loss = token_loss_sum(self.model, ids, ids, None) / ids.numel()
+        with self.autocast():
+            loss = token_loss_sum(self.model, ids, ids, document_ids) / ids.numel()
         torch.autograd.backward(loss)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        dtype = autocast_dtype(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def apply(self) -> None:
         """Clip the gradients and step the optimizers."""
