@@ -94,8 +94,12 @@ def attend_in_blocks(
     return y.view(B, blocks, -1, window, D).transpose(1, 2).reshape(B, -1, blocks * window, D)[:, :, :T]
 
 
-# Compiled by itself: whatever compiles the caller need not see how the mask is made.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# `torch.compiler.disable`, but one that does not load the compiler until it is called. What it marks is compiled by
+# itself: whatever compiles the caller need not see how the mask is made.
+_outside_of_compiling: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+@_outside_of_compiling  # type: ignore[untyped-decorator]
 def attend_flex(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None, *, compiled: bool = True
 ) -> Tensor:
@@ -108,7 +112,7 @@ def attend_flex(
     return y
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside_of_compiling  # type: ignore[untyped-decorator]
 @functools.cache
 def _can_flex(device: torch.device) -> bool:
     return compiler_available(device)
