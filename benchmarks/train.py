@@ -1,7 +1,7 @@
 """Training speed on a CPU against transformers and against the machine's limit: python benchmarks/train.py [--save]
 
-For each model, updates of ours and of transformers' class with torch's AdamW are timed in turns, in one process, on the
-same token ids; the machine's fp32 matrix rate is measured in the same turns. The bound is that rate over the model's
+For each model, updates of ours and of transformers' class with torch's AdamW are timed in turns, each in a process of
+its own; the machine's fp32 matrix rate is measured in the same turns. The bound is that rate over the model's
 floating-point operations (6 a multiplied parameter, attention over the whole context: the usual convention).
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,38 +66,71 @@ def transformers_update(config: TrainConfig) -> Callable[[torch.Tensor], None]:
     return update
 
 
-def measure(config: TrainConfig, repeats: int, updates: int) -> dict[str, Any]:
-    model_config = config.model.build(VOCABULARY, config.context)
-    tokens = config.batch_size * config.context
+def work(model: str, contestant: str) -> None:
+    """In a process of its own: for each line on standard input, so many updates; answers with the seconds they took."""
+    config = MODELS[model]()
+    if contestant == "gptsmith":
+        keep_freed_memory()
+        update: Callable[[torch.Tensor], None] = Update(
+            Transformer(config.model.build(VOCABULARY, config.context)), config, compiled=True
+        )
+    else:
+        update = transformers_update(config)
     ids = torch.randint(VOCABULARY, (config.batch_size, config.context))
-    ours = Update(Transformer(model_config).train(), config, compiled=True)
-    contestants: dict[str, Callable[[torch.Tensor], None]] = {
-        "gptsmith": ours,
-        "transformers": transformers_update(config),
-    }
-    for run in contestants.values():
-        for _ in range(3):
-            run(ids)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            update(ids)
+        print(time.perf_counter() - began, flush=True)
+
+
+class Contestant:
+    """A process that makes updates when asked."""
+
+    def __init__(self, model: str, name: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", model, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def seconds(self, updates: int) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{updates}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def measure(model: str, repeats: int, updates: int) -> dict[str, Any]:
+    config = MODELS[model]()
+    tokens = config.batch_size * config.context
+    per_token = flops_per_token(config.model.build(VOCABULARY, config.context), config.context)
+    contestants = {name: Contestant(model, name) for name in ("gptsmith", "transformers")}
+    for contestant in contestants.values():
+        contestant.seconds(3)  # compiles, makes buffers
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     shares = []
-    per_token = flops_per_token(model_config, config.context)
     for _ in range(repeats):
         rates = [machine.sgemm_gflops(seconds=1.0)]
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            for _ in range(updates):
-                run(ids)
-            speeds[name].append(updates * tokens / (time.perf_counter() - began))
+        for name, contestant in contestants.items():
+            speeds[name].append(updates * tokens / contestant.seconds(updates))
             rates.append(machine.sgemm_gflops(seconds=1.0))
         shares.append(speeds["gptsmith"][-1] * per_token / statistics.median(rates) / 1e9)
+    for contestant in contestants.values():
+        contestant.process.communicate()
+    ratios = [a / b for a, b in zip(speeds["gptsmith"], speeds["transformers"], strict=True)]
     return {
         "tokens_per_second": {name: round(statistics.median(values)) for name, values in speeds.items()},
-        "times_transformers": round(
-            statistics.median(a / b for a, b in zip(speeds["gptsmith"], speeds["transformers"], strict=True)), 2
-        ),
+        "times_transformers": round(statistics.median(ratios), 2),
         "share_of_sgemm_bound": round(statistics.median(shares), 3),
         "flops_per_token": per_token,
     }
+
+
+MODELS = {"gpt2 6x384": gpt2_small_text, "char-small": char_small}
 
 
 def main() -> None:
@@ -103,11 +138,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/train.json")
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "CONTESTANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    if arguments.worker:
+        work(*arguments.worker)
+        return
     results = {}
-    for name, make in {"gpt2 6×384": gpt2_small_text, "char-small": char_small}.items():
-        results[name] = measure(make(), arguments.repeats, arguments.updates)
+    for name in MODELS:
+        results[name] = measure(name, arguments.repeats, arguments.updates)
         print(name, json.dumps(results[name]), flush=True)
     if arguments.save:
         print(machine.save("train", results))

@@ -27,9 +27,12 @@ MEDIUM = ("--budget", "1e13flop")
 def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     """name -> label -> the command line after `gptsmith train`."""
     made: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name, budget in (("depth at 2.5e12 FLOP", SMALL), ("depth at 1e13 FLOP", MEDIUM)):
-        made[name] = {f"{d}": (*SHAKESPEARE, *budget, "--depth", f"{d}") for d in (2, 3, 4, 5, 6)}
-    for depth in (3, 5):
+    for name, budget, depths in (
+        ("depth at 2.5e12 FLOP", SMALL, (2, 3, 4, 5, 6)),
+        ("depth at 1e13 FLOP", MEDIUM, (2, 3, 4, 5)),
+    ):
+        made[name] = {f"{d}": (*SHAKESPEARE, *budget, "--depth", f"{d}") for d in depths}
+    for depth in (2, 4):
         made[f"learning rate at depth {depth}"] = {
             f"{lr}": (
                 *SHAKESPEARE,
@@ -38,20 +41,15 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
             )
             for lr in (0.01, 0.02, 0.04)
         }
-    made["batch, in tokens, at depth 3"] = {
-        f"{batch * 128}": (*SHAKESPEARE, *SMALL, "--depth", "3", "--context", "128", "--batch-size", f"{batch}")
+    made["batch, in tokens, at depth 2"] = {
+        f"{batch * 128}": (*SHAKESPEARE, *SMALL, "--depth", "2", "--context", "128", "--batch-size", f"{batch}")
         for batch in (4, 8, 16, 32)
     }
-    made["context at depth 4"] = {
-        f"{context}": (
-            *SHAKESPEARE,
-            *MEDIUM,
-            *("--depth", "4", "--context", f"{context}", "--batch-size", f"{2048 // context}"),
-        )
-        for context in (64, 128, 256, 512)
+    made["context at depth 2"] = {
+        f"{context}": (*SHAKESPEARE, *SMALL, "--depth", "2", "--context", f"{context}") for context in (64, 128, 256)
     }
-    made["dropout over 7 passes at depth 3"] = {
-        f"{p}": (*SHAKESPEARE, "--budget", "4Mtok", "--val-fraction", "0.5", "--depth", "3", "--dropout", f"{p}")
+    made["dropout over 7 passes at depth 2"] = {
+        f"{p}": (*SHAKESPEARE, "--budget", "4Mtok", "--val-fraction", "0.5", "--depth", "2", "--dropout", f"{p}")
         for p in (0.0, 0.1, 0.2)
     }
     return made

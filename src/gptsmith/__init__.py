@@ -17,9 +17,9 @@ __all__ = ["__version__", "generate", "load"]
 
 if TYPE_CHECKING:
     from gptsmith.checkpoint import load
-    from gptsmith.engine.generate import generate
+    from gptsmith.engine.text import generate
 
-_WHERE = {"load": "gptsmith.checkpoint", "generate": "gptsmith.engine.generate"}
+_WHERE = {"load": "gptsmith.checkpoint", "generate": "gptsmith.engine.text"}
 
 
 def __getattr__(name: str) -> Any:

@@ -342,6 +342,33 @@ def contents(tensors: dict[str, np.ndarray] | None = None, **metadata: Any) -> b
     return file.getvalue()
 
 
+def contents_with_experts() -> bytes:
+    """A small valid file of three experts and a shared one."""
+    layer = {"attn_q.bias": (8,), "attn_k.bias": (4,), "attn_v.bias": (4,), "ffn_gate_inp.weight": (3, 8)}
+    layer |= {f"ffn_{part}_exps.weight": (3, 6, 8) for part in ("gate", "up")} | {"ffn_down_exps.weight": (3, 8, 6)}
+    layer |= {f"ffn_{part}_shexp.weight": (12, 8) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (8, 12)}
+    layer |= {"ffn_gate_inp_shexp.weight": (8,)}
+    tensors = {f"blk.0.{name}": np.full(shape, 0.5, dtype=np.float32) for name, shape in layer.items()}
+    unwanted = ("attn_q_norm", "attn_k_norm", "ffn_gate", "ffn_up", "ffn_down")
+    settings = {
+        "block_count": 1,
+        "context_length": 16,
+        "embedding_length": 8,
+        "feed_forward_length": 12,
+        "attention__head_count": 2,
+        "attention__head_count_kv": 1,
+        "attention__layer_norm_rms_epsilon": 1e-6,
+        "expert_count": 3,
+        "expert_used_count": 2,
+        "expert_shared_feed_forward_length": 12,
+    }
+    return contents(
+        tensors | {f"blk.0.{name}.weight": NOTHING for name in unwanted},
+        general__architecture="qwen2moe",
+        **{f"qwen2moe__{key}": value for key, value in settings.items()},
+    )
+
+
 def load(path: Path, data: bytes) -> None:
     """Everything that is done with a file."""
     path.write_bytes(data)
@@ -351,8 +378,9 @@ def load(path: Path, data: bytes) -> None:
         file.tensors[name]
 
 
-def test_the_small_file_is_valid(tmp_path: Path) -> None:
-    load(tmp_path / "model.gguf", contents())
+@pytest.mark.parametrize("make", [contents, contents_with_experts])
+def test_the_small_files_are_valid(make: Callable[[], bytes], tmp_path: Path) -> None:
+    load(tmp_path / "model.gguf", make())
     read(tmp_path / "model.gguf")
 
 
@@ -501,11 +529,12 @@ def fuzz(path: Path, seeds: range) -> int:
             tokenizer__ggml__token_type=[2, 1, 1, 1],
             tokenizer__ggml__scores=[0.0, -1.0, -2.0, -3.0],
         ),
+        contents_with_experts(),
     ]
     refused = 0
     for seed in seeds:
         try:
-            load(path, damage(bases[seed % 2], random.Random(seed)))
+            load(path, damage(bases[seed % 3], random.Random(seed)))
         except CheckpointError as error:
             refused += str(path) in str(error)
     return refused

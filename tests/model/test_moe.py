@@ -12,7 +12,7 @@ from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss
+from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss, swiglu
 from gptsmith.model.transformer import Transformer
 from gptsmith.model.upcycle import upcycle
 from gptsmith.train.config import ModelOptions, TrainConfig
@@ -48,7 +48,9 @@ def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, t
     weights, picked = probabilities.topk(chosen, dim=-1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    every = torch.stack([layer.expert(e, x[0]) for e in range(experts)], dim=1)  # (N, E, C)
+    every = torch.stack(
+        [swiglu(x[0], *both) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
+    )  # (N, E, C)
     expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
     torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,10 @@ from gptsmith.train.deadline import Deadline
 
 
 def train(deadline: Deadline, steps: int, speed: Callable[[float], float], *, eval_every: int, pause: float) -> float:
-    """A trainer by an invented clock: `speed(t)` is the seconds of an update at time t. Returns when all has ended."""
+    """A trainer by an invented clock: `speed(t)` is the seconds of an update at time t. Returns when all has ended.
+
+    What comes after the last step takes as much longer as updates do by then.
+    """
     clock, update_seconds, step = 0.0, 0.0, 0
     while step < steps:
         seconds = speed(clock)
@@ -19,7 +22,7 @@ def train(deadline: Deadline, steps: int, speed: Callable[[float], float], *, ev
         if step % eval_every == 0 and step < steps:
             clock += pause
             deadline.paused(pause)
-    return deadline.before + clock + deadline.ending
+    return deadline.before + clock + deadline.ending * max(1.0, speed(clock) / speed(0.0))
 
 
 @pytest.mark.parametrize("planned", [200, 1000, 5000])

@@ -7,8 +7,9 @@ import pytest
 from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import flops_per_token
+from gptsmith.train.budget import Budget
 from gptsmith.train.config import ModelOptions, TrainConfig
-from gptsmith.train.recipe import Machine, Text, choose, settled
+from gptsmith.train.recipe import Machine, Text, choose, settled, tokenizer_for
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
 BOOKS = Text(train_tokens=10_000_000_000, val_tokens=1_000_000, vocab_size=4096)
@@ -45,6 +46,16 @@ def test_a_budget_of_time_is_used_up_by_the_machine_as_measured() -> None:
     used += choice.pause * ((c.steps - 1) // c.eval_every)
     assert used == pytest.approx(600, rel=0.03)
     assert len(choice.reasons) == 3
+
+
+def test_a_long_validation_text_is_not_read_whole_where_that_would_take_the_time() -> None:
+    books = replace(BOOKS, val_tokens=50_000_000)
+    c = choose(TrainConfig(budget="5m"), (), books, machine()).config
+    assert c.eval_tokens is not None
+    assert 50_000 < c.eval_tokens < 2_000_000
+    given = {"eval_tokens"}
+    assert choose(TrainConfig(budget="5m", eval_tokens=70_000), given, books, machine()).config.eval_tokens == 70_000
+    assert choose(TrainConfig(budget="5m"), (), TEXT, machine()).config.eval_tokens is None
 
 
 @pytest.mark.parametrize("budget", ["1e14flop", "50Mtok"])
@@ -114,6 +125,12 @@ def test_more_time_than_the_text_can_use_ends_early_and_says_so() -> None:
     choice = choose(TrainConfig(budget="30d"), (), Text(50_000, 5_000, 65), machine())
     assert "will end early" in choice.reasons[0]
     assert tokens(choice.config) <= 61 * 50_000
+
+
+def test_texts_of_many_characters_are_read_in_byte_pairs() -> None:
+    assert tokenizer_for(65, Budget.parse("5m"))[0] == "char"
+    assert tokenizer_for(5000, Budget.parse("5m")) == ("bpe", 1024)
+    assert tokenizer_for(5000, Budget.parse("1d")) == ("bpe", 4096)
 
 
 def test_contradictions_are_refused() -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "find-lr": "try rising learning rates and draw what the loss does",
     "scale": "train a ladder of budgets and see how loss falls with compute",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk to a model",
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",

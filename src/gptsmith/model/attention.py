@@ -46,7 +46,8 @@ def attend(
             k, v = k[:, :, -window:], v[:, :, -window:]
         elif mask is None and T == S and 2 * window <= T:
             if q.is_cuda and not dropout and _can_flex(q.device):
-                return attend_flex(q, k, v, window, scale)
+                flexible: Tensor = attend_flex(q, k, v, window, scale)
+                return flexible
             return attend_in_blocks(q, k, v, window, dropout, scale)
         else:
             band = visible(T, S, window, q.device)
@@ -93,7 +94,8 @@ def attend_in_blocks(
     return y.view(B, blocks, -1, window, D).transpose(1, 2).reshape(B, -1, blocks * window, D)[:, :, :T]
 
 
-@torch.compiler.disable  # compiled by itself: whatever compiles the caller need not see how the mask is made
+# Compiled by itself: whatever compiles the caller need not see how the mask is made.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_flex(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None, *, compiled: bool = True
 ) -> Tensor:
@@ -106,7 +108,7 @@ def attend_flex(
     return y
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @functools.cache
 def _can_flex(device: torch.device) -> bool:
     return compiler_available(device)

@@ -45,32 +45,35 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
-        runs = torch.split(tokens.repeat_interleave(self.chosen, dim=0)[order], sizes)
-        outputs = torch.cat([self.expert(i, run) for i, run in enumerate(runs) if len(run)])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        y = outputs[back].view(-1, self.chosen, x.shape[-1])  # (N, k, C)
-        mixed: Tensor = (y * weights[..., None].to(y.dtype)).sum(dim=1)
+        places = order // self.chosen  # the token of each pair
+        runs = torch.split(tokens.index_select(0, places), sizes)
+        # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
+        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        outputs = torch.cat([swiglu(run, up, down) for run, up, down in parts])  # (N·k, C)
+        outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
+        mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
             mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
         return mixed.view_as(x)
 
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        """One expert's SwiGLU: (n, C) -> (n, C)."""
-        gate, up = F.linear(x, self.up_proj[index]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[index])
+
+def swiglu(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """One expert: x (n, C), weights (2F, C) of gate and up, and (C, F) -> (n, C)."""
+    gate, up = F.linear(x, up_proj).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down_proj)
 
 
-def load_balancing_loss(router_logits: list[Tensor], chosen: int) -> Tensor:
-    """E · Σ_e (share of choices that fell on e) · (mean probability of e), over all layers' tokens together.
+def load_balancing_loss(router_logits: list[Tensor], chosen: int, load: Tensor | None = None) -> Tensor:
+    """E · Σ_e (share of tokens that chose e) · (mean probability of e), over all layers' tokens together.
 
     Its minimum is `chosen`, where all experts are used alike (2101.03961, equation 4, for top-k as in Mixtral).
+    load: what `expert_load` gives, if it is known.
     """
-    logits = torch.cat(router_logits)
-    probabilities = logits.softmax(dim=-1)
-    choices = F.one_hot(probabilities.topk(chosen, dim=-1).indices, logits.shape[-1]).float().sum(dim=1)
-    return logits.shape[-1] * (choices.mean(dim=0) * probabilities.mean(dim=0)).sum()
+    if load is None:
+        load = expert_load(router_logits, chosen)
+    probabilities = torch.cat(router_logits).softmax(dim=-1)
+    return len(load) * chosen * (load * probabilities.mean(dim=0)).sum()
 
 
 def router_z_loss(router_logits: list[Tensor]) -> Tensor:
@@ -80,6 +83,6 @@ def router_z_loss(router_logits: list[Tensor]) -> Tensor:
 
 def expert_load(router_logits: list[Tensor], chosen: int) -> Tensor:
     """(E,) the share of all choices that fell on each expert; 1/E each is perfect balance."""
-    logits = torch.cat(router_logits)
+    logits = torch.cat(router_logits).detach()
     counts = torch.bincount(logits.topk(chosen, dim=-1).indices.flatten(), minlength=logits.shape[-1])
     return counts / counts.sum()

@@ -11,7 +11,7 @@ Papers: attention, Vaswani et al. 2017 (1706.03762); GPT-2, Radford et al. 2019;
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from gptsmith.errors import UsageError
 from gptsmith.model.attention import attend, attention_weights
-from gptsmith.model.cache import KVCache
+from gptsmith.model.cache import Cache
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.moe import MixtureOfExperts
-from gptsmith.model.rope import rope_tables
+from gptsmith.model.rope import extend_context, rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         weights: list[Tensor] | None,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -91,10 +91,11 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+            y = cache.attend(self.layer, q, k, v, self.window, self.scale)
+        else:
+            y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0, self.scale)
         if weights is not None:
             weights.append(attention_weights(q, k, mask, self.window, self.scale))
-        y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0, self.scale)
         return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
@@ -198,14 +199,14 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for the token after each of ids: (B, T) int64.
 
-        cache: keys and values of the tokens before these; it is extended.
+        cache: keys and values of the tokens before these; it is extended. Without document_ids and weights.
         document_ids: (B, T) int; tokens attend only within their own document, whose learned positions start at 0
             (rotary positions are relative: nothing to restart). Padding, left or right, is a document of its own: a
             mask of 1 for real and 0 for padding tokens will do.
@@ -224,16 +225,16 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """What `lm_head` reads: the final norm's output, (B, T, C). Arguments as in `forward`."""
-        T, past = ids.shape[1], cache.length if cache is not None else 0
-        if past + T > self.config.max_position_embeddings:
-            raise IndexError(f"{past + T} tokens are more than the context of {self.config.max_position_embeddings}")
-        mask, positions = None, slice(past, past + T)
+        T, mask = ids.shape[1], None
+        if self.config.max_position_embeddings < T and cache is None:
+            raise IndexError(f"{T} tokens are more than the context of {self.config.max_position_embeddings}")
+        positions = slice(0, T) if cache is None else cache.positions(T)
         if document_ids is not None:
             same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
             mask = same & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
@@ -251,9 +252,14 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, router_logits, rope, mask, cache, weights)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def extend_context(self, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn") -> None:
+        """Read up to `context` tokens from now on, with the weights as they are; see `rope.extend_context`."""
+        self.config = extend_context(self.config, context, method)
+        self.rope_cos, self.rope_sin = rope_tables(self.config, self.rope_cos.device)
 
     def fused_rows(self, name: str) -> tuple[int, ...]:
         """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up; experts)."""

@@ -146,6 +146,14 @@ class Tokenizer:
         """A decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
 
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that no text becomes: id -> its text."""
+        return dict(self._special)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for; of a tokenizer that is neither `char` nor `bpe`, its name."""
+        return self._bytes(self._check(id)) if self.kind == "bpe" else self.token_text(id).encode("utf-8")
+
     def token_text(self, id: int) -> str:
         """One token for display: its text, bytes of an incomplete character written as \\xNN."""
         if self.kind == "bpe":

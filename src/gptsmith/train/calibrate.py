@@ -13,20 +13,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 
 from gptsmith.data.loader import TokenLoader
 from gptsmith.data.shards import TokenSplit
-from gptsmith.engine.generate import generate_ids
+from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.model.transformer import Transformer
-from gptsmith.runtime import compiler_available
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, compiler_available
 from gptsmith.train.compiled import pays
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.memory import USABLE, available_memory
@@ -81,7 +80,7 @@ def measure(
     config: TrainConfig,
     model_config: ModelConfig,
     device: torch.device,
-    precision: Literal["fp32", "bf16", "fp16"],
+    precision: ChosenPrecision,
     *,
     micro_batch_size: int | None = None,
     val_tokens: int = 0,
@@ -186,9 +185,7 @@ def _step_scale(whole: ModelConfig, tried: ModelConfig, optimizer: str) -> float
 class _Timer:
     """Times the parts of training one model with micro-batches of `rows` sequences."""
 
-    def __init__(
-        self, model: Transformer, config: TrainConfig, precision: Literal["fp32", "bf16", "fp16"], rows: int
-    ) -> None:
+    def __init__(self, model: Transformer, config: TrainConfig, precision: ChosenPrecision, rows: int) -> None:
         self.config, self.model, self.rows = config, model, rows
         self.update_of = Update(model, config, precision)
         self.device = self.update_of.device
@@ -236,12 +233,14 @@ class _Timer:
 
     def sampled_token(self) -> float:
         """Seconds a generated token takes."""
-        count = min(24, self.config.context)
+        count, made = max(1, min(24, self.config.context - 1)), 0
+        engine = Engine(self.model, max_batch=1, cache_tokens=2 * self.config.context + 16)
         began = time.perf_counter()
-        for _ in generate_ids(self.model, [0], SamplingParams(max_tokens=count, temperature=0.8, seed=0)):
-            if time.perf_counter() - began > TIMED_SECONDS:
-                break
-        return (time.perf_counter() - began) / count
+        engine.add_request([0], SamplingParams(max_tokens=count, temperature=0.8, seed=0))
+        while engine.has_work and time.perf_counter() - began < TIMED_SECONDS:
+            engine.step()
+            made += 1
+        return (time.perf_counter() - began) / made
 
     def _timed(self, work: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -265,10 +264,10 @@ def _typical(seconds: list[float]) -> float:
     return statistics.median(seconds[1:])
 
 
-def _matrix_rate(device: torch.device, precision: str) -> float:
+def _matrix_rate(device: torch.device, precision: ChosenPrecision) -> float:
     """FLOP/s to expect of training, roughly: half the rate of a matrix product."""
     size = 512 if device.type == "cpu" else 4096
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = autocast_dtype(precision) or torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):

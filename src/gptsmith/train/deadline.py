@@ -18,6 +18,7 @@ class Deadline:
     def __init__(self, seconds: float, *, before: float, pause: float, ending: float) -> None:
         self.seconds, self.before, self.pause, self.ending = seconds, before, pause, ending
         self.seconds_per_step: float | None = None
+        self.first_seconds_per_step = 0.0
         self.last: tuple[int, float] | None = None
 
     def paused(self, seconds: float) -> None:
@@ -33,10 +34,12 @@ class Deadline:
         if self.last is not None and step > self.last[0]:
             recent = (update_seconds - self.last[1]) / (step - self.last[0])
             known = self.seconds_per_step or recent
+            self.first_seconds_per_step = self.first_seconds_per_step or recent
             self.seconds_per_step = known + RECENT * (recent - known)
         self.last = (step, update_seconds)
         if self.seconds_per_step is None:  # the first steps warm up: they say little
             return steps
-        left = self.seconds - self.before - elapsed - self.ending - pauses * self.pause
+        slower = max(1.0, self.seconds_per_step / self.first_seconds_per_step)  # then the end will take longer as well
+        left = self.seconds - self.before - elapsed - slower * self.ending - pauses * self.pause
         planned = max(step + 1, step + round(left / self.seconds_per_step))
         return steps if abs(planned - steps) <= KEEP * (steps - step) else planned

@@ -14,10 +14,10 @@ import bisect
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,11 @@ from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
+from gptsmith.runtime import ChosenPrecision
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
 from gptsmith.train.trial import Update
 
-RunPrecision = Literal["fp32", "bf16", "fp16"]
 Parts = dict[str, float]
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -76,7 +76,7 @@ class Forecaster:
         model_config: ModelConfig,
         *,
         device: torch.device,
-        precision: RunPrecision,
+        precision: ChosenPrecision,
         compiled: bool = False,
         process: int | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ def run_without_storage(
     model_config: ModelConfig,
     micro_batch_size: int,
     device: torch.device,
-    precision: RunPrecision,
+    precision: ChosenPrecision,
 ) -> dict[str, Parts]:
     """Bytes held, by part, at the peak of each moment of training from the second update on.
 
@@ -182,6 +182,12 @@ def run_without_storage(
     return peaks
 
 
+def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
+    """Have `call` called when the backward pass has reached `tensor`."""
+    register: Any = tensor.register_hook
+    register(call)
+
+
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages by part, and remembers them at the peak of each moment."""
 
@@ -203,15 +209,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def enter_head(module: nn.Module, inputs: Any, hidden: Tensor) -> None:
             self.part = "logits"
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: self.begin("update/last", "activations"))
+                _on_gradient(hidden, lambda _: self.begin("update/last", "activations"))
 
         def last_block(module: nn.Module, inputs: Any) -> None:
             if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda _: self.begin("update/middle", "activations"))
+                _on_gradient(inputs[0], lambda _: self.begin("update/middle", "activations"))
 
         def first_block(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if output.requires_grad and len(model.layers) > 1:
-                output.register_hook(lambda _: self.begin("update/first", "activations"))
+                _on_gradient(output, lambda _: self.begin("update/first", "activations"))
 
         def is_gradient(p: Tensor) -> None:
             if p.grad is not None and (key := p.grad.untyped_storage()._cdata) in self.live:
@@ -224,7 +230,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model.layers[-1].register_forward_pre_hook(last_block)
         model.norm.register_forward_hook(enter_head)
         for p in model.parameters():
-            p.register_post_accumulate_grad_hook(is_gradient)
+            register: Any = p.register_post_accumulate_grad_hook
+            register(is_gradient)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -351,7 +358,7 @@ def fit(
     model_config: ModelConfig,
     *,
     device: torch.device,
-    precision: RunPrecision,
+    precision: ChosenPrecision,
     micro_batch_size: int | None = None,
 ) -> int:
     """The micro-batch to train with: the one asked for, or the largest that fits into the memory there is.

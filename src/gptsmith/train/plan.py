@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from gptsmith.config import to_dict
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import Size, count_parameters, flops_per_token
-from gptsmith.runtime import choose_precision
+from gptsmith.runtime import ChosenPrecision, choose_precision
 from gptsmith.train.calibrate import Times, measure
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.memory import Forecaster, Memory, available_memory, process_memory
@@ -26,7 +26,7 @@ class Plan:
     text: Text | None
     """The data, where given."""
     device: str
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: ChosenPrecision
     parameters: Size
     flops_per_token: float
     """Of training: forward and backward pass."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptsmith.data.loader import IGNORED, Batch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
-from gptsmith.evaluate.loss import LossFunction, cross_entropy_sum, split_loss, to_device, token_loss_sum
+from gptsmith.evaluate.loss import LossFunction, split_loss, to_device, token_loss_sum
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import out_of_memory
@@ -75,17 +75,16 @@ class Pretrain:
     ) -> LossSum:
         """Cross-entropy plus what keeps routers balanced and their logits small; the spread of the load is logged."""
         config, routers = model.config, list[Tensor]()
-        logits = model(ids, document_ids=document_ids, router_logits=routers)
-        loss = cross_entropy_sum(logits, targets)
-        balance = load_balancing_loss(routers, config.num_experts_per_tok)
+        loss = token_loss_sum(model, ids, targets, document_ids, routers)
+        load = expert_load(routers, config.num_experts_per_tok)
+        balance = load_balancing_loss(routers, config.num_experts_per_tok, load)
         extra = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:
             extra = extra + config.router_z_loss_coef * router_z_loss(routers)
-        load = expert_load([r.detach() for r in routers], config.num_experts_per_tok) * config.num_experts
         metrics = {
             "balance_loss": float(balance.detach()),
-            "expert_load_max": float(load.max()),  # 1: as much as every other
-            "expert_load_min": float(load.min()),
+            "expert_load_max": float(load.max()) * config.num_experts,  # 1: as much as every other
+            "expert_load_min": float(load.min()) * config.num_experts,
         }
         return LossSum(loss + weight * extra, weight, metrics)
 

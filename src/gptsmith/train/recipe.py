@@ -63,6 +63,20 @@ TOKENS_PER_PARAMETER = 5.0
 MOST_PASSES = 60.0
 
 
+MOST_CHARACTERS = 256
+
+
+def tokenizer_for(characters: int, budget: Budget) -> tuple[str, int]:
+    """Characters where there are few different ones; else a byte-level BPE, of a vocabulary whose head a model of that
+    budget can afford."""
+    if characters <= MOST_CHARACTERS:
+        return "char", 0
+    seconds = {"seconds": budget.amount, "flops": budget.amount / USUAL_RATE, "tokens": budget.amount / 5e3}[
+        budget.kind
+    ]
+    return "bpe", 1024 if seconds < 1800 else 4096
+
+
 def context_for(parameters: int) -> int:
     """Tokens that attend to one another: longer for larger models, of whose work attention is a smaller part."""
     for context, least in ((2048, 5e8), (1024, 5e7), (512, 8e6), (256, 1e6)):
@@ -147,12 +161,16 @@ def _by_time(
 
     def plan(model: ModelConfig, context: int, rate: float) -> _Hours:
         forward = flops_per_token(model, context, training=False)
-        looked_at = min(text.val_tokens, config.eval_tokens or text.val_tokens)
-        evaluation, token = looked_at * forward / rate, SAMPLE_SECONDS + forward / rate
+        looked_at = text.val_tokens
+        if config.eval_tokens is not None or "eval_tokens" in given:
+            looked_at = min(looked_at, config.eval_tokens or looked_at)
+        else:
+            looked_at = min(looked_at, max(10_000, int(EVALUATED * left * rate / forward)))
+        evaluation, token = looked_at * forward / rate, SAMPLE_SECONDS * model.num_hidden_layers + forward / rate
         pause = evaluation + config.sample_tokens * token
         ending = evaluation + 6 * config.sample_tokens * token + REPORT_SECONDS
         pauses = max(0, min(MOST_PAUSES, int(0.1 * (left - ending) / pause)))
-        return _Hours(left - ending - pauses * pause, pauses, pause, ending)
+        return _Hours(left - ending - pauses * pause, pauses, pause, ending, looked_at)
 
     def rate_of(model: ModelConfig) -> float:
         size = count_parameters(model).multiplied
@@ -191,6 +209,8 @@ def _by_time(
     if steps > most:
         steps, early = most, f"; it will end early: {MOST_PASSES:.0f} passes over this text are all that helps"
     chosen = _with_steps(chosen, given, steps, hours.pauses)
+    if hours.looked_at < text.val_tokens:
+        chosen = replace(chosen, eval_tokens=hours.looked_at)
     first = (
         f"{budget} on {machine.name}: {duration(usable)} for updates at {rate / 1e9:.0f} GFLOP/s"
         f"{' (compiled)' if compiled else ''}, {duration(budget.amount - usable)} for the rest{early}"
@@ -207,10 +227,13 @@ class _Hours(NamedTuple):
     pauses: int
     pause: float
     ending: float
+    looked_at: int
+    """Validation tokens of each evaluation."""
 
 
-REPORT_SECONDS = 4.0
-SAMPLE_SECONDS = 0.003  # a token of a preview, besides its arithmetic
+REPORT_SECONDS = 3.0
+SAMPLE_SECONDS = 0.0005  # a layer of a token of a preview, besides its arithmetic
+EVALUATED = 0.03  # at most so much of the time for one evaluation
 USUAL_RATE = 5e10  # FLOP/s, until something has been measured
 MOST_PAUSES = 5
 

@@ -11,6 +11,7 @@ runs/bard/report.html
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import time
@@ -27,8 +28,8 @@ from gptsmith.config import from_dict, to_dict
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
 from gptsmith.data.sources import Source, open_source
-from gptsmith.engine.generate import stream
 from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.text import engine_for, stream
 from gptsmith.errors import (
     CheckpointError,
     DivergedError,
@@ -58,13 +59,15 @@ from gptsmith.train.compiled import compile_blocks, pays, undo_compile
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
+from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.memory import fit
 from gptsmith.train.pretrain import Pretrain
-from gptsmith.train.recipe import Text, choose
+from gptsmith.train.recipe import MOST_CHARACTERS, Text, choose, tokenizer_for
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.trainer import Outcome, Trainer
 from gptsmith.train.trial import optimizers_for, this_machine
 
+SAMPLE_CHARACTERS = 2_000_000  # of a text, by which its alphabet is judged
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
 
 # What may differ between a run and its resumption without changing what it computes.
@@ -158,6 +161,24 @@ def read_text(data: str, config: TrainConfig) -> tuple[Tokenizer, Dataset]:
     return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
 
 
+def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
+    """The kind of tokenizer that suits a text and a budget, by how many different characters its beginning has."""
+    alphabet: set[str] = set()
+    read = 0
+    for piece in source.pieces():
+        alphabet.update(piece.text)
+        read += len(piece.text)
+        if read >= SAMPLE_CHARACTERS:
+            break
+    assert config.budget is not None
+    kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
+    if kind == "bpe":
+        size = config.vocab_size if "vocab_size" in given else size
+        note(f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs made from the text instead")
+        return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
+    return config
+
+
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
     """The text of a source but for the last `val_fraction` of its characters, which validation will be cut from."""
     left = round(sum(len(piece.text) for piece in source.pieces()) * (1 - val_fraction))
@@ -193,6 +214,8 @@ def start(
     precision = choose_precision(config.precision, device)
     if config.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
+    if config.budget is not None and config.tokenizer == "char" and "tokenizer" not in given:
+        config = _with_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     keep_freed_memory()
@@ -320,6 +343,8 @@ class Session:
         run.record["micro_batch_size"] = micro_batch_size
         torch.manual_seed(config.seed)
         self.model = Transformer(model_config, dropout=config.dropout).to(device)
+        if run.record["precision"] == "fp8":
+            use_fp8(self.model)
         self.stop = StopSignal()
         self.store = CheckpointStore(run.directory)
         self.objective = Pretrain(
@@ -455,12 +480,12 @@ class Session:
             self.tokenizer.encode(prompt)
         except TokenizerError:
             prompt = ""
-        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed)
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.config.seed, overflow="shift")
         text = ""
-        for _, piece in stream(self.model, self.tokenizer, prompt, params):
+        for piece in stream(engine_for(self.model, self.tokenizer, params), self.tokenizer, prompt, params):
             if self.stop():
                 return ""
-            text += piece
+            text += piece.text
         JsonLines(self.run.directory / "samples.jsonl").append(
             step=self.trainer.step, temperature=temperature, prompt=prompt, text=text, final=final
         )

@@ -22,7 +22,7 @@ from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
-from gptsmith.runtime import out_of_memory
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
@@ -44,7 +44,7 @@ class Trainer:
         objective: Objective,
         optimizers: Optimizers,
         store: CheckpointStore,
-        precision: Literal["fp32", "bf16", "fp16"],
+        precision: ChosenPrecision,
         micro_batch_size: int,
         should_stop: Callable[[], bool],
         display: Display,
@@ -56,7 +56,7 @@ class Trainer:
         self.deadline, self.on_evaluation = deadline, on_evaluation
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         self.device = next(model.parameters()).device
-        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.micro_batch_size = micro_batch_size  # a divisor of the batch; a smaller one when memory runs out
         self.save_every = config.save_every or config.eval_every
@@ -291,7 +291,12 @@ class Trainer:
         self.display.step(self.step, row)
 
     def _evaluation_due(self) -> bool:
-        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.steps)
+        if self.step == self.steps:
+            return self.step > 0
+        left = self.steps - self.step
+        if self.deadline is not None and left < self.config.eval_every / 3:  # the last is near
+            return False
+        return self.step > 0 and self.step % self.config.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():

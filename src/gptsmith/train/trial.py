@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
-from gptsmith.runtime import available_cores, compiler_available
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, available_cores, compiler_available
 from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_blocks
 from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.recipe import Machine
 
 TRIES, LONGEST = 4, 3.0  # updates to time, and the seconds after which no further one is begun
@@ -47,12 +47,14 @@ class Update:
         self,
         model: Transformer,
         config: TrainConfig,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: ChosenPrecision = "fp32",
         *,
         compiled: bool = False,
     ) -> None:
         self.model, self.config, self.precision = model.train(), config, precision
         self.device = next(model.parameters()).device
+        if precision == "fp8":
+            use_fp8(model)
         self.optimizers = optimizers_for(model, config.optim)
         self.parameters = list(model.parameters())
         if compiled:
@@ -69,7 +71,7 @@ class Update:
         torch.autograd.backward(loss)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        dtype = autocast_dtype(self.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def apply(self) -> None:
@@ -83,7 +85,7 @@ class Update:
 
 
 def seconds_per_update(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: Literal["fp32", "bf16", "fp16"]
+    config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: ChosenPrecision
 ) -> float:
     """The fastest of a few updates, uncompiled, on tokens that mean nothing. Random numbers are left as they were."""
     rng = torch.get_rng_state()
@@ -112,7 +114,7 @@ def seconds_per_update(
         torch.set_rng_state(rng)
 
 
-def this_machine(device: torch.device, precision: Literal["fp32", "bf16", "fp16"], compile: str) -> Machine:
+def this_machine(device: torch.device, precision: ChosenPrecision, compile: str) -> Machine:
     """What the rules of a budget need to know of this machine. compile: the option of that name."""
     cores = available_cores()
     able = compile != "off" and compiler_available(device)

@@ -1,0 +1,170 @@
+"""Text that is in a language: JSON of a schema, a regular expression, one of several texts, a grammar in Lark or GBNF.
+
+    params = SamplingParams(constraint=json_schema(tokenizer, {"type": "object", ...}))
+
+At each step the tokens after which the text could not be completed any more are masked out. `llguidance` computes the
+masks (Earley's algorithm over a lexer of regular-expression derivatives); it is an optional dependency.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+
+class Grammar:
+    """A language over a tokenizer's tokens, for `SamplingParams.constraint`. source: as `llguidance` takes it."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
+        self.tokenizer, self.source = tokenizer, source
+
+    def start(self) -> Place:
+        """The beginning of a text. Raises UsageError for a language that is damaged, too complex or empty."""
+        ll, tokens = _llguidance(), _tokens(self.tokenizer)
+        place = Place(ll.LLMatcher(tokens, self.source, log_level=0), self.tokenizer.vocab_size, tokens.eos_token)
+        if place.matcher.is_error():
+            raise UsageError(f"the grammar cannot be followed: {_reason(place.matcher)}.")
+        try:
+            possible = place.finished or bool(place.allowed().any())
+        except GptsmithError:
+            possible = False
+        if not possible:
+            raise UsageError("the grammar cannot be followed: no text of this tokenizer's tokens is in it.")
+        return place
+
+
+class Place:
+    """Where a text stands in a language."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, eos_id: int) -> None:
+        self.matcher, self.vocab_size, self.eos_id = matcher, vocab_size, eos_id
+        self._allowed: Tensor | None = None
+
+    @property
+    def finished(self) -> bool:
+        """The text is complete and nothing can follow."""
+        if self.matcher.is_stopped():
+            return not self.matcher.is_error()
+        # A tokenizer without an end has nothing to say that with: its texts end where only the end could follow.
+        return self.eos_id >= self.vocab_size and self.matcher.is_accepting() and not bool(self.allowed().any())
+
+    def allowed(self) -> Tensor:
+        """(V,) bool. Raises GptsmithError where the grammar is too complex to go on."""
+        if self._allowed is None:
+            mask = self.matcher.compute_bitmask()
+            if self.matcher.is_error():
+                raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
+            bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+            self._allowed = torch.from_numpy(bits[: self.vocab_size].astype(bool))
+        return self._allowed
+
+    def push(self, token: int) -> None:
+        self._allowed = None
+        self.matcher.consume_token(token)
+        if self.matcher.is_error():
+            raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
+
+    def copy(self) -> Place:
+        return Place(self.matcher.deep_copy(), self.vocab_size, self.eos_id)
+
+
+def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Grammar:
+    """JSON that the schema describes ({}: any), written with one space after commas and colons."""
+    try:
+        values = json.loads(schema) if isinstance(schema, str) else dict(schema)
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+        style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        return Grammar(tokenizer, _llguidance().LLMatcher.grammar_from_json_schema(values, overrides=style))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"that is no JSON schema: {error}.") from None
+
+
+def regex(tokenizer: Tokenizer, pattern: str) -> Grammar:
+    """Texts that a regular expression matches from beginning to end."""
+    return Grammar(tokenizer, _llguidance().LLMatcher.grammar_from_regex(pattern))
+
+
+def choices(tokenizer: Tokenizer, texts: Sequence[str]) -> Grammar:
+    """One of these texts."""
+    if not texts or not all(texts):
+        raise UsageError("choices must be one or more texts that are not empty.")
+    return Grammar(tokenizer, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+
+def grammar(tokenizer: Tokenizer, text: str) -> Grammar:
+    """A context-free grammar, in llguidance's variant of Lark or in llama.cpp's GBNF."""
+    _llguidance()
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return Grammar(tokenizer, any_to_lark(text))
+    except Exception as error:  # a ValueError, or whatever the converter stumbles over
+        raise UsageError(f"that is no grammar: {error}.") from None
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise UsageError("structured output needs a package: pip install 'gptsmith[structured]'.") from None
+    return llguidance
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    """The tokenizer as `llguidance` needs it; takes up to a second for a large one. Without an end-of-text token, one
+    beyond the last stands for it."""
+    ll = _llguidance()
+    eos = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
+    if tokenizer.kind != "char" and tokenizer.eos_id is not None:
+        try:
+            made: llguidance.LLTokenizer = ll.LLTokenizer(
+                tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos
+            )
+            return made
+        except Exception:  # a kind of tokenizer it does not know: by the bytes of each token
+            pass
+    wrapped = ll.TokenizerWrapper(_Bytes(tokenizer, eos))
+    by_bytes: llguidance.LLTokenizer = ll.LLTokenizer(wrapped, n_vocab=max(tokenizer.vocab_size, eos + 1))
+    return by_bytes
+
+
+class _Bytes:
+    """A tokenizer as a list of byte strings."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = eos_id, None
+        special = tokenizer.special_tokens()
+        count = max(tokenizer.vocab_size, eos_id + 1)
+        self.special_token_ids = sorted({*special, eos_id})
+        self.tokens = [
+            special.get(id, "<end>").encode()
+            if id in special or id >= tokenizer.vocab_size
+            else tokenizer.token_bytes(id)
+            for id in range(count)
+        ]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        text = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
+        try:
+            return self._tokenizer.encode(text)
+        except GptsmithError:  # characters that it does not know
+            return []
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    return (matcher.get_error().strip() or "no reason given").splitlines()[0].rstrip(".")

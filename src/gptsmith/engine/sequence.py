@@ -1,0 +1,165 @@
+"""A request and its sequences: what has been asked, what has been made of it, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptsmith.engine.sampling import SamplerState, SamplingParams
+from gptsmith.errors import GptsmithError
+
+FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
+"""stop: a stop token, the end of a grammar, or whoever reads the text. length: `max_tokens`. context: the context is
+full and `overflow` allows no more. cancelled: by `abort`. error: see the result's `error`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability (natural log) of a token among all, before temperature and filters.
+
+    top: the most probable tokens of that place with theirs, as many as were asked for, best first.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Completion:
+    """One sample. ids: the stop token is among them, if one ended it; with `echo` the prompt comes first.
+
+    logprobs: of each of ids, if asked for (None for the first token of an echoed prompt, which nothing predicts).
+    cumulative_logprob: of all generated ids; None unless log-probabilities, best_of or beams were asked for.
+    """
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Result:
+    """What came of a request.
+
+    prompt_logprobs: for each token of the prompt, if asked for; None for the first. prompt_ids: as they were read, that
+    is, without what `overflow="truncate"` cut off. cached_tokens: of the prompt, how many were known already.
+    error: why the request failed; its completions hold what had been made before.
+    """
+
+    request: int
+    prompt_ids: list[int]
+    completions: list[Completion] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+    error: GptsmithError | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The first completion's."""
+        return self.completions[0].ids
+
+
+@dataclass(slots=True)
+class Event:
+    """News of one sample: ids that are new since the last event, their log-probabilities, and why it ended, if it did.
+
+    result: of the whole request, with its last event.
+    """
+
+    request: int
+    index: int
+    ids: list[int]
+    logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    result: Result | None = None
+
+
+class Request:
+    """A prompt, how to continue it, and the sequences that do. number: its place in the order of arrival."""
+
+    def __init__(self, number: int, prompt: Items[int], params: SamplingParams, seed: int, salt: bytes) -> None:
+        self.number, self.params, self.seed, self.salt = number, params, seed, salt
+        self.prompt = list(prompt)
+        self.live: list[Sequence] = []
+        self.finished: list[Sequence] = []
+        self.forked = False
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.error: GptsmithError | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether logits of the prompt are still wanted: then all of it is computed, whatever is known."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
+
+
+class Sequence:
+    """Tokens that are being continued.
+
+    tokens: the prompt and what was made. start: those before it are beyond the context. computed: for how many from
+    `start` on keys and values are in the blocks of `tables` (one table for each group of layers). named, keys: how many
+    full blocks are known by their contents, and the hashes. drafts: guesses at what follows, to be checked in one pass.
+    candidates: of a beam that waits for its siblings. `computed` falls back to 0 when blocks are taken away.
+    """
+
+    def __init__(self, request: Request, index: int, sampler: SamplerState, groups: int) -> None:
+        self.request, self.index, self.sampler = request, index, sampler
+        self.tokens = list(request.prompt)
+        self.start = self.computed = self.named = self.preemptions = 0
+        self.tables: list[list[int]] = [[] for _ in range(groups)]
+        self.keys: list[bytes] = []
+        self.drafts: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.cumulative_logprob = 0.0
+        self.candidates: list[tuple[float, int, TokenLogprob]] | None = None
+        self.finish_reason: FinishReason | None = None
+        self.told, self.told_end = 0, False
+        """How many generated tokens events have told of, and whether of the end."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who comes first: by arrival, then by index."""
+        return self.request.number, self.index
+
+    @property
+    def salt(self) -> bytes:
+        return self.request.salt
+
+    @property
+    def length(self) -> int:
+        """Tokens within the context."""
+        return len(self.tokens) - self.start
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are not computed yet; 1 when decoding."""
+        return self.length - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    def push(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a token that was chosen."""
+        self.tokens.append(token)
+        self.sampler.push(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+            self.cumulative_logprob += logprob.logprob
+
+    def fork(self, index: int, seed: int) -> Sequence:
+        """A copy that goes its own way, without blocks."""
+        child = Sequence(self.request, index, self.sampler.fork(seed), len(self.tables))
+        child.tokens, child.start, child.keys = list(self.tokens), self.start, list(self.keys)
+        child.logprobs, child.cumulative_logprob = list(self.logprobs), self.cumulative_logprob
+        child.preemptions = self.preemptions
+        return child
+
+    def shift(self, kept: int) -> None:
+        """Forget all but the last `kept` tokens; they stand at the beginning of the context then."""
+        self.start = len(self.tokens) - kept
+        self.keys.clear()

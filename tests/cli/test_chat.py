@@ -1,0 +1,177 @@
+"""`gptsmith chat` as a person uses it: through a pseudo-terminal, and through a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptsmith.checkpoint import save_checkpoint
+from gptsmith.cli import chat
+from gptsmith.engine.engine import Engine
+from gptsmith.engine.sampling import SamplingParams
+from gptsmith.errors import UsageError
+from gptsmith.model import families
+from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import Tokenizer, train_bpe
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_model(vocab_size: int, context: int = 200) -> Transformer:
+    torch.manual_seed(1)
+    config = families.qwen3(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=16,
+        max_position_embeddings=context,
+        initializer_range=0.4,
+    )
+    return Transformer(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    base = train_bpe(["the quick brown fox jumps over the lazy dog. " * 3], 300)
+    return Tokenizer(base.to_json(), base.config() | {"chat_template": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "model"
+    save_checkpoint(path, make_model(tokenizer.vocab_size), tokenizer)
+    return path
+
+
+@pytest.fixture
+def say(run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, model_directory: Path) -> Any:
+    def say(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return run_cli("chat", model_directory, "--device", "cpu", "--max-tokens", "12", "--seed", "1", *options)
+
+    return say
+
+
+def test_a_conversation(say: Any, tmp_path: Path) -> None:
+    code, out, err = say("hello", "and\\", "then?", f"/save {tmp_path / 'talk.json'}", "/quit", "not reached")
+    assert code == 0, err
+    saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [m["role"] for m in saved] == ["user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in saved if m["role"] == "user"] == ["hello", "and\nthen?"]
+    answers = [m["content"] for m in saved if m["role"] == "assistant"]
+    assert all(answer.strip() in out for answer in answers)
+    assert "no chat template" not in err
+
+
+def test_commands(say: Any, tmp_path: Path) -> None:
+    lines = ["/help", "/system be brief", "hi", "/temperature 0", "/reset", "/tempurature 1", "/temperature x", "/save"]
+    code, _, err = say(*lines, "/temperature -3", f"/save {tmp_path / 'a' / 'b'}", f"/save {tmp_path / 'c'}")
+    assert code == 0
+    assert "/reset" in err
+    assert "with a system prompt" in err
+    assert "temperature 0" in err
+    assert "Did you mean 'temperature'?" in err
+    assert "needs a number, not 'x'" in err
+    assert "/save needs a file" in err
+    assert "must be 0 (greedy) or above" in err
+    assert str(tmp_path / "a") in err
+    assert json.loads((tmp_path / "c").read_text()) == {"messages": [{"role": "system", "content": "be brief"}]}
+
+
+def test_what_was_said_before_is_read_again_only_once(tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model(tokenizer.vocab_size, 900), vocab_size=tokenizer.vocab_size, block_size=4)
+    talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0))
+    for text in ("the quick brown fox jumps over the lazy dog " * 3, "and", "then"):
+        list(talk.answer(text))
+    assert engine.stats.prefix_hit_rate > 0.4
+    assert engine.stats.blocks_used == 0
+
+
+def test_breaking_off_keeps_what_was_said(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    engine = Engine(make_model(tokenizer.vocab_size), vocab_size=tokenizer.vocab_size)
+    talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=100, seed=0))
+
+    class Output(io.StringIO):
+        def flush(self) -> None:
+            if len(self.getvalue()) > 10:
+                raise KeyboardInterrupt
+
+    output = Output()
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(KeyboardInterrupt):  # from the newline that follows: this output interrupts for ever
+        chat._speak(talk, "hello")
+    monkeypatch.undo()
+    assert "(stopped)" in capsys.readouterr().err
+    assert talk.turns[-1]["role"] == "assistant"
+    assert talk.turns[-1]["content"].startswith(output.getvalue().strip())
+    assert engine.stats.blocks_used == 0
+    list(talk.answer("go on"))
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 2
+
+
+def test_a_long_conversation_forgets_its_beginning_and_says_so(tokenizer: Tokenizer, capsys: Any) -> None:
+    engine = Engine(make_model(tokenizer.vocab_size, 100), vocab_size=tokenizer.vocab_size)
+    talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0), "be kind")
+    for _ in range(6):
+        list(talk.answer("hello there"))
+    assert "does not fit" in capsys.readouterr().err
+    assert talk.messages[0] == {"role": "system", "content": "be kind"}
+    with pytest.raises(UsageError, match="too long"):
+        list(talk.answer("word " * 200))
+    assert len(talk.turns) == 12  # the one that was too long was taken back
+
+
+def test_without_a_template_one_is_told(tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train_bpe(["User: Assistant: " * 9], 270)
+    save_checkpoint(tmp_path / "model", make_model(plain.vocab_size), plain)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    code, _, err = run_cli("chat", tmp_path / "model", "--device", "cpu", "--max-tokens", "5")
+    assert code == 0
+    assert "no chat template" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_ctrl_c_stops_the_answer_and_not_the_program(model_directory: Path, tmp_path: Path) -> None:
+    """In a real terminal: interrupt an answer, then go on talking, interrupt the prompt, leave with Ctrl-D."""
+    import pexpect
+
+    command = f"from gptsmith.cli import main; main(['chat', {str(model_directory)!r}, '--device', 'cpu', "
+    child: Any = pexpect.spawn(
+        sys.executable,
+        ["-c", command + "'--max-tokens', '90000', '--temperature', '3'])"],
+        env={**os.environ, "GPTSMITH_CACHE": str(tmp_path), "TERM": "xterm"},
+        timeout=120,
+        encoding="utf-8",
+        codec_errors="replace",
+    )
+    child.expect("> ")
+    child.sendline("hello")
+    child.expect_exact("hello")
+    child.expect(r"[a-z]")
+    child.sendintr()
+    child.expect(r"stopped|ended after|> ")
+    child.sendline("/temperature 0")
+    child.expect("temperature 0")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("Ctrl-D or /quit leaves")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert "hello" in (tmp_path / "chat_history").read_text()
+    assert (tmp_path / "chat_history").stat().st_mode & 0o077 == 0

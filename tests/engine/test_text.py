@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptsmith
+from gptsmith.engine.engine import Engine
+from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.text import Piece, StopText, encode_prompt, generate_texts, stream
+from gptsmith.errors import GptsmithError, TokenizerError, UsageError
+from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_char(["abcdefghij \n"])
+
+
+@pytest.fixture(scope="module")
+def engine(make_model: Any, tokenizer: Tokenizer) -> Engine:
+    return Engine(make_model("qwen3", tokenizer.vocab_size, context=64))
+
+
+def joined(pieces: list[Piece], index: int = 0) -> str:
+    return "".join(piece.text for piece in pieces if piece.index == index)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text("ab\n", max_size=40),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    data=st.data(),
+)
+def test_stop_strings_cut_exactly_however_text_arrives(text: str, stops: list[str], data: st.DataObject) -> None:
+    watcher, out, rest = StopText(stops), "", text
+    while rest and not watcher.stopped:
+        size = data.draw(st.integers(1, len(rest)))
+        out, rest = out + watcher.push(rest[:size]), rest[size:]
+    out += watcher.finish()
+    if not any(s in text for s in stops):
+        assert out == text
+    else:
+        # The first stop string to be complete ends it; nothing of it is let through.
+        assert text.startswith(out)
+        assert not any(s in out for s in stops)
+        assert any(text[len(out) :].startswith(s) for s in stops)
+
+
+def test_pieces_are_the_text_of_the_ids(engine: Engine, tokenizer: Tokenizer) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=4, n=3)
+    pieces = list(stream(engine, tokenizer, "abc", params))
+    assert tokenizer.eos_id is not None
+    (result,) = engine.generate(
+        [tokenizer.encode("abc")], SamplingParams(40, temperature=1.0, seed=4, n=3, stop_ids=(tokenizer.eos_id,))
+    )
+    assert [joined(pieces, i) for i in range(3)] == [tokenizer.decode(c.ids) for c in result.completions]
+    assert sorted(p.index for p in pieces if p.finish_reason) == [0, 1, 2]
+    assert generate_texts(engine, tokenizer, ["abc"], params) == [[joined(pieces, i) for i in range(3)]]
+
+
+def test_byte_level_pieces_are_whole_characters(make_model: Any) -> None:
+    tokenizer = train_bpe(["naïve café 🙂 日本語 " * 5], 300)
+    engine = Engine(make_model("qwen3", tokenizer.vocab_size, context=80))
+    params = SamplingParams(max_tokens=60, temperature=2.0, seed=2)
+    pieces = list(stream(engine, tokenizer, "日", params, ignore_eos=True))
+    (result,) = engine.generate([tokenizer.encode("日")], params)
+    assert joined(pieces) == tokenizer.decode(result.ids)
+    assert len(result.ids) == 60
+
+
+def test_a_stop_string_across_tokens_ends_the_sample_and_frees_it(engine: Engine, tokenizer: Tokenizer) -> None:
+    free = SamplingParams(max_tokens=40, temperature=1.0, seed=9)
+    whole = joined(list(stream(engine, tokenizer, "a", free)))
+    stop = whole[10:13]
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=9, stop=(stop, "never"))
+    pieces = list(stream(engine, tokenizer, "a", params))
+    assert joined(pieces) == whole[: whole.index(stop)]
+    assert [p.finish_reason for p in pieces if p.finish_reason] == ["stop"]
+    made = engine.stats.generated_tokens
+    list(stream(engine, tokenizer, "a", params))
+    assert engine.stats.generated_tokens - made == whole.index(stop) + 3  # no token more was made
+    assert engine.stats.blocks_used == 0
+    late = SamplingParams(max_tokens=40, min_tokens=40, temperature=1.0, seed=9, stop=(stop,))
+    assert len(joined(list(stream(engine, tokenizer, "a", late, ignore_eos=True)))) >= 30
+
+
+def test_echo_and_prompts_of_ids(engine: Engine, tokenizer: Tokenizer) -> None:
+    plain = SamplingParams(max_tokens=10, temperature=1.0, seed=1, stop=("abc",))
+    echo = SamplingParams(max_tokens=10, temperature=1.0, seed=1, stop=("abc",), echo=True, n=2)
+    text = joined(list(stream(engine, tokenizer, "abcabc", plain)))
+    pieces = list(stream(engine, tokenizer, tokenizer.encode("abcabc"), echo))
+    assert joined(pieces) == "abcabc" + text  # the prompt may hold a stop string
+    assert joined(pieces, 1).startswith("abcabc")
+
+
+def test_shifting_is_told_once(make_model: Any, tokenizer: Tokenizer) -> None:
+    engine = Engine(make_model("gpt2", tokenizer.vocab_size))
+    for prompt, overflow, expected in (("abc", "shift", 1), ("abc" * 20, "shift", 1), ("abc", "error", 0)):
+        told: list[bool] = []
+        params = SamplingParams(max_tokens=70, temperature=0, overflow=overflow)  # type: ignore[arg-type]
+        list(
+            stream(engine, tokenizer, prompt, params, ignore_eos=True, on_shift=lambda told=told: told.append(True))  # type: ignore[misc]
+        )
+        assert len(told) == expected
+
+
+def test_python_api(make_model: Any, tokenizer: Tokenizer) -> None:
+    model = make_model("qwen3", tokenizer.vocab_size).train()
+    text = gptsmith.generate(model, tokenizer, "abc", max_tokens=20, temperature=0.8, seed=1)
+    assert text == gptsmith.generate(model, tokenizer, "abc", max_tokens=20, temperature=0.8, seed=1)
+    assert len(text) <= 20
+    assert model.training  # left as it was
+    stop = text[3:5]
+    assert (
+        gptsmith.generate(model, tokenizer, "abc", max_tokens=20, temperature=0.8, seed=1, stop=stop)
+        == (text[: text.index(stop)])
+    )
+    texts = [gptsmith.generate(model, tokenizer, "abc", max_tokens=90, temperature=2.0, seed=i) for i in range(9)]
+    assert max(map(len, texts)) > 24  # beyond the context
+    with pytest.raises(UsageError, match="temprature"):
+        gptsmith.generate(model, tokenizer, "abc", temprature=1)
+    with pytest.raises(UsageError, match="generate_texts"):
+        gptsmith.generate(model, tokenizer, "abc", n=2)
+
+
+def test_bad_prompts(engine: Engine, tokenizer: Tokenizer) -> None:
+    params = SamplingParams(max_tokens=3)
+    with pytest.raises(TokenizerError, match="'Z'"):
+        stream(engine, tokenizer, "abZ", params)
+    with pytest.raises(UsageError, match="outside"):
+        stream(engine, tokenizer, [99], params)
+    with pytest.raises(TokenizerError, match="'Z'"):
+        generate_texts(engine, tokenizer, ["a", "Z"], params)
+    assert not engine.has_work or all(event.result is not None for event in engine.step())
+    assert encode_prompt(tokenizer, "") == [tokenizer.eos_id]
+    assert len(generate_texts(engine, tokenizer, ["", "a"], params)) == 2
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(make_model: Any, tokenizer: Tokenizer) -> None:
+    """Vocabularies of models are often padded."""
+    model = make_model("qwen3", tokenizer.vocab_size + 50)
+    text = gptsmith.generate(model, tokenizer, "ab", max_tokens=60, temperature=2.0, seed=0, repetition_penalty=1.1)
+    assert len(text) > 0
+
+
+def test_nan_weights_are_a_clear_error(make_model: Any, tokenizer: Tokenizer) -> None:
+    model = make_model("qwen3", tokenizer.vocab_size)
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    with pytest.raises(GptsmithError, match="NaN"):
+        gptsmith.generate(model, tokenizer, "a", max_tokens=3)
