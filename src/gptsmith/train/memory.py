@@ -43,7 +43,7 @@ USABLE = 0.92  # of what is available: a forecast errs, and other programs want 
 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
 RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
-COMPILER = 90 << 20  # what the compiler loads and keeps
+COMPILER = 60 << 20  # what the compiler loads and keeps
 HOLES = 0.15  # of all tensors: space between blocks of the heap that fits nothing
 
 
