@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
     device = choose_device(config.device)
     keep_freed_memory()
-    text = _read(chosen.data, config) if chosen.data else None
+    text = _read(chosen.data, config, given) if chosen.data else None
     vocabulary = text.vocab_size if text is not None else _vocabulary(config)
     if config.budget is not None or config.depth is not None:
         known = text or Text(ENDLESS, 0, vocabulary)
@@ -81,11 +81,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _read(data: str, config: TrainConfig) -> Text:
+def _read(data: str, config: TrainConfig, given: set[str]) -> Text:
     from gptsmith.train.recipe import Text
     from gptsmith.train.run import read_text
 
-    tokenizer, dataset = read_text(data, config)
+    tokenizer, dataset = read_text(data, config, given)
     return Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size)
 
 

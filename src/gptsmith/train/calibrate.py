@@ -35,7 +35,7 @@ from gptsmith.train.trial import Update
 
 PASS_SECONDS = 1.0  # what one timed pass may take, roughly
 TIMED_SECONDS = 1.5  # and all passes of one kind together
-FEWEST, MOST = 3, 12  # passes
+FEWEST, MOST = 2, 12  # passes
 NARROWEST = 256  # a width below which matrix products run at another rate
 START_SECONDS = 3.0  # from the command to the first step, the text being prepared
 
@@ -190,6 +190,7 @@ class _Timer:
         self.update_of = Update(model, config, precision)
         self.device = self.update_of.device
         self.ids = torch.randint(model.config.vocab_size, (rows, config.context), device=self.device)
+        self.pass_seconds = 0.0
         self.documents = torch.zeros_like(self.ids, dtype=torch.int32) if config.mask_documents else None
 
     def update(self) -> tuple[float, float]:
@@ -198,7 +199,8 @@ class _Timer:
         for _ in _enough():
             passes.append(self._timed(lambda: self.update_of.accumulate(self.ids, self.documents)))
             steps.append(self._timed(self.update_of.apply))
-        return _typical(passes), _typical(steps)
+        self.pass_seconds = _typical(passes)
+        return self.pass_seconds, _typical(steps)
 
     def compiled(self) -> tuple[float, float]:
         """Seconds to compile the blocks, and of a pass then."""
@@ -218,7 +220,9 @@ class _Timer:
 
     def evaluation(self) -> float:
         """Seconds a sequence of an evaluation takes."""
-        rows = evaluation_rows(self.rows, self.config.context)
+        rows = self.rows
+        if self.pass_seconds < PASS_SECONDS / 2:  # else one as large is like many
+            rows = evaluation_rows(rows, self.config.context)
         ids = self.ids.repeat(4, 1)[:rows]
         documents = None if self.documents is None else self.documents.repeat(4, 1)[:rows]
         self.model.eval()

@@ -95,9 +95,11 @@ class Forecaster:
 
     def largest_fitting(self, available: int) -> int | None:
         """The largest divisor of the batch whose forecast fits into `available` bytes; None if not even 1 does."""
+        if self.at(1).total > USABLE * available:
+            return None
         divisors = [size for size in range(1, self.config.batch_size + 1) if self.config.batch_size % size == 0]
         fitting = bisect.bisect_left(divisors, True, key=lambda size: self.at(size).total > USABLE * available)
-        return divisors[fitting - 1] if fitting else None
+        return divisors[fitting - 1]
 
     def _forecast(self, micro_batch_size: int) -> Memory:
         peaks = self._peaks(micro_batch_size)
@@ -117,7 +119,7 @@ class Forecaster:
         """Bytes by part at each moment's peak, for the whole depth."""
         c = self.model_config
         period = max(1, len(c.window_pattern))
-        few = SHALLOW * period
+        few = -(-SHALLOW // period) * period
         if c.num_hidden_layers <= few + period:
             return self._run(c, micro_batch_size)
         low = self._run(replace(c, num_hidden_layers=few), micro_batch_size)

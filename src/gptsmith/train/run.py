@@ -153,16 +153,19 @@ def ready_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.load(Path(name))
 
 
-def read_text(data: str, config: TrainConfig) -> tuple[Tokenizer, Dataset]:
-    """The data of a run, tokenized as the run would."""
+def read_text(data: str, config: TrainConfig, given: Collection[str] = ()) -> tuple[Tokenizer, Dataset]:
+    """The data of a run, tokenized as the run would. given: as for `start`."""
     source = open_source(data, field=config.field)
     val = open_source(config.val, field=config.field) if config.val else None
+    config = _with_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
 
 
 def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
     """The kind of tokenizer that suits a text and a budget, by how many different characters its beginning has."""
+    if config.budget is None or config.tokenizer != "char" or "tokenizer" in given:
+        return config
     alphabet: set[str] = set()
     read = 0
     for piece in source.pieces():
@@ -170,7 +173,6 @@ def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source)
         read += len(piece.text)
         if read >= SAMPLE_CHARACTERS:
             break
-    assert config.budget is not None
     kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
     if kind == "bpe":
         size = config.vocab_size if "vocab_size" in given else size
@@ -214,8 +216,7 @@ def start(
     precision = choose_precision(config.precision, device)
     if config.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
-    if config.budget is not None and config.tokenizer == "char" and "tokenizer" not in given:
-        config = _with_tokenizer(config, given, source)
+    config = _with_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     keep_freed_memory()
