@@ -19,14 +19,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
 from gptsmith.log import JsonLines, note
 from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
+from gptsmith.model.quantized import is_quantized
+from gptsmith.model.quantized import quantize as quantize_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.model_source import find_model, open_model
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
@@ -213,11 +215,16 @@ def resolve_model(spec: str | Path) -> Path:
 
 
 def load_model(
-    spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    spec: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model and its tokenizer from whatever `resolve_model` understands. The model is in eval mode.
 
-    dtype: of the weights in memory, whatever they are stored in.
+    dtype: of the weights in memory, whatever they are stored in. quantize: make its matrices 8 or 4 bits (it may be
+    stored so already, by `gptsmith quantize`; the number must be the same then).
     Raises CheckpointError (missing, damaged, unknown or misfit) or TokenizerError.
     """
     source = open_model(resolve_model(spec))
@@ -227,6 +234,12 @@ def load_model(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
             f"the model only {model.config.vocab_size:,}."
         )
+    if quantize is not None:
+        bits: Literal[4, 8] = 8 if quantize == "int8" else 4
+        if not is_quantized(model):
+            quantize_model(model, bits)
+        elif model.quantized_bits != bits:
+            raise UsageError(f"{source.path} is quantized to {model.quantized_bits} bits already.")
     return model.to(device), tokenizer
 
 

@@ -31,6 +31,7 @@ from gptsmith.errors import CheckpointError, UsageError, nearest
 from gptsmith.log import note, progress
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, config_from_hf, load_weights
+from gptsmith.model.quantized import Bits, described_bits, load_state, quantize
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import cache_directory
 from gptsmith.storage import atomic_file, sha256_file
@@ -73,12 +74,16 @@ class ModelSource:
     tokenizer: Callable[[], Tokenizer]
     """Read the tokenizer, its chat template included. Raises TokenizerError."""
     generation_config: Mapping[str, Any] | None = None
+    bits: Bits | None = None
+    """The weights are quantized, by this package."""
 
     def model(self, *, dtype: torch.dtype = torch.float32) -> Transformer:
         """The model with its weights, on the CPU in `dtype`, in eval mode.
 
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
+        if self.bits is not None:
+            return self._quantized_model(self.bits, dtype)
         shapes = self._shapes()
         parts = self.config.num_hidden_layers * max(1, self.config.num_experts or 0)
         if parts > len(shapes):  # building so many takes long, even without their weights
@@ -94,6 +99,14 @@ class ModelSource:
         load_weights(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, str(self.path))
         _allocate(model, dtype)
         load_weights(model, self.tensors, str(self.path))
+        return model.eval()
+
+    def _quantized_model(self, bits: Bits, dtype: torch.dtype) -> Transformer:
+        with _Outline():
+            model = Transformer(self.config, initialize=False)
+        quantize(model, bits, fill=False)
+        _allocate(model, dtype)
+        load_state(model, self.tensors, str(self.path))
         return model.eval()
 
     def stored_dtype(self) -> torch.dtype:
@@ -127,7 +140,9 @@ def open_model(path: Path) -> ModelSource:
     values = read_json(config_path)
     config = _understand(values, str(config_path))
     generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
-    return ModelSource(path, config, values, _open_weights(path), lambda: read_tokenizer(path), generation)
+    bits = described_bits(values.get("quantization_config"))
+    weights = _open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], codes=True)
+    return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
 
 
 def _open_gguf(path: Path) -> ModelSource:
@@ -143,7 +158,7 @@ def _open_gguf(path: Path) -> ModelSource:
 
 def _understand(values: Mapping[str, Any], where: str) -> ModelConfig:
     quantized = values.get("quantization_config")
-    if quantized:
+    if quantized and described_bits(quantized) is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
             f"{where}: the weights are quantized ({method or 'quantization_config'}), which is not read. "
@@ -261,9 +276,11 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     Raises CheckpointError for a damaged file, a name in two files, and (when it is read) a tensor that is not floating.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, codes: bool = False) -> None:
+        """codes: of a quantized model, whose tensors may be whole numbers."""
         from safetensors import SafetensorError, safe_open
 
+        self._codes = codes
         self._files: dict[str, tuple[Any, Path]] = {}
         for path in paths:
             try:
@@ -284,7 +301,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {name}: {error}.") from None
-        return _floating(tensor, name, path)
+        return tensor if self._codes else _floating(tensor, name, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

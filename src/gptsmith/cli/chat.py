@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -53,6 +53,8 @@ class Chat:
     """Above 1 makes tokens seen before less likely."""
     seed: int | None = None
     """The same seed gives the same answers."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Make the weights 8 or 4 bits while loading: less memory, and faster where memory is what takes time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -75,7 +77,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.engine.engine import Engine
     from gptsmith.runtime import choose_device
 
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room)
     conversation = Conversation(engine, tokenizer, params, chosen.system)

@@ -52,6 +52,8 @@ class Generate:
     """Above 1: beam search, with --temperature 0."""
     overflow: Literal["shift", "truncate", "error"] = "shift"
     """Beyond the context: forget the oldest tokens as the window shifts, cut the prompt's beginning off, or refuse."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Make the weights 8 or 4 bits while loading: less memory, and faster where memory is what takes time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.runtime import choose_device
 
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
 
     def on_shift() -> None:

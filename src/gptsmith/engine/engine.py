@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gptsmith.engine.beam import Finished, Step, lengthen
 from gptsmith.engine.blocks import BlockManager
-from gptsmith.engine.runner import Rows, Runner
+from gptsmith.engine.fast import make_runner
+from gptsmith.engine.runner import Rows
 from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled, Scheduler
 from gptsmith.engine.sequence import Completion, Event, FinishReason, Request, Result, Sequence, TokenLogprob
@@ -109,7 +110,7 @@ class Engine:
         self.model, self.config, self.speculator = model, config, speculator
         self.context = config.max_position_embeddings
         self.vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
-        weight = model.embed_tokens.weight
+        weight: Tensor = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
         if cache_tokens is None:
             cache_tokens = _affordable_tokens(config, max_batch, weight)
         if cache_tokens < 1:
@@ -119,7 +120,7 @@ class Engine:
         cache = PagedCache(config, sizes, block_size, device=weight.device, dtype=weight.dtype)
         self.blocks = BlockManager(windows, sizes, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
-        self.runner = Runner(model, cache, self.vocab_size)
+        self.runner = make_runner(model, cache, self.vocab_size)
         self._requests: dict[int, Request] = {}
         self._beams: dict[int, Finished] = {}
         self._count = self._passes = self._prompt_tokens = self._generated_tokens = 0

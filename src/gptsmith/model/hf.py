@@ -20,6 +20,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
+from gptsmith.model.quantized import description, is_quantized, state
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
 
@@ -526,18 +527,23 @@ def _split_sizes(model: Transformer, entry: Entry) -> tuple[int, ...] | None:
 
 
 def save_model(model: Transformer, directory: Path, *, eos_token_id: int | None = None) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing directory."""
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing directory.
+
+    A quantized model's tensors have this package's own names and layout, and its config.json says so.
+    """
     from safetensors.torch import save
 
     directory = Path(directory)
     config = config_to_hf(model.config, eos_token_id=eos_token_id)
+    if is_quantized(model):
+        config["quantization_config"] = description(model)
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": True, "temperature": 0.8}
     for name, values in ((CONFIG_FILE, config), ("generation_config.json", generation)):
         with atomic_file(directory / name, "w") as file:
             json.dump(values, file, indent=2)
             file.write("\n")
     with atomic_file(directory / WEIGHTS_FILE) as file:
-        file.write(save(weights_to_hf(model), metadata={"format": "pt"}))
+        file.write(save(state(model) if is_quantized(model) else weights_to_hf(model), metadata={"format": "pt"}))
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:

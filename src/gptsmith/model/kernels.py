@@ -1,12 +1,13 @@
 """Matrix products and attention for a CPU, compiled by numba when first used (LLVM comes with it: no compiler needed).
 
-Decoding reads every weight once a token, so weights lie as they are read: `Packed` matrices hold sixteen rows side by
-side, four columns of each at a time, in 4 or 8 bits, with a scale (and, in 4 bits, a least value) for each row and group
-of 32 columns. Inputs are rounded to 8 bits in groups of 32, too, and multiplied by `vpdpbusd`: 64 products an instruction.
-The instructions are written out in LLVM's own language, since no loop in Python makes LLVM choose them.
+Decoding reads every weight once a token, so weights lie as they are read: packed matrices (`model.quantized`) hold
+sixteen rows side by side, four columns of each at a time, in 4 or 8 bits, with a scale (and, in 4 bits, a least value)
+for each row and group of 32 columns. Inputs are rounded to 8 bits in groups of 32, too, and multiplied by `vpdpbusd`:
+64 products an instruction. The instructions are written out in LLVM's own language, since no loop in Python makes LLVM
+choose them.
 
-All threads run the same program over their own share of the rows and meet at barriers (a counter they spin on), some six
-a layer: a parallel loop each would cost as much as the work.
+All threads run the same program over their own share of the rows and meet at barriers (a counter they spin on), some
+six a layer: a parallel loop each would cost as much as the work.
 
 Addresses are passed as integers; whoever calls keeps the arrays alive.
 
@@ -73,13 +74,13 @@ def _at(b: Any, base: Any, *terms: Any) -> Any:
 def _packed_product(T: int, bits: int) -> Any:
     """T tokens times one block of sixteen rows: a function of addresses.
 
-    w, s, m: the block's weights, scales and least values. x, xs, xsum: inputs in 8 bits (ldx apart), their scales and the
-    sums of what they stand for (ldg apart, float32). out: (T, 16) float32, ldo apart.
+    w, s, m: the block's weights, scales and least values. x, xs, xsum: inputs in 8 bits (ldx apart), their scales and
+    the sums of what they stand for (ldg apart, float32). out: (T, 16) float32, ldo apart.
     """
 
     @intrinsic
-    def product(ctx, w, s, m, x, xs, xsum, G, ldx, ldg, out, ldo):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def product(ctx, w, s, m, x, xs, xsum, G, ldx, ldg, out, ldo):
+        def codegen(context, b, signature, args):
             w, s, m, x, xs, xsum, G, ldx, ldg, out, ldo = args
             dot = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(_INTS, [_INTS] * 3), "llvm.x86.avx512.vpdpbusd.512"
@@ -133,8 +134,8 @@ def _plain_product(T: int, rows: int) -> Any:
     """
 
     @intrinsic
-    def product(ctx, w, x, K, ldx, out, ldo):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def product(ctx, w, x, K, ldx, out, ldo):
+        def codegen(context, b, signature, args):
             w, x, K, ldx, out, ldo = args
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
             add = cgutils.get_or_insert_function(
@@ -167,30 +168,30 @@ _f_1_4, _f_2_4, _f_4_4, _f_1_1 = _plain_product(1, 4), _plain_product(2, 4), _pl
 
 
 @intrinsic
-def _floats(ctx, address):  # type: ignore[no-untyped-def]
+def _floats(ctx, address):
     """The address as a pointer to float32."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         return b.inttoptr(args[0], _f32.as_pointer())
 
     return types.CPointer(types.float32)(types.int64), codegen
 
 
 @intrinsic
-def _two_to(ctx, power):  # type: ignore[no-untyped-def]
+def _two_to(ctx, power):
     """2 to an int32 power, as float32, by its bits."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         return b.bitcast(b.shl(b.add(args[0], ir.Constant(_i32, 127)), ir.Constant(_i32, 23)), _f32)
 
     return types.float32(types.int32), codegen
 
 
 @intrinsic
-def _arrive(ctx, counter):  # type: ignore[no-untyped-def]
+def _arrive(ctx, counter):
     """Count one more at the address, for all to see."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         b.atomic_rmw("add", b.inttoptr(args[0], _i64.as_pointer()), ir.Constant(_i64, 1), "seq_cst")
         return context.get_dummy_value()
 
@@ -198,10 +199,10 @@ def _arrive(ctx, counter):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _reached(ctx, counter, target):  # type: ignore[no-untyped-def]
+def _reached(ctx, counter, target):
     """Whether the count at the address is `target` or more; a short pause for who asks again and again."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
         b.call(pause, [])
         count = b.load_atomic(b.inttoptr(args[0], _i64.as_pointer()), "seq_cst", 8)
@@ -211,10 +212,10 @@ def _reached(ctx, counter, target):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _give_way(ctx):  # type: ignore[no-untyped-def]
+def _give_way(ctx):
     """Let another thread have the processor."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_i32, []), "sched_yield")
         return b.sext(b.call(function, []), _i64)
 
@@ -323,10 +324,10 @@ def _multiply(
 
 @njit(nogil=True, cache=True)
 def linear(
-    tid: int, threads: int, counter: int, kind: int, w: int, s: int, m: int, R: int, x: Any, xq: Any, xs: Any, xsum: Any,
-    out: int, ldo: int,
+    tid: int, threads: int, counter: int, kind: int, w: int, s: int, m: int, R: int, x: Any, xq: Any, xs: Any,
+    xsum: Any, out: int, ldo: int,
 ) -> None:  # fmt: skip
-    """One thread's share of x (N, K) float32 times a packed matrix of R rows: out (N, ldo), ldo ≥ R rounded up to 16."""
+    """One thread's share of x (N, K) float32 times a packed matrix of R rows: out (N, ldo ≥ R rounded up to 16)."""
     N, K = x.shape
     for n in range(tid, N, threads):
         _round(x[n], xq[n], xs[n], xsum[n])
@@ -448,8 +449,8 @@ def _activate(gate: Any, up: Any, kind: int) -> Any:
 
 # rows of the table of addresses that `forward` reads
 (
-    A_NORM, A_NORM_BIAS, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, M_NORM, M_NORM_BIAS, UP, UP_BIAS, DOWN, DOWN_BIAS,
-    KEYS, VALUES, WINDOW, TABLES,
+    A_NORM, A_NORM_BIAS, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, M_NORM, M_NORM_BIAS, UP, UP_BIAS, DOWN,
+    DOWN_BIAS, KEYS, VALUES, WINDOW, TABLES,
 ) = (0, 1, 2, 6, 7, 8, 9, 13, 14, 15, 16, 20, 21, 25, 26, 27, 28, 29)  # fmt: skip
 COLUMNS = 30  # a matrix takes four: kind, weights, scales, least values
 
@@ -485,13 +486,14 @@ def _add_product(
 def forward(
     tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int, eps: float,
     centred: bool, activation: int, positions: Any, cos: Any, sin: Any, tables: Any, pools: Any, Z: int, wanted: Any,
-    x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any, product: Any, scores: Any, logits: Any,
+    x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any, product: Any, scores: Any,
+    logits: Any,
 ) -> None:  # fmt: skip
     """One thread's share of a pass of a dense pre-norm model over N tokens.
 
     layers: (L, COLUMNS) addresses and numbers. head: the last norm's weight and bias, and the output matrix's four.
-    positions: (N,). cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks) block numbers of
-    each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
+    positions: (N,). cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks) block numbers
+    of each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
     x: (N, C), the embedded tokens. The rest is room to work: h, xq (threads, N · most columns), xs, xsum (likewise, a
     GROUP-th), qkv (N, (H + 2J)·D), mixed (N, H·D), wide (N, F), product (N, most rows), scores (threads, context).
     logits: (wanted, V rounded up), the result.
@@ -591,7 +593,8 @@ def forward(
                         product[n, F + r] += bias[F + r]
         for n in range(N):
             for r in range(first, last):
-                wide[n, r] = _activate(product[n, r], product[n, F + r] if activation == 0 else np.float32(0), activation)
+                up = product[n, F + r] if activation == 0 else np.float32(0)
+                wide[n, r] = _activate(product[n, r], up, activation)
         met += threads
         _meet(counter, met)
         if a[DOWN] != 32:

@@ -3,8 +3,8 @@
     quantize(model, 4)                 # in place; the model computes as before, nearly
 
 A weight is a code times the scale of its group (32 columns of a row), in 4 bits plus the group's least value:
-`w = scale · q + least`. Codes lie as `model.kernels` reads them; where it cannot (another processor, no numba), a matrix
-is made float32 each time it is used: correct anywhere, and slow.
+`w = scale · q + least`. Codes lie as `model.kernels` reads them; where it cannot (another processor, no numba), a
+matrix is made float32 each time it is used: correct anywhere, and slow.
 
 Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N tokens · E experts.
 """
@@ -33,7 +33,7 @@ def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:
     8 bits: symmetric, stored as 128 more than the code is. 4 bits: of a few ways to lay fifteen steps over a group, the
     one with the least squared error.
     """
-    groups = weight.float().unflatten(1, (-1, GROUP))  # (R, G, 32)
+    groups = weight.float().reshape(len(weight), -1, GROUP)  # (R, G, 32)
     if bits == 8:
         scales = (groups.abs().amax(dim=-1) / 127).half()
         codes = (groups / scales.float().clamp_min(1e-12)[..., None]).round().clamp(-127, 127)
@@ -96,7 +96,7 @@ class Packed(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor, bits: Bits) -> Packed:
-        made = cls(*weight.shape, bits)
+        made = cls(weight.shape[0], weight.shape[1], bits)
         codes, scales, least = encode(weight.detach(), bits)
         made.packed, made.scales = pack(codes, bits), _by_block(scales)
         if least is not None:
@@ -110,7 +110,7 @@ class Packed(nn.Module):
     def some_rows(self, index: Tensor) -> Tensor:
         """(len(index), K) float32: these rows alone."""
         blocks = self.packed[index // ROWS]  # (n, G, 64 · bits), of which a row is a sixteenth
-        codes = blocks.unflatten(2, (-1, ROWS, 4))
+        codes = blocks.view(*blocks.shape[:2], -1, ROWS, 4)
         codes = codes[torch.arange(len(index), device=index.device), :, :, index % ROWS]  # (n, G, steps, 4)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=3).flatten(2, 3)
@@ -118,7 +118,7 @@ class Packed(nn.Module):
 
     def _values(self, codes: Tensor, rows: Tensor | slice) -> Tensor:
         scales = self.scales.transpose(1, 2).flatten(0, 1)[: self.rows][rows].float()  # (n, G)
-        values = codes.float().unflatten(1, (-1, GROUP))
+        values: Tensor = codes.float().reshape(len(codes), -1, GROUP)
         if self.bits == 8:
             return ((values - 128) * scales[..., None]).flatten(1)
         least = self.least.transpose(1, 2).flatten(0, 1)[: self.rows][rows].float()
@@ -157,9 +157,12 @@ class QuantizedEmbedding(nn.Module):
 class QuantizedExperts(MixtureOfExperts):
     """A mixture whose experts are `Packed`; the router stays as it is."""
 
+    up: Any
+    down: Any
+
     def expert(self, index: int, x: Tensor) -> Tensor:
-        gate, up = self.up[index].multiply(x).chunk(2, dim=-1)  # type: ignore[operator]
-        down: Tensor = self.down[index].multiply(F.silu(gate) * up)  # type: ignore[operator]
+        gate, up = self.up[index].multiply(x).chunk(2, dim=-1)
+        down: Tensor = self.down[index].multiply(F.silu(gate) * up)
         return down
 
 
@@ -178,8 +181,8 @@ def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transforme
     if bits not in (4, 8):
         raise UsageError(f"--bits must be 4 or 8, not {bits}.")
 
-    def packed(weight: Tensor) -> Packed:
-        return Packed.of(weight, bits) if fill else Packed(*weight.shape, bits)
+    def packed(weight: Tensor, bits: Bits = bits) -> Packed:
+        return Packed.of(weight, bits) if fill else Packed(weight.shape[0], weight.shape[1], bits)
 
     count = 0
     for module in list(model.modules()):
@@ -200,7 +203,7 @@ def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transforme
             model.embed_tokens = QuantizedEmbedding(weight)  # type: ignore[assignment]
         else:
             embedding = model.embed_tokens.weight
-            table = Packed.of(embedding, 8) if fill else Packed(*embedding.shape, 8)
+            table = packed(embedding, 8)
             model.embed_tokens = QuantizedEmbedding(table)  # type: ignore[assignment]
         model.lm_head = QuantizedLinear(weight, None)  # type: ignore[assignment]
         count += 1
@@ -212,6 +215,19 @@ def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transforme
 
 def is_quantized(model: nn.Module) -> bool:
     return hasattr(model, "quantized_bits")
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """A quantized model's `quantization_config` of config.json."""
+    return {"quant_method": METHOD, "bits": model.quantized_bits, "group_size": GROUP}
+
+
+def described_bits(values: Any) -> Bits | None:
+    """The bits of a `quantization_config` that `description` wrote; None for any other."""
+    if not isinstance(values, dict) or values.get("quant_method") != METHOD or values.get("group_size") != GROUP:
+        return None
+    bits = values.get("bits")
+    return bits if bits in (4, 8) else None
 
 
 def state(model: Transformer) -> dict[str, Tensor]:
