@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptsmith.engine import fast
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.fast import FastRunner, serves
 from gptsmith.engine.runner import Runner
@@ -17,6 +18,11 @@ from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "LEAST_WEIGHTS", 0)
 
 
 def make_model(family: str, **overrides: Any) -> Transformer:
@@ -55,12 +61,12 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
     runner = engine.runner
     assert isinstance(runner, FastRunner)
     passes = 0
-    fast = runner._logits
+    program = runner._logits
 
     def both(*arguments: Any) -> torch.Tensor:
         nonlocal passes
         passes += 1
-        ours, theirs = fast(*arguments), Runner._logits(runner, *arguments)
+        ours, theirs = program(*arguments), Runner._logits(runner, *arguments)
         # Inputs are rounded to 8 bits where weights are: a number at the edge between two may fall either way.
         assert (ours - theirs).norm() <= (1e-5 if bits == 32 else 0.03) * theirs.norm()
         return ours

@@ -76,7 +76,7 @@ def test_four_bits_do_better_than_the_extremes_alone() -> None:
 
 
 @pytest.mark.skipif(not parallel.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
-@pytest.mark.parametrize(("bits", "threads"), itertools.product(BITS, (1, 2)))
+@pytest.mark.parametrize(("bits", "threads"), list(itertools.product(BITS, (1, 2))))
 def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
     """Inputs are rounded to 8 bits, so within a hundredth; of inputs that 8 bits can say, exactly."""
     torch.manual_seed(0)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
-from gptsmith.model.parallel import kernels_available, together
-from gptsmith.model.quantized import Packed, QuantizedLinear
+from gptsmith.model.parallel import announce_compiling, kernels_available, together
+from gptsmith.model.quantized import Packed, QuantizedLinear, is_quantized
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
+LEAST_WEIGHTS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
 MOST_TOKENS = {32: 8, 8: 64, 4: 64}  # of a pass, by bits: beyond it PyTorch's own matrix products are faster
 
 
@@ -45,6 +46,7 @@ class FastRunner(Runner):
 
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
         super().__init__(model, cache, vocab_size)
+        announce_compiling()
         self._stamp: Any = None
         bits = getattr(model, "quantized_bits", 32)
         self.most_tokens = MOST_TOKENS[bits]
@@ -172,6 +174,7 @@ class FastRunner(Runner):
 
 def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
     """The runner for this model on this machine."""
-    if serves(model) and cache.keys[0].dtype == torch.float32:
+    pays = is_quantized(model) or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
+    if pays and serves(model) and cache.keys[0].dtype == torch.float32:
         return FastRunner(model, cache, vocab_size)
     return Runner(model, cache, vocab_size)

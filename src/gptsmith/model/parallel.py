@@ -7,11 +7,14 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gptsmith.log import note
 
 
 @functools.cache
@@ -22,6 +25,15 @@ def kernels_available() -> bool:
     from gptsmith.model import kernels
 
     return kernels.available()
+
+
+@functools.cache
+def announce_compiling() -> None:
+    """Say so if the kernels have not been compiled on this machine yet: it takes a while, once."""
+    from gptsmith.model import kernels
+
+    if not any(Path(str(kernels.forward.stats.cache_path)).glob("kernels.forward*.nbi")):
+        note("compiling kernels for this processor (once; it takes about 20 s) ...")
 
 
 _lock = threading.Lock()  # one program at a time: two would only wait for each other's processors
