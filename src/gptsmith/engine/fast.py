@@ -20,7 +20,7 @@ from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
 LEAST_WEIGHTS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
-MOST_TOKENS = {32: 8, 8: 64, 4: 64}  # of a pass, by bits: beyond it PyTorch's own matrix products are faster
+MOST_TOKENS = {32: 64, 8: 64, 4: 64}  # of a pass, by bits: beyond it PyTorch's own matrix products are faster
 
 
 def serves(model: Transformer) -> bool:

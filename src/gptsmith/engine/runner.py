@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.model.cache import Chunk, PagedBatch, PagedCache
+from gptsmith.model.lora import Adapter, applied
 from gptsmith.model.transformer import Transformer
 
 
@@ -40,6 +41,7 @@ class Runner:
         chunks: list[Chunk] = []
         rows: list[int] = []
         wanted: list[int] = []
+        adapted: dict[int, tuple[Adapter, list[int]]] = {}
         for each in batch:
             s = each.sequence
             begin = s.start + s.computed
@@ -52,7 +54,14 @@ class Runner:
                 count = 1 + len(s.drafts) if each.count == s.remaining + len(s.drafts) else 0
             wanted.append(count)
             rows += range(len(ids) - count, len(ids))
-        logits = self._logits(ids, chunks, rows)
+            adapter = s.request.adapter
+            if adapter is not None:
+                adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
+        if adapted:
+            with applied(self.model, list(adapted.values())):
+                logits = Runner._logits(self, ids, chunks, rows)
+        else:
+            logits = self._logits(ids, chunks, rows)
         return [Rows(each, part) for each, part in zip(batch, torch.split(logits, wanted), strict=True)]
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:

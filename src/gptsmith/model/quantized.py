@@ -173,7 +173,8 @@ def can_pack(weight: Tensor) -> bool:
 @torch.no_grad()
 def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transformer:
     """Replace the model's matrices by ones of so many bits, in place. Norms, biases, positions and routers stay, and so
-    does a matrix whose width is no multiple of 32. Embeddings have 8 bits at least: a token reads one row of them.
+    does a matrix whose width is no multiple of 32. Embeddings and the output have 8 bits always: what 4 lose shows most
+    there.
 
     fill: False leaves the numbers undefined, to be loaded. Raises UsageError for another number of bits, or where there
     is nothing to quantize.
@@ -198,7 +199,7 @@ def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transforme
                 setattr(module, name, QuantizedLinear(packed(child.weight), child.bias))
                 count += 1
     if can_pack(model.lm_head.weight):
-        weight = packed(model.lm_head.weight)
+        weight = packed(model.lm_head.weight, 8)
         if model.config.tie_word_embeddings:
             model.embed_tokens = QuantizedEmbedding(weight)  # type: ignore[assignment]
         else:
