@@ -63,6 +63,7 @@ def tiny(model_type: str) -> Any:
             "head_dim": 8,
             "max_position_embeddings": CONTEXT,
             "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
             "num_experts": 4,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gptsmith.errors import UsageError
+from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
-from gptsmith.presets import PRESETS, describe_presets, preset
+from gptsmith.presets import OWN, RECIPES, describe_presets, preset
 from gptsmith.train.config import TrainConfig
 
 
@@ -17,7 +20,7 @@ def parameters(name: str, vocab_size: int) -> int:
         return Transformer(config.model.build(vocab_size, config.context)).num_parameters()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", OWN)
 def test_each_builds_a_model(name: str) -> None:
     config = preset(name)
     assert parameters(name, config.vocab_size) > 0
@@ -25,7 +28,6 @@ def test_each_builds_a_model(name: str) -> None:
 
 
 def test_sizes() -> None:
-    assert parameters("gpt2-124m", 50257) == 124_439_808  # as the published GPT-2 small
     assert parameters("char-small", 65) == pytest.approx(0.81e6, rel=0.02)
     assert parameters("bpe-small", 4096) == pytest.approx(12e6, rel=0.1)
 
@@ -49,6 +51,49 @@ def test_an_unknown_one_names_the_nearest() -> None:
 
 
 def test_each_is_described_in_a_line() -> None:
-    lines = describe_presets().splitlines()
-    assert len(lines) == len(PRESETS)
-    assert all(line.split(maxsplit=1)[0] == name and len(line) > 40 for name, line in zip(PRESETS, lines, strict=True))
+    own, published = describe_presets().split("\n\n")
+    for name, line in zip(OWN, own.splitlines(), strict=True):
+        assert line.split(maxsplit=1)[0] == name
+        assert len(line) > 40
+    assert published.replace("*", "").split(":", 1)[1].split() == list(RECIPES)
+    assert all(len(line) <= 120 for line in published.splitlines())
+
+
+@pytest.mark.parametrize("name", families.SIZES)
+def test_every_published_size_is_a_preset(name: str) -> None:
+    """What it trains has the shape of the published model, but for what is done after training."""
+    family, options = families.SIZES[name]
+    published, chosen = families.FAMILIES[family](**options), preset(name)
+    built = chosen.model.build(chosen.vocab_size, chosen.context)
+    later = {"max_position_embeddings": chosen.context, "rope_scaling": None, "norm_eps": built.norm_eps}
+    assert built == replace(published, **later)
+    assert chosen.batch_size % (chosen.micro_batch_size or 1) == 0
+    tokens = chosen.steps * chosen.batch_size * chosen.context
+    assert tokens == pytest.approx(RECIPES[name].tokens, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate"),
+    [
+        ("gpt3-125m", 0.5e6, 6.0e-4),
+        ("gpt3-350m", 0.5e6, 3.0e-4),
+        ("gpt3-760m", 0.5e6, 2.5e-4),
+        ("gpt3-1.3b", 1e6, 2.0e-4),
+        ("gpt3-2.7b", 1e6, 1.6e-4),
+        ("gpt3-6.7b", 2e6, 1.2e-4),
+        ("gpt3-13b", 2e6, 1.0e-4),
+        ("gpt3-175b", 3.2e6, 0.6e-4),
+    ],
+)
+def test_table_2_1_of_gpt3(name: str, batch: float, rate: float) -> None:
+    config = preset(name)
+    tokens = config.batch_size * config.context
+    assert tokens == pytest.approx(batch, rel=0.05)
+    assert config.optim.warmup_steps * tokens == pytest.approx(375e6, rel=0.01)
+    assert (config.optim.lr, config.optim.beta2, config.optim.clip, config.context) == (rate, 0.95, 1.0, 2048)
+
+
+def test_gpt1_has_a_byte_pair_vocabulary_of_its_own_size() -> None:
+    config = preset("gpt1-117m")
+    assert (config.tokenizer, config.vocab_size, config.context, config.batch_size) == ("bpe", 40478, 512, 64)
+    assert parameters("gpt1-117m", config.vocab_size) == 116_534_784

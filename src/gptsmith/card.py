@@ -33,6 +33,8 @@ class About:
     dtype: str
     origin: str | None = None
     """Where a model came from that was not trained here."""
+    changes: str = ""
+    """What was changed in it since it was trained, in sentences."""
 
 
 def model_card(about: About, config: ModelConfig, parameters: int, run: Run | None = None) -> str:
@@ -110,7 +112,9 @@ def _printable(text: str, *, keep: str = "") -> str:
 def _introduction(about: About, config: ModelConfig, parameters: int, run: Run | None) -> str:
     made = f"trained with gptsmith {escape(str(run.info.get('version', __version__)))}" if run else "in gptsmith's form"
     text = f"A language model of {parameters:,} parameters ({escape(config.model_type)}), {made}."
-    return text if about.origin is None else f"{text} It comes from {escape(about.origin)}."
+    if about.origin is not None:
+        text += f" It comes from {escape(about.origin)}."
+    return f"{text} {escape(about.changes)}" if about.changes else text
 
 
 def _shape(config: ModelConfig, about: About) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch  # loaded before training: a run short of memory must still be able to save
 import torch
 from torch import Tensor
 
@@ -49,8 +50,6 @@ def save_checkpoint(
     directory: Path, model: Transformer, tokenizer: Tokenizer | None, state: TrainState | None = None
 ) -> None:
     """Write a model directory atomically; `directory` must not exist yet. GptsmithError if the disk is full."""
-    from safetensors.torch import save_file
-
     with atomic_directory(directory) as temporary:
         with explain_full_disk(directory):
             save_model(model, temporary, eos_token_id=tokenizer.eos_id if tokenizer else None)
@@ -59,7 +58,7 @@ def save_checkpoint(
             if state is not None:
                 (temporary / "train").mkdir()
                 write_text(temporary / "train" / "state.json", json.dumps(state.values, indent=1) + "\n")
-                save_file(state.tensors, temporary / "train" / "state.safetensors")
+                safetensors.torch.save_file(state.tensors, temporary / "train" / "state.safetensors")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files

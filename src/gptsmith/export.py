@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gptsmith.alter import Alteration
 from gptsmith.card import About, licence_of, model_card, run_of
 from gptsmith.checkpoint import explain_full_disk, resolve_model
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
@@ -31,6 +32,7 @@ from gptsmith.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gptsmith.model.gguf import GgufType
 
+UNCHANGED = Alteration()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARD_FILE = "README.md"
 SHARD_BYTES = 5_000_000_000  # larger models are cut into files of at most this
@@ -40,11 +42,17 @@ _LARGEST_KEPT_FILE = 1 << 20  # bytes, of a card or licence that goes along
 
 
 def export_directory(
-    spec: str | Path, out: Path, *, dtype: str = "auto", licence: str | None = None
+    spec: str | Path,
+    out: Path,
+    *,
+    dtype: str = "auto",
+    licence: str | None = None,
+    alteration: Alteration = UNCHANGED,
 ) -> tuple[Transformer, str]:
     """Write the model that `spec` means (see `resolve_model`) as a Hugging Face directory with a model card.
 
     dtype: fp32, bf16, fp16, or auto: as it is stored there. licence: for the card, instead of the model's own.
+    alteration: what is changed in the model before.
     Returns the model and the type its weights were stored in. Raises as `read_complete` and `write_directory` do.
     """
     refuse_existing(out)
@@ -53,22 +61,26 @@ def export_directory(
     source = open_model(resolve_model(spec))
     stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
     model, tokenizer = read_complete(source)
-    card = _card(spec, source, model, dtype_name(stored), licence)
+    model = alteration.apply(model)
+    card = _card(spec, source, model, dtype_name(stored), licence, alteration.describe())
     write_directory(out, model, tokenizer, dtype=stored, source=source, card=card)
     return model, dtype_name(stored)
 
 
-def export_gguf(spec: str | Path, out: Path, *, dtype: GgufType = "f16") -> Transformer:
+def export_gguf(
+    spec: str | Path, out: Path, *, dtype: GgufType = "f16", alteration: Alteration = UNCHANGED
+) -> Transformer:
     """Write the model that `spec` means as one GGUF file, for llama.cpp and its kin; returns the model.
 
-    dtype: f32, f16, q8_0 or q4_0. Raises UsageError for a family or setting that llama.cpp does not have, and as
-    `read_complete` does.
+    dtype: f32, f16, q8_0 or q4_0. alteration: what is changed in the model before. Raises UsageError for a family or
+    setting that llama.cpp does not have, and as `read_complete` does.
     """
     from gptsmith.model.gguf import write_gguf
     from gptsmith.tokenizer.gguf import tokenizer_to_gguf
 
     refuse_existing(out)
     model, tokenizer = read_complete(open_model(resolve_model(spec)))
+    model = alteration.apply(model)
     write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
     return model
 
@@ -154,11 +166,14 @@ def _refuse_not_finite(weights: Mapping[str, Tensor], what: str) -> None:
         raise CheckpointError(f"{what}: {', '.join(bad[:8])}{more}.")
 
 
-def _card(spec: str | Path, source: ModelSource, model: Transformer, dtype: str, licence: str | None) -> str:
-    """The card to write: the model's own where it has one and is not of a run here, else one made of what is known."""
+def _card(
+    spec: str | Path, source: ModelSource, model: Transformer, dtype: str, licence: str | None, changes: str
+) -> str:
+    """The card to write: the model's own where it has one that still holds and is not of a run here, else one made of
+    what is known."""
     run = run_of(source.path)
     own = _own_card(source.path / CARD_FILE)
-    if own is not None and run is None and licence in (None, licence_of(own)):
+    if own is not None and run is None and not changes and licence in (None, licence_of(own)):
         return own
     named = NAMED_MODELS.get(str(spec))
     licence = licence or (own and licence_of(own)) or (named and named.licence) or "unknown"
@@ -166,7 +181,7 @@ def _card(spec: str | Path, source: ModelSource, model: Transformer, dtype: str,
     origin: str | None = None
     if run is None:
         origin = named.description if named is not None else Path(spec).name if Path(spec).exists() else str(spec)
-    return model_card(About(title, licence, dtype, origin), model.config, model.num_parameters(), run)
+    return model_card(About(title, licence, dtype, origin, changes), model.config, model.num_parameters(), run)
 
 
 def _own_card(path: Path) -> str | None:

@@ -53,6 +53,7 @@ _LARGEST = {  # beyond these a configuration is a mistake or an attack: tables a
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 21,
     "sliding_window": 1 << 21,
+    "shared_expert_intermediate_size": 1 << 22,
     "num_experts": 1 << 13,
     "num_experts_per_tok": 1 << 13,
 }

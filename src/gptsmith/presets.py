@@ -1,4 +1,5 @@
-"""Named starting points for training: each a function that returns a `TrainConfig`, whose docstring is its description.
+"""Named starting points for training: functions that return a `TrainConfig`. Those of our own describe themselves in
+their docstrings; those of published sizes come from two tables, `families.SIZES` and `RECIPES`.
 
 Every value can be overridden on the command line.
 """
@@ -6,9 +7,12 @@ Every value can be overridden on the command line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 from gptsmith.errors import UsageError, nearest
+from gptsmith.model import families
 from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
 
 
@@ -67,36 +71,111 @@ def bpe_small() -> TrainConfig:
     )
 
 
-def gpt2_124m() -> TrainConfig:
-    """GPT-2 small, 124M parameters, its own vocabulary, the recipe commonly used to reproduce it: for a GPU."""
+@dataclass(frozen=True)
+class Recipe:
+    """How a model of a published size is trained. `published` is False where its paper gives no learning rate."""
+
+    lr: float
+    batch_size: int  # sequences of `context`
+    context: int
+    tokens: float  # seen in training, all told
+    warmup_steps: int
+    published: bool = True
+
+
+# GPT-1: section 4.1 of the paper; 100 epochs of BooksCorpus, of about a billion tokens. GPT-2: the paper gives the
+# batch; rates are GPT-3's for the same sizes, tokens those of common reproductions. GPT-3: table 2.1 and appendix B of
+# 2005.14165. Llama: 2302.13971, table 2; Llama 3.1: 2407.21783, table 3 and section 3.4.1 (its first stage). The others
+# name tokens and contexts at most: their rates and batches here are Llama's.
+RECIPES: dict[str, Recipe] = {
+    "gpt1-117m": Recipe(2.5e-4, 64, 512, 100e9, 2000),
+    "gpt2-124m": Recipe(6e-4, 512, 1024, 10.5e9, 700, published=False),
+    "gpt2-355m": Recipe(3e-4, 512, 1024, 10.5e9, 700, published=False),
+    "gpt2-774m": Recipe(2.5e-4, 512, 1024, 10.5e9, 700, published=False),
+    "gpt2-1.5b": Recipe(2e-4, 512, 1024, 10.5e9, 700, published=False),
+    "gpt3-125m": Recipe(6e-4, 256, 2048, 300e9, 715),
+    "gpt3-350m": Recipe(3e-4, 256, 2048, 300e9, 715),
+    "gpt3-760m": Recipe(2.5e-4, 256, 2048, 300e9, 715),
+    "gpt3-1.3b": Recipe(2e-4, 512, 2048, 300e9, 358),
+    "gpt3-2.7b": Recipe(1.6e-4, 512, 2048, 300e9, 358),
+    "gpt3-6.7b": Recipe(1.2e-4, 1024, 2048, 300e9, 179),
+    "gpt3-13b": Recipe(1e-4, 1024, 2048, 300e9, 179),
+    "gpt3-175b": Recipe(0.6e-4, 1600, 2048, 300e9, 114),
+    "llama-7b": Recipe(3e-4, 2048, 2048, 1e12, 2000),
+    "llama3.1-8b": Recipe(3e-4, 512, 8192, 15e12, 8000),
+    "llama3.2-1b": Recipe(3e-4, 512, 8192, 9e12, 2000, published=False),
+    "llama3.2-3b": Recipe(3e-4, 512, 8192, 9e12, 2000, published=False),
+    "mistral-7b": Recipe(3e-4, 512, 8192, 1e12, 2000, published=False),
+    "qwen2-0.5b": Recipe(3e-4, 1024, 4096, 12e12, 2000, published=False),
+    "qwen2-1.5b": Recipe(3e-4, 1024, 4096, 7e12, 2000, published=False),
+    "qwen2-7b": Recipe(3e-4, 1024, 4096, 7e12, 2000, published=False),
+    "qwen3-0.6b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+    "qwen3-1.7b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+    "qwen3-4b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+    "qwen3-8b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+    "mixtral-8x7b": Recipe(3e-4, 128, 32768, 1e12, 2000, published=False),
+    "qwen1.5-moe-a2.7b": Recipe(3e-4, 512, 8192, 1e12, 2000, published=False),
+    "qwen2-57b-a14b": Recipe(3e-4, 1024, 4096, 4.5e12, 2000, published=False),
+    "qwen3-30b-a3b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+}
+
+
+def published_size(name: str) -> TrainConfig:
+    """A model of `families.SIZES`, trained from the start as its paper says, or as `Recipe` says where it is silent.
+
+    All of it by AdamW and a cosine. GPT-2 and GPT-3 with GPT-2's vocabulary; for the others a BPE of the published size
+    is learned from the data, since theirs was learned from data of their own. Scaling of rotary positions for longer
+    contexts comes after training (`gptsmith export --context`).
+    """
+    family, options = families.SIZES[name]
+    c, recipe = families.FAMILIES[family](**options), RECIPES[name]
+    first = family == "gpt1"
     return TrainConfig(
-        tokenizer="gpt2",
-        model=ModelOptions(family="gpt2", num_hidden_layers=12, hidden_size=768, num_attention_heads=12),
-        context=1024,
-        batch_size=480,
-        micro_batch_size=12,
-        steps=20000,
+        tokenizer="gpt2" if family in ("gpt2", "gpt3") else "bpe",
+        vocab_size=c.vocab_size,
+        model=ModelOptions(
+            family=cast(Any, family),
+            num_hidden_layers=c.num_hidden_layers,
+            hidden_size=c.hidden_size,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            intermediate_size=c.intermediate_size,
+            rope_theta=c.rope_theta,
+            tie_word_embeddings=c.tie_word_embeddings,
+            sliding_window=c.sliding_window,
+            num_experts=c.num_experts or None,
+            num_experts_per_tok=c.num_experts_per_tok if c.num_experts else None,
+            shared_expert_intermediate_size=c.shared_expert_intermediate_size or None,
+        ),
+        context=recipe.context,
+        dropout=0.1 if first else 0.0,
+        steps=100 * round(recipe.tokens / (100 * recipe.batch_size * recipe.context)),
+        batch_size=recipe.batch_size,
+        micro_batch_size=max(1, 16384 // recipe.context),
+        val_fraction=0.005,
+        eval_tokens=4_000_000,
         eval_every=1000,
         optim=OptimConfig(
             name="adamw",
-            lr=6e-4,
-            weight_decay=0.1,
-            beta2=0.95,
+            lr=recipe.lr,
+            weight_decay=0.01 if first else 0.1,
+            beta2=0.999 if first else 0.95,
             schedule="cosine",
-            warmup_steps=700,
-            final_factor=0.1,
+            warmup_steps=recipe.warmup_steps,
+            final_factor=0.0 if first else 0.1,
         ),
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {
+OWN: dict[str, Callable[[], TrainConfig]] = {
     "char-small": char_small,
     "shakespeare-3min": shakespeare_3min,
     "shakespeare-quick": shakespeare_quick,
     "nanogpt-cpu": nanogpt_cpu,
     "bpe-small": bpe_small,
-    "gpt2-124m": gpt2_124m,
 }
+PRESETS: dict[str, Callable[[], TrainConfig]] = OWN | {name: partial(published_size, name) for name in RECIPES}
 
 
 def preset(name: str) -> TrainConfig:
@@ -107,5 +186,10 @@ def preset(name: str) -> TrainConfig:
 
 
 def describe_presets() -> str:
-    """A line for each preset."""
-    return "\n".join(f"  {name:18}{(make.__doc__ or '').strip()}" for name, make in PRESETS.items())
+    """A line for each of our own, and the published sizes by family."""
+    lines = [f"  {name:18}{(make.__doc__ or '').strip()}" for name, make in OWN.items()]
+    lines += ["", "published sizes, for GPUs; those with * with the paper's own training settings:"]
+    for family in families.FAMILIES:
+        names = [name for name in RECIPES if families.SIZES[name][0] == family]
+        lines.append("  " + "  ".join(name + "*" * RECIPES[name].published for name in names))
+    return "\n".join(lines)

@@ -5,6 +5,7 @@ Nothing here happens at import; torch is imported inside the functions that need
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,7 +18,8 @@ from gptsmith.storage import explain_os_errors
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ChosenPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["auto", ChosenPrecision]
 
 
 def cache_directory() -> Path:
@@ -58,29 +60,65 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+def choose_precision(name: Precision, device: torch.device) -> ChosenPrecision:
     """`auto`: fp32 on a CPU, bf16 on a GPU that has it, otherwise fp16 with loss scaling."""
     import torch
 
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
             raise UsageError("--precision fp16 needs a GPU. On a CPU use fp32 or bf16.")
+        if name == "fp8":
+            if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+                raise UsageError("--precision fp8 needs an NVIDIA GPU of the Ada or Hopper generation or later.")
+            if importlib.util.find_spec("torchao") is None:
+                raise UsageError('--precision fp8 needs torchao: pip install "gptsmith[fp8]".')
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp32"
 
 
+def autocast_dtype(precision: ChosenPrecision) -> torch.dtype | None:
+    """The type of products under autocast; None for plain fp32. fp8 layers take and give bf16."""
+    import torch
+
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[precision]
+
+
 def compiler_available(device: torch.device) -> bool:
     """Whether `torch.compile` can work here: a C++ compiler for a CPU, Triton (and a C compiler) for a GPU."""
     if device.type == "cuda":
-        import importlib.util
-
         return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
     if device.type == "cpu":
         name = os.environ.get("CXX")
         return any(map(shutil.which, [name] if name else ["g++", "clang++"])) and platform.system() != "Windows"
     return False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had: torch's on a GPU, and the several forms of it on a CPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a training step frees, for the next step to use.
+
+    By default it hands large blocks back to the system at once, and every step touches thousands of fresh pages again:
+    a tenth of the time of a small model's step. Does nothing where the library is not glibc, or is told otherwise by
+    MALLOC_* variables or GLIBC_TUNABLES.
+    """
+    import ctypes
+
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (malloc.h)
+        mallopt(option, value)
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small models only suffer f
 TINY = [
     *("--model.hidden-size", "32", "--model.num-hidden-layers", "1", "--context", "32", "--batch-size", "4"),
     *("--steps", "20", "--eval-every", "10", "--save-every", "5", "--log-every", "1", "--sample-tokens", "20"),
-    *("--compile", "off", "--device", "cpu"),
+    *("--compile", "off", "--device", "cpu", "--sample-prompt", "ba"),
 ]
 
 Snapshot = dict[str, bytes | str | None]

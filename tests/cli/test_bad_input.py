@@ -374,7 +374,7 @@ def test_no_space_for_a_checkpoint(
     """The same without a disk of one's own: the system says there is no space, from some step on."""
     from gptsmith.train.trainer import Trainer
 
-    fsync, update, full = os.fsync, Trainer._update, [False]
+    fsync, update, full = os.fsync, Trainer.update, [False]
 
     def no_space(fd: int) -> None:
         if full[0]:
@@ -386,7 +386,7 @@ def test_no_space_for_a_checkpoint(
         full[0] = self.step >= full_from
 
     monkeypatch.setattr(os, "fsync", no_space)
-    monkeypatch.setattr(Trainer, "_update", then_full)
+    monkeypatch.setattr(Trainer, "update", then_full)
     run = tmp_path / "run"
     code, _, err = run_cli("train", text_file, "--out", run, *tiny)
     assert code == 1

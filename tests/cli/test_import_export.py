@@ -60,8 +60,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable
                     "head_dim": 8,
                     "max_position_embeddings": CONTEXT,
                 }
-            if model_type in ("mixtral", "qwen3_moe"):
+            if model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
                 values |= {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+                values |= {"num_experts": 4, "shared_expert_intermediate_size": 24}
             config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **values)
             torch.manual_seed(0)
             theirs = AutoModelForCausalLM.from_config(config)
@@ -111,9 +112,8 @@ def test_import_export_import_changes_no_bit(
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (first / name).read_bytes() == (out / name).read_bytes() == (second / name).read_bytes(), name
-    if model_type != "gpt_neo":  # whose queries are scaled on the way in and out: exact from then on
-        theirs = weights(models(model_type))
-        assert all(torch.equal(a[name], theirs[name]) for name in a.keys() & theirs.keys())
+    theirs = weights(models(model_type))
+    assert all(torch.equal(a[name], theirs[name]) for name in a.keys() & theirs.keys())
 
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
@@ -143,6 +143,74 @@ def test_precision_is_kept_unless_asked(source: Path, tmp_path: Path, run_cli: C
     assert all(torch.equal(half[name], tensor) for name, tensor in weights(tmp_path / "same").items())
     assert "fp32" in run_cli("import", source, "--out", tmp_path / "wide", "--dtype", "fp32")[1]
     assert all(torch.equal(half[name].float(), tensor) for name, tensor in weights(tmp_path / "wide").items())
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize("method", [None, "linear", "ntk", "llama3"])
+def test_a_longer_context(
+    command: str, method: str | None, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    chosen = () if method is None else ("--rope-scaling", method)
+    code, text, err = run_cli(command, models("qwen3"), "--out", tmp_path / "out", "--context", 4 * CONTEXT, *chosen)
+    assert code == 0, err
+    assert f"context {4 * CONTEXT}" in text
+    ours, _ = load_model(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(0, VOCABULARY, (1, 4 * CONTEXT))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"extended to {4 * CONTEXT} tokens ({method or 'yarn'})" in card
+
+
+def test_upcycling(models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense = models("qwen3")
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        code, text, err = run_cli("import", dense, "--out", out, "--upcycle", 3, "--experts-per-tok", 1)
+        assert code == 0, err
+        assert "qwen3_moe" in text
+    assert all(torch.equal(tensor, weights(outs[1])[name]) for name, tensor in weights(outs[0]).items())
+    ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
+    theirs = AutoModelForCausalLM.from_pretrained(outs[0]).eval()
+    with torch.no_grad():
+        expected = load_model(dense)[0](ids)
+        torch.testing.assert_close(load_model(outs[0])[0](ids), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert "upcycled to 3 experts, 1 a token" in (outs[0] / "README.md").read_text()
+    assert run_cli("export", dense, "--to", "gguf", "--upcycle", 2, "--out", tmp_path / "x.gguf")[0] == 0
+    assert load_model(tmp_path / "x.gguf")[0].config.num_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "arguments", "message"),
+    [
+        ("gpt2", ("--context", "99"), "learned positions end at 64; only rotary positions can be extended"),
+        ("qwen3", ("--context", "10"), "the context is 64 already"),
+        ("qwen3", ("--context", "99999999"), "more than 2,097,152 tokens"),
+        ("qwen3", ("--rope-scaling", "ntk"), "give both"),
+        ("qwen3", ("--experts-per-tok", "2"), "give both"),
+        ("qwen3", ("--upcycle", "0"), "at least 1 expert"),
+        ("qwen3", ("--upcycle", "2", "--experts-per-tok", "3"), "num_experts_per_tok (3) must be 1 to 2"),
+        ("gpt2", ("--upcycle", "2"), "a gpt2 model cannot be upcycled; these can: llama, mistral, qwen3"),
+    ],
+)
+def test_what_cannot_be_changed_is_said(
+    model_type: str,
+    arguments: tuple[str, ...],
+    message: str,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    run_cli: Cli,
+) -> None:
+    code, out, err = run_cli("import", models(model_type), "--out", tmp_path / "out", *arguments)
+    assert (code, out) == (2, "")
+    assert message.replace("64", str(CONTEXT)) in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_template_ids_card_and_licence_go_along(source: Path, tmp_path: Path, run_cli: Cli) -> None:

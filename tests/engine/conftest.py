@@ -26,7 +26,7 @@ def make_model() -> MakeModel:
             options["sliding_window"] = 7
         if family in ("llama", "qwen3"):
             options["num_key_value_heads"] = 1
-        if family in ("mixtral", "qwen3_moe"):
+        if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
             options |= {"num_experts": 4, "num_experts_per_tok": 2}
         config = families.FAMILIES[family](
             vocab_size=vocab_size,

@@ -26,7 +26,7 @@ DENSE = ["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3"]
 def make_model(family: str) -> Transformer:
     torch.manual_seed(0)
     options: dict[str, Any] = {"sliding_window": 6} if family in ("gpt3", "mistral") else {}
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
     config = families.FAMILIES[family](
         vocab_size=40,

@@ -40,7 +40,7 @@ def make_model(family: str, **overrides: Any) -> Transformer:
     }
     if family in ("gpt3", "mistral"):
         options["sliding_window"] = 7
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
     model = Transformer(families.FAMILIES[family](**options | overrides)).eval()
     for parameter in model.parameters():
@@ -97,7 +97,7 @@ def test_greedy_equals_the_naive_loop(family: str, bits: int, naive: Any) -> Non
 
 def test_what_is_not_served_goes_the_other_way() -> None:
     for family in families.FAMILIES:
-        assert serves(make_model(family)) is (family not in ("gpt1", "mixtral", "qwen3_moe"))
+        assert serves(make_model(family)) is (family not in ("gpt1", "mixtral", "qwen2_moe", "qwen3_moe"))
     assert not serves(make_model("gpt2", hidden_size=40))
     assert not serves(make_model("gpt2").to(torch.bfloat16))
     engine = Engine(make_model("gpt2").to(torch.bfloat16))

@@ -57,6 +57,10 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "qwen3_moe": lambda: families.qwen3_moe(
         **GROUPED, head_dim=16, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True
     ),
+    "qwen2_moe": lambda: families.qwen2_moe(
+        **GROUPED, num_experts=5, num_experts_per_tok=2, shared_expert_intermediate_size=160
+    ),
+    "qwen2_moe-tied": lambda: families.qwen2_moe(**GROUPED, num_experts=4, tie_word_embeddings=True),
     "gpt2": lambda: families.gpt2(**SMALL),
     "gpt2-untied": lambda: families.gpt2(**SMALL, tie_word_embeddings=False, intermediate_size=160),
 }
@@ -169,7 +173,8 @@ def test_the_gguf_library_reads_what_is_written(bpe: Tokenizer, tmp_path: Path) 
     [
         ("llama", {}),
         ("qwen2", {}),
-        ("qwen3", {"head_dim": 128}),  # it takes head_dim and (for gpt2) the context from its defaults, not the file
+        ("qwen3", {"head_dim": 128}),  # it takes head_dim, experts' widths and (gpt2) the context from its defaults
+        ("qwen2_moe", {"intermediate_size": 1408, "shared_expert_intermediate_size": 5632}),
         ("gpt2", {"max_position_embeddings": 1024}),
     ],
 )
@@ -214,7 +219,7 @@ def test_llama_cpp_gives_the_same_logits_and_text(name: str, bpe: Tokenizer, tmp
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen2_moe", "qwen3_moe", "gpt2"])
 def test_llama_cpp_reads_the_smaller_types(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     engine, ids = llama(path), bpe.encode(TEXT)[:40]
@@ -247,6 +252,8 @@ def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
         ("gpt2", {"mlp": "gelu"}, "tanh form of GELU"),
         ("qwen3", {"attention_bias": True}, "no attention biases"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("qwen2_moe", {"attention_bias": False}, "has biases of queries"),
         ("qwen2", {"head_dim": 8}, "biases of the queries"),
         ("qwen3", {"rope_scaling": RopeScaling("yarn", 2.0, 32, beta_fast=16.0)}, "YaRN"),
     ],
@@ -261,7 +268,9 @@ def test_models_that_llama_cpp_computes_otherwise(
 
 @pytest.mark.parametrize("family", [families.gpt1, families.gpt3])
 def test_families_without_an_architecture(family: Any, bpe: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"Supported: gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"):
+    with pytest.raises(
+        UsageError, match=r"Supported: gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"
+    ):
         write(Transformer(family(**SMALL)), bpe, tmp_path / "model.gguf")
 
 
@@ -333,6 +342,33 @@ def contents(tensors: dict[str, np.ndarray] | None = None, **metadata: Any) -> b
     return file.getvalue()
 
 
+def contents_with_experts() -> bytes:
+    """A small valid file of three experts and a shared one."""
+    layer = {"attn_q.bias": (8,), "attn_k.bias": (4,), "attn_v.bias": (4,), "ffn_gate_inp.weight": (3, 8)}
+    layer |= {f"ffn_{part}_exps.weight": (3, 6, 8) for part in ("gate", "up")} | {"ffn_down_exps.weight": (3, 8, 6)}
+    layer |= {f"ffn_{part}_shexp.weight": (12, 8) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (8, 12)}
+    layer |= {"ffn_gate_inp_shexp.weight": (8,)}
+    tensors = {f"blk.0.{name}": np.full(shape, 0.5, dtype=np.float32) for name, shape in layer.items()}
+    unwanted = ("attn_q_norm", "attn_k_norm", "ffn_gate", "ffn_up", "ffn_down")
+    settings = {
+        "block_count": 1,
+        "context_length": 16,
+        "embedding_length": 8,
+        "feed_forward_length": 12,
+        "attention__head_count": 2,
+        "attention__head_count_kv": 1,
+        "attention__layer_norm_rms_epsilon": 1e-6,
+        "expert_count": 3,
+        "expert_used_count": 2,
+        "expert_shared_feed_forward_length": 12,
+    }
+    return contents(
+        tensors | {f"blk.0.{name}.weight": NOTHING for name in unwanted},
+        general__architecture="qwen2moe",
+        **{f"qwen2moe__{key}": value for key, value in settings.items()},
+    )
+
+
 def load(path: Path, data: bytes) -> None:
     """Everything that is done with a file."""
     path.write_bytes(data)
@@ -342,8 +378,9 @@ def load(path: Path, data: bytes) -> None:
         file.tensors[name]
 
 
-def test_the_small_file_is_valid(tmp_path: Path) -> None:
-    load(tmp_path / "model.gguf", contents())
+@pytest.mark.parametrize("make", [contents, contents_with_experts])
+def test_the_small_files_are_valid(make: Callable[[], bytes], tmp_path: Path) -> None:
+    load(tmp_path / "model.gguf", make())
     read(tmp_path / "model.gguf")
 
 
@@ -492,11 +529,12 @@ def fuzz(path: Path, seeds: range) -> int:
             tokenizer__ggml__token_type=[2, 1, 1, 1],
             tokenizer__ggml__scores=[0.0, -1.0, -2.0, -3.0],
         ),
+        contents_with_experts(),
     ]
     refused = 0
     for seed in seeds:
         try:
-            load(path, damage(bases[seed % 2], random.Random(seed)))
+            load(path, damage(bases[seed % 3], random.Random(seed)))
         except CheckpointError as error:
             refused += str(path) in str(error)
     return refused

@@ -12,7 +12,7 @@ from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss
+from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss, swiglu
 from gptsmith.model.transformer import Transformer
 from gptsmith.model.upcycle import upcycle
 from gptsmith.train.config import ModelOptions, TrainConfig
@@ -48,7 +48,9 @@ def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, t
     weights, picked = probabilities.topk(chosen, dim=-1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    every = torch.stack([layer.expert(e, x[0]) for e in range(experts)], dim=1)  # (N, E, C)
+    every = torch.stack(
+        [swiglu(x[0], *both) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
+    )  # (N, E, C)
     expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
     torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -86,7 +88,7 @@ def test_upcycling_starts_as_the_dense_model() -> None:
         upcycle(Transformer(families.gpt2(**{**options, "num_key_value_heads": None, "head_dim": None})), 4)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_experts_learn_and_their_load_is_logged(family: str, optimizer: str, text_file: Path, tmp_path: Path) -> None:
     config = TrainConfig(
@@ -128,8 +130,13 @@ def test_impossible_choices(wrong: dict[str, int]) -> None:
     [
         (
             ModelOptions(family="qwen3", num_experts=4),
-            "--model.num-experts: a qwen3 model has none.*mixtral, qwen3_moe",
+            "--model.num-experts: a qwen3 model has none.*mixtral, qwen2_moe, qwen3_moe",
         ),
+        (
+            ModelOptions(family="qwen3_moe", shared_expert_intermediate_size=8),
+            "--model.shared-expert-intermediate-size: a qwen3_moe model has none. These have: qwen2_moe",
+        ),
+        (ModelOptions(family="gpt1", rope_theta=1e4), "--model.rope-theta: a gpt1 model has none.*llama"),
         (ModelOptions(family="gpt2", router_aux_loss_coef=0.1), "--model.router-aux-loss-coef: a gpt2 model"),
         (
             ModelOptions(family="llama", sliding_window=8),

@@ -22,7 +22,7 @@ def make_model(family: str, hidden: int = 64) -> Transformer:
     options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None}
     if family in ("gpt3", "mistral"):
         options["sliding_window"] = 7
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
     config = families.FAMILIES[family](
         vocab_size=101,

@@ -296,7 +296,7 @@ def test_without_a_working_compiler_training_goes_on(
 
     monkeypatch.setattr(module.torch, "compile", broken)
     monkeypatch.setattr(module, "compiler_available", lambda device: True)
-    monkeypatch.setattr(module, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr("gptsmith.train.compiled.COMPILE_SECONDS", 0.0)
     config = replace(CONFIG, compile="auto", steps=10, eval_every=10)
     start(str(text), config, tmp_path / "auto")
     assert "compiling failed, going on without: the compiler has no header" in capfd.readouterr().err

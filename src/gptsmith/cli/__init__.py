@@ -13,6 +13,9 @@ from gptsmith.errors import GptsmithError, UsageError, nearest
 
 COMMANDS = {
     "train": "make a GPT from a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
+    "plan": "say what a run would take - memory, time, money - before it runs",
+    "find-lr": "try rising learning rates and draw what the loss does",
+    "scale": "train a ladder of budgets and see how loss falls with compute",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model",
     "report": "write a run's report.html again",
@@ -55,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left: `gptsmith generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        print("error: memory ran out. Close other programs, or ask for less.", file=sys.stderr)
+        return 1
     except OSError as error:  # one that nobody expected is still the system's, not ours
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
@@ -73,6 +79,6 @@ def _dispatch(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}.{nearest(name, COMMANDS)} `gptsmith --help` lists them.")
-    module = f"{name}_" if keyword.iskeyword(name) else name  # `import` is no name for a module
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # `import` is no name for a module
     command = importlib.import_module(f"gptsmith.cli.{module}")
     return int(command.main(rest) or 0)

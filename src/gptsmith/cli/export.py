@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptsmith.alter import Alteration
 from gptsmith.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Export:
     """hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16, q8_0 or q4_0 (auto: f16)."""
     license: str | None = None
     """For the model card: an identifier such as mit or apache-2.0 (default: the model's own, where it is known)."""
+    change: Annotated[Alteration, tyro.conf.arg(name="")] = field(default_factory=Alteration)
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +52,9 @@ def main(arguments: list[str]) -> int:
 
     from gptsmith.export import describe, export_directory
 
-    model, dtype = export_directory(chosen.model, chosen.out, dtype=dtype, licence=chosen.license)
+    model, dtype = export_directory(
+        chosen.model, chosen.out, dtype=dtype, licence=chosen.license, alteration=chosen.change
+    )
     print(describe(chosen.out, model, dtype))
     return 0
 
@@ -64,6 +68,6 @@ def _write_gguf(chosen: Export) -> int:
 
     from gptsmith.export import describe, export_gguf
 
-    model = export_gguf(chosen.model, chosen.out, dtype=dtype)
+    model = export_gguf(chosen.model, chosen.out, dtype=dtype, alteration=chosen.change)
     print(describe(chosen.out, model, dtype))
     return 0

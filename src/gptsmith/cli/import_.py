@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from gptsmith.alter import Alteration
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Import:
     """The directory to write (must not exist)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What to store weights in. auto: as they are stored there (fp32 for a quantized file)."""
+    change: Annotated[Alteration, tyro.conf.arg(name="")] = field(default_factory=Alteration)
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
     from gptsmith.export import describe, export_directory
 
-    model, dtype = export_directory(chosen.source, chosen.out, dtype=chosen.dtype)
+    model, dtype = export_directory(chosen.source, chosen.out, dtype=chosen.dtype, alteration=chosen.change)
     print(describe(chosen.out, model, dtype))
     print(f'try  gptsmith generate {chosen.out} --prompt "..."')
     return 0

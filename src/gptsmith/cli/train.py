@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,9 @@ from gptsmith.config import from_dict
 from gptsmith.errors import UsageError
 from gptsmith.presets import describe_presets, preset
 from gptsmith.train.config import TrainConfig
+from gptsmith.train.recipe import settled
+
+BEGAN = time.monotonic()  # this module is loaded as the command starts: its budget of time runs from here
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Train:
 
 
 def main(arguments: list[str]) -> int:
-    base = _base(arguments)
+    base, given = base_and_given(arguments)
     chosen = tyro.cli(
         Train,
         prog="gptsmith train",
@@ -52,7 +57,7 @@ def main(arguments: list[str]) -> int:
     if chosen.resume is not None:
         ended = resume(chosen.resume, chosen.run, on_end=write_report)
     else:
-        ended = start(str(chosen.data), chosen.run, chosen.out, on_end=write_report)
+        ended = start(str(chosen.data), chosen.run, chosen.out, given=given, began=BEGAN, on_end=write_report)
     directory = ended.run.directory
     if ended.outcome == "interrupted":
         print(f"stopped and saved. Go on with: gptsmith train --resume {directory}")
@@ -61,20 +66,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _base(arguments: list[str]) -> TrainConfig:
-    """The configuration that options override: a run's own, a preset's, a file's, or the default."""
+def base_and_given(arguments: list[str]) -> tuple[TrainConfig, set[str]]:
+    """The configuration that options override - a run's own, a preset's, a file's, or the default - and the names of
+    what is settled, which a budget does not choose: all of a preset or file, and every option on the command line."""
+    names = [argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    given = {re.sub(r"(^|\.)no_", r"\1", name) for name in names}  # --model.no-tie-word-embeddings
+    base, whole = _base(arguments)
+    return base, given | (settled(base) if whole else set())
+
+
+def _base(arguments: list[str]) -> tuple[TrainConfig, bool]:
+    """The base, and whether somebody has chosen it as a whole."""
     resume, name, file = (_value(arguments, option) for option in ("--resume", "--preset", "--config"))
     if sum(value is not None for value in (resume, name, file)) > 1:
         raise UsageError("--resume, --preset and --config each give a whole configuration; use one of them.")
     if resume is not None:
         from gptsmith.train.run import read_run
 
-        return read_run(Path(resume)).config
+        return read_run(Path(resume)).config, True
     if name is not None:
-        return preset(name)
+        return preset(name), True
     if file is not None:
-        return _read_config(Path(file))
-    return TrainConfig()
+        return _read_config(Path(file)), True
+    return TrainConfig(), False
 
 
 def _value(arguments: list[str], option: str) -> str | None:

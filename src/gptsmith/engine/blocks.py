@@ -204,7 +204,15 @@ class BlockManager:
                 copies.append((g, parent.tables[g][full], block))
                 child.tables[g].append(block)
             child.computed = parent.computed
+        elif any(self._gone(child, group) for group in range(len(self.pools))):
+            self.release(child)  # what it would go on from lies behind the parent's window already: from the beginning
         return copies
+
+    def _gone(self, sequence: Sequence, group: int) -> bool:
+        """Whether blocks that its next token looks back to are no longer there."""
+        window = self.windows[group]
+        first = 0 if window is None else max(0, sequence.computed - window + 1) // self.block_size
+        return NO_BLOCK in sequence.tables[group][first:]
 
     def release(self, sequence: Sequence) -> None:
         """Take all of a sequence's blocks back: the last first, so that beginnings are known longest."""

@@ -79,7 +79,8 @@ class FastRunner(Runner):
         together(
             kernels.forward,
             *(self._layers, self._head, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size),
-            *(c.vocab_size, c.norm_eps, c.norm == "layernorm", _ACTIVATIONS[c.mlp], positions, cos, sin, tables),
+            *(c.vocab_size, c.attention_scale or c.head_dim**-0.5, c.norm_eps, c.norm == "layernorm"),
+            *(_ACTIVATIONS[c.mlp], positions, cos, sin, tables),
             *(self._pools, self.cache.block_size, np.array(rows, dtype=np.int64), x.detach().numpy()),
             *(room[name] for name in ("h", "xq", "xs", "xsum", "qkv", "mixed", "wide", "product", "scores")),
             logits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,83 @@ from gptsmith.model.transformer import Transformer
 LossFunction = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def token_loss_sum(model: Transformer, ids: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Cross-entropy in nats, summed over targets that are not -100; ids and targets: (B, T) int64."""
-    return cross_entropy_sum(model(ids, document_ids=document_ids), targets)
+IGNORED = -100  # a target that is not to be predicted
+MOST_LOGITS = 1 << 25  # logits held at once: 128 MB in fp32
+
+
+def token_loss_sum(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    document_ids: Tensor | None,
+    router_logits: list[Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy in nats, summed over targets that are not -100; ids and targets: (B, T) int64.
+
+    router_logits: as in `Transformer.forward`.
+    """
+    hidden = model.hidden_states(ids, document_ids=document_ids, router_logits=router_logits)
+    if targets.numel() * model.config.vocab_size <= MOST_LOGITS:
+        return cross_entropy_sum(model.lm_head(hidden), targets)
+    return linear_cross_entropy_sum(hidden, model.lm_head.weight, targets)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) summed over targets that are not -100; logits: (B, T, V), targets: (B, T)."""
     return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, most: int = MOST_LOGITS) -> Tensor:
+    """The same for logits = hidden · weightᵀ, of which no more than `most` are ever in memory.
+
+    hidden: (B, T, C), weight: (V, C), targets: (B, T). Under autocast products are in its type, losses in fp32.
+    """
+    rows = max(1, most // weight.shape[0])
+    apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
+    return apply(hidden.flatten(0, 1), weight, targets.flatten(), rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients in the forward pass, a stretch of rows at a time, while its logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if wanted else hidden
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else weight
+        total = torch.zeros((), device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), rows):
+                h, y = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+                counted = y != IGNORED
+                logits = (h @ w.T).float()
+                log_sum = logits.logsumexp(dim=-1, keepdim=True)
+                index = y.clamp(min=0)[:, None]
+                total += ((log_sum - logits.gather(1, index))[:, 0] * counted).sum()
+                if wanted:  # d loss / d logits = softmax - one-hot
+                    logits.sub_(log_sum).exp_().scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+                    logits.mul_(counted[:, None])
+                    error = logits.to(dtype)
+                    grad_hidden[start : start + rows] = error @ w
+                    grad_weight += (error.T @ h).float()
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            grad_hidden * scale if ctx.needs_input_grad[0] else None,
+            grad_weight * scale if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ class Cache(Protocol):
     def positions(self, T: int) -> slice | Tensor:
         """Where the T new tokens stand in their sequences. Raises IndexError beyond the context or the room."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Store the new k and v: (B, K, T, D); attention of q: (B, H, T, D) over them and the past: (B, H, T, D)."""
 
     def advance(self, T: int) -> None:
@@ -63,11 +63,11 @@ class KVCache:
             raise IndexError(f"the cache holds {self.capacity} tokens, {end} were asked for")
         return slice(self.length, end)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], None, window, 0.0)
+        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], None, window, 0.0, scale)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -194,22 +194,24 @@ class PagedBatch:
             raise IndexError(f"{self._longest} tokens are more than the context of {self.context}")
         return self._positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
         group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
         keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
         values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
         readings = self.readings[group]
         if len(readings) == 1:
-            return self._read(readings[0], q, keys, values, window)
+            return self._read(readings[0], q, keys, values, window, scale)
         y = torch.empty_like(q)
         for reading in readings:
-            y[:, :, reading.rows] = self._read(reading, q[:, :, reading.rows], keys, values, window)
+            y[:, :, reading.rows] = self._read(reading, q[:, :, reading.rows], keys, values, window, scale)
         return y
 
     def advance(self, T: int) -> None:
         """Nothing: whoever owns the sequences knows how long they are."""
 
-    def _read(self, reading: _Reading, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def _read(
+        self, reading: _Reading, q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None
+    ) -> Tensor:
         """Attention of q: (1, H, B, D), one token of each of B sequences, or (1, H, T, D), T of one."""
         if isinstance(reading.blocks, slice):
             k, v = keys[reading.blocks].flatten(0, 1)[None], values[reading.blocks].flatten(0, 1)[None]
@@ -223,10 +225,10 @@ class PagedBatch:
         _, H, T, D = q.shape
         B, K = k.shape[:2]
         if B == 1 and T > 1:
-            return attend(q, k, v, None, window, 0.0)
+            return attend(q, k, v, None, window, 0.0, scale)
         # One token a sequence: the queries that share a key head are as many queries of one head.
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=reading.mask)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=reading.mask, scale=scale)
         return y.reshape(B, H, D).transpose(0, 1)[None]
 
     def _alone(self, group: int, chunk: Chunk, start: int) -> _Reading:

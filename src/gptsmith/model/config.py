@@ -66,6 +66,8 @@ class ModelConfig:
     """`pre`: x + f(norm(x)), and a last norm. `post`: norm(x + f(x)), as in the first transformer and GPT-1."""
     attention_output_bias: bool | None = None
     """Bias of the attention's output projection; None: as `attention_bias`."""
+    attention_scale: float | None = None
+    """What scores q·k are multiplied by before the softmax; None: 1/sqrt(head_dim)."""
     sliding_window: int | None = None
     """How many tokens back, itself included, a token of a banded layer sees."""
     window_pattern: tuple[bool, ...] = ()
@@ -75,6 +77,8 @@ class ModelConfig:
     """Experts of each layer, of width `intermediate_size`; 0: one dense feed-forward layer."""
     num_experts_per_tok: int = 2
     """How many of them a token uses."""
+    shared_expert_intermediate_size: int = 0
+    """Width of a further expert that every token uses, behind a sigmoid gate of its own; 0: none."""
     norm_topk_prob: bool = True
     """Whether the chosen experts' weights are made to add up to 1."""
     router_aux_loss_coef: float = 0.001
@@ -106,10 +110,14 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"model.num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.attention_scale is not None and not self.attention_scale > 0:
+            raise UsageError(f"attention_scale must be above 0, not {self.attention_scale}.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(f"num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to {self.num_experts}.")
         if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):
             raise UsageError("experts are SwiGLU layers without biases.")
+        if self.shared_expert_intermediate_size < 0 or (self.shared_expert_intermediate_size and not self.num_experts):
+            raise UsageError("shared_expert_intermediate_size is the width (0: none) of what is shared beside experts.")
         if any(self.window_pattern) and (self.sliding_window or 0) < 1:
             raise UsageError(f"banded layers need a sliding_window of at least 1, not {self.sliding_window}.")
         if self.rope_scaling is not None and self.position != "rope":

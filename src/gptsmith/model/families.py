@@ -5,14 +5,17 @@ What a family is made of is its defaults here; every field can be overridden by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from gptsmith.model.config import ModelConfig
+from gptsmith.errors import UsageError, nearest
+from gptsmith.model.config import ModelConfig, RopeScaling
 
 
 def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward: Callable[[int], int]) -> ModelConfig:
-    """Merge, and derive what is None or left out: heads for keys, width of a head, width of the feed-forward layer."""
+    """Merge, and derive what is None or left out: heads for keys, width of a head, widths of feed-forward layers."""
     values = {**defaults, **overrides}
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("num_key_value_heads") is None:
@@ -21,6 +24,8 @@ def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward:
         values["head_dim"] = hidden // heads
     if values.get("intermediate_size") is None:
         values["intermediate_size"] = feed_forward(hidden)
+    if values.get("shared_expert_intermediate_size", 0) is None:  # as wide as the experts of a token together
+        values["shared_expert_intermediate_size"] = values["num_experts_per_tok"] * values["intermediate_size"]
     return ModelConfig(**values)
 
 
@@ -88,7 +93,9 @@ def gpt2(**overrides: Any) -> ModelConfig:
 def gpt3(**overrides: Any) -> ModelConfig:
     """GPT-3 (Brown et al. 2020, 2005.14165): GPT-2 with dense and locally banded layers in turn, context 2048.
 
-    The band is 256 tokens, as in GPT-Neo; the paper does not give its width.
+    The band is 256 tokens, as in GPT-Neo; the paper does not give its width. Scores are scaled by the power of two
+    nearest to 1/√head_dim: GPT-Neo's layout has no scale, so it is folded into the query weights whenever they are
+    written, and folding a power of two loses no bit.
     """
     defaults = {
         **_OPENAI,
@@ -100,7 +107,10 @@ def gpt3(**overrides: Any) -> ModelConfig:
         "residual_init": "scaled",
         "model_type": "gpt_neo",
     }
-    return _build(defaults, overrides, feed_forward=_four_times)
+    config = _build(defaults, overrides, feed_forward=_four_times)
+    if config.attention_scale is None:
+        config = replace(config, attention_scale=2.0 ** -round(math.log2(config.head_dim) / 2))
+    return config
 
 
 def llama(**overrides: Any) -> ModelConfig:
@@ -193,6 +203,29 @@ def mixtral(**overrides: Any) -> ModelConfig:
     return _build(defaults, overrides, feed_forward=_gated)
 
 
+def qwen2_moe(**overrides: Any) -> ModelConfig:
+    """Qwen1.5-MoE-A2.7B (Qwen team 2024; Qwen2's layout with experts, 2407.10671): 60 small experts, four a token, and
+    one that all tokens share, as wide as those four."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 1408,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e6,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "shared_expert_intermediate_size": None,
+        "norm_topk_prob": False,
+        "model_type": "qwen2_moe",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
 def qwen3_moe(**overrides: Any) -> ModelConfig:
     """Qwen3-30B-A3B (Yang et al. 2025, 2505.09388): Qwen3's layers with 128 small experts, eight a token."""
     defaults = {
@@ -223,15 +256,24 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
 }
 
 
-def _size(layers: int, hidden: int, heads: int) -> dict[str, int]:
-    return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+def _size(layers: int, hidden: int, heads: int, kv_heads: int | None = None, wide: int | None = None) -> dict[str, Any]:
+    """Depth, width, heads, heads for keys and feed-forward width; what is left out follows as above."""
+    values = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    optional = {"num_key_value_heads": kv_heads, "intermediate_size": wide}
+    return values | {key: value for key, value in optional.items() if value is not None}
 
 
-# Published sizes: family and what differs from its defaults. Missing parts (heads for keys ...) follow as above.
+def _llama_128k(factor: float) -> dict[str, Any]:
+    """How Llama 3.1 and 3.2 read 128K tokens after they were trained on 8K (2407.21783, section 3.4.2)."""
+    return {"max_position_embeddings": 131072, "rope_scaling": RopeScaling("llama3", factor, 8192)}
+
+
+# Published sizes: family and what differs from its defaults.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt1-117m": ("gpt1", {}),
     "gpt2-124m": ("gpt2", {}),
@@ -247,7 +289,71 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt3-6.7b": ("gpt3", _size(32, 4096, 32)),
     "gpt3-13b": ("gpt3", _size(40, 5120, 40)),
     "gpt3-175b": ("gpt3", _size(96, 12288, 96)),
+    "llama-7b": (
+        "llama",
+        {
+            **_size(32, 4096, 32, wide=11008),
+            "vocab_size": 32000,
+            "max_position_embeddings": 2048,
+            "rope_theta": 1e4,
+            "norm_eps": 1e-6,
+        },
+    ),
+    "llama3.1-8b": ("llama", {**_size(32, 4096, 32, 8, 14336), **_llama_128k(8.0)}),
+    "llama3.2-1b": ("llama", {**_size(16, 2048, 32, 8, 8192), **_llama_128k(32.0), "tie_word_embeddings": True}),
+    "llama3.2-3b": ("llama", {**_size(28, 3072, 24, 8, 8192), **_llama_128k(32.0), "tie_word_embeddings": True}),
+    "mistral-7b": ("mistral", _size(32, 4096, 32, 8, 14336)),
+    "qwen2-0.5b": ("qwen2", _size(24, 896, 14, 2, 4864)),
+    "qwen2-1.5b": ("qwen2", _size(28, 1536, 12, 2, 8960)),
+    "qwen2-7b": ("qwen2", {**_size(28, 3584, 28, 4, 18944), "vocab_size": 152064, "tie_word_embeddings": False}),
     "qwen3-0.6b": ("qwen3", {"rope_theta": 1e6}),
+    "qwen3-1.7b": ("qwen3", {**_size(28, 2048, 16, 8, 6144), "rope_theta": 1e6}),
+    "qwen3-4b": ("qwen3", {**_size(36, 2560, 32, 8, 9728), "rope_theta": 1e6}),
+    "qwen3-8b": ("qwen3", {**_size(36, 4096, 32, 8, 12288), "rope_theta": 1e6, "tie_word_embeddings": False}),
     "mixtral-8x7b": ("mixtral", {}),
+    "qwen1.5-moe-a2.7b": ("qwen2_moe", {}),
+    "qwen2-57b-a14b": (
+        "qwen2_moe",
+        {
+            **_size(28, 3584, 28, 4, 2560),
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "max_position_embeddings": 32768,
+        },
+    ),
     "qwen3-30b-a3b": ("qwen3_moe", {}),
 }
+
+
+DIALLED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` knows proportions for
+
+
+def by_depth(depth: int, family: str = "qwen3") -> dict[str, Any]:
+    """The size of a modern model from its depth alone, from 0.6M parameters (depth 3) to 8B (depth 35).
+
+    Returns num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size. Width
+    grows as 12.7 · depth^(5/3), which passes through 128 wide at 4 layers and 4,096 at 32, as models in use do. Heads
+    are 32 wide up to width 256, 64 up to 1,024, and 128 above. From width 2,048 up queries share 8 key/value heads;
+    their number is then a multiple of 8, and all heads together may differ from the width by a fifth (Qwen3's do too).
+    UsageError for a depth below 1 or a family of other proportions.
+    """
+    if family not in DIALLED:
+        raise UsageError(f"depth sets the size of {', '.join(DIALLED)}, not of {family}.{nearest(family, DIALLED)}")
+    if depth < 1:
+        raise UsageError(f"a depth must be at least 1, not {depth}.")
+    ideal = 12.7 * depth ** (5 / 3)
+    width = max(128, 64 * round(ideal / 64))
+    if width > 1024:
+        width = 128 * round(ideal / 128)
+    head_dim = 32 if width <= 256 else 64 if width <= 1024 else 128
+    heads = width // head_dim
+    if width >= 2048:
+        heads = 8 * ((heads + 4) // 8)
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8 if width >= 2048 else heads,
+        "head_dim": head_dim,
+        "intermediate_size": _gated(width),
+    }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class Architecture:
     permuted: bool = False  # rotary pairs are neighbours, not halves
     qk_norm: bool = False
     qkv_bias: bool = False
+    own_output: bool = False  # llama.cpp looks for an output matrix even where it is that of the embeddings
 
 
 ARCHITECTURES = {
@@ -59,6 +60,7 @@ ARCHITECTURES = {
         Architecture("llama", "mixtral", "MixtralForCausalLM", "block_sparse_moe.", ("w1", "w3", "w2"), permuted=True),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", qkv_bias=True),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm=True),
+        Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", "mlp.", qkv_bias=True, own_output=True),
         Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", "mlp.", qk_norm=True),
         Architecture("gpt2", "gpt2", "GPT2LMHeadModel"),
     )
@@ -75,6 +77,12 @@ class Slot:
     expert: int | None = None  # its index in a tensor of all experts
     transposed: bool = False
     permuted_heads: int = 0  # 0: in Hugging Face's order
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of what the file holds of it: transposed, and without the one row of a gate."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return shape[1:] if self.gguf.endswith("ffn_gate_inp_shexp.weight") else shape
 
 
 def slots(config: Mapping[str, Any]) -> Iterator[Slot]:
@@ -117,6 +125,12 @@ def _llama_slots(c: Mapping[str, Any]) -> Iterator[Slot]:
                     shape = (width, wide) if place == "down" else (wide, width)
                     name = f"{theirs}{arch.experts}experts.{expert}.{part}.weight"
                     yield Slot(name, f"{ours}ffn_{place}_exps.weight", shape, expert=expert)
+            if shared := c.get("shared_expert_intermediate_size"):
+                yield Slot(f"{theirs}mlp.shared_expert_gate.weight", f"{ours}ffn_gate_inp_shexp.weight", (1, width))
+                for place in ("gate", "up", "down"):
+                    shape = (width, shared) if place == "down" else (shared, width)
+                    name = f"{theirs}mlp.shared_expert.{place}_proj.weight"
+                    yield Slot(name, f"{ours}ffn_{place}_shexp.weight", shape)
             continue
         for place in ("gate", "up", "down"):
             name = f"{theirs}mlp.{place}_proj."
@@ -190,7 +204,7 @@ class _LazyTensors(Mapping[str, Tensor]):
         if slot.permuted_heads:
             numbers = _to_halves(numbers, slot.permuted_heads)
         tensor = torch.from_numpy(numbers)
-        return tensor.mT if slot.transposed else tensor
+        return tensor.mT if slot.transposed else tensor.view(slot.shape)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """All tensors' shapes; nothing is read."""
@@ -220,7 +234,7 @@ def read_gguf(path: Path) -> GgufModel:
     wrong = []
     for slot in wanted:
         if slot.gguf in present and not slot.expert:
-            shape = slot.shape[::-1] if slot.transposed else slot.shape
+            shape = slot.stored_shape
             shape = shape if slot.expert is None else (experts, *shape)
             if present[slot.gguf].shape != shape:
                 wrong.append(f"{slot.gguf} is {list(present[slot.gguf].shape)}, expected {list(shape)}")
@@ -358,12 +372,15 @@ class _Settings:
                 config |= {
                     "num_experts": experts,
                     "moe_intermediate_size": self.shape("blk.0.ffn_gate_exps.weight", 3)[1],
-                    "norm_topk_prob": True,  # as llama.cpp computes it
+                    "norm_topk_prob": arch.hf == "qwen3_moe",  # as llama.cpp computes it
                     "decoder_sparse_step": 1,
                     "mlp_only_layers": [],
                     "attention_bias": False,
                     "use_sliding_window": False,
                 }
+            if arch.hf == "qwen2_moe":
+                shared = self.shape("blk.0.ffn_gate_shexp.weight", 2)[0]
+                config |= {"qkv_bias": True, "shared_expert_intermediate_size": shared}
         return config
 
     def tied(self) -> bool:
@@ -468,10 +485,13 @@ def write_gguf(model: Transformer, vocabulary: Mapping[str, Any], path: Path, dt
     for slot in slots(config):
         grouped.setdefault(slot.gguf, []).append(slot)
     for name, group in grouped.items():
-        shape = group[0].shape[::-1] if group[0].transposed else group[0].shape
+        shape = group[0].stored_shape
         shape = shape if group[0].expert is None else (len(group), *shape)
         numbers = partial(_gguf_numbers, group, weights)
         tensors.append(PlannedTensor(name, shape, _stored_type(name, shape, dtype), numbers))
+    if ARCHITECTURES[config["model_type"]].own_output and config["tie_word_embeddings"]:
+        embeddings = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+        tensors.append(replace(embeddings, name="output.weight"))
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") == "llama3":
         divisors = llama3_divisors(rope["rope_theta"], config["head_dim"], rope)
@@ -494,7 +514,7 @@ def _gguf_numbers(group: list[Slot], weights: Mapping[str, Tensor]) -> np.ndarra
     parts = []
     for slot in group:
         numbers = weights[slot.hf].float().numpy()
-        numbers = numbers.T if slot.transposed else numbers
+        numbers = numbers.T if slot.transposed else numbers.reshape(slot.stored_shape)
         parts.append(_to_neighbours(numbers, slot.permuted_heads) if slot.permuted_heads else numbers)
     return parts[0] if group[0].expert is None else np.stack(parts)
 
@@ -529,10 +549,12 @@ def _gguf_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"llama.cpp's {arch.gguf} has no attention biases; this model has them.")
     if (arch.qkv_bias or c.get("attention_bias")) and c["num_attention_heads"] * c["head_dim"] != c["hidden_size"]:
         raise UsageError("llama.cpp has biases of the queries only where heads x head_dim is the hidden size.")
-    if arch.hf == "qwen3_moe" and not (c.get("norm_topk_prob") and c.get("decoder_sparse_step", 1) == 1):
-        raise UsageError("llama.cpp's qwen3moe normalises the top experts' weights (norm_topk_prob) in every layer.")
-    if arch.hf == "qwen3_moe" and c.get("mlp_only_layers"):
-        raise UsageError("llama.cpp's qwen3moe has experts in every layer; this model has dense layers too.")
+    if arch.hf == "qwen3_moe" and not c["norm_topk_prob"]:
+        raise UsageError("llama.cpp's qwen3moe makes the chosen experts' weights add up to 1 (norm_topk_prob).")
+    if arch.hf == "qwen2_moe" and c["norm_topk_prob"]:
+        raise UsageError("llama.cpp's qwen2moe does not make the chosen experts' weights add up to 1 (norm_topk_prob).")
+    if arch.hf == "qwen2_moe" and not c["qkv_bias"]:
+        raise UsageError("llama.cpp's qwen2moe has biases of queries, keys and values; this model has none.")
     context, window = c["max_position_embeddings"], c.get("sliding_window")
     if window and c.get("use_sliding_window", True):
         context = min(context, window)  # up to there both see the same; llama.cpp has no window in this architecture
@@ -554,8 +576,10 @@ def _gguf_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
     if arch.experts:
         settings["expert_count"] = c.get("num_local_experts") or c["num_experts"]
         settings["expert_used_count"] = c["num_experts_per_tok"]
-        if arch.hf == "qwen3_moe":
+        if "moe_intermediate_size" in c:
             settings["expert_feed_forward_length"] = c["moe_intermediate_size"]
+        if "shared_expert_intermediate_size" in c:
+            settings["expert_shared_feed_forward_length"] = c["shared_expert_intermediate_size"]
     return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
 
 

@@ -7,7 +7,6 @@ format. Weights are stored under their names, in their shapes: this module is th
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +65,8 @@ def openai_entries(config: ModelConfig) -> list[Entry]:
 
 
 def gpt_neo_entries(config: ModelConfig) -> list[Entry]:
-    """GPT-Neo does not divide scores by √D: its queries are ours, divided by it."""
+    """GPT-Neo does not scale scores: its queries are ours times our scale, a power of two (see `families.gpt3`)."""
+    assert config.attention_scale is not None
     entries = [
         Entry("embed_tokens.weight", ("transformer.wte.weight",)),
         Entry("embed_positions.weight", ("transformer.wpe.weight",)),
@@ -74,7 +74,7 @@ def gpt_neo_entries(config: ModelConfig) -> list[Entry]:
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"transformer.h.{i}."
         qkv = tuple(f"{theirs}attn.attention.{name}_proj.weight" for name in "qkv")
-        entries.append(Entry(f"{ours}attention.qkv_proj.weight", qkv, scale=math.sqrt(config.head_dim)))
+        entries.append(Entry(f"{ours}attention.qkv_proj.weight", qkv, scale=1 / config.attention_scale))
         entries += _both(f"{ours}attention_norm", f"{theirs}ln_1")
         entries += _both(f"{ours}attention.o_proj", f"{theirs}attn.attention.out_proj")
         entries += _both(f"{ours}mlp_norm", f"{theirs}ln_2")
@@ -84,7 +84,7 @@ def gpt_neo_entries(config: ModelConfig) -> list[Entry]:
 
 
 def llama_entries(config: ModelConfig) -> list[Entry]:
-    """Llama, Mistral, Qwen2, Qwen3: one naming, with what the configuration has of biases and QK-norm."""
+    """Llama, Mistral, Qwen2, Qwen3 and their kin: one naming, with what the configuration has of biases and QK-norm."""
     output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
     entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
     for i in range(config.num_hidden_layers):
@@ -121,7 +121,15 @@ def _expert_entries(config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
         Entry(f"{ours}.router.weight", (f"{moe}.gate.weight",)),
         Entry(f"{ours}.up_proj", tuple(f"{e}.{name}.weight" for e in experts for name in (gate, up))),
         Entry(f"{ours}.down_proj", tuple(f"{e}.{down}.weight" for e in experts)),
-    ]
+    ] + (
+        []
+        if not config.shared_expert_intermediate_size
+        else [
+            Entry(f"{ours}.shared_up_proj.weight", tuple(f"{moe}.shared_expert.{name}.weight" for name in (gate, up))),
+            Entry(f"{ours}.shared_down_proj.weight", (f"{moe}.shared_expert.{down}.weight",)),
+            Entry(f"{ours}.shared_gate.weight", (f"{moe}.shared_expert_gate.weight",)),
+        ]
+    )
 
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -256,7 +264,9 @@ def llama_config_to_hf(c: ModelConfig) -> dict[str, Any]:
             if s.attention_factor is not None:
                 rope["attention_factor"] = s.attention_factor
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    names |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
+    names |= {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
+    if bool(c.shared_expert_intermediate_size) != (c.model_type == "qwen2_moe"):
+        raise CheckpointError("the qwen2_moe layout has a shared expert in every layer, and no other layout has one.")
     values: dict[str, Any] = {
         "architectures": [f"{names[c.model_type]}ForCausalLM"],
         "vocab_size": c.vocab_size,
@@ -284,7 +294,9 @@ def llama_config_to_hf(c: ModelConfig) -> dict[str, Any]:
         values["num_experts_per_tok"] = c.num_experts_per_tok
         values["router_aux_loss_coef"] = c.router_aux_loss_coef
         values["output_router_logits"] = False
-    if c.model_type == "qwen3_moe":
+    if c.model_type == "qwen2_moe":
+        values |= {"qkv_bias": c.attention_bias, "shared_expert_intermediate_size": c.shared_expert_intermediate_size}
+    if c.model_type in ("qwen2_moe", "qwen3_moe"):
         values |= {
             "moe_intermediate_size": c.intermediate_size,
             "norm_topk_prob": c.norm_topk_prob,
@@ -351,16 +363,19 @@ def llama_config_from_hf(h: Mapping[str, Any]) -> ModelConfig:
         values["mlp_bias"] = h.get("mlp_bias", False)
     if kind == "mixtral":
         values |= {"num_experts": h["num_local_experts"], "num_experts_per_tok": h.get("num_experts_per_tok", 2)}
-    if kind == "qwen3_moe":
+    if kind == "qwen2_moe":
+        values["attention_bias"] = h.get("qkv_bias", True)
+        values["shared_expert_intermediate_size"] = h["shared_expert_intermediate_size"]
+    if kind in ("qwen2_moe", "qwen3_moe"):
         if h.get("decoder_sparse_step", 1) != 1 or h.get("mlp_only_layers") or h.get("use_sliding_window"):
             raise CheckpointError("config.json mixes dense layers or a sliding window with experts: unsupported.")
         values |= {
             "num_experts": h.get("num_experts") or h["num_local_experts"],  # transformers 5 writes the latter
-            "num_experts_per_tok": h.get("num_experts_per_tok", 8),
+            "num_experts_per_tok": h.get("num_experts_per_tok", 8 if kind == "qwen3_moe" else 4),
             "norm_topk_prob": h.get("norm_topk_prob", False),
             "intermediate_size": h["moe_intermediate_size"],
         }
-    if kind in ("mixtral", "qwen3_moe"):
+    if "num_experts" in values:
         values["router_aux_loss_coef"] = h.get("router_aux_loss_coef", 0.001)
     if kind in ("mistral", "mixtral"):
         window = h.get("sliding_window")
@@ -405,6 +420,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "mixtral": _LLAMA,
+    "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,
 }
 
@@ -424,6 +440,8 @@ def _entries(config: ModelConfig) -> list[Entry]:
 
 def config_to_hf(config: ModelConfig, *, eos_token_id: int | None = None) -> dict[str, Any]:
     """The contents of `config.json`."""
+    if config.attention_scale is not None and config.model_type != "gpt_neo":
+        raise CheckpointError(f"the {config.model_type} layout has no scale of scores other than 1/sqrt(head_dim).")
     return {
         **LAYOUTS[config.model_type].to_hf(config),
         "model_type": config.model_type,

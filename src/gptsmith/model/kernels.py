@@ -404,14 +404,15 @@ def _head(q: Any, D: int, norm: int, eps: float, rotary: bool, cos: Any, sin: An
 
 @_inline
 def _attend(
-    q: Any, D: int, keys: Any, values: Any, j: int, table: Any, Z: int, first: int, last: int, scores: Any, out: Any
-) -> None:
-    """One head's attention over the tokens first ... last of a sequence: q (D,) -> out (D,).
+    q: Any, D: int, scale: float, keys: Any, values: Any, j: int, table: Any, Z: int, first: int, last: int,
+    scores: Any, out: Any,
+) -> None:  # fmt: skip
+    """One head's attention over the tokens first ... last of a sequence: q (D,) -> out (D,). scale: of the scores.
 
     keys, values: (blocks, Z, J, D). scores: room for as many numbers.
     """
     most = np.float32(-3e38)
-    root = np.float32(1.0 / math.sqrt(D))
+    root = np.float32(scale)
     for p in range(first, last):
         k = keys[table[p // Z], p % Z, j]
         total = np.float32(0.0)
@@ -484,14 +485,15 @@ def _add_product(
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def forward(
-    tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int, eps: float,
-    centred: bool, activation: int, positions: Any, cos: Any, sin: Any, tables: Any, pools: Any, Z: int, wanted: Any,
-    x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any, product: Any, scores: Any,
-    logits: Any,
+    tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int,
+    scale: float, eps: float, centred: bool, activation: int, positions: Any, cos: Any, sin: Any, tables: Any,
+    pools: Any, Z: int, wanted: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any,
+    product: Any, scores: Any, logits: Any,
 ) -> None:  # fmt: skip
     """One thread's share of a pass of a dense pre-norm model over N tokens.
 
-    layers: (L, COLUMNS) addresses and numbers. head: the last norm's weight and bias, and the output matrix's four.
+    scale: of attention's scores. layers: (L, COLUMNS) addresses and numbers. head: the last norm's weight and bias, and
+    the output matrix's four.
     positions: (N,). cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks) block numbers
     of each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
     x: (N, C), the embedded tokens. The rest is room to work: h, xq (threads, N · most columns), xs, xsum (likewise, a
@@ -555,8 +557,8 @@ def forward(
             p = positions[n]
             oldest = max(0, p + 1 - a[WINDOW]) if a[WINDOW] else 0
             _attend(
-                qkv[n, i * D : (i + 1) * D], D, keys, values, i // (H // J), tables[group, n], Z, oldest, p + 1,
-                scores[tid], mixed[n, i * D : (i + 1) * D],
+                qkv[n, i * D : (i + 1) * D], D, scale, keys, values, i // (H // J), tables[group, n], Z, oldest,
+                p + 1, scores[tid], mixed[n, i * D : (i + 1) * D],
             )  # fmt: skip
         met += threads
         _meet(counter, met)

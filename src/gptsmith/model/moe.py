@@ -3,7 +3,8 @@
 Axis letters: N tokens · C hidden · E experts · F width of an expert · k experts per token.
 
 Papers: Shazeer et al. 2017 (1701.06538); load-balancing loss, Fedus et al. 2021 (2101.03961); router z-loss, Zoph et
-al. 2022 (2202.08906); Mixtral, Jiang et al. 2024 (2401.04088); upcycling, Komatsuzaki et al. 2022 (2212.05055).
+al. 2022 (2202.08906); Mixtral, Jiang et al. 2024 (2401.04088); shared experts, Dai et al. 2024 (2401.06066); upcycling,
+Komatsuzaki et al. 2022 (2212.05055).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from gptsmith.model.config import ModelConfig
 
 class MixtureOfExperts(nn.Module):
     """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert and each expert reads its
-    own run of them, so the work is that of k experts a token, whatever E is."""
+    own run of them, so the work is that of k experts a token, whatever E is. A shared expert, if there is one, reads
+    all tokens; a gate of its own says how much of it each token takes (Qwen2-57B-A14B, 2407.10671)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,6 +28,11 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
+        self.shared = config.shared_expert_intermediate_size
+        if self.shared:
+            self.shared_up_proj = nn.Linear(config.hidden_size, 2 * self.shared, bias=False)
+            self.shared_down_proj = nn.Linear(self.shared, config.hidden_size, bias=False)
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). The router's logits (N, E) are appended to `router_logits`, if given."""
@@ -38,29 +45,39 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
-        runs = torch.split(tokens.repeat_interleave(self.chosen, dim=0)[order], sizes)
-        outputs = torch.cat([self.expert(i, run) for i, run in enumerate(runs) if len(run)])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        y = outputs[back].view(-1, self.chosen, x.shape[-1])  # (N, k, C)
-        mixed: Tensor = (y * weights[..., None].to(y.dtype)).sum(dim=1)
+        places = order // self.chosen  # the token of each pair
+        runs = torch.split(tokens.index_select(0, places), sizes)
+        outputs = torch.cat(self.ask_experts(runs))  # (N·k, C)
+        outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
+        mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
+        if self.shared:
+            gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
+            mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
         return mixed.view_as(x)
 
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        """One expert's SwiGLU: (n, C) -> (n, C)."""
-        gate, up = F.linear(x, self.up_proj[index]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[index])
+    def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Each expert's answer (n, C) to its run of tokens (n, C)."""
+        # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
+        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        return [swiglu(run, up, down) for run, up, down in parts]
 
 
-def load_balancing_loss(router_logits: list[Tensor], chosen: int) -> Tensor:
-    """E · Σ_e (share of choices that fell on e) · (mean probability of e), over all layers' tokens together.
+def swiglu(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """One expert: x (n, C), weights (2F, C) of gate and up, and (C, F) -> (n, C)."""
+    gate, up = F.linear(x, up_proj).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down_proj)
+
+
+def load_balancing_loss(router_logits: list[Tensor], chosen: int, load: Tensor | None = None) -> Tensor:
+    """E · Σ_e (share of tokens that chose e) · (mean probability of e), over all layers' tokens together.
 
     Its minimum is `chosen`, where all experts are used alike (2101.03961, equation 4, for top-k as in Mixtral).
+    load: what `expert_load` gives, if it is known.
     """
-    logits = torch.cat(router_logits)
-    probabilities = logits.softmax(dim=-1)
-    choices = F.one_hot(probabilities.topk(chosen, dim=-1).indices, logits.shape[-1]).float().sum(dim=1)
-    return logits.shape[-1] * (choices.mean(dim=0) * probabilities.mean(dim=0)).sum()
+    if load is None:
+        load = expert_load(router_logits, chosen)
+    probabilities = torch.cat(router_logits).softmax(dim=-1)
+    return len(load) * chosen * (load * probabilities.mean(dim=0)).sum()
 
 
 def router_z_loss(router_logits: list[Tensor]) -> Tensor:
@@ -70,6 +87,6 @@ def router_z_loss(router_logits: list[Tensor]) -> Tensor:
 
 def expert_load(router_logits: list[Tensor], chosen: int) -> Tensor:
     """(E,) the share of all choices that fell on each expert; 1/E each is perfect balance."""
-    logits = torch.cat(router_logits)
+    logits = torch.cat(router_logits).detach()
     counts = torch.bincount(logits.topk(chosen, dim=-1).indices.flatten(), minlength=logits.shape[-1])
     return counts / counts.sum()

@@ -160,10 +160,13 @@ class QuantizedExperts(MixtureOfExperts):
     up: Any
     down: Any
 
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        gate, up = self.up[index].multiply(x).chunk(2, dim=-1)
-        down: Tensor = self.down[index].multiply(F.silu(gate) * up)
-        return down
+    def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
+        answers = []
+        for run, up_proj, down_proj in zip(runs, self.up, self.down, strict=True):
+            if len(run):
+                gate, up = up_proj.multiply(run).chunk(2, dim=-1)
+                answers.append(down_proj.multiply(F.silu(gate) * up))
+        return answers
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -195,7 +198,11 @@ def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transforme
             module.up, module.down = up, down
             count += 1
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name not in ("router", "lm_head") and can_pack(child.weight):
+            if (
+                isinstance(child, nn.Linear)
+                and name not in ("router", "shared_gate", "lm_head")
+                and can_pack(child.weight)
+            ):
                 setattr(module, name, QuantizedLinear(packed(child.weight), child.bias))
                 count += 1
     if can_pack(model.lm_head.weight):

@@ -56,7 +56,9 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Te
     return slowed * slow + frequencies * (1 - slow), factor
 
 
-def extend_context(config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn"] = "yarn") -> ModelConfig:
+def extend_context(
+    config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn"
+) -> ModelConfig:
     """The configuration for reading `context` tokens with weights that were trained on fewer.
 
     ntk raises the base so that the slowest dimension turns as far over the new context as it did over the old one; it

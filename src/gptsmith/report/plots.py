@@ -9,7 +9,7 @@ import html
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -108,6 +108,61 @@ def metric_figure(metrics: Sequence[Row], key: str, *, width: float = 4.4, heigh
         _say(axes, "not logged")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
     axes.set_xlabel("step", color=MUTED)
+    return figure
+
+
+def scaling_figure(
+    flops: Sequence[float], losses: Sequence[float], laws: Sequence[Callable[[float], float]], *, ahead: float = 100
+) -> Figure:
+    """Validation loss against compute, both logarithmic: the runs, and laws drawn on to `ahead` times the largest."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+    figure, axes = _curve_axes(7.2, 4.2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    line = np.geomspace(min(flops), ahead * max(flops), 200)
+    curves = [[law(float(c)) for c in line] for law in laws]
+    for curve, style in zip(curves, ("-", "--"), strict=False):
+        axes.plot(line, curve, color=TRAIN, linewidth=1.6, linestyle=style)
+    axes.plot(flops, losses, "o", color=VALIDATION, markersize=6, zorder=3)
+    low, high = min(min(curve) for curve in curves), max(losses)
+    axes.set_yticks([round(tick, 2) for tick in np.geomspace(low, high, 6)])
+    axes.set_xlabel("training compute, FLOP", color=MUTED)
+    axes.set_ylabel("validation loss, nats per token", color=MUTED)
+    return figure
+
+
+def learning_rate_figure(rates: Floats, losses: Floats, smoothed: Floats, marks: Mapping[str, float]) -> Figure:
+    """Training loss against a rate that rose from update to update, raw and smoothed. marks: rates to name."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    figure, axes = _curve_axes(7.2, 4.2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.plot(rates, losses, color=TRAIN, alpha=0.4, linewidth=0.8)
+    axes.plot(rates, smoothed, color=TRAIN, linewidth=1.8)
+    low, high = float(losses.min()), float(smoothed.max())
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    for height, (name, rate) in zip((0.97, 0.9), marks.items(), strict=False):
+        axes.axvline(rate, color=VALIDATION, linewidth=1.2, linestyle="--")
+        axes.text(
+            rate,
+            height,
+            f" {name}: {rate:.2g}",
+            color=VALIDATION,
+            fontsize=9,
+            transform=axes.get_xaxis_transform(),
+            va="top",
+        )
+    axes.set_xlabel("learning rate", color=MUTED)
+    axes.set_ylabel("training loss, nats per token", color=MUTED)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,9 +17,11 @@ from gptsmith.runtime import Precision
 class ModelOptions:
     """The shape of the model; what is left out follows from the family and the width."""
 
-    family: Literal["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"] = "qwen3"
+    family: Literal[
+        "gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
+    ] = "qwen3"
     """gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: today's (RoPE, RMSNorm, SwiGLU, grouped queries,
-    QK-norm); llama, mistral, qwen2: its relatives; mixtral, qwen3_moe: with experts."""
+    QK-norm); llama, mistral, qwen2: its relatives; mixtral, qwen2_moe, qwen3_moe: with experts."""
     num_hidden_layers: int = 4
     """Depth: the number of blocks."""
     hidden_size: int = 128
@@ -33,14 +34,18 @@ class ModelOptions:
     """Width of a head (default: hidden size / heads)."""
     intermediate_size: int | None = None
     """Width of the feed-forward layer (default: 4x for gpt2, about 8/3x for qwen3)."""
+    rope_theta: float | None = None
+    """Base of the rotary angles: larger for longer contexts (default: the family's, 10,000 or 500,000)."""
     tie_word_embeddings: bool = True
     """Use one matrix for the input embedding and the output head."""
     sliding_window: int | None = None
     """How far back the banded layers of gpt3 and mistral see (default: as published)."""
     num_experts: int | None = None
-    """Experts of each layer of mixtral and qwen3_moe, of width intermediate-size (default: as published)."""
+    """Experts of each layer of mixtral, qwen2_moe and qwen3_moe, of width intermediate-size (default: as published)."""
     num_experts_per_tok: int | None = None
     """Experts that a token uses (default: as published)."""
+    shared_expert_intermediate_size: int | None = None
+    """Width of qwen2_moe's shared expert (default: that of a token's experts together)."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss (default: 0.001)."""
     router_z_loss_coef: float | None = None
@@ -58,27 +63,27 @@ class ModelOptions:
                 f"--model.hidden-size {self.hidden_size} is not a multiple of "
                 f"--model.num-attention-heads {self.num_attention_heads}."
             )
-        options = {key: value for key, value in asdict(self).items() if key != "family"}
-        # None: as the family has it. Sizes that follow from the width are derived, not taken from the published model.
-        derived = ("num_key_value_heads", "head_dim", "intermediate_size")
-        options = {key: value for key, value in options.items() if value is not None or key in derived}
         published = FAMILIES[self.family]()
-        if not published.num_experts:
-            given = [
-                n
-                for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef")
-                if n in options
-            ]
-            self._refuse(given, [name for name, make in FAMILIES.items() if make().num_experts])
-        if not published.window_pattern and "sliding_window" in options:
-            self._refuse(["sliding_window"], [name for name, make in FAMILIES.items() if make().window_pattern])
+        options = {key: value for key, value in asdict(self).items() if key != "family"}
+        # None: as the family has it. Sizes that follow from others are derived, not taken from the published model.
+        derived = {"num_key_value_heads", "head_dim", "intermediate_size"}
+        if published.shared_expert_intermediate_size:
+            derived.add("shared_expert_intermediate_size")
+        options = {key: value for key, value in options.items() if value is not None or key in derived}
+        for what, names in _NEEDING.items():  # ignoring an option would be a silent mistake
+            given = [f"--model.{name.replace('_', '-')}" for name in names if name in options]
+            if given and not getattr(published, what):
+                having = ", ".join(name for name, make in FAMILIES.items() if getattr(make(), what))
+                raise UsageError(f"{', '.join(given)}: a {self.family} model has none. These have: {having}.")
         return FAMILIES[self.family](vocab_size=vocab_size, max_position_embeddings=context, **options)
 
-    def _refuse(self, given: Sequence[str], families: Sequence[str]) -> None:
-        """UsageError for options that this family has no use for: ignoring them would be a silent mistake."""
-        if given:
-            options = ", ".join(f"--model.{name.replace('_', '-')}" for name in given)
-            raise UsageError(f"{options}: a {self.family} model has none. These have: {', '.join(families)}.")
+
+_NEEDING = {  # options that are of use to those families only whose published model has the field
+    "num_experts": ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef"),
+    "shared_expert_intermediate_size": ("shared_expert_intermediate_size",),
+    "window_pattern": ("sliding_window",),
+    "rope_theta": ("rope_theta",),
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,12 @@ class OptimConfig:
 class TrainConfig:
     """A whole pretraining run: the same values and data give the same weights."""
 
+    budget: str | None = None
+    """What to spend: time (5m, 2h), arithmetic (1e15flop) or tokens (200Mtok). What you do not give yourself - size,
+    context, batch, learning rates, steps - is chosen for the best loss within it."""
+    depth: int | None = None
+    """The size dial, instead of model.num-hidden-layers and its companions: 3 is 0.6M parameters, 12 85M. What you do
+    not give yourself follows from it."""
     val: str | None = None
     """Validation text of your own: a file, folder or named corpus (default: cut from the end of the data)."""
     val_fraction: float = 0.1

@@ -68,7 +68,7 @@ class Display:
         status += f"  {row['tokens_per_second']:,.0f} tok/s"
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, status=status)
+            self.bar.update(self.task, completed=step, total=self.steps, status=status)
         elif now - self.shown > PLAIN_EVERY_SECONDS or step == self.steps:
             self.shown = now
             left = ""

@@ -26,13 +26,16 @@ class Objective(Protocol):
     """A training task. `pretrain` is one; each further way of training is one more small file."""
 
     def next_batch(self) -> Any:
-        """The next micro-batch, on the model's device. Its number of targets is `weight(batch)`."""
+        """The batch of one update, `batch_size` rows. Its number of targets is `weight(batch)`."""
+
+    def slice(self, batch: Any, start: int, stop: int) -> Any:
+        """Rows [start, stop) of a batch: a micro-batch."""
 
     def weight(self, batch: Any) -> float: ...
 
     def loss(self, model: Transformer, batch: Any) -> LossSum: ...
 
-    def evaluate(self, model: Transformer) -> dict[str, float] | None:
+    def evaluate(self, model: Transformer, micro_batch_size: int) -> dict[str, float] | None:
         """Metrics with `val_loss`, or None where there is nothing to evaluate on or evaluation was broken off."""
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -11,11 +11,11 @@ runs/bard/report.html
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,21 +44,30 @@ from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.hf import load_model_weights, read_config
 from gptsmith.model.transformer import Transformer
-from gptsmith.optim.build import build_optimizers
 from gptsmith.runtime import (
     choose_device,
     choose_precision,
     compiler_available,
     describe_machine,
+    keep_freed_memory,
+    out_of_memory,
 )
 from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
+from gptsmith.train.budget import Budget
+from gptsmith.train.compiled import compile_blocks, pays, undo_compile
 from gptsmith.train.config import TrainConfig
+from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
+from gptsmith.train.fp8 import use_fp8
+from gptsmith.train.memory import fit
 from gptsmith.train.pretrain import Pretrain
+from gptsmith.train.recipe import MOST_CHARACTERS, Text, choose, tokenizer_for
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.trainer import Outcome, Trainer
+from gptsmith.train.trial import optimizers_for, this_machine
 
+SAMPLE_CHARACTERS = 2_000_000  # of a text, by which its alphabet is judged
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
 
 # What may differ between a run and its resumption without changing what it computes.
@@ -131,13 +140,45 @@ def make_tokenizer(config: TrainConfig, train: Source, val: Source | None) -> To
         return train_char((piece.text for s in sources for piece in s.pieces()), unknown=config.unknown)
     if config.tokenizer == "bpe":
         return train_bpe(_training_part(train, 0.0 if val is not None else config.val_fraction), config.vocab_size)
-    if config.tokenizer == "gpt2":
+    return ready_tokenizer(config.tokenizer)
+
+
+def ready_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that is not made from the text: gpt2, or a directory's."""
+    if name == "gpt2":
         return gpt2_tokenizer()
-    path = Path(config.tokenizer)
-    if not path.exists():
-        near = nearest(config.tokenizer, ("char", "bpe", "gpt2"))
-        raise UsageError(f"--tokenizer {path}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
-    return Tokenizer.load(path)
+    if not Path(name).exists():
+        near = nearest(name, ("char", "bpe", "gpt2"))
+        raise UsageError(f"--tokenizer {name}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
+    return Tokenizer.load(Path(name))
+
+
+def read_text(data: str, config: TrainConfig, given: Collection[str] = ()) -> tuple[Tokenizer, Dataset]:
+    """The data of a run, tokenized as the run would. given: as for `start`."""
+    source = open_source(data, field=config.field)
+    val = open_source(config.val, field=config.field) if config.val else None
+    config = _with_tokenizer(config, given, source)
+    tokenizer = make_tokenizer(config, source, val)
+    return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
+
+
+def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
+    """The kind of tokenizer that suits a text and a budget, by how many different characters its beginning has."""
+    if config.budget is None or config.tokenizer != "char" or "tokenizer" in given:
+        return config
+    alphabet: set[str] = set()
+    read = 0
+    for piece in source.pieces():
+        alphabet.update(piece.text)
+        read += len(piece.text)
+        if read >= SAMPLE_CHARACTERS:
+            break
+    kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
+    if kind == "bpe":
+        size = config.vocab_size if "vocab_size" in given else size
+        note(f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs made from the text instead")
+        return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
+    return config
 
 
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
@@ -155,12 +196,19 @@ def start(
     config: TrainConfig,
     out: Path | None = None,
     *,
+    given: Collection[str] = (),
+    began: float | None = None,
     on_end: Callable[[Path], object] = lambda directory: None,
 ) -> Ended:
     """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
 
+    given: names of options that a budget leaves as they are (`gptsmith.train.recipe`).
+    began: when a budget of time started (`time.monotonic()`); now, by default.
     Raises GptsmithError for anything wrong with the data, the options or the place; nothing is left behind then.
     """
+    began = time.monotonic() if began is None else began
+    if config.budget is not None:
+        Budget.parse(config.budget)  # before any work is done for one that is none
     source = open_source(data, field=config.field)
     val = open_source(config.val, field=config.field) if config.val else None
     directory = choose_directory(out, source)
@@ -168,8 +216,18 @@ def start(
     precision = choose_precision(config.precision, device)
     if config.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
+    config = _with_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
+    keep_freed_memory()
+    choice = None
+    if config.budget is not None or config.depth is not None:
+        text = Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size)
+        machine = this_machine(device, precision, config.compile)
+        choice = choose(config, given, text, machine, spent=time.monotonic() - began)
+        config = choice.config
+        for reason in choice.reasons:
+            note(reason)
     model_config = config.model.build(tokenizer.vocab_size, config.context)
     record = {
         "version": gptsmith.__version__,
@@ -189,8 +247,10 @@ def start(
         "precision": precision,
         "machine": describe_machine(),
     }
+    if choice is not None:
+        record["choice"] = {"reasons": choice.reasons, "pause": choice.pause, "ending": choice.ending}
     run = Run(directory, record)
-    session = _Session(run, config, tokenizer, dataset, model_config, device)
+    session = Session(run, config, tokenizer, dataset, model_config, device, began=began)
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
@@ -230,15 +290,16 @@ def resume(
         )
     model_config = config.model.build(tokenizer.vocab_size, config.context)
     device = choose_device(config.device)
+    keep_freed_memory()
     with _locked(directory):
-        session = _Session(run, config, tokenizer, dataset, model_config, device)
+        session = Session(run, config, tokenizer, dataset, model_config, device)
         step = session.restore() if store.steps() else 0
         store.forget_after(step)
         remove_temporaries(directory)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (directory / name).exists():
                 JsonLines(directory / name).truncate_after(step)
-        note(f"resuming {directory} at step {step} of {config.steps}")
+        note(f"resuming {directory} at step {step} of {session.trainer.steps}")
         run.update(status="running")
         return session.train(on_end)
 
@@ -258,7 +319,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Session:
+class Session:
     """Everything one process needs to train a run."""
 
     def __init__(
@@ -269,15 +330,27 @@ class _Session:
         dataset: Dataset,
         model_config: ModelConfig,
         device: torch.device,
+        began: float | None = None,
     ) -> None:
         self.run, self.config, self.tokenizer = run, config, tokenizer
+        # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
+        micro_batch_size = fit(
+            config,
+            model_config,
+            device=device,
+            precision=run.record["precision"],
+            micro_batch_size=run.record.get("micro_batch_size"),
+        )
+        run.record["micro_batch_size"] = micro_batch_size
         torch.manual_seed(config.seed)
         self.model = Transformer(model_config, dropout=config.dropout).to(device)
+        if run.record["precision"] == "fp8":
+            use_fp8(self.model)
         self.stop = StopSignal()
         self.store = CheckpointStore(run.directory)
         self.objective = Pretrain(
             dataset,
-            batch_size=config.micro_batch_size or config.batch_size,
+            batch_size=config.batch_size,
             seq_len=config.context,
             seed=config.seed,
             device=device,
@@ -285,17 +358,7 @@ class _Session:
             eval_tokens=config.eval_tokens,
             should_stop=self.stop,
         )
-        optim = config.optim
-        self.optimizers = build_optimizers(
-            self.model,
-            name=optim.name,
-            lr=optim.lr,
-            embedding_lr=optim.embedding_lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            betas=(optim.beta1, optim.beta2),
-            newton_schulz_steps=optim.newton_schulz_steps,
-        )
+        self.optimizers = optimizers_for(self.model, config.optim)
         self.display = Display(config.steps)
         self.trainer = Trainer(
             config=config,
@@ -305,10 +368,21 @@ class _Session:
             optimizers=self.optimizers,
             store=self.store,
             precision=run.record["precision"],
+            micro_batch_size=micro_batch_size,
             should_stop=self.stop,
             display=self.display,
+            deadline=self._deadline(began),
             on_evaluation=self.preview,
         )
+
+    def _deadline(self, began: float | None) -> Deadline | None:
+        """For a budget of time: its end, counted from `began`, or from now where a run goes on."""
+        budget = None if self.config.budget is None else Budget.parse(self.config.budget)
+        if budget is None or budget.kind != "seconds":
+            return None
+        choice = self.run.record["choice"]
+        before = 0.0 if began is None else time.monotonic() - began
+        return Deadline(budget.amount, before=before, pause=choice["pause"], ending=choice["ending"])
 
     def restore(self) -> int:
         """Load the newest intact checkpoint; the step it is of."""
@@ -320,13 +394,13 @@ class _Session:
             )
         load_model_weights(self.model, directory)
         self.trainer.restore(load_train_state(directory))
-        self.display.first_step = self.trainer.step
+        self.display.first_step, self.display.steps = self.trainer.step, self.trainer.steps
         return self.trainer.step
 
     def train(self, on_end: Callable[[Path], object]) -> Ended:
-        if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
-            self.run.update(compile=self._should_compile())
         try:
+            if "compile" not in self.run.record:  # decided once: a resumed run computes as the run did before
+                self.run.update(compile=self._should_compile())
             with self.stop, self.display:
                 if self.run.record["compile"]:
                     self._compile()
@@ -335,26 +409,29 @@ class _Session:
                 if outcome == "finished":
                     self._final_samples()
         except TrainingError as error:
-            with contextlib.suppress(GptsmithError):  # the disk may be full: what matters is the message
+            with contextlib.suppress(Exception):  # the disk may be full, or the memory: what matters is the message
                 self.run.update(status="diverged" if isinstance(error, DivergedError) else "failed")
                 on_end(self.run.directory)
             raise
-        on_end(self.run.directory)
+        try:
+            on_end(self.run.directory)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            note(f"no memory for the report; the run is whole. Write it with: gptsmith report {self.run.directory}")
         return Ended(self.run, outcome, self.stop.number)
 
     def _compile(self) -> None:
-        """Compile one block; all share its code, so it costs the same whatever the depth. If it fails, do without."""
+        """Compile the blocks; if that fails, do without."""
         self.display.say("compiling")
         began = time.monotonic()
-        # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        for layer in self.model.layers:
-            layer.forward = _compiled_while_training(layer)
+        compile_blocks(self.model)
         try:
             self._trial_pass()
+        except TrainingError:
+            raise
         except Exception as error:  # whatever a compiler, its headers or its runtime can do wrong on a machine
-            for layer in self.model.layers:
-                del layer.forward
+            undo_compile(self.model)
             if self.config.compile == "on":
                 raise GptsmithError(f"--compile on failed: {_first_line(error)} Use --compile auto or off.") from error
             self.display.print(f"note: compiling failed, going on without: {_first_line(error)}")
@@ -370,22 +447,30 @@ class _Session:
             return False
         if device.type == "cuda":
             return self.config.steps >= 1000
-        seconds = min(self._trial_pass() for _ in range(3)) * self.trainer.accumulation
-        left = seconds * (self.config.steps - self.trainer.step)
-        return left * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
+        seconds = min(self._trial_pass() for _ in range(3))
+        seconds *= self.config.batch_size // self.trainer.micro_batch_size
+        return pays(seconds * (self.trainer.steps - self.trainer.step))
 
     def _trial_pass(self) -> float:
-        """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers."""
+        """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers, but
+        smaller micro-batches where memory ran out."""
         rng, device = torch.get_rng_state(), next(self.model.parameters()).device
-        size = self.config.micro_batch_size or self.config.batch_size
-        ids = torch.zeros(size, self.config.context, dtype=torch.int64, device=device)
-        began = time.perf_counter()
-        with self.trainer.autocast():
-            loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
-        torch.autograd.backward(loss)
-        self.model.zero_grad(set_to_none=True)
-        torch.set_rng_state(rng)
-        return time.perf_counter() - began
+        while True:
+            ids = torch.zeros(self.trainer.micro_batch_size, self.config.context, dtype=torch.int64, device=device)
+            began = time.perf_counter()
+            try:
+                with self.trainer.autocast():
+                    loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
+                torch.autograd.backward(loss)
+                return time.perf_counter() - began
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error)
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                torch.set_rng_state(rng)
+            self.trainer.shrink(reason)
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -408,7 +493,7 @@ class _Session:
         return text
 
     def preview(self, step: int) -> None:
-        if self.config.sample_tokens and step < self.config.steps:
+        if self.config.sample_tokens and step < self.trainer.steps:
             self.display.say("sampling")
             self.display.sample(self._write_sample(0.8, self.config.sample_tokens, final=False))
 
@@ -423,20 +508,8 @@ class _Session:
                 self.display.sample(text)
 
 
-COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
-COMPILE_SAVES = 0.28  # of an update's time
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _compiled_while_training(module: torch.nn.Module) -> Callable[..., Any]:
-    """A forward that is compiled while `module` trains. Evaluation and generation come in other shapes, each of which
-    would be compiled anew: they run as written."""
-    eager = module.forward
-    compiled = torch.compile(eager)
-    return lambda *arguments: (compiled if module.training else eager)(*arguments)
 
 
 @contextlib.contextmanager

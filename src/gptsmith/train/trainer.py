@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,10 @@ from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
+from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
 from gptsmith.train.objective import Objective
 
@@ -31,7 +33,7 @@ Outcome = Literal["finished", "interrupted"]
 
 
 class Trainer:
-    """Trains `model` on `objective` from `self.step` to `config.steps`."""
+    """Trains `model` on `objective` for `config.steps`, or for as many as a deadline allows."""
 
     def __init__(
         self,
@@ -42,22 +44,24 @@ class Trainer:
         objective: Objective,
         optimizers: Optimizers,
         store: CheckpointStore,
-        precision: Literal["fp32", "bf16", "fp16"],
+        precision: ChosenPrecision,
+        micro_batch_size: int,
         should_stop: Callable[[], bool],
         display: Display,
+        deadline: Deadline | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.model, self.tokenizer, self.objective = config, model, tokenizer, objective
         self.optimizers, self.store, self.should_stop, self.display = optimizers, store, should_stop, display
-        self.on_evaluation = on_evaluation
+        self.deadline, self.on_evaluation = deadline, on_evaluation
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         self.device = next(model.parameters()).device
-        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.accumulation = config.batch_size // (config.micro_batch_size or config.batch_size)
+        self.micro_batch_size = micro_batch_size  # a divisor of the batch; a smaller one when memory runs out
         self.save_every = config.save_every or config.eval_every
 
-        self.step = 0
+        self.step, self.steps = 0, config.steps
         self.targets = 0.0  # how many targets have been trained on
         self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) of steps not yet logged
         self.extra: dict[str, list[float]] = {}  # what else an objective reports, likewise
@@ -74,6 +78,11 @@ class Trainer:
             return self._run()
         except TrainingError:
             raise
+        except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be made again
+            if not out_of_memory(error):
+                raise
+            reason = _first_line(str(error))
+            raise TrainingError(self._without_memory(f"smaller micro-batches do not help here ({reason})")) from error
         except GptsmithError as error:  # no space, mostly
             steps = self.store.steps()
             kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
@@ -84,14 +93,15 @@ class Trainer:
         self.model.train()
         self.started = time.monotonic()
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
-        while self.step < self.config.steps:
+        while self.step < self.steps:
             if self.should_stop():
                 self._save()
                 return "interrupted"
             factor = self._factor()
-            self._update(factor)
-            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+            self.update(factor)
+            if self.step % self.config.log_every == 0 or self.step == self.steps:
                 self._log(factor)
+                self._plan()
             if self.step % self.save_every == 0 or self._evaluation_due():
                 self._save()
             self._evaluate_if_due()
@@ -107,27 +117,19 @@ class Trainer:
         optim = self.config.optim
         return learning_rate_factor(
             self.step,
-            steps=self.config.steps,
+            steps=self.steps,
             kind=optim.schedule,
             warmup_steps=optim.warmup_steps,
             decay_fraction=optim.decay_fraction,
             final_factor=optim.final_factor,
         )
 
-    def _update(self, factor: float) -> None:
+    def update(self, factor: float) -> None:
         """One optimizer update over all micro-batches; their losses are divided by their weights together."""
         began = time.perf_counter()
-        batches = [self.objective.next_batch() for _ in range(self.accumulation)]
-        weight = max(1.0, sum(self.objective.weight(batch) for batch in batches))
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self.autocast():
-                result = self.objective.loss(self.model, batch)
-                loss = result.sum / weight
-            for name, value in result.metrics.items():
-                self.extra.setdefault(name, []).append(value)
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
+        batch = self.objective.next_batch()
+        weight = max(1.0, self.objective.weight(batch))
+        total = self._gradients(batch, weight)
         for optimizer in self.optimizers.optimizers:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -152,6 +154,80 @@ class Trainer:
         self.busy += seconds
         self.update_seconds += seconds
         self.busy_targets += weight
+
+    def _gradients(self, batch: Any, weight: float) -> Tensor:
+        """Set the gradients of the loss over `batch`, and return the loss. Where memory runs out, the same batch is
+        gone through again from its beginning, with the same random numbers, in smaller micro-batches."""
+        while True:
+            random = self._random_state() if self.model.dropout else {}
+            try:
+                return self._accumulate(batch, weight)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error)
+            # Out of the handler: the error held on to every tensor of the failed pass.
+            for p in self.model.parameters():
+                p.grad = None
+            self._set_random_state(random)
+            self.shrink(reason)
+
+    def _accumulate(self, batch: Any, weight: float) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        extra: list[dict[str, float]] = []
+        for start in range(0, self.config.batch_size, self.micro_batch_size):
+            with self.autocast():
+                part = self.objective.slice(batch, start, start + self.micro_batch_size)
+                result = self.objective.loss(self.model, part)
+                loss = result.sum / weight
+            extra.append(result.metrics)
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        for metrics in extra:
+            for name, value in metrics.items():
+                self.extra.setdefault(name, []).append(value)
+        return total
+
+    def shrink(self, reason: str) -> None:
+        """Go on with the largest divisor of the batch that is at most half the micro-batch. TrainingError if it is 1.
+
+        reason: the error that memory ran out with.
+        """
+        if self.micro_batch_size == 1:
+            raise TrainingError(
+                self._without_memory(f"even one sequence at a time is too much ({_first_line(reason)})")
+            )
+        before = self.micro_batch_size
+        self.micro_batch_size = max(size for size in range(1, before // 2 + 1) if self.config.batch_size % size == 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.display.print(
+            f"memory ran out at step {self.step + 1}: going on with micro-batches of {self.micro_batch_size} instead "
+            f"of {before}, from the beginning of the step"
+        )
+
+    def _without_memory(self, what: str) -> str:
+        return (
+            f"memory ran out at step {self.step + 1}: {what}.{self._kept()} "
+            "Free some memory and resume, or start a smaller model or a shorter --context; "
+            "`gptsmith plan` shows what takes how much."
+        )
+
+    def _kept(self) -> str:
+        steps = self.store.steps()
+        return f" The checkpoint {self.store.path(steps[-1])} is intact." if steps else " There is no checkpoint yet."
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        if "rng/cpu" in state:
+            torch.set_rng_state(state["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in state:
+            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which losses are computed."""
@@ -183,6 +259,14 @@ class Trainer:
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
+    def _plan(self) -> None:
+        """With a deadline: as many steps as end on time, by the speed of late. The rate falls along the new plan."""
+        if self.deadline is None or self.step == self.steps:
+            return
+        pauses = (self.steps - 1) // self.config.eval_every - self.step // self.config.eval_every
+        self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), pauses)
+        self.display.steps = self.steps
+
     def _log(self, factor: float) -> None:
         losses = [float(loss) for loss, _ in self.pending]
         norms = [float(norm) for _, norm in self.pending]
@@ -207,16 +291,22 @@ class Trainer:
         self.display.step(self.step, row)
 
     def _evaluation_due(self) -> bool:
-        return self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.config.steps)
+        if self.step == self.steps:
+            return self.step > 0
+        left = self.steps - self.step
+        if self.deadline is not None and left < self.config.eval_every / 3:  # the last is near
+            return False
+        return self.step > 0 and self.step % self.config.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():
             return
         if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
             return
+        began = time.monotonic()
         self.display.say("evaluating")
         with self.autocast():
-            values = self.objective.evaluate(self.model)
+            values = self.objective.evaluate(self.model, self.micro_batch_size)
         if values is not None:
             row = {
                 "step": self.step,
@@ -230,6 +320,8 @@ class Trainer:
         self.store.point()
         if not self.should_stop():
             self.on_evaluation(self.step)
+        if self.deadline is not None:
+            self.deadline.paused(time.monotonic() - began)
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
@@ -241,6 +333,8 @@ class Trainer:
             self._check(math.nan, math.nan)
         values = {
             "step": self.step,
+            "steps": self.steps,
+            "micro_batch_size": self.micro_batch_size,
             "targets": self.targets,
             "elapsed": self.elapsed(),
             "update_seconds": self.update_seconds,
@@ -252,9 +346,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self._random_state()
         state = TrainState(values, tensors)
         self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.keep_checkpoints)
 
@@ -268,10 +360,9 @@ class Trainer:
             self.optimizers.load_state_tensors(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
-            torch.set_rng_state(tensors["rng/cpu"])
-            if self.device.type == "cuda" and "rng/cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
-            self.step, self.targets = int(values["step"]), float(values["targets"])
+            self._set_random_state(tensors)
+            self.step, self.steps, self.targets = int(values["step"]), int(values["steps"]), float(values["targets"])
+            self.micro_batch_size = min(self.micro_batch_size, int(values["micro_batch_size"]))
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
             self.extra = {name: list(numbers) for name, numbers in values["extra"].items()}
             self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
@@ -279,3 +370,7 @@ class Trainer:
             self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
+
+
+def _first_line(text: str) -> str:
+    return (text.strip() or "no more memory").splitlines()[0]

@@ -1,0 +1,154 @@
+"""Training speed on a GPU: python benchmarks/gpu.py [--save]. Runs unattended, in under eight minutes.
+
+gpt2-124M and a 350M modern model, bf16, context 1,024: tokens per second and model FLOP utilization of ours (compiled
+blocks, fused AdamW, a cross-entropy that never holds all logits) and of the same models in transformers (bf16 autocast,
+SDPA, torch.compile, fused AdamW), in turns. Utilization is by the usual convention: 6 a multiplied parameter, attention
+over the whole context, over the card's dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import machine
+import torch
+
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.families import gpt2, qwen3
+from gptsmith.model.flops import count_parameters, flops_per_token
+from gptsmith.model.hf import config_to_hf
+from gptsmith.model.transformer import Transformer
+from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.train.trial import Update
+
+CONTEXT, VOCABULARY = 1024, 50304
+MODELS: dict[str, tuple[ModelConfig, int]] = {
+    "gpt2-124M": (gpt2(vocab_size=VOCABULARY), 32),
+    "modern-350M": (
+        qwen3(
+            vocab_size=VOCABULARY,
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=64,
+            intermediate_size=2752,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+        ),
+        16,
+    ),
+}
+# Dense bf16, FLOP/s, from the vendors' data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
+
+
+def ours(config: ModelConfig, batch: int, name: str, precision: Any) -> Callable[[torch.Tensor], None]:
+    options = TrainConfig(context=CONTEXT, batch_size=batch, optim=OptimConfig(name=name, lr=3e-4))  # type: ignore[arg-type]
+    return Update(Transformer(config).cuda(), options, precision, compiled=True)
+
+
+def theirs(config: ModelConfig) -> Callable[[torch.Tensor], None]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = config_to_hf(config)
+    make: Any = AutoModelForCausalLM
+    model = make.from_config(AutoConfig.for_model(values.pop("model_type"), **values), attn_implementation="sdpa")
+    model = model.cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    forward: Any = torch.compile(model)
+
+    def update(ids: torch.Tensor) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = forward(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def timed(update: Callable[[torch.Tensor], None], ids: torch.Tensor, updates: int) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(updates):
+        update(ids)
+    torch.cuda.synchronize()
+    return updates * ids.numel() / (time.perf_counter() - began)
+
+
+def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
+    config, batch = MODELS[name]
+    ids = torch.randint(VOCABULARY, (batch, CONTEXT), device="cuda")
+    makers: dict[str, Callable[[], Callable[[torch.Tensor], None]]] = {
+        "gptsmith": lambda: ours(config, batch, "adamw", "bf16"),
+        "gptsmith, Muon": lambda: ours(config, batch, "muon", "bf16"),
+        "transformers": lambda: theirs(config),
+    }
+    if torch.cuda.get_device_capability() >= (8, 9) and _has_torchao():
+        makers["gptsmith, fp8"] = lambda: ours(config, batch, "adamw", "fp8")
+    contestants, speeds, failed = {}, {}, {}
+    for label, make in makers.items():
+        try:
+            contestants[label] = make()
+            timed(contestants[label], ids, 3)  # compiles
+            speeds[label] = list[float]()
+        except Exception as error:  # one that does not work here must not cost the others' figures
+            failed[label] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            contestants.pop(label, None)
+    for _ in range(repeats):
+        for label, update in contestants.items():
+            if time.monotonic() < deadline or not speeds[label]:
+                speeds[label].append(timed(update, ids, 10))
+    per_token = flops_per_token(config, CONTEXT)
+    card = torch.cuda.get_device_name()
+    peak = next((value for key, value in PEAKS.items() if key in card), None)
+    return {
+        "parameters": count_parameters(config).total,
+        "batch": batch,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "tokens_per_second": {label: round(statistics.median(values)) for label, values in speeds.items()},
+        "utilization": {
+            label: round(statistics.median(values) * per_token / peak, 3) if peak else None
+            for label, values in speeds.items()
+        },
+        "failed": failed,
+    }
+
+
+def _has_torchao() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("torchao") is not None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=7.0, help="no repeat begins after that")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA GPU; there is none here", file=sys.stderr)
+        return 1
+    began, results = time.monotonic(), {}
+    for number, name in enumerate(MODELS, 1):
+        deadline = began + 60 * arguments.minutes * number / len(MODELS)
+        results[name] = measure(name, arguments.repeats, deadline)
+        print(name, json.dumps(results[name]), flush=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if arguments.save:
+        print(machine.save("gpu", results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""`gptsmith find-lr`: which learning rate, by a short run that tries them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gptsmith.cli.train import base_and_given
+from gptsmith.errors import UsageError
+from gptsmith.log import note, progress
+from gptsmith.presets import describe_presets
+from gptsmith.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gptsmith.train.range_test import RangeTest
+
+
+@dataclass(frozen=True)
+class FindLr:
+    """Try learning rates: a short run whose rate rises until the loss explodes. Takes the options of train.
+
+    Rates rise together, from 1/100,000 of --optim.lr (and of --optim.embedding-lr, with muon) to 100 times it.
+    """
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")] = ""
+    """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
+    out: Path | None = None
+    """The picture to write (default: runs/find-lr-NAME.png, numbered if taken)."""
+    preset: str | None = None
+    """Start from a named configuration (see below); other options override it."""
+    config: Path | None = None
+    """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
+    updates: int = 100
+    """How many rates to try, an update each."""
+    lowest: float = 1e-5
+    """The first rate, as a share of the configured one."""
+    highest: float = 100.0
+    """The last."""
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+def main(arguments: list[str]) -> int:
+    base, _ = base_and_given(arguments)
+    chosen = tyro.cli(
+        FindLr,
+        prog="gptsmith find-lr",
+        args=arguments,
+        default=FindLr(run=base),
+        description=f"{FindLr.__doc__}\n\npresets:\n{describe_presets()}",
+    )
+    if not chosen.data:
+        raise UsageError("try it on what? Give a text file, a folder or a named corpus: gptsmith find-lr input.txt")
+    if chosen.run.budget is not None or chosen.run.depth is not None:
+        raise UsageError("--budget and --depth choose the learning rate themselves; give the model's size instead.")
+
+    from gptsmith.data.sources import open_source
+
+    out = _place(chosen.out, open_source(chosen.data, field=chosen.run.field).name)
+
+    from gptsmith.report.plots import learning_rate_figure, save_png
+    from gptsmith.runtime import choose_device, keep_freed_memory
+    from gptsmith.storage import explain_os_errors
+    from gptsmith.train.range_test import range_test
+    from gptsmith.train.run import read_text
+
+    device = choose_device(chosen.run.device)
+    tokenizer, dataset = read_text(chosen.data, chosen.run)
+    keep_freed_memory()
+    with progress(chosen.updates, "trying rates") as bar:
+        found = range_test(
+            chosen.run,
+            tokenizer,
+            dataset,
+            device,
+            updates=chosen.updates,
+            lowest=chosen.lowest,
+            highest=chosen.highest,
+            on_update=lambda loss: bar.advance(1),
+        )
+    optim = chosen.run.optim
+    rates = found.factors * optim.lr
+    marks = {"steepest": found.steepest * optim.lr, "lowest / 10": found.tenth_of_lowest * optim.lr}
+    with explain_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_png(learning_rate_figure(rates, found.losses, found.smoothed, marks), out)
+    print(terminal_plot(rates, found.smoothed))
+    print(_advice(found, chosen.run))
+    print(f"picture     {out}")
+    return 0
+
+
+def _place(out: Path | None, name: str) -> Path:
+    """Where the picture goes: never onto something that is there."""
+    if out is not None:
+        if out.exists():
+            raise UsageError(f"--out {out} exists. Choose another name.")
+        return out if out.suffix == ".png" else out.with_name(out.name + ".png")
+    number = 1
+    while (path := Path("runs") / f"find-lr-{name}{'' if number == 1 else f'-{number}'}.png").exists():
+        number += 1
+    return path
+
+
+def _advice(found: RangeTest, config: TrainConfig) -> str:
+    if not found.says_something:
+        note("warning: the loss hardly fell before it exploded; take the rates below with care, or try more --updates")
+    lines = []
+    rules = (("steepest", found.steepest), ("lowest / 10", found.tenth_of_lowest))
+    for rule, factor in rules:
+        options = f"--optim.lr {factor * config.optim.lr:.2g}"
+        if config.optim.name == "muon":
+            options += f" --optim.embedding-lr {factor * config.optim.embedding_lr:.2g}"
+        lines.append(f"{rule:12}{options}")
+    if len(found.losses) and found.lowest == len(found.losses) - 1:
+        note(f"the loss was still falling at the highest rate tried; look further with --highest {config.optim.lr:g}")
+    return "\n".join(lines)
+
+
+def terminal_plot(rates: NDArray[np.float64], losses: NDArray[np.float64], *, width: int = 68, height: int = 12) -> str:
+    """Loss over the logarithm of the rate, in characters."""
+    import math
+
+    low, high = float(losses.min()), float(losses.max())
+    first, last = math.log10(rates[0]), math.log10(rates[-1])
+    cells = [[" "] * width for _ in range(height)]
+    for rate, loss in zip(rates, losses, strict=True):
+        column = round((math.log10(rate) - first) / max(1e-9, last - first) * (width - 1))
+        row = round((high - loss) / max(1e-9, high - low) * (height - 1))
+        cells[row][column] = "•"
+    lines = []
+    for row, line in enumerate(cells):
+        label = f"{high - (high - low) * row / (height - 1):7.2f}" if row in (0, height - 1) else " " * 7
+        lines.append(f"{label} │{''.join(line).rstrip()}")
+    lines.append(" " * 8 + "└" + "─" * width)
+    left, right = f"{rates[0]:.1g}", f"{rates[-1]:.1g}"
+    lines.append(" " * 9 + left + " learning rate ".center(width - len(left) - len(right)) + right)
+    return "\n".join(lines)

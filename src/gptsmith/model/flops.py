@@ -1,0 +1,67 @@
+"""How much arithmetic a model is: parameters and floating-point operations, from its configuration alone (no torch).
+
+Axis letters as in `transformer`, and N parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptsmith.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """Trainable numbers of a model, tied weights counted once."""
+
+    total: int
+    multiplied: int
+    """Those in matrices that every token is multiplied by: of the experts, only the ones a token uses; the output
+    head, also where it is tied; not the embedding tables, which are looked up."""
+
+
+def count_parameters(config: ModelConfig) -> Size:
+    """Exactly what `Transformer(config).num_parameters()` counts."""
+    c = config
+    norm = 2 if c.norm == "layernorm" else 1
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    output_bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
+    attention = c.hidden_size * (q + 2 * kv) + q * c.hidden_size
+    small = (q + 2 * kv) * c.attention_bias + c.hidden_size * output_bias + 2 * norm * c.hidden_size
+    small += 2 * norm * c.head_dim * c.qk_norm
+    halves = 2 if c.mlp == "swiglu" else 1
+    expert = (halves + 1) * c.hidden_size * c.intermediate_size
+    small += (halves * c.intermediate_size + c.hidden_size) * c.mlp_bias
+    router = c.hidden_size * c.num_experts
+    if c.shared_expert_intermediate_size:  # every token passes through it, behind a gate of one row
+        router += c.hidden_size * (3 * c.shared_expert_intermediate_size + 1)
+    stored, used = (c.num_experts, c.num_experts_per_tok) if c.num_experts else (1, 1)
+    layer_stored = attention + small + stored * expert + router
+    layer_used = attention + used * expert + router
+    table = c.vocab_size * c.hidden_size
+    outside = table * (1 if c.tie_word_embeddings else 2)
+    outside += c.max_position_embeddings * c.hidden_size * (c.position == "learned")
+    outside += norm * c.hidden_size * (c.norm_position == "pre")
+    layers = c.num_hidden_layers
+    return Size(layers * layer_stored + outside, layers * layer_used + table)
+
+
+def attended(config: ModelConfig, layer: int, context: int) -> float:
+    """How many tokens one token of `layer` attends to on average over a context, causal or banded."""
+    window = min(config.window_of(layer) or context, context)
+    return window - (window - 1) * window / (2 * context)
+
+
+def flops_per_token(config: ModelConfig, context: int, *, training: bool = True, full_attention: bool = True) -> float:
+    """Floating-point operations per token: 2 a multiplied parameter forward, twice that backward, plus attention.
+
+    full_attention: count scores of the whole context, also those the mask hides (the usual convention: Chowdhery et al.
+    2022, 2204.02311, appendix B; nanoGPT); otherwise only those a causal or banded kernel must compute.
+    """
+    width = config.num_attention_heads * config.head_dim
+    seen = sum(
+        min(config.window_of(i) or context, context) if full_attention else attended(config, i, context)
+        for i in range(config.num_hidden_layers)
+    )
+    forward = 2 * count_parameters(config).multiplied + 4 * width * seen  # q·k and p·v: 2 each
+    return (3 if training else 1) * float(forward)

@@ -1,0 +1,166 @@
+"""Budgets, depth and the ladder, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptsmith.log import JsonLines
+
+Cli = Callable[..., tuple[int, str, str]]
+TRAIN = (sys.executable, "-m", "gptsmith", "train")
+QUICK = ("--sample-tokens", "0", "--compile", "off", "--device", "cpu")
+
+
+def record(run: Path) -> dict[str, object]:
+    return dict(json.loads((run / "run.json").read_text()))
+
+
+def test_a_budget_of_tokens_chooses_and_says_why(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, _, err = run_cli("train", text_file, "--budget", "30ktok", "--out", out, "--context", "32", *QUICK)
+    assert code == 0, err
+    assert "30,000 tokens" in err or "3e+04 tokens" in err
+    assert "depth 2, width 128, context 32" in err
+    rows = JsonLines(out / "metrics.jsonl").read()
+    assert rows[-1]["tokens"] == pytest.approx(30_000, rel=0.02)
+    assert rows[-1]["val_loss"] < 3.0
+    config = record(out)["config"]
+    assert isinstance(config, dict)
+    assert (config["budget"], config["context"]) == ("30ktok", 32)
+    assert len(record(out)["choice"]["reasons"]) == 3  # type: ignore[index]
+
+
+def test_a_run_of_a_budget_is_a_configuration_like_any_other(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_cli("train", text_file, "--budget", "10ktok", "--out", first, *QUICK)[0] == 0
+    assert run_cli("train", text_file, "--config", first / "run.json", "--out", second)[0] == 0
+    losses = [
+        [row["loss"] for row in JsonLines(run / "metrics.jsonl").read() if "loss" in row] for run in (first, second)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text(" ".join(chr(0x4E00 + i % 400) for i in range(20_000)))
+    code, _, err = run_cli("train", path, "--budget", "20ktok", "--out", tmp_path / "run", "--context", "32", *QUICK)
+    assert code == 0, err
+    assert "more than 256 different characters" in err
+    assert record(tmp_path / "run")["config"]["tokenizer"] == "bpe"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "soon"), "is not a budget.*5m, 2h"),
+        (("--budget", "1s"), "too short to learn anything.*Give at least"),
+        (("--budget", "10tok"), "Give more"),
+        (("--budget", "5m", "--steps", "10"), "both say how long"),
+        (("--depth", "0"), "depth must be at least 1"),
+        (("--budgett", "5m"), "budget"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(
+    options: tuple[str, ...], message: str, run_cli: Cli, text_file: Path, tmp_path: Path
+) -> None:
+    code, out, err = run_cli("train", text_file, "--out", tmp_path / "run", *QUICK, *options)
+    assert code == 2
+    assert re.search(message, out + err, re.DOTALL)
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ladder_is_fitted_drawn_and_continued(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ladder"
+    command = ("scale", text_file, "--out", out, "--budgets", "16ktok,4ktok,8ktok", *QUICK, "--context", "32")
+    code, printed, err = run_cli(*command)
+    assert code == 0, err
+    assert err.index("rung 1 of 3: 4ktok") < err.index("rung 3 of 3: 16ktok")
+    assert "at 10× the largest" in printed
+    result = json.loads((out / "scale.json").read_text())
+    losses = [rung["val_loss"] for rung in result["rungs"]]
+    assert losses == sorted(losses, reverse=True)
+    assert [rung["tokens"] for rung in result["rungs"]] == pytest.approx([4000, 8000, 16000], rel=0.05)
+    assert result["predictions"][0]["val_loss"][0] < losses[-1]
+    assert (out / "scale.png").read_bytes().startswith(b"\x89PNG")
+    before = (out / "4ktok" / "metrics.jsonl").stat().st_mtime_ns
+    code, again, _ = run_cli(*command)
+    assert (code, again) == (0, printed)
+    assert (out / "4ktok" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("budgets", ["1m", "1m,1e12flop", "1m,1m", "x,y", ""])
+def test_a_ladder_needs_two_budgets_of_a_kind(budgets: str, run_cli: Cli, text_file: Path) -> None:
+    code, _, err = run_cli("scale", text_file, f"--budgets={budgets}")
+    assert code == 2
+    assert "budget" in err
+
+
+@pytest.mark.slow
+def test_a_budget_of_time_is_kept(text_file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gptsmith",
+        "train",
+        str(text_file),
+        "--budget",
+        "40s",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.monotonic() - began == pytest.approx(40, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_machine_that_becomes_slower_ends_on_time_all_the_same(text_file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gptsmith",
+        "train",
+        str(text_file),
+        "--budget",
+        "60s",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    began = time.monotonic()
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(25)
+    hog = "while True: pass"
+    hogs = [subprocess.Popen([sys.executable, "-c", hog]) for _ in range(2)]
+    try:
+        assert run.wait() == 0
+    finally:
+        for process in hogs:
+            process.kill()
+            process.wait()
+    assert time.monotonic() - began == pytest.approx(60, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_of_a_budget_goes_on_to_its_time(text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gptsmith", "train"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, str(text_file), "--budget", "40s", "--out", str(run)], stderr=subprocess.DEVNULL
+    )
+    time.sleep(20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    began = time.monotonic()
+    subprocess.run([*TRAIN, "--resume", str(run)], check=True, capture_output=True)
+    assert 10 < time.monotonic() - began < 40
+    assert record(run)["status"] == "finished"

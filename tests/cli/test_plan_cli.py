@@ -1,0 +1,80 @@
+"""`gptsmith plan` through the real command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptsmith.train import calibrate
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "TIMED_SECONDS", 0.05)
+    monkeypatch.setattr(calibrate, "PASS_SECONDS", 0.1)
+
+
+def test_a_page_for_people(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+    code, out, _ = run_cli("plan", text_file, *tiny, "--price-per-hour", "3.6")
+    assert code == 0
+    for word in ("parameters", "FLOP a token", "weights", "activations", "available", "tokens/s", "an evaluation"):
+        assert word in out
+    assert "largest micro-batch that fits: 4" in out
+    assert "at 3.60 an hour" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_json_tells_what_train_will_do(run_cli: Cli, text_file: Path, tiny: list[str], finished: Path) -> None:
+    code, out, _ = run_cli("plan", text_file, *tiny, "--json", "--price-per-hour", "2")
+    assert code == 0
+    plan = json.loads(out)
+    record = json.loads((finished / "run.json").read_text())
+    assert plan["parameters"]["total"] == record["parameters"]
+    assert plan["model"] == record["model"]
+    assert plan["text"]["train_tokens"] == record["data"]["train_tokens"]
+    assert plan["tokens"] == 20 * 4 * 32
+    assert plan["fits"]
+    assert plan["micro_batch_size"] == 4
+    assert plan["cost"] == pytest.approx(2 * plan["seconds"] / 3600)
+    assert sum(v for k, v in plan["memory"].items() if k not in ("total", "moment")) == plan["memory"]["total"]
+
+
+def test_the_largest_published_model_without_any_text(run_cli: Cli) -> None:
+    code, out, _ = run_cli("plan", "--preset", "gpt3-175b", "--tokenizer", "bpe", "--json", "--device", "cpu")
+    assert code == 0
+    plan = json.loads(out)
+    assert 170e9 < plan["parameters"]["total"] < 180e9
+    assert plan["memory"]["weights"] == pytest.approx(4 * plan["parameters"]["total"], rel=0.001)
+    assert not plan["fits"]
+    assert plan["largest_micro_batch"] is None
+    assert plan["times"]["scale"] > 1000
+    assert plan["seconds"] > 1e9
+
+
+def test_budget_and_depth_are_chosen_as_train_would(run_cli: Cli, text_file: Path) -> None:
+    code, out, err = run_cli("plan", text_file, "--depth", "2", "--compile", "off", "--device", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["model"]["num_hidden_layers"] == 2
+    assert "depth 2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--price-per-hour", "-1"], "--price-per-hour must be 0 or more"),
+        (["--budget", "soon"], "not a budget"),
+        (["--model.hidden-size", "33"], "not a multiple"),
+        (["--tokenizer", "gpt3"], "use char, bpe, gpt2, or a directory"),
+        (["missing.txt"], "missing.txt"),
+    ],
+)
+def test_mistakes(run_cli: Cli, arguments: list[str], message: str) -> None:
+    code, out, err = run_cli("plan", *arguments)
+    assert code in (1, 2)
+    assert message in err
+    assert out == ""
