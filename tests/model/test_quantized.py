@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model import families, parallel, quantized
-from gptsmith.model.quantized import Bits, Packed, encode, load_state, pack, quantize, state, unpack
+from gptsmith.model.quantized import (
+    Bits,
+    Packed,
+    bits_of,
+    dequantize,
+    encode,
+    load_state,
+    outline,
+    pack,
+    quantize,
+    state,
+    unpack,
+)
 from gptsmith.model.transformer import Transformer
 
 BITS: list[Bits] = [4, 8]
@@ -54,24 +66,24 @@ def test_packing_loses_nothing(rows: int, groups: int, bits: Bits, seed: int) ->
 def test_codes_are_near_the_weights(bits: Bits) -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 128) * torch.rand(64, 1) * 3
-    matrix = Packed.of(weight, bits)
+    matrix = Packed.of(encode(weight, bits))
     assert relative(matrix.matrix(), weight) < (0.006 if bits == 8 else 0.08)
     rows = torch.tensor([0, 63, 17, 17])
     assert torch.equal(matrix.some_rows(rows), matrix.matrix()[rows])
     for exact in (torch.zeros(16, 32), torch.full((16, 32), 0.5), torch.arange(16.0).repeat(16, 2) - 3):
         if bits == 4 or exact.unique().numel() == 1:  # what sixteen steps can say is kept
-            torch.testing.assert_close(Packed.of(exact, bits).matrix(), exact, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(Packed.of(encode(exact, bits)).matrix(), exact, atol=1e-3, rtol=1e-3)
 
 
 def test_four_bits_do_better_than_the_extremes_alone() -> None:
     torch.manual_seed(0)
     weight = torch.randn(32, 320)
-    codes, scales, least = encode(weight, 4)
-    assert least is not None
+    made = encode(weight, 4)
+    assert made.least is not None
     low, high = weight.view(32, 10, 32).aminmax(dim=-1)
     step = (high - low) / 15
     plain = ((weight.view(32, 10, 32) - low[..., None]) / step[..., None]).round() * step[..., None] + low[..., None]
-    ours = codes.view(32, 10, 32).float() * scales.float()[..., None] + least.float()[..., None]
+    ours = made.codes.view(32, 10, 32).float() * made.scales.float()[..., None] + made.least.float()[..., None]
     assert relative(ours.flatten(1), weight) < 0.99 * relative(plain.flatten(1), weight)
 
 
@@ -84,7 +96,7 @@ def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         for rows, columns, tokens in itertools.product((16, 40, 129), (32, 160), (1, 2, 3, 7, 8, 21)):
-            matrix = Packed.of(torch.randn(rows, columns), bits)
+            matrix = Packed.of(encode(torch.randn(rows, columns), bits))
             x = torch.randn(tokens, columns)
             assert relative(matrix.multiply(x), x @ matrix.matrix().T) < 0.02
             exact = torch.randint(-127, 128, (tokens, columns)).float()
@@ -114,22 +126,44 @@ def test_models_answer_nearly_as_before(family: str, bits: Bits, monkeypatch: py
     assert not any(p.dim() > 1 and "router" not in n and "position" not in n for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
-def test_saved_and_loaded(family: str) -> None:
-    model = quantize(make_model(family), 4)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("bits", BITS)
+def test_saved_and_loaded(family: str, bits: Bits) -> None:
+    model = quantize(make_model(family), bits)
     tensors = {name: tensor.clone() for name, tensor in state(model).items()}
-    other = quantize(make_model(family), 4, fill=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    other = outline(make_model(family), shapes, "here")
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
     load_state(other, tensors, "here")
     ids = torch.randint(0, 101, (1, 9))
     with torch.no_grad():
         assert torch.equal(model(ids), other(ids))
-    with pytest.raises(CheckpointError, match="here lacks"):
-        load_state(other, dict(list(tensors.items())[1:]), "here")
-    name = next(iter(tensors))
-    with pytest.raises(CheckpointError, match="expected"):
-        load_state(other, tensors | {name: tensors[name][..., :1]}, "here")
+    name = next(name for name in tensors if name.endswith("o_proj.weight.packed"))
+    with pytest.raises(CheckpointError, match="here lacks the tensor .*o_proj"):
+        outline(make_model(family), {n: s for n, s in shapes.items() if n != name}, "here")
+    with pytest.raises(CheckpointError, match=r"o_proj.weight.packed is .* expected"):
+        outline(make_model(family), shapes | {name: (4, 2, 100)}, "here")
+    with pytest.raises(CheckpointError, match=r"norm.weight is .* expected"):
+        outline(make_model(family), shapes | {"norm.weight": (1,)}, "here")
+    with pytest.raises(CheckpointError, match="expected torch.uint8"):
+        load_state(other, tensors | {name: tensors[name].float()}, "here")
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("bits", BITS)
+def test_made_plain_again(family: str, bits: Bits) -> None:
+    model = make_model(family)
+    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    quantize(model, bits)
+    ids = torch.randint(0, 101, (1, 9))
+    with torch.no_grad():
+        packed = model(ids)
+        dequantize(model)
+        assert relative(packed, model(ids)) < 0.03  # the inputs' rounding alone
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
+    assert bits_of(model) is None
+    assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
 def test_what_cannot_be_quantized() -> None:

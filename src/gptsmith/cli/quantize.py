@@ -39,11 +39,9 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
 
     from gptsmith.checkpoint import load, save_checkpoint
-    from gptsmith.model.quantized import is_quantized, quantize
+    from gptsmith.model.quantized import quantize
 
-    model, tokenizer = load(chosen.model)
-    if is_quantized(model):
-        raise UsageError(f"{chosen.model} is quantized already; quantize the model that it was made from.")
+    model, tokenizer = load(chosen.model, quantize="none")
     ids: list[int] = []
     if chosen.tokens:
         from gptsmith.evaluate.perplexity import perplexity

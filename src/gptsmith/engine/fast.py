@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
 from gptsmith.model.parallel import announce_compiling, kernels_available, together
-from gptsmith.model.quantized import Packed, QuantizedLinear, is_quantized
+from gptsmith.model.quantized import Packed, QuantizedLinear, bits_of
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -48,8 +48,7 @@ class FastRunner(Runner):
         super().__init__(model, cache, vocab_size)
         announce_compiling()
         self._stamp: Any = None
-        bits = getattr(model, "quantized_bits", 32)
-        self.most_tokens = MOST_TOKENS[bits]
+        self.most_tokens = MOST_TOKENS[bits_of(model) or 32]
         self._room: dict[int, dict[str, np.ndarray]] = {}
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
@@ -175,7 +174,7 @@ class FastRunner(Runner):
 
 def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
     """The runner for this model on this machine."""
-    pays = is_quantized(model) or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
+    pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
     if pays and serves(model) and cache.keys[0].dtype == torch.float32:
         return FastRunner(model, cache, vocab_size)
     return Runner(model, cache, vocab_size)

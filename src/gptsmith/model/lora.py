@@ -69,7 +69,7 @@ def read_adapter(directory: Path, model: Transformer) -> Adapter:
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{directory / CONFIG_FILE}: trained biases are not supported.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{directory / CONFIG_FILE}: r and lora_alpha must be numbers, r at least 1.")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return _sort(tensors, model, rank, scaling, str(directory))
@@ -82,12 +82,15 @@ def _sort(tensors: dict[str, Tensor], model: Transformer, rank: int, scaling: fl
     updates: dict[str, tuple[Update, ...]] = {}
     for entry in LAYOUTS[model.config.model_type].entries(model.config):
         module = entry.ours.removesuffix(".weight")
+        linear = entry.ours.endswith("proj.weight")  # not the embeddings', a router's, or (without .weight) experts'
         sizes = model.fused_rows(entry.ours) if len(entry.theirs) > 1 else (0,)
         first, found = 0, []
         for place, (name, size) in enumerate(zip(entry.theirs, sizes, strict=True)):
             names = [f"base_model.model.{name.removesuffix('.weight')}.lora_{letter}.weight" for letter in "AB"]
-            if names[0] in tensors and names[1] in tensors and ".embed" not in entry.ours and module != "embed_tokens":
+            if names[0] in tensors and names[1] in tensors and linear:
                 A, B = (tensors[each].float().to(device) for each in names)
+                if not bool(A.isfinite().all() & B.isfinite().all()):
+                    raise CheckpointError(f"the adapter in {where} is damaged: {names[0]} or its B is not finite.")
                 target = model.get_submodule(module)
                 inputs, outputs = _shape(target)
                 if A.shape != (rank, inputs) or B.shape != (size or outputs, rank):

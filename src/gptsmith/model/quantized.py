@@ -1,16 +1,20 @@
 """Weights in 8 or 4 bits: an eighth to a quarter of the memory, and of the time where memory is what takes time.
 
     quantize(model, 4)                 # in place; the model computes as before, nearly
+    dequantize(model)                  # a plain model again, of what the few bits say
 
 A weight is a code times the scale of its group (32 columns of a row), in 4 bits plus the group's least value:
-`w = scale · q + least`. Codes lie as `model.kernels` reads them; where it cannot (another processor, no numba), a
-matrix is made float32 each time it is used: correct anywhere, and slow.
+`w = scale · q + least`; GGUF's Q4_0, Q4_1 and Q8_0 are the same numbers in another order. Codes lie as `model.kernels`
+reads them; where it cannot (another processor, no numba), PyTorch's own kernel for 4 bits multiplies, and a matrix of 8
+bits is made float32 each time it is used: correct anywhere, and slow.
 
 Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N tokens · E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,20 +28,45 @@ from gptsmith.model.transformer import Transformer
 
 Bits = Literal[4, 8]
 GROUP, ROWS = 32, 16
+_AT_ONCE = 1 << 22  # numbers that are rounded at once
 METHOD = "gptsmith"  # in config.json's quantization_config
 
 
-def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (R, K) uint8, scales (R, G) and least values (R, G) float16 (None in 8 bits) of a (R, K) matrix.
+@dataclass(frozen=True)
+class Codes:
+    """A (R, K) matrix in few bits. codes: (R, K) uint8, in 8 bits 128 more than they say; scales: (R, G) float16;
+    least: (R, G) float16 in 4 bits, None in 8."""
 
-    8 bits: symmetric, stored as 128 more than the code is. 4 bits: of a few ways to lay fifteen steps over a group, the
-    one with the least squared error.
-    """
+    bits: Bits
+    codes: Tensor
+    scales: Tensor
+    least: Tensor | None
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Matrices of as many columns and bits, one under the other."""
+    least = [part.least for part in parts if part.least is not None]
+    return Codes(
+        parts[0].bits,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(least) if least else None,
+    )
+
+
+def encode(weight: Tensor, bits: Bits) -> Codes:
+    """A (R, K) matrix rounded. 8 bits: symmetric about 0. 4 bits: of a few ways to lay fifteen steps over a group, the
+    one with the least squared error."""
+    rows = max(1, _AT_ONCE // weight.shape[1])
+    return joined([_encode(part, bits) for part in weight.split(rows)])
+
+
+def _encode(weight: Tensor, bits: Bits) -> Codes:
     groups = weight.float().reshape(len(weight), -1, GROUP)  # (R, G, 32)
     if bits == 8:
         scales = (groups.abs().amax(dim=-1) / 127).half()
         codes = (groups / scales.float().clamp_min(1e-12)[..., None]).round().clamp(-127, 127)
-        return (codes + 128).to(torch.uint8).flatten(1), scales, None
+        return Codes(8, (codes + 128).to(torch.uint8).flatten(1), scales, None)
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     best_error = torch.full_like(low, torch.inf)
     best = [torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)]
@@ -51,7 +80,7 @@ def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:
         for kept, new in zip(best, (codes, scale, least), strict=True):
             kept.copy_(torch.where(better if new.dim() == 2 else better[..., None], new, kept))
     codes, scale, least = best
-    return codes.to(torch.uint8).flatten(1), scale.half(), least.half()
+    return Codes(4, codes.to(torch.uint8).flatten(1), scale.half(), least.half())
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
@@ -93,14 +122,14 @@ class Packed(nn.Module):
         self.register_buffer("packed", torch.zeros(blocks, G, 64 * bits, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(blocks, G, ROWS, dtype=torch.float16))
         self.register_buffer("least", torch.zeros(blocks if bits == 4 else 0, G, ROWS, dtype=torch.float16))
+        self._for_torch: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bits: Bits) -> Packed:
-        made = cls(weight.shape[0], weight.shape[1], bits)
-        codes, scales, least = encode(weight.detach(), bits)
-        made.packed, made.scales = pack(codes, bits), _by_block(scales)
-        if least is not None:
-            made.least = _by_block(least)
+    def of(cls, matrix: Codes) -> Packed:
+        made = cls(*matrix.codes.shape, matrix.bits)
+        made.packed, made.scales = pack(matrix.codes, matrix.bits), _by_block(matrix.scales)
+        if matrix.least is not None:
+            made.least = _by_block(matrix.least)
         return made
 
     def matrix(self) -> Tensor:
@@ -126,9 +155,24 @@ class Packed(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., K) times the transposed matrix: (..., R)."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and kernels_available():
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.linear(x, self.matrix().to(x.dtype))
+        if kernels_available():
             return packed_linear(x, self.packed, self.scales, self.least, self.rows, self.bits)
-        return F.linear(x, self.matrix().to(x.dtype))
+        if self.bits == 4 and self.rows % ROWS == 0:
+            return self._multiply_by_torch(x)
+        return F.linear(x, self.matrix())
+
+    def _multiply_by_torch(self, x: Tensor) -> Tensor:
+        """By PyTorch's kernel, which holds codes in an order of its own; it counts from the middle of the codes."""
+        if self._for_torch is None or self._for_torch[0] is not self.packed:
+            codes = unpack(self.packed, 4, self.rows).int()
+            scales, least = (s.transpose(1, 2).flatten(0, 1)[: self.rows].float() for s in (self.scales, self.least))
+            middles = torch.stack((scales, least + 8 * scales), dim=-1).transpose(0, 1).contiguous()  # (G, R, 2)
+            self._for_torch = self.packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), middles
+        _, own, middles = self._for_torch
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, self.columns), own, GROUP, middles)
+        return y.view(*x.shape[:-1], self.rows)
 
 
 class QuantizedLinear(nn.Module):
@@ -157,12 +201,12 @@ class QuantizedEmbedding(nn.Module):
 class QuantizedExperts(MixtureOfExperts):
     """A mixture whose experts are `Packed`; the router stays as it is."""
 
-    up: Any
-    down: Any
+    up_proj: Any
+    down_proj: Any
 
     def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         answers = []
-        for run, up_proj, down_proj in zip(runs, self.up, self.down, strict=True):
+        for run, up_proj, down_proj in zip(runs, self.up_proj, self.down_proj, strict=True):
             if len(run):
                 gate, up = up_proj.multiply(run).chunk(2, dim=-1)
                 answers.append(down_proj.multiply(F.silu(gate) * up))
@@ -170,64 +214,117 @@ class QuantizedExperts(MixtureOfExperts):
 
 
 def can_pack(weight: Tensor) -> bool:
-    return weight.dim() >= 2 and weight.shape[-1] % GROUP == 0
+    return weight.shape[-1] % GROUP == 0
 
 
 @torch.no_grad()
-def quantize(model: Transformer, bits: Bits, *, fill: bool = True) -> Transformer:
-    """Replace the model's matrices by ones of so many bits, in place. Norms, biases, positions and routers stay, and so
-    does a matrix whose width is no multiple of 32. Embeddings and the output have 8 bits always: what 4 lose shows most
-    there.
+def replace_matrices(model: Transformer, packed: Callable[[str, Tensor], Packed | None]) -> Transformer:
+    """Replace the model's matrices by what `packed` gives for their names and weights, in place; None: it stays.
 
-    fill: False leaves the numbers undefined, to be loaded. Raises UsageError for another number of bits, or where there
-    is nothing to quantize.
+    Norms, biases, positions, routers and gates stay always, and so does a matrix whose width is no multiple of 32. An
+    expert's names are `layers.0.mlp.up_proj.3`; all experts of a layer are replaced, or none.
+    """
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, MixtureOfExperts) and can_pack(module.up_proj) and can_pack(module.down_proj):
+            experts = {
+                name: [packed(f"{prefix}{name}.{e}", weight) for e, weight in enumerate(getattr(module, name))]
+                for name in ("up_proj", "down_proj")
+            }
+            if all(each is not None for them in experts.values() for each in them):
+                module.__class__ = QuantizedExperts
+                for name, them in experts.items():
+                    delattr(module, name)
+                    setattr(module, name, nn.ModuleList(each for each in them if each is not None))
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name not in ("router", "shared_gate", "lm_head"):
+                made = packed(f"{prefix}{name}.weight", child.weight) if can_pack(child.weight) else None
+                if made is not None:
+                    setattr(module, name, QuantizedLinear(made, child.bias))
+    ends: Any = model
+    if can_pack(model.embed_tokens.weight):
+        table = packed("embed_tokens.weight", model.embed_tokens.weight)
+        tied = model.config.tie_word_embeddings
+        head = table if tied else packed("lm_head.weight", model.lm_head.weight)
+        if table is not None:
+            ends.embed_tokens = QuantizedEmbedding(table)
+        if head is not None:
+            ends.lm_head = QuantizedLinear(head, None)
+    return model
+
+
+def quantize(model: Transformer, bits: Bits) -> Transformer:
+    """Round the model's matrices to so many bits, in place (see `replace_matrices`). Embeddings and the output have 8
+    bits always: what 4 lose shows most there.
+
+    Raises UsageError for another number of bits, or where there is nothing to quantize.
     """
     if bits not in (4, 8):
         raise UsageError(f"--bits must be 4 or 8, not {bits}.")
 
-    def packed(weight: Tensor, bits: Bits = bits) -> Packed:
-        return Packed.of(weight, bits) if fill else Packed(weight.shape[0], weight.shape[1], bits)
+    def packed(name: str, weight: Tensor) -> Packed:
+        ends = name in ("lm_head.weight", "embed_tokens.weight")
+        return Packed.of(encode(weight.detach(), 8 if ends else bits))
 
-    count = 0
-    for module in list(model.modules()):
-        if isinstance(module, MixtureOfExperts) and can_pack(module.up_proj) and can_pack(module.down_proj):
-            up = nn.ModuleList(packed(w) for w in module.up_proj)
-            down = nn.ModuleList(packed(w) for w in module.down_proj)
-            del module.up_proj, module.down_proj
-            module.__class__ = QuantizedExperts
-            module.up, module.down = up, down
-            count += 1
-        for name, child in list(module.named_children()):
-            if (
-                isinstance(child, nn.Linear)
-                and name not in ("router", "shared_gate", "lm_head")
-                and can_pack(child.weight)
-            ):
-                setattr(module, name, QuantizedLinear(packed(child.weight), child.bias))
-                count += 1
-    if can_pack(model.lm_head.weight):
-        weight = packed(model.lm_head.weight, 8)
-        if model.config.tie_word_embeddings:
-            model.embed_tokens = QuantizedEmbedding(weight)  # type: ignore[assignment]
-        else:
-            embedding = model.embed_tokens.weight
-            table = packed(embedding, 8)
-            model.embed_tokens = QuantizedEmbedding(table)  # type: ignore[assignment]
-        model.lm_head = QuantizedLinear(weight, None)  # type: ignore[assignment]
-        count += 1
-    if not count:
+    replace_matrices(model, packed)
+    if bits_of(model) is None:
         raise UsageError("this model has no matrix whose width is a multiple of 32: it cannot be quantized.")
-    model.quantized_bits = bits  # type: ignore[assignment]
     return model
 
 
-def is_quantized(model: nn.Module) -> bool:
-    return hasattr(model, "quantized_bits")
+def quantize_on_gpu(model: Transformer, bits: Bits) -> Transformer:
+    """Round the linear layers of a bfloat16 model on a GPU through torchao, in place. 4 bits: in groups of 32, by the
+    kernel that PyTorch has for them. Embeddings, output and experts stay bfloat16. UsageError without torchao."""
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise UsageError("few bits on a GPU need torchao: pip install 'gptsmith[gpu]'; or use --device cpu.") from None
+    if bits == 4:
+        config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
+    else:
+        config = Int8WeightOnlyConfig()
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        plain = isinstance(module, nn.Linear) and can_pack(module.weight)
+        return plain and name.rpartition(".")[2] not in ("router", "shared_gate", "lm_head")
+
+    quantize_(model, config, filter_fn=chosen)
+    return model
 
 
-def description(model: nn.Module) -> dict[str, Any]:
+@torch.no_grad()
+def dequantize(model: Transformer) -> Transformer:
+    """Make the matrices of few bits float32 again, in place: the same numbers, in plain layers."""
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedExperts):
+            for name in ("up_proj", "down_proj"):
+                matrices = torch.stack([each.matrix() for each in getattr(module, name)])
+                delattr(module, name)
+                setattr(module, name, nn.Parameter(matrices))
+            module.__class__ = MixtureOfExperts
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantizedLinear):
+                with torch.device("meta"):
+                    plain = nn.Linear(child.weight.columns, child.weight.rows, bias=False)
+                plain.weight, plain.bias = nn.Parameter(child.weight.matrix()), child.bias  # type: ignore[assignment]
+                setattr(module, name, plain)
+    table: nn.Module = model.embed_tokens
+    if isinstance(table, QuantizedEmbedding):
+        model.embed_tokens = nn.Embedding.from_pretrained(table.weight.matrix(), freeze=False)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def bits_of(model: nn.Module) -> Bits | None:
+    """The fewest bits of the model's matrices; None for a plain model."""
+    found: set[Bits] = {module.bits for module in model.modules() if isinstance(module, Packed)}
+    return min(found, default=None)
+
+
+def description(bits: Bits) -> dict[str, Any]:
     """A quantized model's `quantization_config` of config.json."""
-    return {"quant_method": METHOD, "bits": model.quantized_bits, "group_size": GROUP}
+    return {"quant_method": METHOD, "bits": bits, "group_size": GROUP}
 
 
 def described_bits(values: Any) -> Bits | None:
@@ -236,6 +333,9 @@ def described_bits(values: Any) -> Bits | None:
         return None
     bits = values.get("bits")
     return bits if bits in (4, 8) else None
+
+
+# a model directory's tensors, under our own names ---------------------------------------------------------------------
 
 
 def state(model: Transformer) -> dict[str, Tensor]:
@@ -250,20 +350,49 @@ def state(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
+def outline(model: Transformer, shapes: Mapping[str, tuple[int, ...]], where: str) -> Transformer:
+    """Make a plain model's outline (without memory) that of the quantized one whose `state` has these shapes: which
+    matrices have how many bits, the shapes say. Raises CheckpointError for what is missing or does not fit."""
+
+    def misfit(name: str, shape: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(f"{where}: {name} is {list(shapes[name])}, expected {list(shape)}.")
+
+    def packed(name: str, weight: Tensor) -> Packed | None:
+        given = shapes.get(f"{name}.packed")
+        if given is None:
+            return None
+        R, K = weight.shape
+        for bits in (4, 8):
+            with torch.device("meta"):
+                made = Packed(R, K, bits)  # type: ignore[arg-type]
+            if given == tuple(made.packed.shape):
+                return made
+        raise misfit(f"{name}.packed", (-(-R // ROWS), K // GROUP, 256))
+
+    replace_matrices(model, packed)
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if name not in shapes:
+            if tied and name.startswith("lm_head."):
+                continue
+            raise CheckpointError(f"{where} lacks the tensor {name}.")
+        if shapes[name] != tuple(tensor.shape):
+            raise misfit(name, tuple(tensor.shape))
+    return model
+
+
 @torch.no_grad()
-def load_state(model: Transformer, tensors: Any, where: str) -> None:
-    """Fill a quantized model with what `state` gave. CheckpointError for what is missing or does not fit."""
-    own = model.state_dict()
-    places: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        places.setdefault(tensor.data_ptr() if tensor.numel() else -1 - len(places), []).append(name)
-    for names in places.values():
-        source = next((name for name in names if name in tensors), None)
-        if source is None:
-            raise CheckpointError(f"{where} lacks the tensor {names[0]}.")
-        value, target = tensors[source], own[names[0]]
-        if value.shape != target.shape or value.dtype != target.dtype:
-            raise CheckpointError(
-                f"{where}: {source} is {list(value.shape)} {value.dtype}, expected {list(target.shape)} {target.dtype}."
-            )
-        target.copy_(value)
+def load_state(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill a quantized model, `outline` or not, with what `state` gave. CheckpointError for numbers of another type."""
+    for path, module in model.named_modules():
+        for name, own in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+            full = f"{path}.{name}" if path else name
+            if full not in tensors or own is None:
+                continue
+            value = tensors[full]
+            if isinstance(own, nn.Parameter) and value.is_floating_point():
+                own.copy_(value)
+            elif value.dtype == own.dtype and not isinstance(own, nn.Parameter):
+                setattr(module, name, value.clone())  # out of the file, and aligned as the kernels like it
+            else:
+                raise CheckpointError(f"{where}: {full} is {value.dtype}, expected {own.dtype}.")
