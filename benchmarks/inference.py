@@ -134,7 +134,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ctranslate2(directory: Path, prompt: list[int]) -> dict[str, Program]:
-    import ctranslate2  # type: ignore[import-not-found,unused-ignore]
+    import ctranslate2
     import torch
     from tokenizers import Tokenizer, models
 
@@ -177,11 +177,11 @@ def smollm2(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     }
     if available("llama_cpp"):
-        import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+        import llama_cpp
 
         threads = torch.get_num_threads()
         path = str(named_model_path("smollm2-135m"))
-        llama = llama_cpp.Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+        llama: Any = llama_cpp.Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
 
         def run() -> dict[str, float]:
             figures = {}

@@ -58,7 +58,7 @@ def encode(weight: Tensor, bits: Bits) -> Codes:
     """A (R, K) matrix rounded. 8 bits: symmetric about 0. 4 bits: of a few ways to lay fifteen steps over a group, the
     one with the least squared error."""
     rows = max(1, _AT_ONCE // weight.shape[1])
-    return joined([_encode(part, bits) for part in weight.split(rows)])
+    return joined([_encode(part, bits) for part in torch.split(weight, rows)])
 
 
 def _encode(weight: Tensor, bits: Bits) -> Codes:
@@ -126,7 +126,7 @@ class Packed(nn.Module):
 
     @classmethod
     def of(cls, matrix: Codes) -> Packed:
-        made = cls(*matrix.codes.shape, matrix.bits)
+        made = cls(matrix.codes.shape[0], matrix.codes.shape[1], matrix.bits)
         made.packed, made.scales = pack(matrix.codes, matrix.bits), _by_block(matrix.scales)
         if matrix.least is not None:
             made.least = _by_block(matrix.least)
@@ -301,7 +301,7 @@ def dequantize(model: Transformer) -> Transformer:
                 matrices = torch.stack([each.matrix() for each in getattr(module, name)])
                 delattr(module, name)
                 setattr(module, name, nn.Parameter(matrices))
-            module.__class__ = MixtureOfExperts
+            module.__class__ = MixtureOfExperts  # type: ignore[assignment]
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):
                 with torch.device("meta"):
@@ -310,7 +310,8 @@ def dequantize(model: Transformer) -> Transformer:
                 setattr(module, name, plain)
     table: nn.Module = model.embed_tokens
     if isinstance(table, QuantizedEmbedding):
-        model.embed_tokens = nn.Embedding.from_pretrained(table.weight.matrix(), freeze=False)
+        matrix = table.weight.matrix()
+        model.embed_tokens = nn.Embedding(*matrix.shape, _weight=matrix)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
@@ -364,7 +365,7 @@ def outline(model: Transformer, shapes: Mapping[str, tuple[int, ...]], where: st
         R, K = weight.shape
         for bits in (4, 8):
             with torch.device("meta"):
-                made = Packed(R, K, bits)  # type: ignore[arg-type]
+                made = Packed(R, K, bits)
             if given == tuple(made.packed.shape):
                 return made
         raise misfit(f"{name}.packed", (-(-R // ROWS), K // GROUP, 256))
