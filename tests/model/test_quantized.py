@@ -123,7 +123,8 @@ def test_models_answer_nearly_as_before(family: str, bits: Bits, monkeypatch: py
         slowly = model(ids)
     assert relative(after, before) < (0.05 if bits == 8 else 0.35)
     assert relative(after, slowly) < 0.05
-    assert not any(p.dim() > 1 and "router" not in n and "position" not in n for n, p in model.named_parameters())
+    left = [name for name, p in model.named_parameters() if p.dim() > 1]
+    assert all("router" in name or "gate" in name or "position" in name for name in left)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2_moe", "mixtral"])

@@ -311,7 +311,7 @@ def dequantize(model: Transformer) -> Transformer:
     table: nn.Module = model.embed_tokens
     if isinstance(table, QuantizedEmbedding):
         matrix = table.weight.matrix()
-        model.embed_tokens = nn.Embedding(*matrix.shape, _weight=matrix)
+        model.embed_tokens = nn.Embedding(matrix.shape[0], matrix.shape[1], _weight=matrix)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
