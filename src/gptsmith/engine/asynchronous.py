@@ -14,11 +14,13 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
+from pathlib import Path
 
 from gptsmith.engine.engine import Engine, EngineStats
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
+from gptsmith.model.lora import read_adapter
 
 Deliver = Callable[[Event | Exception], None]
 
@@ -94,6 +96,15 @@ class AsyncEngine:
     def stop(self, request: int, index: int) -> None:
         """End one sample as if it had come to a stop token (events that are under way may still come)."""
         self._orders.put(lambda: self.engine.stop(request, index))
+
+    def add_adapter(self, name: str, directory: Path) -> None:
+        """See `Engine.add_adapter`; raises what it raises, at once."""
+        adapter = read_adapter(directory, self.engine.model)
+        self._orders.put(lambda: self.engine.add_adapter(name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """See `Engine.remove_adapter`."""
+        self._orders.put(lambda: self.engine.remove_adapter(name))
 
     def weights_changed(self) -> None:
         """See `Engine.weights_changed`."""
