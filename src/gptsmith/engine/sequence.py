@@ -115,7 +115,8 @@ class Sequence:
     tokens: the prompt and what was made. start: those before it are beyond the context. computed: for how many from
     `start` on keys and values are in the blocks of `tables` (one table for each group of layers). named, keys: how many
     full blocks are known by their contents, and the hashes. drafts: guesses at what follows, to be checked in one pass.
-    candidates: of a beam that waits for its siblings. `computed` falls back to 0 when blocks are taken away.
+    guessable: whether there may be any. candidates: of a beam that waits for its siblings. `computed` falls back to 0
+    when blocks are taken away.
     """
 
     def __init__(self, request: Request, index: int, sampler: SamplerState, groups: int) -> None:
@@ -125,6 +126,7 @@ class Sequence:
         self.tables: list[list[int]] = [[] for _ in range(groups)]
         self.keys: list[bytes] = []
         self.drafts: list[int] = []
+        self.guessable = True
         self.logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.candidates: list[tuple[float, int, TokenLogprob]] | None = None
