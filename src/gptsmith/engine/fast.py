@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gptsmith.engine.graphs import GraphRunner
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
 from gptsmith.model.parallel import announce_compiling, kernels_available, together
@@ -170,6 +171,8 @@ class FastRunner(Runner):
 
 def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
     """The runner for this model on this machine."""
+    if cache.keys[0].is_cuda and not model.config.num_experts:  # experts ask how many tokens each has: no graph
+        return GraphRunner(model, cache, vocab_size)
     pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
     if pays and serves(model) and cache.keys[0].dtype == torch.float32:
         return FastRunner(model, cache, vocab_size)

@@ -71,6 +71,18 @@ def _at(b: Any, base: Any, *terms: Any) -> Any:
     return base
 
 
+def _totals(b: Any, vectors: list[Any]) -> Any:
+    """A vector of the sums of up to sixteen vectors' sixteen numbers."""
+    vectors = vectors + [ir.Constant(_FLOATS, [0.0] * 16)] * (16 - len(vectors))
+    halves = [ir.Constant(_INTS, list(range(first, 32, 2))) for first in (0, 1)]
+    while len(vectors) > 1:  # two become one, each number of it the sum of two neighbours
+        vectors = [
+            b.fadd(*(b.shuffle_vector(vectors[i], vectors[i + 1], half) for half in halves))
+            for i in range(0, len(vectors), 2)
+        ]
+    return vectors[0]
+
+
 def _packed_product(T: int, bits: int) -> Any:
     """T tokens times one block of sixteen rows: a function of addresses.
 
@@ -137,9 +149,6 @@ def _plain_product(T: int, rows: int) -> Any:
         def codegen(context, b, signature, args):
             w, ldw, x, ldx, K, out, ldo = args
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
-            add = cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(_f32, [_f32, _FLOATS]), "llvm.vector.reduce.fadd.v16f32"
-            )
             sums = [[cgutils.alloca_once(b, _FLOATS) for _ in range(rows)] for _ in range(T)]
             for total in (each for row in sums for each in row):
                 b.store(ir.Constant(_FLOATS, [0.0] * 16), total)
@@ -150,10 +159,12 @@ def _plain_product(T: int, rows: int) -> Any:
                     inputs = _load(b, _at(b, x, (b.mul(ldx, ir.Constant(_i64, 4)), t), (loop.index, 64)), _FLOATS)
                     for r in range(rows):
                         b.store(b.call(fma, [weights[r], inputs, b.load(sums[t][r])]), sums[t][r])
+            totals = _totals(b, [b.load(total) for row in sums for total in row])
             for t in range(T):
-                for r in range(rows):
-                    total = b.call(add, [ir.Constant(_f32, -0.0), b.load(sums[t][r])], fastmath=("reassoc",))
-                    _store(b, total, _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t), 4 * r))
+                part = b.shuffle_vector(
+                    totals, totals, ir.Constant(ir.VectorType(_i32, rows), list(range(t * rows, (t + 1) * rows)))
+                )
+                _store(b, part, _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), codegen
@@ -213,6 +224,115 @@ def _floats(ctx, address):
         return b.inttoptr(args[0], _f32.as_pointer())
 
     return types.CPointer(types.float32)(types.int64), codegen
+
+
+def _function(b: Any, name: str, result: Any, *arguments: Any) -> Any:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
+
+
+def _exp_of(b: Any, x: Any) -> Any:
+    """e to the power of a vector ≤ 0, as `_exp` computes it."""
+
+    def constant(value: float) -> Any:
+        return ir.Constant(_FLOATS, [value] * 16)
+
+    fma = _function(b, "llvm.fma.v16f32", _FLOATS, _FLOATS, _FLOATS, _FLOATS)
+    x = b.call(_function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS), [x, constant(-87.0)])
+    x = b.fmul(x, constant(1.4426950408889634))
+    whole = b.call(_function(b, "llvm.floor.v16f32", _FLOATS, _FLOATS), [x])
+    r = b.fmul(b.fsub(x, whole), constant(0.6931471805599453))
+    p = constant(1 / 5040)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        p = b.call(fma, [p, r, constant(1 / factorial)])
+    power = b.add(b.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * 16))
+    return b.fmul(p, b.bitcast(b.shl(power, ir.Constant(_INTS, [23] * 16)), _FLOATS))
+
+
+def _gate(kind: int) -> Any:
+    """n numbers (a multiple of 16) through an activation: a function of addresses. 0: silu(x) · up. 1: gelu by tanh."""
+
+    @intrinsic
+    def activate(ctx, x, up, n, out):
+        def codegen(context, b, signature, args):
+            x, up, n, out = args
+            one, zero = (ir.Constant(_FLOATS, [value] * 16) for value in (1.0, 0.0))
+            with cgutils.for_range(b, b.lshr(n, ir.Constant(_i64, 4))) as loop:
+                value = _load(b, _at(b, x, (loop.index, 64)), _FLOATS)
+                slope = value
+                if kind == 1:  # gelu(x) = x · sigmoid(1.6 (x + 0.045 x³))
+                    inner = b.fmul(b.fmul(value, value), ir.Constant(_FLOATS, [2 * 0.7978845608028654 * 0.044715] * 16))
+                    slope = b.fmul(value, b.fadd(inner, ir.Constant(_FLOATS, [2 * 0.7978845608028654] * 16)))
+                e = b.call(_function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS), [slope])
+                e = _exp_of(b, b.fsub(zero, e))
+                above = b.select(b.fcmp_ordered(">=", slope, zero), one, e)
+                result = b.fmul(value, b.fdiv(above, b.fadd(one, e)))
+                if kind == 0:
+                    result = b.fmul(result, _load(b, _at(b, up, (loop.index, 64)), _FLOATS))
+                _store(b, result, _at(b, out, (loop.index, 64)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return activate
+
+
+_swiglu, _gelu = _gate(0), _gate(1)
+
+
+@intrinsic
+def _largest(ctx, x, n):
+    """The largest of n ≥ 0 float32 from an address on; -3e38 of none."""
+
+    def codegen(context, b, signature, args):
+        x, n = args
+        larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+        largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
+        one = _function(b, "llvm.maxnum.f32", _f32, _f32, _f32)
+        most, rest = cgutils.alloca_once(b, _FLOATS), cgutils.alloca_once(b, _f32)
+        b.store(ir.Constant(_FLOATS, [-3e38] * 16), most)
+        whole = b.lshr(n, ir.Constant(_i64, 4))
+        with cgutils.for_range(b, whole) as loop:
+            b.store(b.call(larger, [b.load(most), _load(b, _at(b, x, (loop.index, 64)), _FLOATS)]), most)
+        b.store(b.call(largest, [b.load(most)]), rest)
+        done = b.shl(whole, ir.Constant(_i64, 4))
+        with cgutils.for_range(b, b.sub(n, done)) as loop:
+            value = _load(b, _at(b, x, (b.add(done, loop.index), 4)), _f32)
+            b.store(b.call(one, [b.load(rest), value]), rest)
+        return b.load(rest)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _round_group(ctx, x, xq, xs, xsum):
+    """32 float32 to 8 bits, their scale and the sum of what is left of them; all addresses. What is not finite makes
+    the scale NaN: it must not be lost."""
+
+    def codegen(context, b, signature, args):
+        x, xq, xs, xsum = args
+        absolute = _function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS)
+        larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+        largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
+        nearest = _function(b, "llvm.rint.v16f32", _FLOATS, _FLOATS)
+        add = _function(b, "llvm.vector.reduce.add.v16i32", _i32, _INTS)
+        sum_ = _function(b, "llvm.vector.reduce.fadd.v16f32", _f32, _f32, _FLOATS)
+        low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
+        most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
+        nothing = b.fadd(b.fsub(low, low), b.fsub(high, high))  # NaN of what is not finite
+        nothing = b.call(sum_, [ir.Constant(_f32, 0.0), nothing], fastmath=("reassoc",))
+        scale = b.fadd(b.fmul(most, ir.Constant(_f32, 1 / 127)), nothing)
+        none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
+        inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
+        total = ir.Constant(_i32, 0)
+        for i, part in enumerate((low, high)):
+            q = b.fptosi(b.call(nearest, [b.fmul(part, _spread(b, inverse, _FLOATS))]), _INTS)
+            _store(b, b.trunc(q, ir.VectorType(_i8, 16)), b.add(xq, ir.Constant(_i64, 16 * i)))
+            total = b.add(total, b.call(add, [q]))
+        _store(b, scale, xs)
+        _store(b, b.fmul(scale, b.sitofp(total, _f32)), xsum)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic
@@ -301,22 +421,13 @@ def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
     N, K = x.shape
     G = K // GROUP
     begin, W = _tile(n, N)
-    row = x[n]
+    place = begin * G + n - begin
     for g in range(G):
-        part = row[g * GROUP : (g + 1) * GROUP]
-        most = np.float32(0.0)
-        for i in range(GROUP):
-            most = max(most, abs(part[i]))
-        scale = most / np.float32(127.0)
-        inverse = np.float32(0.0) if most == 0 else np.float32(127.0) / most
-        total = np.int32(0)
-        place = begin * G + g * W + n - begin
-        for i in range(GROUP):
-            q = np.int32(np.rint(part[i] * inverse))
-            xq[place * GROUP + i] = q
-            total += q
-        xs[place] = scale
-        xsum[place] = scale * np.float32(total)
+        _round_group(
+            x.ctypes.data + 4 * (n * K + g * GROUP), xq.ctypes.data + place * GROUP, xs.ctypes.data + 4 * place,
+            xsum.ctypes.data + 4 * place,
+        )  # fmt: skip
+        place += W
 
 
 @_inline
@@ -541,9 +652,7 @@ def _attend(
 @_inline
 def _softmax(x: Any, scale: Any) -> None:
     """Of scale · x, in place."""
-    most = np.float32(-3e38)
-    for i in range(len(x)):
-        most = x[i] if x[i] > most else most
+    most = _largest(x.ctypes.data, len(x))
     weight = np.float32(0.0)
     for i in range(len(x)):
         e = _exp((x[i] - most) * scale)
@@ -552,20 +661,6 @@ def _softmax(x: Any, scale: Any) -> None:
     inverse = np.float32(1.0) / weight
     for i in range(len(x)):
         x[i] *= inverse
-
-
-@_inline
-def _activate(gate: Any, up: Any, kind: int) -> Any:
-    """0: SwiGLU's silu(gate) · up. 1: gelu, by tanh. 2: gelu, exact."""
-    if kind == 0:
-        e = _exp(-abs(gate))
-        return gate * up * (np.float32(1.0) if gate >= 0 else e) / (np.float32(1.0) + e)
-    if kind == 1:
-        u = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-        e = _exp(np.float32(-2.0) * abs(u))
-        t = (np.float32(1.0) - e) / (np.float32(1.0) + e)
-        return np.float32(0.5) * gate * (np.float32(1.0) + (t if u >= 0 else -t))
-    return np.float32(0.5) * gate * np.float32(1.0 + math.erf(gate * 0.7071067811865476))
 
 
 # rows of the table of addresses that `forward` reads
@@ -612,8 +707,8 @@ def forward(
 ) -> None:  # fmt: skip
     """One thread's share of a pass of a dense pre-norm model over N tokens.
 
-    scale: of attention's scores. layers: (L, COLUMNS) addresses and numbers. head: the last norm's weight and bias, and
-    the output matrix's four.
+    scale: of attention's scores. activation: 0 SwiGLU, 1 gelu by tanh, 2 gelu, exact. layers: (L, COLUMNS) addresses
+    and numbers. head: the last norm's weight and bias, and the output matrix's four.
     positions: (N,). units: (any, 2), which tokens attend together: a first one, and how many, up to four, that follow
     it in its sequence. cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks), the blocks
     of each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
@@ -725,9 +820,15 @@ def forward(
                     if activation == 0:
                         product[n, F + r] += bias[F + r]
         for n in range(N):
-            for r in range(first, last):
-                up = product[n, F + r] if activation == 0 else np.float32(0)
-                wide[n, r] = _activate(product[n, r], up, activation)
+            at, to = product.ctypes.data + 4 * (n * product.shape[1] + first), wide.ctypes.data + 4 * (n * F + first)
+            if activation == 0:
+                _swiglu(at, at + 4 * F, last - first, to)
+            elif activation == 1:
+                _gelu(at, 0, last - first, to)
+            else:
+                for r in range(first, last):
+                    x_ = product[n, r]
+                    wide[n, r] = np.float32(0.5) * x_ * np.float32(1.0 + math.erf(x_ * 0.7071067811865476))
         met += threads
         _meet(counter, met)
         if a[DOWN] != 32:
