@@ -160,6 +160,12 @@ class Engine:
         self.scheduler.add(request.live[0])
         return request.number
 
+    def cut(self, length: int, params: SamplingParams) -> int:
+        """How many of a prompt's first tokens are cut off: none, unless `overflow="truncate"` asks for it."""
+        if params.overflow != "truncate":
+            return 0
+        return max(0, length - max(self.context - params.max_tokens, self.context // 4, 1))
+
     def abort(self, request: int) -> None:
         """Cancel a request; its blocks are free at once. What it had made comes with its last event. Unknown or
         finished: nothing happens."""
@@ -714,8 +720,7 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.vocab_size:
                 raise UsageError(f"--{name.replace('_', '-')} must be at most {self.vocab_size}, the vocabulary.")
-        if params.overflow == "truncate" and len(ids) + params.max_tokens > self.context:
-            ids = ids[-max(self.context - params.max_tokens, self.context // 4, 1) :]
+        ids = ids[self.cut(len(ids), params) :]
         if len(ids) > self.context:
             if params.overflow == "error":
                 raise UsageError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
@@ -18,6 +18,9 @@ from gptsmith.engine.sequence import Event, FinishReason
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptsmith.engine.speculative import Speculator
 
 
 class StopText:
@@ -139,7 +142,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Continuations of a prompt (a text, or its ids) as they are made, in pieces of whole characters.
 
-    on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`).
+    on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
     Raises, before anything is made, what `encode_prompt` and `Engine.add_request` raise; a request that fails later
     raises its error.
     """
@@ -153,6 +156,9 @@ def _pieces(
     engine: Engine, events: Generator[Event], writing: Writing, length: int, on_shift: Callable[[], None] | None
 ) -> Iterator[Piece]:
     made: dict[int, int] = {}
+    if on_shift is not None and engine.cut(length, writing.params):
+        on_shift()
+        on_shift = None
     with contextlib.closing(events):
         for event in events:
             made[event.index] = made.get(event.index, 0) + len(event.ids)
@@ -228,7 +234,9 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: An
     return "".join(piece.text for piece in stream(engine, tokenizer, prompt, chosen))
 
 
-def engine_for(model: Transformer, tokenizer: Tokenizer, params: SamplingParams) -> Engine:
+def engine_for(
+    model: Transformer, tokenizer: Tokenizer, params: SamplingParams, speculator: Speculator | None = None
+) -> Engine:
     """An engine for one prompt at a time, with room for what `params` asks for and no more."""
     sequences = max(params.samples, params.beams)
     context = model.config.max_position_embeddings
@@ -238,4 +246,5 @@ def engine_for(model: Transformer, tokenizer: Tokenizer, params: SamplingParams)
         max_batch=sequences,
         max_batch_tokens=max(256, sequences),
         cache_tokens=sequences * (context + 16),
+        speculator=speculator,
     )
