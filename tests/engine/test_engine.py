@@ -221,7 +221,7 @@ def test_storm(make_model: Any, family: str) -> None:
         pass
 
     OfFamily.model, OfFamily.expected = model, staticmethod(remembered)  # type: ignore[attr-defined]
-    run_state_machine_as_test(OfFamily, settings=settings(max_examples=8, stateful_step_count=15, deadline=None))
+    run_state_machine_as_test(OfFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None))
 
 
 # sampling through the engine ------------------------------------------------------------------------------------------

@@ -483,7 +483,7 @@ class Engine:
         params, sampler = sequence.request.params, sequence.sampler
         if token in params.stop_ids and sampler.generated > params.min_tokens:
             return "stop"
-        if sampler.matcher is not None and sampler.matcher.finished:
+        if sampler.ended or (sampler.matcher is not None and sampler.matcher.finished):
             return "stop"
         if sampler.generated >= params.max_tokens:
             return "length"
@@ -531,7 +531,7 @@ class Engine:
 
     def _lengthen_beams(self, request: Request) -> None:
         params, finished = request.params, self._beams[request.number]
-        steps = lengthen(request.live, finished, frozenset(params.stop_ids))
+        steps = lengthen(request.live, finished)
         if not steps and not finished.best:
             raise GptsmithError(_NOTHING_ALLOWED)
         length = len(request.live[0].generated) + 1
@@ -618,7 +618,7 @@ class Engine:
         params = request.params
         ended = not request.live
         events = []
-        if not self._chosen_at_the_end(params):
+        if not params.told_at_the_end:
             for sequence in sorted([*request.live, *request.finished], key=lambda s: s.index):
                 event = self._event(sequence, sequence.index)
                 if event is not None:
@@ -637,7 +637,7 @@ class Engine:
             min(request.cached_tokens, len(request.prompt)),
             request.error,
         )
-        if self._chosen_at_the_end(params):
+        if params.told_at_the_end:
             events = [Event(request.number, c.index, c.ids, c.logprobs, c.finish_reason) for c in result.completions]
         if not events:
             events = [
@@ -647,10 +647,6 @@ class Engine:
         del self._requests[request.number]
         self._beams.pop(request.number, None)
         return events
-
-    @staticmethod
-    def _chosen_at_the_end(params: SamplingParams) -> bool:
-        return params.beams > 1 or (params.best_of is not None and params.best_of > params.n)
 
     def _event(self, sequence: Sequence, index: int) -> Event | None:
         """What is new of a sequence; None if nothing is."""

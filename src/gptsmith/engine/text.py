@@ -8,6 +8,7 @@ text = generate(model, tokenizer, "ROMEO:", max_tokens=200)
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,9 @@ class Writing:
     def __init__(self, tokenizer: Tokenizer, prompt: str, params: SamplingParams, *, ignore_eos: bool = False) -> None:
         self.tokenizer, self.prompt, self.params = tokenizer, prompt, params
         ends = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
-        self.engine_params = replace(
-            params, stop=(), echo=False, stop_ids=tuple(dict.fromkeys((*params.stop_ids, *ends)))
-        )
+        stop_ids = tuple(dict.fromkeys((*params.stop_ids, *ends)))
+        ending = _Ending(self) if params.stop and params.told_at_the_end else params.ending
+        self.engine_params = replace(params, stop=(), echo=False, stop_ids=stop_ids, ending=ending)
         self._samples: dict[int, _Sample] = {}
 
     def push(self, event: Event) -> tuple[Piece | None, bool]:
@@ -118,6 +119,33 @@ class _Sample:
 
     def finish(self) -> str:
         return self.stopped.push(self.decoder.finish()) + self.stopped.finish()
+
+    def copy(self) -> _Sample:
+        other = copy.copy(self)
+        other.decoder, other.stopped = self.decoder.copy(), copy.copy(self.stopped)
+        return other
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Stop strings, for the engine to find where it tells of a text only once it has ended."""
+
+    writing: Writing
+
+    def start(self) -> _Reader:
+        return _Reader(_Sample(self.writing))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    sample: _Sample
+
+    def push(self, token: int) -> bool:
+        self.sample.push([token])
+        return self.sample.stopped.stopped
+
+    def copy(self) -> _Reader:
+        return _Reader(self.sample.copy())
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
