@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
+from typing import TypeVar
 
 from gptsmith.engine.engine import Engine, EngineStats
 from gptsmith.engine.sampling import SamplingParams
@@ -21,6 +22,7 @@ from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
 
 Deliver = Callable[[Event | Exception], None]
+T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -94,6 +96,29 @@ class AsyncEngine:
     def stop(self, request: int, index: int) -> None:
         """End one sample as if it had come to a stop token (events that are under way may still come)."""
         self._orders.put(lambda: self.engine.stop(request, index))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function()` gives, called in the engine's thread between two passes: nobody else uses the model then."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: T | None, error: BaseException | None) -> None:
+            if not answer.done():
+                answer.set_exception(error) if error is not None else answer.set_result(value)  # type: ignore[arg-type]
+
+        def order() -> None:
+            value, error = None, None
+            try:
+                value = function() if not answer.cancelled() else None
+            except Exception as failure:
+                error = failure
+            with contextlib.suppress(RuntimeError):  # an event loop that is closed takes nothing
+                loop.call_soon_threadsafe(settle, value, error)
+
+        if self._closing or self._broken is not None:
+            raise self._broken or GptsmithError("the engine is closed.")
+        self._orders.put(order)
+        return await answer
 
     def weights_changed(self) -> None:
         """See `Engine.weights_changed`."""
