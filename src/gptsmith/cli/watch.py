@@ -43,7 +43,6 @@ def main(arguments: list[str]) -> int:
         raise GptsmithError(f"watch needs {error.name}: pip install 'gptsmith[serve]'") from None
 
     hosts = ["127.0.0.1", "localhost", "[::1]"] if chosen.host in LOOPBACK else None
-    app = watch_app(chosen.run, hosts=hosts)
     listening = listen(chosen.host, chosen.port)
     port = listening.getsockname()[1]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(chosen.host, chosen.host)
@@ -54,9 +53,11 @@ def main(arguments: list[str]) -> int:
         import webbrowser
 
         threading.Timer(0.5, webbrowser.open, (url,)).start()
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    server: uvicorn.Server
+    app = watch_app(chosen.run, hosts=hosts, stopping=lambda: server.should_exit)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     with contextlib.suppress(KeyboardInterrupt):  # this is how it ends
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -85,11 +86,17 @@ class Assets:
         ).encode()
 
 
-def add_pages(app: FastAPI, *, models: Models | None = None, runs: Path | None = None) -> None:
+def add_pages(
+    app: FastAPI,
+    *,
+    models: Models | None = None,
+    runs: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
     """Serve the page at `/`: chat, playground and inside with `models`, and training runs with `runs`.
 
     The page's own interface is under `/api/`; what guards `/v1/` should guard it, too. `/` and `/static/` hold nothing
-    but the page.
+    but the page. stopping: whether the server is shutting down: then news of runs end.
     """
     assets = Assets.read()
     views = (["chat", "playground", "inside"] if models is not None else []) + (["runs"] if runs is not None else [])
@@ -122,10 +129,12 @@ def add_pages(app: FastAPI, *, models: Models | None = None, runs: Path | None =
         app.include_router(inside_routes(models))
         app.include_router(markdown_routes())
     if runs is not None:
-        app.include_router(runs_routes(runs))
+        app.include_router(runs_routes(runs, stopping))
 
 
-def watch_app(runs: Path, *, hosts: list[str] | None = None) -> FastAPI:
+def watch_app(
+    runs: Path, *, hosts: list[str] | None = None, stopping: Callable[[], bool] = lambda: False
+) -> FastAPI:
     """The page with training runs and nothing else: no model, no torch.
 
     runs: a directory of runs, or one run. hosts: names by which it may be reached (None: any). A page elsewhere can
@@ -139,5 +148,5 @@ def watch_app(runs: Path, *, hosts: list[str] | None = None) -> FastAPI:
     def refuse(request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
-    add_pages(app, runs=runs)
+    add_pages(app, runs=runs, stopping=stopping)
     return app

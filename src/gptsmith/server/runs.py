@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,9 +208,11 @@ class Follower:
             events.append(("samples", finite(_shown(samples))))
         return events
 
-    async def events(self, poll_seconds: float = POLL_SECONDS) -> AsyncIterator[dict[str, str]]:
-        """Server-sent events, until the run is gone or nobody listens."""
-        while True:
+    async def events(
+        self, stopping: Callable[[], bool] = lambda: False, poll_seconds: float = POLL_SECONDS
+    ) -> AsyncIterator[dict[str, str]]:
+        """Server-sent events, until the run is gone, the server is stopping or nobody listens."""
+        while not stopping():
             try:
                 news = await run_in_threadpool(self.news)
             except GptsmithError as error:
@@ -269,7 +271,7 @@ def _children(directory: Path) -> list[Path]:
         return []
 
 
-def runs_routes(root: Path) -> APIRouter:
+def runs_routes(root: Path, stopping: Callable[[], bool]) -> APIRouter:
     """Routes over the runs in `root`, a directory of runs or one run."""
     router = APIRouter(tags=["web page"])
     runs = RunsDirectory(root)
@@ -289,7 +291,7 @@ def runs_routes(root: Path) -> APIRouter:
     async def run_events(name: str) -> EventSourceResponse:
         """All of a run, and then what is new in it, as server-sent events: snapshot, metrics, samples, run, gone."""
         directory = await run_in_threadpool(find, name)
-        return EventSourceResponse(Follower(name, directory).events())
+        return EventSourceResponse(Follower(name, directory).events(stopping))
 
     @router.get("/api/runs/{name:path}")
     def show_run(name: str) -> dict[str, Any]:

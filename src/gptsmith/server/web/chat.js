@@ -74,7 +74,7 @@ export function mount(root, { go }) {
             " It is a base model: it goes on with a text, and does not know what a question is. In the Playground it is in its element."),
           h("button.button.primary", { type: "button", onclick: () => go("playground") }, "Open the Playground"));
       }
-      draw();
+      if (!running) draw();
     } catch (error) {
       toast(error.message, "error");
     }
@@ -253,10 +253,11 @@ export function mount(root, { go }) {
     if (!current) return;
     log.replaceChildren(...current.messages.map(turn));
     if (!current.messages.length) {
-      log.append(h("div.welcome", {}, h("p.hello", {}, "What shall we talk about?"),
-        notice.hidden && h("div.suggestions", {}, SUGGESTIONS.map((text) =>
-          h("button.suggestion", { type: "button", onclick: () => say(text) }, text)))));
-    }
+      log.append(h("div.welcome", {}, notice.hidden
+        ? [h("p.hello", {}, "What shall we talk about?"), h("div.suggestions", {}, SUGGESTIONS.map((text) =>
+          h("button.suggestion", { type: "button", onclick: () => say(text) }, text)))]
+        : notice));
+    } else composer.before(notice);
     toEnd();
   }
 

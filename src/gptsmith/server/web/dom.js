@@ -8,10 +8,10 @@ export function h(name, properties = {}, ...children) {
   const element = document.createElement(tag);
   if (classes.length) element.className = classes.join(" ");
   for (const [key, value] of Object.entries(properties)) {
-    if (value === undefined || value === null || value === false) continue;
+    if (value === undefined || value === null || (value === false && key !== "spellcheck")) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else if (key === "dataset") Object.assign(element.dataset, value);
-    else if (key in element && !key.includes("-") && key !== "list" && key !== "form") element[key] = value;
+    else if (key in element && key !== "list" && key !== "form") element[key] = value;
     else element.setAttribute(key, value === true ? "" : value);
   }
   append(element, children);
@@ -31,6 +31,13 @@ function append(element, children) {
   for (const child of children.flat(Infinity)) {
     if (child !== undefined && child !== null && child !== false) element.append(child);
   }
+}
+
+// Children anew; what is undefined, null or false is left out.
+export function fill(element, ...children) {
+  element.replaceChildren();
+  append(element, children);
+  return element;
 }
 
 const ICONS = {

@@ -89,51 +89,63 @@ export function mount(root) {
       const answer = await request("v1/completions", {
         body: { model: models.chosen(), prompt: prompt.value, max_tokens: 1, temperature: 0, echo: true, logprobs: ALTERNATIVES },
       });
-      const tokens = tokensOf(answer.choices[0].logprobs, 0, answer.choices[0].text).slice(0, -1);
-      columns.forEach((column) => tokens.forEach((token) => column.text.push({ ...token, given: true })));
-      columns.forEach((column) => { column.given = tokens.length; });
+      const { logprobs } = answer.choices[0];
+      for (const column of columns) column.echo(logprobs, prompt.value, answer.usage.prompt_tokens);
     } catch (error) {
       toast(error.message, "error");
     }
   }
 
+  // Its text is `base`, then `made`, which the tokens stand for. Places are counted in code points, as the server does.
   class Column {
     constructor(temperature, prompt) {
       this.temperature = temperature;
-      this.prompt = prompt;
-      this.given = 0; // of the tokens, so many are the prompt's
+      this.base = prompt;
+      this.made = [];
       this.past = [];
-      this.text = new TokenText({ label: `Continuation at temperature ${temperature}`, onpick: (index, alternative) => this.pick(index, alternative) });
+      this.text = new TokenText({
+        label: `Continuation at temperature ${temperature}`, onpick: (index, alternative) => this.pick(index, alternative),
+      });
       this.status = h("span.stats", {});
       this.back = iconButton("undo", "Take the choice back", () => this.takeBack(), { hidden: true });
       this.element = h("section.card.column", { "aria-label": `Temperature ${temperature}` },
-        h("header.column-head", {}, h("h2", {}, temperature === 0 ? "Temperature 0 (greedy)" : `Temperature ${temperature}`),
+        h("header.column-head", {}, h("h2", {}, temperature === 0 ? "Temperature 0, greedy" : `Temperature ${temperature}`),
           h("div.actions", {}, this.back,
-            iconButton("copy", "Copy", () => copyText(this.prompt + this.continuation())),
-            iconButton("plus", "Take this text for the prompt", () => { prompt_(this.prompt + this.continuation()); }))),
+            iconButton("copy", "Copy", () => copyText(this.whole())),
+            iconButton("plus", "Take this text for the prompt", () => usePrompt(this.whole())))),
         this.text.element, h("footer", {}, this.status));
     }
 
-    continuation() {
-      return this.text.tokens.slice(this.given).map((token) => token.text).join("");
+    whole() {
+      return this.base + this.made.join("");
+    }
+
+    echo(logprobs, prompt, count) {
+      this.base = "";
+      this.made = [...prompt];
+      tokensOf(logprobs, this.made, 0).slice(0, count).forEach((token) => this.text.push({ ...token, given: true }));
     }
 
     async generate() {
       this.stop();
       const controller = (this.controller = new AbortController());
+      this.element.classList.remove("failed");
       this.element.classList.add("working");
       working(1);
       this.status.textContent = "…";
+      const start = this.made.length;
       let ended = "";
       try {
         const body = {
-          model: models.chosen(), prompt: this.prompt + this.continuation(), logprobs: ALTERNATIVES, ...sampling.fields(), temperature: this.temperature,
+          model: models.chosen(), prompt: this.whole(), logprobs: ALTERNATIVES, overflow: "shift", ...sampling.fields(),
+          temperature: this.temperature,
         };
         for await (const chunk of completion("v1/completions", body, controller.signal)) {
           const choice = chunk.choices?.[0];
           if (!choice) continue;
           if (controller.signal.aborted) break;
-          if (choice.logprobs) for (const token of tokensOf(choice.logprobs)) this.text.push(token);
+          this.made.push(...choice.text);
+          if (choice.logprobs) tokensOf(choice.logprobs, this.made, start).forEach((token) => this.text.push(token));
           if (choice.finish_reason) ended = choice.finish_reason;
         }
       } catch (error) {
@@ -151,9 +163,9 @@ export function mount(root) {
     }
 
     summary(ended) {
-      const made = this.text.tokens.slice(this.given).filter((token) => token.probability !== null);
+      const made = this.text.tokens.filter((token) => !token.given && token.probability !== null);
       const bits = made.reduce((sum, token) => sum - Math.log2(Math.max(token.probability, 1e-12)), 0) / Math.max(1, made.length);
-      const why = { stop: " · the text ended", stopped: " · stopped", length: "" }[ended] ?? "";
+      const why = { stop: " · the text ended", stopped: " · stopped" }[ended] ?? "";
       return `${made.length} tokens · ${bits.toFixed(2)} bits of surprise a token${why}`;
     }
 
@@ -163,25 +175,29 @@ export function mount(root) {
 
     async pick(index, alternative) {
       this.stop();
-      this.past.push(this.text.tokens.map((token) => ({ ...token })));
+      this.past.push({ base: this.base, made: [...this.made], tokens: this.text.tokens.map((token) => ({ ...token })) });
       this.back.hidden = false;
       const token = this.text.tokens[index];
-      if (index < this.given) this.given = index; // within the prompt: it ends before that token now
-      this.prompt = this.given < this.text.tokens.length && index === this.given && token.given ? this.text.tokens.slice(0, index).map((t) => t.text).join("") : this.prompt;
+      this.made.length = token.start;
       this.text.cut(index);
+      if (alternative.special) { // it stands for no text: here the text ends
+        this.status.textContent = this.summary("stop");
+        return;
+      }
+      this.made.push(...alternative.text);
       this.text.push({ ...token, text: alternative.text, probability: alternative.probability, picked: true, given: false });
       await this.generate();
     }
 
     takeBack() {
       this.stop();
-      const tokens = this.past.pop();
+      const { base, made, tokens } = this.past.pop();
       this.back.hidden = this.past.length === 0;
+      this.base = base;
+      this.made = made;
       this.text.cut(0);
       tokens.forEach((token) => this.text.push(token));
-      this.given = tokens.filter((token) => token.given).length;
-      if (this.given) this.prompt = tokens.slice(0, this.given).map((token) => token.text).join("");
-      this.status.textContent = this.summary("taken back");
+      this.status.textContent = this.summary("");
     }
   }
 
@@ -191,7 +207,7 @@ export function mount(root) {
     halt.hidden = atWork === 0;
   }
 
-  function prompt_(text) {
+  function usePrompt(text) {
     prompt.value = text;
     save("prompt", text);
     prompt.focus();
@@ -201,14 +217,23 @@ export function mount(root) {
   return { shown: () => {}, focus: () => prompt.focus() };
 }
 
-// Logprobs of the completions API as tokens.
-function tokensOf(logprobs) {
-  return logprobs.tokens.map((text, i) => ({
-    text,
+const BYTES = /\\x[89a-f][0-9a-f]/; // of a character that takes several tokens
+const SPECIAL = /^(<\|.*\|>|<\/?s>|<eos>)$/;
+
+// Logprobs of the completions API as tokens. made: the text so far; the offsets count from its place `start`.
+function tokensOf(logprobs, made, start) {
+  const starts = logprobs.text_offset.map((offset) => start + offset);
+  return logprobs.tokens.map((name, i) => ({
+    text: BYTES.test(name) ? made.slice(starts[i], starts[i + 1]).join("") || "·" : shown(name),
+    start: starts[i],
     probability: logprobs.token_logprobs[i] === null ? null : Math.exp(logprobs.token_logprobs[i]),
     alternatives: Object.entries(logprobs.top_logprobs?.[i] ?? {})
-      .map(([text, logprob]) => ({ text, probability: Math.exp(logprob) }))
+      .map(([name, logprob]) => ({
+        text: shown(name), probability: Math.exp(logprob), special: SPECIAL.test(name), partial: BYTES.test(name),
+      }))
       .sort((a, b) => b.probability - a.probability)
       .slice(0, ALTERNATIVES),
   }));
 }
+
+const shown = (name) => name.replaceAll("▁", " "); // how some tokenizers write a space

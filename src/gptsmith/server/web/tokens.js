@@ -4,7 +4,12 @@
 import { h, percent, visible } from "./dom.js";
 
 const STEPS = [0.9, 0.6, 0.3, 0.1, 0.02];
-export const shade = (p) => (p === null || p === undefined ? "none" : String(STEPS.findIndex((step) => p >= step) >= 0 ? STEPS.findIndex((step) => p >= step) : 5));
+
+export function shade(p) {
+  if (p === null || p === undefined) return "none";
+  const step = STEPS.findIndex((least) => p >= least);
+  return String(step < 0 ? STEPS.length : step);
+}
 
 export function legend() {
   const names = ["90% and more", "60%", "30%", "10%", "2%", "less"];
@@ -125,7 +130,7 @@ export class TokenText {
     h("ul", {}, alternatives.map((alternative) => h("li", {},
       h("button.alternative", {
         type: "button", "aria-current": alternative.text === token.text ? "true" : undefined,
-        disabled: !this.onpick, "aria-label": `Go on with ${visible(alternative.text)}, ${percent(alternative.probability)}`,
+        disabled: !this.onpick || alternative.partial, "aria-label": `Go on with ${visible(alternative.text)}, ${percent(alternative.probability)}`,
         onclick: () => { this.close(); this.onpick(index, alternative); },
       }, h("code", {}, visible(alternative.text)), bar(alternative.probability), h("span.number", {}, percent(alternative.probability)))))));
     document.body.append(this.popover);
