@@ -98,7 +98,7 @@ class AsyncEngine:
         self._orders.put(lambda: self.engine.stop(request, index))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What `function()` gives, called in the engine's thread between two passes: nobody else uses the model then."""
+        """What `function()` gives; called in the engine's thread between two passes: nobody else uses the model."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 

@@ -26,8 +26,9 @@ from gptsmith.errors import UsageError
 class Matcher(Protocol):
     """Where one text stands in a grammar."""
 
-    finished: bool
-    """Nothing can follow."""
+    @property
+    def finished(self) -> bool:
+        """Nothing can follow."""
 
     def allowed(self) -> Tensor:
         """(V,) bool: the tokens that may come next."""

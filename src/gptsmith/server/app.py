@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from gptsmith import __version__
-from gptsmith.server import chat, completions
+from gptsmith.server import chat, completions, documentation, embeddings, responses
 from gptsmith.server.auth import Keys
 from gptsmith.server.errors import ApiError, from_validation
 from gptsmith.server.exchange import Exchange, Front
@@ -50,8 +50,8 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         responses={code: {"model": Error} for code in (400, 401, 404, 408, 413, 429, 503, 504)},
     )
     app.state.models, app.state.service = models, service
-    app.include_router(completions.router)
-    app.include_router(chat.router)
+    for endpoints in (completions, chat, responses, embeddings, documentation):
+        app.include_router(endpoints.router)
     _add_state_of_the_server(app)
     _add_error_handlers(app)
     # The web pages are added here: pages.add_pages(app, runs=settings.runs)

@@ -7,6 +7,7 @@ served = await models.get("gpt-4")            # Served: engine (AsyncEngine), to
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from gptsmith.server.errors import ApiError
 if TYPE_CHECKING:
     from gptsmith.engine.asynchronous import AsyncEngine
     from gptsmith.model.transformer import Transformer
+    from gptsmith.server.tools import Form
     from gptsmith.tokenizer import Tokenizer
     from gptsmith.tokenizer.chat import ChatTemplate
 
@@ -35,6 +37,13 @@ class Loaded:
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def form(self) -> Form | None:
+        """How the template writes calls of tools; None if it knows none."""
+        from gptsmith.server.tools import form_of
+
+        return form_of(self.template)
 
 
 @dataclass(frozen=True)
@@ -149,9 +158,8 @@ class Models:
                     try:
                         entry.loaded = await asyncio.shield(self._loading(base, entry))
                     except GptsmithError as error:
-                        raise ApiError(
-                            500, f"the model {base} cannot be loaded: {error}", code="model_not_loaded"
-                        ) from error
+                        message = f"the model {base} cannot be loaded: {error}"
+                        raise ApiError(500, message, code="model_not_loaded") from error
         return Served(name, base, None if directory is None else target, entry.loaded)
 
     async def _loading(self, base: str, entry: _Entry) -> Loaded:
