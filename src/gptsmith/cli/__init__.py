@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
     "import": "read a model of others: Hugging Face directory, hub id, GGUF file",
+    "quantize": "write a model with weights of 8 or 4 bits",
     "export": "write a model for others: Hugging Face directory, GGUF file",
 }
 
