@@ -110,7 +110,7 @@ def _type(schema: dict[str, Any], part: dict[str, Any]) -> str:
     if "$ref" in part:
         return str(part["$ref"].rpartition("/")[2])
     if "anyOf" in part or "oneOf" in part:
-        kinds = [_type(schema, each) for each in part.get("anyOf", part.get("oneOf"))]
+        kinds = [_type(schema, each) for each in part.get("anyOf") or part["oneOf"]]
         return " | ".join(kind for kind in dict.fromkeys(kinds) if kind != "null") or "null"
     if "const" in part or "enum" in part:
         return " | ".join(json.dumps(value) for value in part.get("enum", [part.get("const")]))

@@ -36,7 +36,7 @@ MOST_TEXTS = 2048
 @torch.inference_mode()
 def mean_hidden_state(model: Transformer, ids: Sequence[int]) -> list[float]:
     """The mean over all tokens of what the output layer reads (after the final norm), of unit length: (C,)."""
-    states = model.hidden_states(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))[0]
+    states = model.hidden_states(torch.tensor([list(ids)], device=next(model.parameters()).device))[0]
     mean = states.float().mean(dim=0)
     values: list[float] = (mean / mean.norm().clamp_min(1e-12)).tolist()
     return values

@@ -278,5 +278,5 @@ class _Output:
             name, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, content_index=0, **values
         )
 
-    def _event(self, name: str, **values: Any) -> bytes:
+    def _event(self, name: str, /, **values: Any) -> bytes:
         return event({"type": name, "sequence_number": next(self._numbers), **values}, name)
