@@ -10,8 +10,9 @@ from gptsmith.train.deadline import Deadline
 def train(deadline: Deadline, steps: int, speed: Callable[[float], float], *, eval_every: int, pause: float) -> float:
     """A trainer by an invented clock: `speed(t)` is the seconds of an update at time t. Returns when all has ended.
 
-    What comes after the last step takes as much longer as updates do by then.
+    What comes after the last step takes as much longer as updates do by then, or evaluations.
     """
+    expected = deadline.pause
     clock, update_seconds, step = 0.0, 0.0, 0
     while step < steps:
         seconds = speed(clock)
@@ -22,7 +23,7 @@ def train(deadline: Deadline, steps: int, speed: Callable[[float], float], *, ev
         if step % eval_every == 0 and step < steps:
             clock += pause
             deadline.paused(pause)
-    return deadline.before + clock + deadline.ending * max(1.0, speed(clock) / speed(0.0))
+    return deadline.before + clock + deadline.ending * max(1.0, speed(clock) / speed(0.0), pause / expected)
 
 
 @pytest.mark.parametrize("planned", [200, 1000, 5000])
@@ -39,7 +40,12 @@ def test_ends_on_time_whatever_was_planned_and_however_fast_the_machine_turns_ou
     planned: int, speed: Callable[[float], float]
 ) -> None:
     deadline = Deadline(100.0, before=4.0, pause=1.0, ending=3.0)
-    assert train(deadline, planned, speed, eval_every=max(1, planned // 6), pause=2.0) == pytest.approx(100, rel=0.05)
+    assert train(deadline, planned, speed, eval_every=max(1, planned // 6), pause=1.0) == pytest.approx(100, rel=0.05)
+
+
+def test_an_end_that_will_take_longer_than_foreseen_is_seen_in_the_evaluations_before() -> None:
+    deadline = Deadline(100.0, before=4.0, pause=1.0, ending=6.0)
+    assert train(deadline, 800, lambda t: 0.1, eval_every=150, pause=3.0) == pytest.approx(100, abs=1)
 
 
 def test_a_plan_that_is_nearly_right_is_kept() -> None:

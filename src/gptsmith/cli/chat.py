@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -53,6 +53,11 @@ class Chat:
     """Above 1 makes tokens seen before less likely."""
     seed: int | None = None
     """The same seed gives the same answers."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
+    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -70,14 +75,17 @@ def main(arguments: list[str]) -> int:
         min_p=chosen.min_p,
         repetition_penalty=chosen.repetition_penalty,
         seed=chosen.seed,
+        adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
     from gptsmith.checkpoint import load
     from gptsmith.engine.engine import Engine
     from gptsmith.runtime import choose_device
 
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room)
+    if chosen.adapter is not None:
+        engine.add_adapter(str(chosen.adapter), chosen.adapter)
     conversation = Conversation(engine, tokenizer, params, chosen.system)
     if conversation.template.plain:
         note("note: this model has no chat template; names are put before what is said. It may not know how to chat.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -52,6 +53,11 @@ class Generate:
     """Above 1: beam search, with --temperature 0."""
     overflow: Literal["shift", "truncate", "error"] = "shift"
     """Beyond the context: forget the oldest tokens as the window shifts, cut the prompt's beginning off, or refuse."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
+    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -80,19 +86,23 @@ def main(arguments: list[str]) -> int:
         best_of=chosen.best_of,
         beams=chosen.beams,
         overflow=chosen.overflow,
+        adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
     from gptsmith.checkpoint import load
     from gptsmith.engine.text import engine_for, stream
     from gptsmith.runtime import choose_device
 
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
 
     def on_shift() -> None:
         note(f"note: beyond the context of {context} tokens the oldest are forgotten as the window slides.")
 
-    pieces = stream(engine_for(model, tokenizer, params), tokenizer, prompt, params, on_shift=on_shift)
+    engine = engine_for(model, tokenizer, params)
+    if chosen.adapter is not None:
+        engine.add_adapter(str(chosen.adapter), chosen.adapter)
+    pieces = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
     if params.n == 1:
         _write(prompt)
         for piece in pieces:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import tyro
 
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.log import note
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,8 @@ class Watch:
 
 def main(arguments: list[str]) -> int:
     chosen = tyro.cli(Watch, prog="gptsmith watch", args=arguments)
+    if not 0 <= chosen.port <= 65_535:
+        raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
     if not chosen.run.is_dir():
         raise GptsmithError(
             f"there is no directory {chosen.run}. Give a run, or the directory that runs are in (`runs`, by default)."
@@ -39,14 +38,14 @@ def main(arguments: list[str]) -> int:
         import uvicorn
 
         from gptsmith.server.pages import watch_app
-    except ModuleNotFoundError as error:
-        raise GptsmithError(f"watch needs {error.name}: pip install 'gptsmith[serve]'") from None
+    except ImportError as error:
+        raise UsageError(f"watching needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
+    from gptsmith.server.listening import is_loopback, listen
 
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if chosen.host in LOOPBACK else None
     listening = listen(chosen.host, chosen.port)
-    port = listening.getsockname()[1]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(chosen.host, chosen.host)
-    url = f"http://{shown}:{port}/"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+    hosts = [chosen.host, "127.0.0.1", "localhost"] if is_loopback(chosen.host) else None
     note(f"watching {chosen.run} at {url}  (Ctrl-C ends)")
     if chosen.open:
         import threading
@@ -59,20 +58,3 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt):  # this is how it ends
         server.run(sockets=[listening])
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UsageError for an address that is none or not free."""
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port {port}: ports go from 0 to 65535.")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port}: {error.strerror}. Choose another --port, or 0 for a free one."
-        ) from None
-    return listening

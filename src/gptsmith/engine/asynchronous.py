@@ -14,12 +14,14 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
+from pathlib import Path
 from typing import TypeVar
 
 from gptsmith.engine.engine import Engine, EngineStats
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
+from gptsmith.model.lora import read_adapter
 
 Deliver = Callable[[Event | Exception], None]
 T = TypeVar("T")
@@ -98,7 +100,7 @@ class AsyncEngine:
         self._orders.put(lambda: self.engine.stop(request, index))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What `function()` gives, called in the engine's thread between two passes: nobody else uses the model then."""
+        """What `function()` gives; called in the engine's thread between two passes: nobody else uses the model."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
@@ -119,6 +121,15 @@ class AsyncEngine:
             raise self._broken or GptsmithError("the engine is closed.")
         self._orders.put(order)
         return await answer
+
+    def add_adapter(self, name: str, directory: Path) -> None:
+        """See `Engine.add_adapter`; raises what it raises, at once."""
+        adapter = read_adapter(directory, self.engine.model)
+        self._orders.put(lambda: self.engine.add_adapter(name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """See `Engine.remove_adapter`."""
+        self._orders.put(lambda: self.engine.remove_adapter(name))
 
     def weights_changed(self) -> None:
         """See `Engine.weights_changed`."""

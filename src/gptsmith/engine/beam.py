@@ -5,6 +5,7 @@ Compares and ends as transformers does: finished texts by log-probability over l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from gptsmith.engine.sequence import FinishReason, Sequence, TokenLogprob
@@ -54,7 +55,12 @@ def lengthen(beams: list[Sequence], finished: Finished, stop_ids: frozenset[int]
     """The beams' candidates, best first: those that end among the first k are added to `finished`, the k best others
     are returned. Each beam's `candidates` are (total, token id, log-probability of the token)."""
     candidates = sorted(
-        (Step(beam, logprob, total) for beam in beams for total, _, logprob in beam.candidates or ()),
+        (
+            Step(beam, logprob, total)
+            for beam in beams
+            for total, _, logprob in beam.candidates or ()
+            if total > -math.inf  # others are forbidden
+        ),
         key=lambda step: -step.total,
     )
     live: list[Step] = []

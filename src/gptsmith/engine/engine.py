@@ -10,6 +10,7 @@ many requests as there are. What goes wrong with one request is that request's e
 
 from __future__ import annotations
 
+import operator
 import os
 import secrets
 import time
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,19 +26,23 @@ from torch import Tensor
 
 from gptsmith.engine.beam import Finished, Step, lengthen
 from gptsmith.engine.blocks import BlockManager
-from gptsmith.engine.runner import Rows, Runner
+from gptsmith.engine.fast import make_runner
+from gptsmith.engine.runner import Rows
 from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled, Scheduler
 from gptsmith.engine.sequence import Completion, Event, FinishReason, Request, Result, Sequence, TokenLogprob
 from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.log import note
 from gptsmith.model.cache import PagedCache, windows_of
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.lora import Adapter, read_adapter
 from gptsmith.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from gptsmith.engine.speculative import Speculator
 
 _SHARE_OF_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # that the cache may take, where nobody says how much
+_NOTHING_ALLOWED = "no token is allowed here: the grammar, logit_bias and min_tokens leave none."
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,9 @@ class Engine:
         self.model, self.config, self.speculator = model, config, speculator
         self.context = config.max_position_embeddings
         self.vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
-        weight = model.embed_tokens.weight
+        weight: Tensor = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
         if cache_tokens is None:
-            cache_tokens = _affordable_tokens(config, max_batch, weight)
+            cache_tokens = _affordable_tokens(config, max_batch, block_size, weight)
         if cache_tokens < 1:
             raise UsageError(f"cache_tokens must be at least 1, not {cache_tokens}.")
         windows = windows_of(config)
@@ -119,12 +125,14 @@ class Engine:
         cache = PagedCache(config, sizes, block_size, device=weight.device, dtype=weight.dtype)
         self.blocks = BlockManager(windows, sizes, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
-        self.runner = Runner(model, cache, self.vocab_size)
+        self.runner = make_runner(model, cache, self.vocab_size)
         self._requests: dict[int, Request] = {}
         self._beams: dict[int, Finished] = {}
         self._count = self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._undelivered: list[Event] = []
         self._streams: dict[int, deque[Event]] = {}
+        self._adapters: dict[str, tuple[bytes, Adapter]] = {}
+        self._adapters_added = 0
 
     # requests ---------------------------------------------------------------------------------------------------------
 
@@ -138,8 +146,8 @@ class Engine:
     def _prepare(self, prompt: Items[int], params: SamplingParams, offset: int = 0) -> Request:
         prompt = self._checked(prompt, params)
         seed = params.seed if params.seed is not None else secrets.randbits(48)
-        salt = b"" if params.adapter is None else params.adapter.encode()
-        request = Request(self._count, prompt, params, seed, salt)
+        salt, adapter = (b"", None) if params.adapter is None else self._adapters[params.adapter]
+        request = Request(self._count, prompt, params, seed, salt, adapter)
         self._count += 1
         sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)
         sequence = Sequence(request, 0, sampler, len(self.blocks.pools))
@@ -170,6 +178,18 @@ class Engine:
             if sequence.index == index and known is not None:
                 self._finish(sequence, "stop")
                 self._undelivered += self._news(known)
+
+    def add_adapter(self, name: str, adapter: Adapter | Path | str) -> None:
+        """Have requests with `params.adapter == name` use a LoRA adapter: one that was read, or its directory. One of
+        the same name is replaced, for new requests. Raises CheckpointError if it is none, or is of another model."""
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(Path(adapter), self.model)
+        self._adapters_added += 1
+        self._adapters[name] = (f"{self._adapters_added} {name}".encode(), adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those that use it go on. Unknown: nothing happens."""
+        self._adapters.pop(name, None)
 
     @property
     def has_work(self) -> bool:
@@ -288,15 +308,14 @@ class Engine:
             return self._compute(self.scheduler.schedule())
         began, generated = time.perf_counter(), self._generated_tokens
         self._guess(speculator)
+        guessed = time.perf_counter()
         batch = self.scheduler.schedule()
         decoding = all(each.sequence.remaining == 1 for each in batch)
-        drafted = sum(len(each.sequence.drafts) for each in batch)
+        drafted = any(each.sequence.drafts for each in batch)
         events = self._compute(batch)
         if batch and decoding:
             made = self._generated_tokens - generated
-            speculator.learn(len(batch), drafted > 0, time.perf_counter() - began, made)
-            speculator.drafted += drafted
-            speculator.accepted += max(0, made - len(batch))
+            speculator.learn(len(batch), drafted, time.perf_counter() - began, made, guessing=guessed - began)
         return events
 
     def _guess(self, speculator: Speculator) -> None:
@@ -304,10 +323,16 @@ class Engine:
         running = self.scheduler.running
         if self.scheduler.waiting or not all(s.remaining == 1 for s in running):
             return
-        able = [s for s in running if s.request.params.draws_plainly]
-        if not able or not speculator.worthwhile(len(running)):
+        able = [s for s in running if s.guessable and s.request.params.draws_plainly]
+        if not able or speculator.failure is not None or not speculator.worthwhile(len(running)):
             return
-        for sequence, guess in zip(able, speculator.drafter.guess(able, speculator.most), strict=True):
+        try:
+            guesses = speculator.drafter.guess(able, speculator.most)
+        except Exception as failure:  # a drafter's, which nobody needs: all goes on without
+            speculator.failure = failure
+            note(f"note: guessing ahead failed and is off from now on: {type(failure).__name__}: {failure}")
+            return
+        for sequence, guess in zip(able, guesses, strict=True):
             params = sequence.request.params
             room = min(params.max_tokens - sequence.sampler.generated - 1, self.context - sequence.length)
             sequence.drafts = [id for id in guess[: max(0, room)] if 0 <= id < self.vocab_size]
@@ -324,10 +349,13 @@ class Engine:
             request = sequence.request
             touched[request.number] = request
             past = sequence.start + sequence.computed
-            sequence.computed += count - len(sequence.drafts)
             if len(rows.logits) and not bool(torch.isfinite(rows.logits).all()):
-                self._fail_damaged(sequence)
+                if sequence.drafts:
+                    self._forget_guesses(sequence)
+                else:
+                    self._fail_damaged(sequence)
                 continue
+            sequence.computed += count - len(sequence.drafts)
             if request.reads_prompt:
                 self._read_prompt(request, past, rows.logits)
             if sequence.remaining == 0:
@@ -356,11 +384,23 @@ class Engine:
 
     def _sample(self, ready: list[tuple[Sequence, Tensor]]) -> None:
         """Choose the next token of sequences that are computed to their end; logits: (1 + drafts, V) each."""
-        beams = [(s, logits) for s, logits in ready if s.request.params.beams > 1]
-        sampled = [(s, logits) for s, logits in ready if s.request.params.beams == 1]
-        if beams:
-            self._beam_search(beams)
-        sampled += [(child, logits) for s, logits in sampled for child in self._siblings(s)]
+        beams: dict[Request, list[tuple[Sequence, Tensor]]] = {}
+        sampled: list[tuple[Sequence, Tensor]] = []
+        for sequence, logits in ready:
+            request = sequence.request
+            if request.params.beams > 1:
+                beams.setdefault(request, []).append((sequence, logits))
+                continue
+            try:  # a sibling has no guesses: of its parent's rows only the first is after what both have
+                sampled += [(sequence, logits), *((child, logits[:1]) for child in self._siblings(sequence))]
+            except Exception as failure:  # memory's, or a grammar's that cannot be copied
+                self._fail(request, failure)
+        for request, its in beams.items():
+            try:
+                self._beam_search(its)
+            except Exception as failure:
+                self._fail(request, failure)
+        sampled = [(s, logits) for s, logits in sampled if s.finish_reason is None]
         if sampled:
             self._sample_all(sampled)
 
@@ -396,6 +436,11 @@ class Engine:
     def _take(self, sequence: Sequence, chosen: list[tuple[int, TokenLogprob | None]]) -> None:
         """Append what was chosen: as many tokens as drafts were right, and the one after."""
         drafts, sequence.drafts = sequence.drafts, []
+        if self.speculator is not None:
+            made = [token for token, _ in chosen]
+            right = next((i for i, (a, b) in enumerate(zip(drafts, made, strict=False)) if a != b), len(drafts))
+            self.speculator.drafted += len(drafts)
+            self.speculator.accepted += right
         for i, (token, logprob) in enumerate(chosen):
             sequence.push(token, logprob)
             self._generated_tokens += 1
@@ -428,10 +473,22 @@ class Engine:
         return children
 
     def _enter(self, parent: Sequence, child: Sequence) -> None:
+        parent.request.live.append(child)  # first: should copying fail, its blocks go with the request
         for group, source, target in self.blocks.fork(parent, child):
             self.runner.cache.copy(group, source, target)
-        parent.request.live.append(child)
         self.scheduler.enter(child)
+
+    def _forget_guesses(self, sequence: Sequence) -> None:
+        """A pass with guesses gave no numbers: it is computed again without them, for it may be their fault.
+
+        Only whole blocks can be cleared, so all tokens of the last one are computed again.
+        """
+        if self.speculator is not None:
+            self.speculator.drafted += len(sequence.drafts)
+        Z, sequence.drafts, sequence.guessable = self.blocks.block_size, [], False
+        for group, table in enumerate(sequence.tables):
+            self.runner.cache.clear(group, table[sequence.computed // Z :])
+        sequence.computed = sequence.computed // Z * Z
 
     def _ended(self, sequence: Sequence, token: int) -> FinishReason | None:
         params, sampler = sequence.request.params, sequence.sampler
@@ -450,7 +507,7 @@ class Engine:
         if all(s.sampler.params.draws_plainly for s in sequences):
             return
         if bool((adjusted.amax(dim=-1) == -torch.inf).any()):
-            raise GptsmithError("no token is allowed here: the grammar, logit_bias and min_tokens leave none.")
+            raise GptsmithError(_NOTHING_ALLOWED)
 
     def _read_prompt(self, request: Request, past: int, logits: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens past + 1 ..., which the logits predict."""
@@ -464,8 +521,10 @@ class Engine:
     # beam search ------------------------------------------------------------------------------------------------------
 
     def _beam_search(self, ready: list[tuple[Sequence, Tensor]]) -> None:
-        adjusted = adjust(torch.cat([logits for _, logits in ready]), [s.sampler for s, _ in ready])
-        logprobs = adjusted.log_softmax(dim=-1)
+        """Note the candidates of beams of one request; once all its beams have theirs, lengthen them."""
+        # What is adjusted are log-probabilities, as in transformers: there is nothing to draw that must add up to 1.
+        logprobs = torch.cat([logits for _, logits in ready]).log_softmax(dim=-1)
+        logprobs = adjust(logprobs, [s.sampler for s, _ in ready])
         for (sequence, _), row in zip(ready, logprobs, strict=True):
             params = sequence.request.params
             width = min(params.beams * (1 + max(1, len(params.stop_ids))), self.vocab_size)
@@ -477,13 +536,15 @@ class Engine:
             ]
             self.blocks.computed(sequence)
             self.scheduler.park(sequence)
-        for request in {id(s.request): s.request for s, _ in ready}.values():
-            if all(s.candidates is not None for s in request.live):
-                self._lengthen_beams(request)
+        request = ready[0][0].request
+        if all(s.candidates is not None for s in request.live):
+            self._lengthen_beams(request)
 
     def _lengthen_beams(self, request: Request) -> None:
         params, finished = request.params, self._beams[request.number]
         steps = lengthen(request.live, finished, frozenset(params.stop_ids))
+        if not steps and not finished.best:
+            raise GptsmithError(_NOTHING_ALLOWED)
         length = len(request.live[0].generated) + 1
         reason: FinishReason | None = None
         if length >= params.max_tokens:
@@ -509,11 +570,8 @@ class Engine:
             parent.candidates = None
             for step in its_steps[1:]:
                 child = parent.fork(next(free), request.seed)
-                for copy in self.blocks.fork(parent, child):
-                    self.runner.cache.copy(*copy)
                 child.push(step.token.id, step.token)
-                request.live.append(child)
-                self.scheduler.enter(child)
+                self._enter(parent, child)
             parent.push(its_steps[0].token.id, its_steps[0].token)
             self.scheduler.unpark(parent)
         for sequence in request.live:
@@ -650,7 +708,10 @@ class Engine:
 
     def _checked(self, prompt: Items[int], params: SamplingParams) -> list[int]:
         """The prompt as it will be read. Raises UsageError."""
-        ids = list(prompt)
+        try:
+            ids = [operator.index(id) for id in prompt]
+        except TypeError:
+            raise UsageError("the prompt must be token ids, which are whole numbers.") from None
         if not ids:
             raise UsageError("the prompt is empty; give at least one token to continue.")
 
@@ -663,6 +724,9 @@ class Engine:
             raise UsageError(f"logit_bias has a token id outside 0..{self.vocab_size - 1}.")
         if not in_range(params.stop_ids):
             raise UsageError(f"stop_ids has a token id outside 0..{self.vocab_size - 1}.")
+        if params.adapter is not None and params.adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise UsageError(f"there is no adapter {params.adapter!r}. There are: {known}.")
         if params.stop:
             raise UsageError("stop strings are for those who read text (engine.text); the engine knows stop_ids.")
         if 2 * params.beams > self.vocab_size:
@@ -714,7 +778,7 @@ def _pool_size(window: int | None, cache_tokens: int, max_batch: int, max_batch_
     return max(alone, min(blocks, max_batch * (-(-window // block_size) + 2) + -(-max_batch_tokens // block_size)))
 
 
-def _affordable_tokens(config: ModelConfig, max_batch: int, weight: Tensor) -> int:
+def _affordable_tokens(config: ModelConfig, max_batch: int, block_size: int, weight: Tensor) -> int:
     """How many tokens the cache holds by default: what a full batch can need, if that is a fair share of memory."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
     if weight.device.type == "cuda":
@@ -724,4 +788,5 @@ def _affordable_tokens(config: ModelConfig, max_batch: int, weight: Tensor) -> i
     else:
         memory = 8 << 30
     affordable = int(memory * _SHARE_OF_MEMORY.get(weight.device.type, 0.25)) // per_token
-    return max(1, min(max_batch * config.max_position_embeddings, affordable))
+    most = -(-config.max_position_embeddings // block_size) * block_size
+    return max(1, min(max_batch * most, affordable))

@@ -26,8 +26,9 @@ from gptsmith.errors import UsageError
 class Matcher(Protocol):
     """Where one text stands in a grammar."""
 
-    finished: bool
-    """Nothing can follow."""
+    @property
+    def finished(self) -> bool:
+        """Nothing can follow."""
 
     def allowed(self) -> Tensor:
         """(V,) bool: the tokens that may come next."""
@@ -204,7 +205,11 @@ class SamplerState:
         ahead: for a token so many places after the next. purpose: several numbers for one token are independent.
         """
         message = b"%d %d %d" % (self.seed, self.offset + self.generated + ahead, purpose)
-        return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") / 2**64 * (1 - 2**-53)
+        return (
+            int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"gptsmith").digest(), "little")
+            / 2**64
+            * (1 - 2**-53)
+        )
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:

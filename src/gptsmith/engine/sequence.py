@@ -8,6 +8,7 @@ from typing import Literal
 
 from gptsmith.engine.sampling import SamplerState, SamplingParams
 from gptsmith.errors import GptsmithError
+from gptsmith.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
 """stop: a stop token, the end of a grammar, or whoever reads the text. length: `max_tokens`. context: the context is
@@ -79,10 +80,21 @@ class Event:
 
 
 class Request:
-    """A prompt, how to continue it, and the sequences that do. number: its place in the order of arrival."""
+    """A prompt, how to continue it, and the sequences that do.
 
-    def __init__(self, number: int, prompt: Items[int], params: SamplingParams, seed: int, salt: bytes) -> None:
-        self.number, self.params, self.seed, self.salt = number, params, seed, salt
+    number: its place in the order of arrival. salt: what is computed is shared among requests of the same.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Items[int],
+        params: SamplingParams,
+        seed: int,
+        salt: bytes = b"",
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.number, self.params, self.seed, self.salt, self.adapter = number, params, seed, salt, adapter
         self.prompt = list(prompt)
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
@@ -103,7 +115,8 @@ class Sequence:
     tokens: the prompt and what was made. start: those before it are beyond the context. computed: for how many from
     `start` on keys and values are in the blocks of `tables` (one table for each group of layers). named, keys: how many
     full blocks are known by their contents, and the hashes. drafts: guesses at what follows, to be checked in one pass.
-    candidates: of a beam that waits for its siblings. `computed` falls back to 0 when blocks are taken away.
+    guessable: whether there may be any. candidates: of a beam that waits for its siblings. `computed` falls back to 0
+    when blocks are taken away.
     """
 
     def __init__(self, request: Request, index: int, sampler: SamplerState, groups: int) -> None:
@@ -113,6 +126,7 @@ class Sequence:
         self.tables: list[list[int]] = [[] for _ in range(groups)]
         self.keys: list[bytes] = []
         self.drafts: list[int] = []
+        self.guessable = True
         self.logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.candidates: list[tuple[float, int, TokenLogprob]] | None = None

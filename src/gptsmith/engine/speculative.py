@@ -11,8 +11,11 @@ pass costs with and without guesses and how many tokens either yields, and does 
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Sequence as Items
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
@@ -35,19 +38,18 @@ class PromptLookup:
         if not 1 <= shortest <= longest:
             raise UsageError(f"prompt lookup needs 1 ≤ shortest ≤ longest, not {shortest} and {longest}.")
         self.longest, self.shortest = longest, shortest
-        self._places: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
+        self._places: WeakKeyDictionary[Sequence, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
     def guess(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
-        known, self._places = self._places, {}
         guesses = []
         for sequence in sequences:
-            upto, places = known.get(id(sequence), (0, {}))
+            upto, places = self._places.get(sequence, (0, {}))
             tokens = sequence.tokens
             for end in range(upto, len(tokens)):  # each run of tokens -> where what follows its last occurrence begins
                 for size in range(self.shortest, self.longest + 1):
                     if end >= size:
                         places[tuple(tokens[end - size : end])] = end
-            self._places[id(sequence)] = (len(tokens), places)
+            self._places[sequence] = (len(tokens), places)
             guesses.append(self._after(tokens, places, count))
         return guesses
 
@@ -89,33 +91,38 @@ class DraftModel:
                 )
                 places.append(i)
         guesses: list[list[int]] = [[] for _ in sequences]
-        numbers = []
+        numbers: dict[int, int] = {}
         for i, prompt, wish in zip(places, prompts, wishes, strict=True):
             sampler = sequences[i].sampler
-            numbers.append(self.engine.add_request(prompt, wish, offset=sampler.offset + sampler.generated))
-        results = self.engine.drain(numbers)
-        for i, result in zip(places, results, strict=True):
+            with contextlib.suppress(UsageError):  # a token it does not have, or too long a text: it has no guess
+                numbers[i] = self.engine.add_request(prompt, wish, offset=sampler.offset + sampler.generated)
+        for i, result in zip(numbers, self.engine.drain(list(numbers.values())), strict=True):
             guesses[i] = result.ids
         return guesses
 
 
 class Speculator:
-    """Decides whether to guess, and how many tokens. most: at a time.
+    """Decides when to guess, and how many tokens: at most `most` at a time. Belongs to one engine.
 
-    The costs are moving averages of seconds a pass; every so often it tries what it does not do at present, so that it
-    notices when a text becomes predictable, or stops to be.
+    For each number of sequences in a pass, passes with guesses and without are compared by the seconds they take for a
+    token (the median of the last ones: a computer has its moments). What is not done at present is tried again every so
+    often, to notice when a text becomes predictable, or stops to be; the more rarely, the longer that was in vain.
+    Guessing is paid for out of an allowance: a share of the time that plain passes took, and what right guesses saved.
+    So all of it, trials included, costs no more than that share of plain decoding and one guess.
     """
 
-    TRIAL = 4  # passes of each kind to learn from
-    EVERY = 128  # passes until the other way is tried again
+    SHARE = 0.05  # of the time of plain passes
+    MOST = 25  # plain passes' time: the most that the allowance comes to, and the most that is owed
 
     def __init__(self, drafter: Drafter, most: int = 4) -> None:
         if most < 1:
             raise UsageError(f"speculation needs to guess at least 1 token, not {most}.")
         self.drafter, self.most = drafter, most
         self.drafted = self.accepted = 0
-        self._kinds: dict[tuple[int, bool], _Average] = {}
-        self._since: dict[int, int] = {}
+        self.failure: Exception | None = None
+        """What the drafter raised; there are no guesses from then on."""
+        self._known: dict[int, _Experience] = {}
+        self._allowance = 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -124,36 +131,66 @@ class Speculator:
 
     def worthwhile(self, batch: int) -> bool:
         """Whether to guess in the next pass, of `batch` sequences."""
-        guessing, plain = (self._kinds.setdefault((batch, kind), _Average()) for kind in (True, False))
-        if plain.count < self.TRIAL:
+        known = self._known.get(batch)
+        return known is not None and known.wants_to_guess() and self._allowance >= known.loss
+
+    def learn(self, batch: int, guessed: bool, seconds: float, tokens: int, guessing: float = 0.0) -> None:
+        """A pass of `batch` sequences took so long and yielded so many tokens; `guessing`: how much of the time went to
+        the drafter, whether it had a guess or not."""
+        known = self._known.setdefault(batch, _Experience())
+        known.since += 1
+        if guessed:
+            gain = tokens * known.plain.seconds_a_token - seconds
+            known.guessing.add(seconds, tokens)
+        else:
+            known.plain.add(seconds - guessing, tokens)
+            gain = self.SHARE * known.plain.seconds - guessing
+        most = self.MOST * known.plain.seconds
+        self._allowance = max(-most, min(most, self._allowance + gain))
+
+
+class _Experience:
+    """What is known of passes with one number of sequences."""
+
+    TRIAL = 4  # passes of a kind to learn from
+    EVERY = 128  # passes until the other kind is tried again, and how many at most
+    RARELY = 1024
+
+    def __init__(self) -> None:
+        self.guessing, self.plain = _Recent(), _Recent()
+        self.since, self.until = 0, self.EVERY
+        """Passes since the other kind was tried, and how many there are to be."""
+
+    def wants_to_guess(self) -> bool:
+        if self.plain.count < self.TRIAL:
             return False
-        if guessing.count < self.TRIAL:
+        if self.guessing.count < self.TRIAL:
             return True
-        better = guessing.seconds_a_token < plain.seconds_a_token
-        since = self._since.get(batch, 0)
-        if since >= self.EVERY:  # a short trial of the other way
-            if since >= self.EVERY + self.TRIAL:
-                self._since[batch] = 0
-            return not better
-        return better
+        better = self.guessing.seconds_a_token < self.plain.seconds_a_token
+        if self.since >= self.until + self.TRIAL:
+            self.since, self.until = 0, self.EVERY if better else min(2 * self.until, self.RARELY)
+        return better != (self.since >= self.until)
 
-    def learn(self, batch: int, guessed: bool, seconds: float, tokens: int) -> None:
-        """A pass of `batch` sequences took so long (guessing included) and yielded so many tokens."""
-        self._kinds.setdefault((batch, guessed), _Average()).add(seconds, tokens)
-        self._since[batch] = self._since.get(batch, 0) + 1
+    @property
+    def loss(self) -> float:
+        """The seconds that a pass with guesses will probably lose; as long as there was none, as if it took two."""
+        if not self.guessing.count:
+            return self.plain.seconds
+        return max(0.0, self.guessing.seconds - self.guessing.tokens * self.plain.seconds_a_token)
 
 
-class _Average:
-    """Seconds a token, of the last passes."""
+class _Recent:
+    """The last passes of a kind. count: of all there were. seconds: a pass's, the median. tokens: a pass's, the mean."""
 
     def __init__(self) -> None:
         self.count, self.seconds, self.tokens = 0, 0.0, 0.0
+        self._passes = deque[tuple[float, int]](maxlen=16)
 
     def add(self, seconds: float, tokens: int) -> None:
-        keep = min(self.count, 15) / 16 if self.count else 0.0
-        self.seconds = self.seconds * keep + seconds
-        self.tokens = self.tokens * keep + tokens
+        self._passes.append((seconds, tokens))
         self.count += 1
+        self.seconds = sorted(seconds for seconds, _ in self._passes)[len(self._passes) // 2]
+        self.tokens = sum(tokens for _, tokens in self._passes) / len(self._passes)
 
     @property
     def seconds_a_token(self) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -17,14 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Scope
 
 from gptsmith import __version__
-from gptsmith.server import chat, completions
-from gptsmith.server.auth import Keys
+from gptsmith.server import chat, completions, documentation, embeddings, responses
 from gptsmith.server.errors import ApiError, from_validation
-from gptsmith.server.exchange import Exchange, Front
-from gptsmith.server.journal import journal
+from gptsmith.server.front import Front
 from gptsmith.server.models import Models
 from gptsmith.server.pages import add_pages
 from gptsmith.server.schema import Error, ModelCard, ModelList
@@ -39,7 +35,7 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.draining = True
+        service.stop_taking()
         await asyncio.to_thread(models.close)
 
     app = FastAPI(
@@ -51,21 +47,13 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         responses={code: {"model": Error} for code in (400, 401, 404, 408, 413, 429, 503, 504)},
     )
     app.state.models, app.state.service = models, service
-    app.include_router(completions.router)
-    app.include_router(chat.router)
+    for endpoints in (completions, chat, responses, embeddings, documentation):
+        app.include_router(endpoints.router)
     _add_state_of_the_server(app)
     _add_error_handlers(app)
     add_pages(app, models=models, runs=settings.runs, stopping=lambda: service.draining)
 
-    app.add_middleware(
-        Front,
-        keys=Keys(settings.keys),
-        rate=settings.rate,
-        timeout=settings.timeout,
-        max_body=settings.max_body,
-        draining=lambda: service.draining,
-        finished=lambda scope, exchange: _finished(service, scope, exchange),
-    )
+    app.add_middleware(Front, service=service)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -97,12 +85,9 @@ def _add_state_of_the_server(app: FastAPI) -> None:
 
     @app.get("/ready", tags=["server"])
     async def ready(request: Request) -> dict[str, str]:
-        """Whether it takes requests; 503 while it loads its first model or is shutting down."""
-        service = service_of(request)
-        if service.draining:
+        """Whether it takes requests; 503 once it is shutting down."""
+        if service_of(request).draining:
             raise ApiError(503, "the server is shutting down.", retry_after=5)
-        if not service.models.loaded():
-            raise ApiError(503, "no model is loaded yet.", retry_after=1)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["server"], response_class=Response)
@@ -143,23 +128,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         response = answer(request, ApiError(error.status_code, message))
         response.headers.update(error.headers or {})
         return response
-
-
-def _finished(service: Service, scope: Scope, exchange: Exchange) -> None:
-    """Count an exchange, and write its line into the log."""
-    route = scope.get("route")
-    endpoint = getattr(route, "path", None) or "other"
-    seconds = time.perf_counter() - exchange.began
-    status = exchange.status or 499  # as some servers say for: the client went away first
-    service.metrics.answered(endpoint, exchange.facts.get("model"), status, seconds)
-    client = scope.get("client")
-    fields = {
-        "request_id": exchange.id,
-        "method": scope["method"],
-        "path": scope["path"],
-        "status": status,
-        "client": client[0] if client else None,
-        "duration_ms": round(1000 * seconds, 1),
-        **exchange.facts,
-    }
-    journal.info("request", extra={"fields": fields})

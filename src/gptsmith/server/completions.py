@@ -55,15 +55,16 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
         writing = Writing(served.tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
         jobs.append(Job(ids, writing))
     work = await service.begin(request, served, jobs)
-    frame = {
+    frame: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
         "created": int(time.time()),
         "model": body.model,
     }
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return event_stream(_chunks(work, frame, served.tokenizer, body.logprobs, usage))
+        return event_stream(
+            _chunks(work, {**frame, "object": "text_completion"}, served.tokenizer, body.logprobs, usage)
+        )
     texts: dict[int, _Text] = {}
     async for pieces in work.pieces():
         for choice, piece in pieces:
@@ -148,17 +149,17 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if not prompt:
         raise ApiError(400, "prompt: there is none in it.", param="prompt")
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
+        return [prompt]
     if len(prompt) > MOST_PROMPTS:
         raise ApiError(400, f"prompt: at most {MOST_PROMPTS} at a time.", param="prompt")
-    return list(prompt)  # type: ignore[arg-type]
+    return list(prompt)
 
 
 async def _encoded(served: Served, prompt: str | list[int]) -> tuple[str, list[int]]:
     """The prompt as text and as ids."""
     tokenizer = served.tokenizer
     if isinstance(prompt, str):
-        return prompt, await encoded(tokenizer, lambda: encode_prompt(tokenizer, prompt), len(prompt))
+        return prompt, await encoded(lambda: encode_prompt(tokenizer, prompt), len(prompt))
     if not prompt:
         raise ApiError(400, "prompt: it has no tokens.", param="prompt")
     if max(prompt) >= tokenizer.vocab_size:

@@ -7,6 +7,8 @@ served = await models.get("gpt-4")            # Served: engine (AsyncEngine), to
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +19,10 @@ from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.server.errors import ApiError
 
 if TYPE_CHECKING:
+    from gptsmith.checkpoint import Quantization
     from gptsmith.engine.asynchronous import AsyncEngine
     from gptsmith.model.transformer import Transformer
+    from gptsmith.server.tools import Form
     from gptsmith.tokenizer import Tokenizer
     from gptsmith.tokenizer.chat import ChatTemplate
 
@@ -35,6 +39,13 @@ class Loaded:
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def form(self) -> Form | None:
+        """How the template writes calls of tools; None if it knows none."""
+        from gptsmith.server.tools import form_of
+
+        return form_of(self.template)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ Load = Callable[[str], Loaded]
 class _Entry:
     spec: str
     created: int
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: Loaded | None = None
 
 
@@ -122,6 +133,11 @@ class Models:
             raise UsageError(f"two models would have the name {name!r}; give one of them another with --alias.")
 
     @property
+    def bases(self) -> list[str]:
+        """The names of the models themselves, without adapters and aliases."""
+        return list(self._entries)
+
+    @property
     def names(self) -> list[str]:
         """All names that may be asked for; the first is the model that was named first."""
         return [*self._entries, *self._adapters, *self._aliases]
@@ -143,21 +159,30 @@ class Models:
                 param="model",
                 code="model_not_found",
             )
-        if entry.loaded is None:
-            async with entry.lock:
-                if entry.loaded is None:
-                    try:
-                        entry.loaded = await asyncio.shield(self._loading(base, entry))
-                    except GptsmithError as error:
-                        raise ApiError(
-                            500, f"the model {base} cannot be loaded: {error}", code="model_not_loaded"
-                        ) from error
-        return Served(name, base, None if directory is None else target, entry.loaded)
+        loaded = entry.loaded
+        if loaded is None:
+            try:
+                loaded = await asyncio.to_thread(self.load, base)
+            except GptsmithError as error:
+                message = f"the model {base} cannot be loaded: {error}"
+                raise ApiError(500, message, code="model_not_loaded") from error
+        return Served(name, base, None if directory is None else target, loaded)
 
-    async def _loading(self, base: str, entry: _Entry) -> Loaded:
-        loaded = await asyncio.to_thread(self._load, entry.spec)
-        entry.loaded = loaded
-        return loaded
+    def load(self, name: str) -> Loaded:
+        """Load the model `name` and its adapters, unless it has been. Raises what loading raises."""
+        entry = self._entries[name]
+        with entry.lock:
+            if entry.loaded is None:
+                loaded = self._load(entry.spec)
+                try:
+                    for adapter, (base, directory) in self._adapters.items():
+                        if base == name:
+                            loaded.engine.add_adapter(adapter, directory)
+                except GptsmithError:
+                    loaded.engine.close(drain=False)
+                    raise
+                entry.loaded = loaded
+            return entry.loaded
 
     def cards(self) -> Iterator[tuple[str, int, Loaded | None, str | None]]:
         """For each name: itself, when its model was named, the model if it is loaded, and what it stands for."""
@@ -186,17 +211,31 @@ def name_of(spec: str) -> str:
     return spec
 
 
-def load(spec: str, *, device: str = "auto", max_batch: int = 32) -> Loaded:
-    """Load a model as `gptsmith.load` does, and start its engine."""
+def load(
+    spec: str,
+    *,
+    device: str = "auto",
+    quantize: Quantization = "auto",
+    max_batch: int = 32,
+    cache_tokens: int | None = None,
+    speculate: bool = False,
+) -> Loaded:
+    """Load a model as `gptsmith.load` does, and start its engine. speculate: guess ahead from the prompt's words."""
     from gptsmith.checkpoint import load as load_model
     from gptsmith.engine.asynchronous import AsyncEngine
     from gptsmith.engine.engine import Engine
+    from gptsmith.engine.speculative import PromptLookup, Speculator
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
 
-    model, tokenizer = load_model(spec, device=choose_device(device))
+    model, tokenizer = load_model(spec, device=choose_device(device), quantize=quantize)
     template = ChatTemplate(tokenizer)
     engine = Engine(
-        model, vocab_size=tokenizer.vocab_size, max_batch=max_batch, max_batch_tokens=max(256, 2 * max_batch)
+        model,
+        vocab_size=tokenizer.vocab_size,
+        max_batch=max_batch,
+        max_batch_tokens=max(256, 2 * max_batch),
+        cache_tokens=cache_tokens,
+        speculator=Speculator(PromptLookup()) if speculate else None,
     )
     return Loaded(AsyncEngine(engine), tokenizer, model, template)

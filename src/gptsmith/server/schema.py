@@ -221,6 +221,143 @@ class ChatRequest(Sampling):
     web_search_options: None = None
 
 
+# Responses: what the official client sends for text and functions
+
+
+class ResponsePart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = Field(None, description="As it came in an earlier answer; not looked at.")
+
+
+class ResponseMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[ResponsePart]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: None = None
+
+
+class FunctionCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    namespace: None = None
+    caller: None = None
+
+
+class FunctionCallOutput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ResponsePart]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ResponseFunction(FunctionDefinition):
+    type: Literal["function"]
+
+
+class ResponseNamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    name: str
+
+
+class ResponseJsonSchema(JsonSchema):
+    type: Literal["json_schema"]
+
+
+class ResponseText(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")] | None = None
+    verbosity: None = None
+
+
+class ResponseStreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(Request):
+    input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Given back with the answer.")
+    parallel_tool_calls: bool | None = None
+    tools: Annotated[list[ResponseFunction], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    text: ResponseText | None = None
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="auto: what does not fit the context is cut off at its beginning."
+    )
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: Literal[False] | None = Field(None, description="Answers are not kept.")
+    background: Literal[False] | None = None
+    user: str | None = Field(None, max_length=512)
+    service_tier: Literal["auto", "default"] | None = None
+
+    # beyond OpenAI's
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    regex: str | None = Field(None, max_length=20_000)
+    grammar: str | None = Field(None, max_length=100_000)
+    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+
+    access_programs: None = None
+    background_options: None = None
+    context_management: None = None
+    conversation: None = None
+    image: None = None
+    max_tool_calls: None = None
+    moderation: None = None
+    previous_response_id: None = None
+    prompt: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning: None = None
+    safety_identifier: None = None
+
+
+class EmbeddingsRequest(Request):
+    input: str | list[str] | list[Id] | list[list[Id]] = Field(description="A text, several, or token ids.")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32.")
+    dimensions: int | None = Field(None, ge=1, description="The model's width, or refused.")
+    user: str | None = Field(None, max_length=512)
+
+
+class TokenizeRequest(Request):
+    """Of a text (prompt) or of a conversation (messages), as it would be put to the model."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Request):
+    tokens: list[Id]
+
+
 # Answers ------------------------------------------------------------------------------------------------------------
 
 
@@ -320,3 +457,32 @@ class ErrorDetails(BaseModel):
 
 class Error(BaseModel):
     error: ErrorDetails
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    prompt: str

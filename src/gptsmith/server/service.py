@@ -39,6 +39,13 @@ class Service:
         self.gate = Gate(settings.max_concurrency, settings.queue_limit)
         self.metrics = Metrics(models, self.gate)
         self.draining = False
+        """It takes no more requests, and finishes those it has."""
+        self.open = 0
+        """Exchanges that are under way."""
+
+    def stop_taking(self) -> None:
+        """Refuse what comes from now on. Streams without an end of their own look at `draining`, and end."""
+        self.draining = True
 
     async def served(self, request: Request, name: str) -> Served:
         """The model that a request is for. Raises ApiError 404."""

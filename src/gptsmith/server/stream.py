@@ -12,7 +12,7 @@ from starlette.responses import Response
 from gptsmith.server.errors import ApiError
 
 # By default the library cuts all streams when the process is told to end. Here they come to their end first.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 DONE = b"data: [DONE]\n\n"
 SEND_TIMEOUT = 60.0

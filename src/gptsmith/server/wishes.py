@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptsmith.engine.sampling import Constraint, SamplingParams
 from gptsmith.errors import GptsmithError
@@ -12,14 +12,19 @@ from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.models import Served
 from gptsmith.server.schema import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, Sampling
 
-if TYPE_CHECKING:
-    from gptsmith.tokenizer import Tokenizer
-
 SEED_LIMIT = 2**48
 
 
-def sampling_params(body: Sampling, served: Served, **more: Any) -> SamplingParams:
-    """What `body` wishes for. more: what it is that its kind of request says otherwise (max_tokens, logprobs, ...).
+def sampling_params(
+    body: Sampling,
+    served: Served,
+    *,
+    more_stop: tuple[str, ...] = (),
+    more_stop_ids: tuple[int, ...] = (),
+    **more: Any,
+) -> SamplingParams:
+    """What `body` wishes for. more: what its kind of request says in its own way (max_tokens, logprobs, ...).
+    more_stop, more_stop_ids: where its answers end besides.
 
     Raises ApiError 400 for what contradicts itself.
     """
@@ -29,11 +34,11 @@ def sampling_params(body: Sampling, served: Served, **more: Any) -> SamplingPara
         raise ApiError(400, "stop: a stop text may not be empty.", param="stop")
     wishes: dict[str, Any] = {
         "temperature": (0.0 if greedy else 1.0) if body.temperature is None else body.temperature,
-        "stop": stop,
+        "stop": (*stop, *more_stop),
         "logit_bias": _bias(body, served),
         "adapter": served.adapter,
         "min_tokens": body.min_tokens or 0,
-        "stop_ids": tuple(body.stop_token_ids or ()),
+        "stop_ids": (*(body.stop_token_ids or ()), *more_stop_ids),
     }
     if body.seed is not None:
         wishes["seed"] = body.seed % SEED_LIMIT
@@ -61,16 +66,21 @@ def _bias(body: Sampling, served: Served) -> dict[int, float]:
 
 
 async def constraint_of(
-    body: Sampling, served: Served, response_format: ResponseFormat | None, tools: str | None = None
+    body: Sampling,
+    served: Served,
+    response_format: ResponseFormat | None,
+    *,
+    tools: str | None = None,
+    end_ids: tuple[int, ...] = (),
 ) -> Constraint | None:
-    """The grammar that a request asks for, if it does: at most one way of saying it. tools: as `tools.Format` wrote it.
+    """The grammar that a request asks for, if it does: at most one way of saying it. tools: as `tools.Form` wrote it.
 
     It is made, and tried, in a thread: a large tokenizer's first takes up to a second.
     """
     from gptsmith.engine import grammar
 
     tokenizer = served.tokenizer
-    ways: dict[str, Callable[[], Constraint]] = {}
+    ways: dict[str, Callable[[], grammar.Grammar]] = {}
     if body.regex is not None:
         pattern = body.regex
         ways["regex"] = lambda: grammar.regex(tokenizer, pattern)
@@ -97,6 +107,7 @@ async def constraint_of(
 
     def tried() -> Constraint:
         constraint = make()
+        constraint.end_ids = (*end_ids, *(body.stop_token_ids or ()))
         constraint.start()
         return constraint
 
@@ -106,7 +117,7 @@ async def constraint_of(
         raise ApiError(400, f"{name}: {error}", param=name) from None
 
 
-async def encoded(tokenizer: Tokenizer, encode: Callable[[], list[int]], length: int) -> list[int]:
+async def encoded(encode: Callable[[], list[int]], length: int) -> list[int]:
     """`encode()`, in a thread if the text is long. Raises ApiError 400 for what cannot be encoded."""
     try:
         return encode() if length < 10_000 else await asyncio.to_thread(encode)

@@ -1,7 +1,9 @@
 """One API request on its way through the engine: its prompts, their samples, the text that comes of them.
 
     work = Work(served, [Job(ids, writing), ...], deadline)
-    async for pieces in work.pieces(): ...        # [(choice, Piece), ...]: all that is new; choice = prompt x n + sample
+    async for pieces in work.pieces(): ...        # [(choice, Piece), ...], all that is new
+
+A choice's number is its prompt's times n plus its sample's.
 
 What comes while the reader is busy waits, and is handed over together. `close` takes the work off the engine; so does
 its end, an error or the deadline.

@@ -17,6 +17,7 @@ class Deadline:
 
     def __init__(self, seconds: float, *, before: float, pause: float, ending: float) -> None:
         self.seconds, self.before, self.pause, self.ending = seconds, before, pause, ending
+        self.expected_pause = pause
         self.seconds_per_step: float | None = None
         self.first_seconds_per_step = 0.0
         self.last: tuple[int, float] | None = None
@@ -39,7 +40,9 @@ class Deadline:
         self.last = (step, update_seconds)
         if self.seconds_per_step is None:  # the first steps warm up: they say little
             return steps
-        slower = max(1.0, self.seconds_per_step / self.first_seconds_per_step)  # then the end will take longer as well
+        slower = max(1.0, self.seconds_per_step / self.first_seconds_per_step)
+        if self.expected_pause:
+            slower = max(slower, self.pause / self.expected_pause)  # then the end will take longer as well
         left = self.seconds - self.before - elapsed - slower * self.ending - pauses * self.pause
         planned = max(step + 1, step + round(left / self.seconds_per_step))
         return steps if abs(planned - steps) <= KEEP * (steps - step) else planned
