@@ -15,7 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
 
-from gptsmith.engine.engine import Engine, EngineStats
+from gptsmith.engine.engine import Engine, EngineStats, as_error
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
@@ -80,8 +80,8 @@ class AsyncEngine:
                 return
             try:
                 ticket.request = self.engine.add_request(prompt, params)
-            except GptsmithError as error:
-                _hand(deliver, error)
+            except Exception as failure:  # whatever is wrong with it, the others go on
+                _hand(deliver, as_error(failure))
             else:
                 self._readers[ticket.request] = deliver
 
