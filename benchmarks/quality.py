@@ -7,6 +7,7 @@ loss is over the validation split; bits per byte are of its text. `enwik8 5m 15m
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
+
+KEY = ("data", "budget", "seed", "options")  # what makes two runs the same one, of which the later counts
 
 
 def run(data: str, budget: str, seed: int, extra: list[str]) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def run(data: str, budget: str, seed: int, extra: list[str]) -> dict[str, Any]:
         "data": data,
         "budget": budget,
         "seed": seed,
+        "options": " ".join(extra),
+        "date": datetime.date.today().isoformat(),
         "wall_seconds": round(wall, 1),
         "val_loss": round(best["val_loss"], 4),
         "bits_per_byte": round(best["val_loss"] / math.log(2) * sizes["val_tokens"] / sizes["val_bytes"], 4),
@@ -55,12 +60,15 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("budgets", nargs="+")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=1337)
     parser.add_argument("--save", action="store_true", help="add to benchmarks/results/quality_DATA.json as runs end")
     arguments, extra = parser.parse_known_args()
-    runs = []
+    saved = machine.RESULTS / f"quality_{arguments.data}.json"
+    runs = json.loads(saved.read_text())["runs"] if arguments.save and saved.exists() else []
     for budget in arguments.budgets:
-        for seed in range(1337, 1337 + arguments.seeds):
-            runs.append(run(arguments.data, budget, seed, extra))
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            made = run(arguments.data, budget, seed, extra)
+            runs = [other for other in runs if any(other[key] != made[key] for key in KEY)] + [made]
             print(json.dumps(runs[-1], ensure_ascii=False), flush=True)
             if arguments.save:
                 machine.save(f"quality_{arguments.data}", {"runs": runs})

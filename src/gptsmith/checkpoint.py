@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch  # loaded before training: a run short of memory must still be able to save
 import torch
@@ -28,11 +28,14 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
 from gptsmith.log import JsonLines, note
 from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
+from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
+from gptsmith.model.quantized import quantize as quantize_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.model_source import find_model, open_model
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 
+Quantization = Literal["auto", "none", "int8", "int4"]
 MANIFEST = "manifest.json"
 
 
@@ -212,20 +215,35 @@ def resolve_model(spec: str | Path) -> Path:
 
 
 def load_model(
-    spec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    spec: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization = "auto",
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model and its tokenizer from whatever `resolve_model` understands. The model is in eval mode.
 
-    dtype: of the weights in memory, whatever they are stored in.
-    Raises CheckpointError (missing, damaged, unknown or misfit) or TokenizerError.
+    dtype: of the weights in memory, whatever they are stored in. quantize: int8 or int4 makes its matrices 8 or 4 bits;
+    auto leaves them as they are stored (in few bits by `gptsmith quantize` or in a GGUF file); none makes them `dtype`.
+    What is not in few bits is float32 beside what is, on a GPU bfloat16.
+    Raises CheckpointError (missing, damaged, unknown or misfit), TokenizerError, or UsageError for few bits on a GPU
+    without torchao.
     """
     source = open_model(resolve_model(spec))
-    model, tokenizer = source.model(dtype=dtype), source.tokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
+    tokenizer = source.tokenizer()
+    if tokenizer.vocab_size > source.config.vocab_size:
         raise TokenizerError(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"the model only {model.config.vocab_size:,}."
+            f"the model only {source.config.vocab_size:,}."
         )
+    asked: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
+    if torch.device(device).type == "cuda":
+        bits = asked or (source.bits if quantize == "auto" else None)
+        model = source.model(dtype=dtype if bits is None else torch.bfloat16).to(device)
+        return (model if bits is None else quantize_on_gpu(model, bits)), tokenizer
+    model = source.model(dtype=dtype, packed=quantize != "none")
+    if asked is not None and bits_of(model) != asked:
+        model = quantize_model(source.model(), asked)
     return model.to(device), tokenizer
 
 

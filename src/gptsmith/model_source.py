@@ -11,6 +11,7 @@ files have a largest size, and a legacy `pytorch_model.bin` is read with `weight
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,19 @@ from gptsmith.download import PackageFile, fetch_package_file
 from gptsmith.errors import CheckpointError, UsageError, nearest
 from gptsmith.log import note, progress
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, config_from_hf, load_weights
+from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, Entry, config_from_hf, entries_of, load_weights
+from gptsmith.model.quantized import (
+    Bits,
+    Packed,
+    bits_of,
+    dequantize,
+    described_bits,
+    encode,
+    joined,
+    load_state,
+    outline,
+    replace_matrices,
+)
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import cache_directory
 from gptsmith.storage import atomic_file, sha256_file
@@ -74,10 +87,14 @@ class ModelSource:
     tokenizer: Callable[[], Tokenizer]
     """Read the tokenizer, its chat template included. Raises TokenizerError."""
     generation_config: Mapping[str, Any] | None = None
+    bits: Bits | None = None
+    """The weights are quantized, by this package."""
 
-    def model(self, *, dtype: torch.dtype = torch.float32) -> Transformer:
+    def model(self, *, dtype: torch.dtype = torch.float32, packed: bool = False) -> Transformer:
         """The model with its weights, on the CPU in `dtype`, in eval mode.
 
+        packed: leave in few bits what is stored so, by this package or in a GGUF file; the rest is float32 then. Blocks
+        of a GGUF file other than Q4_0, Q4_1 and Q8_0 are rounded to 8 bits.
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
         shapes = self._shapes()
@@ -92,10 +109,43 @@ class ModelSource:
                 model = Transformer(self.config, initialize=False)
         except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
             raise CheckpointError(f"{self.path}: no model can be built from its configuration: {error}.") from None
-        load_weights(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, str(self.path))
-        _allocate(model, dtype)
-        load_weights(model, self.tensors, str(self.path))
+        where = str(self.path)
+        if self.bits is not None:
+            outline(model, shapes, where)
+            _allocate(model, torch.float32)
+            load_state(model, self.tensors, where)
+            if not packed:
+                for parameter in dequantize(model).parameters():
+                    parameter.data = parameter.data.to(dtype)
+            return model.eval()
+        load_weights(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, where)
+        if packed and hasattr(self.tensors, "codes"):
+            replace_matrices(model, self._packed)
+        _allocate(model, dtype if bits_of(model) is None else torch.float32)
+        load_weights(model, self.tensors, where)
         return model.eval()
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, Entry]:
+        return {entry.ours: entry for entry in entries_of(self.config)}
+
+    def _packed(self, name: str, weight: Tensor) -> Packed | None:
+        """A GGUF file's matrix for the weight of this name, if it is there in few bits."""
+        tensors: Any = self.tensors
+        whole, _, expert = name.rpartition(".")
+        entry = self._sources[name if expert == "weight" else whole]
+        theirs = entry.theirs
+        if expert != "weight":
+            each = len(theirs) // self.config.num_experts
+            theirs = theirs[int(expert) * each :][:each]
+        if not all(tensors.is_quantized(part) for part in theirs):
+            return None
+        parts = [tensors.codes(part) for part in theirs]
+        bits = {part.bits if part is not None else None for part in parts}
+        if len(bits) > 1 or None in bits:
+            rows = [tensors[part] for part in theirs]
+            parts = [encode(part.mT if entry.transposed else part, 8) for part in rows]
+        return Packed.of(joined(parts))
 
     def stored_dtype(self) -> torch.dtype:
         """bfloat16 or float16 if all matrices are stored so, else float32."""
@@ -128,7 +178,9 @@ def open_model(path: Path) -> ModelSource:
     values = read_json(config_path)
     config = _understand(values, str(config_path))
     generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
-    return ModelSource(path, config, values, _open_weights(path), lambda: read_tokenizer(path), generation)
+    bits = described_bits(values.get("quantization_config"))
+    weights = _open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], codes=True)
+    return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
 
 
 def _open_gguf(path: Path) -> ModelSource:
@@ -144,7 +196,7 @@ def _open_gguf(path: Path) -> ModelSource:
 
 def _understand(values: Mapping[str, Any], where: str) -> ModelConfig:
     quantized = values.get("quantization_config")
-    if quantized:
+    if quantized and described_bits(quantized) is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
             f"{where}: the weights are quantized ({method or 'quantization_config'}), which is not read. "
@@ -262,9 +314,11 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     Raises CheckpointError for a damaged file, a name in two files, and (when it is read) a tensor that is not floating.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, codes: bool = False) -> None:
+        """codes: of a quantized model, whose tensors may be whole numbers."""
         from safetensors import SafetensorError, safe_open
 
+        self._codes = codes
         self._files: dict[str, tuple[Any, Path]] = {}
         for path in paths:
             try:
@@ -285,7 +339,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {name}: {error}.") from None
-        return _floating(tensor, name, path)
+        return tensor if self._codes else _floating(tensor, name, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

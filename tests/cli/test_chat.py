@@ -221,10 +221,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model_directory: Path, tmp_
     """In a real terminal: interrupt an answer, then go on talking, interrupt the prompt, leave with Ctrl-D."""
     import pexpect
 
-    command = f"from gptsmith.cli import main; main(['chat', {str(model_directory)!r}, '--device', 'cpu', "
+    options = ["--device", "cpu", "--max-tokens", "90000", "--temperature", "3"]
     child: Any = pexpect.spawn(
         sys.executable,
-        ["-c", command + "'--max-tokens', '90000', '--temperature', '3'])"],
+        ["-c", "import sys; from gptsmith.cli import main; main(sys.argv[1:])", "chat", str(model_directory), *options],
         env={**os.environ, "GPTSMITH_CACHE": str(tmp_path), "TERM": "xterm"},
         timeout=120,
         encoding="utf-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
@@ -22,7 +23,10 @@ from gptsmith.model.config import ModelConfig, RopeScaling
 from gptsmith.model.gguf import read_gguf, write_gguf
 from gptsmith.model.gguf_file import TENSOR_TYPES, TYPES_BY_NAME, PlannedTensor, dequantize, open_gguf, write_gguf_file
 from gptsmith.model.hf import config_from_hf, load_weights
+from gptsmith.model.quantized import Packed
+from gptsmith.model.quantized import dequantize as make_plain
 from gptsmith.model.transformer import Transformer
+from gptsmith.model_source import open_model
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
@@ -136,6 +140,42 @@ def test_smaller_types_lose_what_they_must(name: str, dtype: str, bpe: Tokenizer
         assert file.tensors["token_embd.weight"].type.name == "Q8_0"
     assert path.stat().st_size < (tmp_path / "exact.gguf").stat().st_size
     read(path)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-3", "mixtral", "qwen2_moe", "qwen3", "gpt2-untied"])
+def test_what_is_in_few_bits_stays_so(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    """The matrices say the very numbers that the file does, and no plain one is left that need not be."""
+    path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
+    plain, packed = open_model(path).model(), open_model(path).model(packed=True)
+    few = [module for module in packed.modules() if isinstance(module, Packed)]
+    assert {module.bits for module in few} == ({8} if dtype == "q8_0" else {4, 8})
+    left = {n for n, p in packed.named_parameters() if p.dim() > 1}
+    assert all("router" in n or "gate" in n or "positions" in n for n in left)
+    for (n, theirs), (m, ours) in zip(plain.state_dict().items(), make_plain(packed).state_dict().items(), strict=True):
+        assert n == m
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_other_blocks_are_rounded_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
+    """Here one of the three matrices that are read as one is of another type than the others."""
+    path = write(make_model("llama"), bpe, tmp_path / "model.gguf", "q4_0")
+    file = open_gguf(path)
+    types = {"blk.0.attn_k.weight": "Q4_1", "blk.1.attn_v.weight": "Q5_0", "blk.1.ffn_down.weight": "Q5_1"}
+    planned = [
+        PlannedTensor(key, info.shape, TYPES_BY_NAME[types.get(key, info.type.name)], functools.partial(file.read, key))
+        for key, info in file.tensors.items()
+    ]
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.chat_template"}
+    with open(tmp_path / "mixed.gguf", "wb") as out:
+        write_gguf_file(out, metadata, planned)
+    source = open_model(tmp_path / "mixed.gguf")
+    packed, plain = source.model(packed=True), source.model()
+    layers: Any = packed.layers
+    bits = [(layer.attention.qkv_proj.weight.bits, layer.mlp.down_proj.weight.bits) for layer in layers]
+    assert bits == [(4, 4), (8, 8)]
+    for ours, theirs in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.01 * float(theirs.detach().abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("type", TENSOR_TYPES.values(), ids=lambda type: type.name)

@@ -18,10 +18,13 @@ COMMANDS = {
     "scale": "train a ladder of budgets and see how loss falls with compute",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model",
+    "serve": "serve models: OpenAI's API, and a web page",
+    "watch": "see training runs in the browser, while they train and after",
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
     "import": "read a model of others: Hugging Face directory, hub id, GGUF file",
+    "quantize": "write a model with weights of 8 or 4 bits",
     "export": "write a model for others: Hugging Face directory, GGUF file",
 }
 

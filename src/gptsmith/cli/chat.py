@@ -64,6 +64,11 @@ class Chat:
     """Guess several tokens ahead where the text repeats itself: the same text, sooner. Left off where it is slower."""
     draft_model: str | None = None
     """Guess several tokens ahead with a smaller model of the same vocabulary."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
+    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -81,16 +86,19 @@ def main(arguments: list[str]) -> int:
         min_p=chosen.min_p,
         repetition_penalty=chosen.repetition_penalty,
         seed=chosen.seed,
+        adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
     from gptsmith.checkpoint import load
     from gptsmith.cli.generate import speculator
     from gptsmith.engine.engine import Engine
     from gptsmith.runtime import choose_device
 
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
     guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room, speculator=guessing)
+    if chosen.adapter is not None:
+        engine.add_adapter(str(chosen.adapter), chosen.adapter)
     conversation = Conversation(engine, tokenizer, params, chosen.system, chosen.overflow)
     if conversation.template.plain:
         note("note: this model has no chat template; names are put before what is said. It may not know how to chat.")

@@ -74,6 +74,11 @@ class Generate:
     """Say at the end how fast it went, what of the prompt was known and how many guesses were right."""
     overflow: Literal["shift", "truncate", "error"] = "shift"
     """Beyond the context: forget the oldest tokens as the window shifts, cut the prompt's beginning off, or refuse."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
+    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -104,18 +109,21 @@ def main(arguments: list[str]) -> int:
         best_of=chosen.best_of,
         beams=chosen.beams,
         overflow=chosen.overflow,
+        adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
     from gptsmith.checkpoint import load
     from gptsmith.engine.text import engine_for, stream
     from gptsmith.runtime import choose_device
 
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device))
+    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
 
     params = replace(params, constraint=_constraint(chosen, tokenizer))
     guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = engine_for(model, tokenizer, params, guessing)
+    if chosen.adapter is not None:
+        engine.add_adapter(str(chosen.adapter), chosen.adapter)
 
     def on_shift() -> None:
         if params.overflow == "shift":

@@ -14,13 +14,17 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import TypeVar
 
 from gptsmith.engine.engine import Engine, EngineStats, as_error
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
+from gptsmith.model.lora import read_adapter
 
 Deliver = Callable[[Event | Exception], None]
+T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -94,6 +98,38 @@ class AsyncEngine:
     def stop(self, request: int, index: int) -> None:
         """End one sample as if it had come to a stop token (events that are under way may still come)."""
         self._orders.put(lambda: self.engine.stop(request, index))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function()` gives; called in the engine's thread between two passes: nobody else uses the model."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: T | None, error: BaseException | None) -> None:
+            if not answer.done():
+                answer.set_exception(error) if error is not None else answer.set_result(value)  # type: ignore[arg-type]
+
+        def order() -> None:
+            value, error = None, None
+            try:
+                value = function() if not answer.cancelled() else None
+            except Exception as failure:
+                error = failure
+            with contextlib.suppress(RuntimeError):  # an event loop that is closed takes nothing
+                loop.call_soon_threadsafe(settle, value, error)
+
+        if self._closing or self._broken is not None:
+            raise self._broken or GptsmithError("the engine is closed.")
+        self._orders.put(order)
+        return await answer
+
+    def add_adapter(self, name: str, directory: Path) -> None:
+        """See `Engine.add_adapter`; raises what it raises, at once."""
+        adapter = read_adapter(directory, self.engine.model)
+        self._orders.put(lambda: self.engine.add_adapter(name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """See `Engine.remove_adapter`."""
+        self._orders.put(lambda: self.engine.remove_adapter(name))
 
     def weights_changed(self) -> None:
         """See `Engine.weights_changed`."""

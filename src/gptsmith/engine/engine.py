@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from gptsmith.engine.beam import Finished, Step, lengthen
 from gptsmith.engine.blocks import BlockManager
-from gptsmith.engine.runner import Rows, Runner
+from gptsmith.engine.fast import make_runner
+from gptsmith.engine.runner import Rows
 from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled, Scheduler
 from gptsmith.engine.sequence import Completion, Event, FinishReason, Request, Result, Sequence, TokenLogprob
@@ -33,6 +35,7 @@ from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.log import note
 from gptsmith.model.cache import PagedCache, windows_of
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.lora import Adapter, read_adapter
 from gptsmith.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -112,7 +115,7 @@ class Engine:
         self.model, self.config, self.speculator = model, config, speculator
         self.context = config.max_position_embeddings
         self.vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
-        weight = model.embed_tokens.weight
+        weight: Tensor = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
         if cache_tokens is None:
             cache_tokens = _affordable_tokens(config, max_batch, block_size, weight)
         if cache_tokens < 1:
@@ -122,12 +125,14 @@ class Engine:
         cache = PagedCache(config, sizes, block_size, device=weight.device, dtype=weight.dtype)
         self.blocks = BlockManager(windows, sizes, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
-        self.runner = Runner(model, cache, self.vocab_size)
+        self.runner = make_runner(model, cache, self.vocab_size)
         self._requests: dict[int, Request] = {}
         self._beams: dict[int, Finished] = {}
         self._count = self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._undelivered: list[Event] = []
         self._streams: dict[int, deque[Event]] = {}
+        self._adapters: dict[str, tuple[bytes, Adapter]] = {}
+        self._adapters_added = 0
 
     # requests ---------------------------------------------------------------------------------------------------------
 
@@ -141,8 +146,8 @@ class Engine:
     def _prepare(self, prompt: Items[int], params: SamplingParams, offset: int = 0) -> Request:
         prompt = self._checked(prompt, params)
         seed = params.seed if params.seed is not None else secrets.randbits(48)
-        salt = b"" if params.adapter is None else params.adapter.encode()
-        request = Request(self._count, prompt, params, seed, salt)
+        salt, adapter = (b"", None) if params.adapter is None else self._adapters[params.adapter]
+        request = Request(self._count, prompt, params, seed, salt, adapter)
         self._count += 1
         sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)
         sequence = Sequence(request, 0, sampler, len(self.blocks.pools))
@@ -179,6 +184,18 @@ class Engine:
             if sequence.index == index and known is not None:
                 self._finish(sequence, "stop")
                 self._undelivered += self._news(known)
+
+    def add_adapter(self, name: str, adapter: Adapter | Path | str) -> None:
+        """Have requests with `params.adapter == name` use a LoRA adapter: one that was read, or its directory. One of
+        the same name is replaced, for new requests. Raises CheckpointError if it is none, or is of another model."""
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(Path(adapter), self.model)
+        self._adapters_added += 1
+        self._adapters[name] = (f"{self._adapters_added} {name}".encode(), adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those that use it go on. Unknown: nothing happens."""
+        self._adapters.pop(name, None)
 
     @property
     def has_work(self) -> bool:
@@ -703,6 +720,9 @@ class Engine:
             raise UsageError(f"logit_bias has a token id outside 0..{self.vocab_size - 1}.")
         if not in_range(params.stop_ids):
             raise UsageError(f"stop_ids has a token id outside 0..{self.vocab_size - 1}.")
+        if params.adapter is not None and params.adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise UsageError(f"there is no adapter {params.adapter!r}. There are: {known}.")
         if params.stop:
             raise UsageError("stop strings are for those who read text (engine.text); the engine knows stop_ids.")
         if 2 * params.beams > self.vocab_size:

@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 
 
 class Grammar:
-    """A language over a tokenizer's tokens, for `SamplingParams.constraint`. source: as `llguidance` takes it."""
+    """A language over a tokenizer's tokens, for `SamplingParams.constraint`. source: as `llguidance` takes it.
 
-    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        self.tokenizer, self.source = tokenizer, source
+    end_ids: tokens that may stand where the end-of-text token may, because they end an answer (a chat template's).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, end_ids: Sequence[int] = ()) -> None:
+        self.tokenizer, self.source, self.end_ids = tokenizer, source, tuple(end_ids)
 
     def start(self) -> Place:
         """The beginning of a text. Raises UsageError for a language that is damaged, too complex or empty."""
         ll, tokens = _llguidance(), _tokens(self.tokenizer)
-        place = Place(ll.LLMatcher(tokens, self.source, log_level=0), self.tokenizer.vocab_size, tokens.eos_token)
+        matcher = ll.LLMatcher(tokens, self.source, log_level=0)
+        place = Place(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
         if place.matcher.is_error():
             raise UsageError(f"the grammar cannot be followed: {_reason(place.matcher)}.")
         try:
@@ -48,8 +52,10 @@ class Grammar:
 class Place:
     """Where a text stands in a language."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, eos_id: int) -> None:
-        self.matcher, self.vocab_size, self.eos_id = matcher, vocab_size, eos_id
+    def __init__(
+        self, matcher: llguidance.LLMatcher, vocab_size: int, eos_id: int, end_ids: Sequence[int] = ()
+    ) -> None:
+        self.matcher, self.vocab_size, self.eos_id, self.end_ids = matcher, vocab_size, eos_id, end_ids
         self._allowed: Tensor | None = None
 
     @property
@@ -68,6 +74,8 @@ class Place:
                 raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
             bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
             self._allowed = torch.from_numpy(bits[: self.vocab_size].astype(bool))
+            if self.end_ids and self.eos_id < self.vocab_size and bool(self._allowed[self.eos_id]):
+                self._allowed[list(self.end_ids)] = True
         return self._allowed
 
     def push(self, token: int) -> None:
@@ -77,7 +85,7 @@ class Place:
             raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
 
     def copy(self) -> Place:
-        return Place(self.matcher.deep_copy(), self.vocab_size, self.eos_id)
+        return Place(self.matcher.deep_copy(), self.vocab_size, self.eos_id, self.end_ids)
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Grammar:

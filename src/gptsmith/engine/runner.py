@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.model.cache import Chunk, PagedBatch, PagedCache
+from gptsmith.model.lora import Adapter, applied
 from gptsmith.model.transformer import Transformer
 
 
@@ -40,6 +41,7 @@ class Runner:
         chunks: list[Chunk] = []
         rows: list[int] = []
         wanted: list[int] = []
+        adapted: dict[int, tuple[Adapter, list[int]]] = {}
         for each in batch:
             s = each.sequence
             begin = s.start + s.computed
@@ -52,14 +54,26 @@ class Runner:
                 count = 1 + len(s.drafts) if each.count == s.remaining + len(s.drafts) else 0
             wanted.append(count)
             rows += range(len(ids) - count, len(ids))
-        paged = PagedBatch(self.cache, chunks, self.context)
+            adapter = s.request.adapter
+            if adapter is not None:
+                adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
+        if adapted:
+            with applied(self.model, list(adapted.values())):
+                logits = Runner._logits(self, ids, chunks, rows)
+        else:
+            logits = self._logits(ids, chunks, rows)
+        return [Rows(each, part) for each, part in zip(batch, torch.split(logits, wanted), strict=True)]
+
+    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
+        """Logits (R, V) float32 after those of the ids that `rows` tells."""
         device = self.cache.keys[0].device
+        paged = PagedBatch(self.cache, chunks, self.context)
         with self._evaluating():
             hidden = self.model.hidden_states(torch.tensor([ids], device=device), cache=paged)[0]
             if len(rows) < len(ids):
                 hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
-            logits = self.model.lm_head(hidden).float()[:, : self.vocab_size]
-        return [Rows(each, part) for each, part in zip(batch, logits.split(wanted), strict=True)]
+            logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]
+        return logits
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

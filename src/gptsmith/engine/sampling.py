@@ -259,7 +259,11 @@ class SamplerState:
         ahead: for a token so many places after the next. purpose: several numbers for one token are independent.
         """
         message = b"%d %d %d" % (self.seed, self.offset + self.generated + ahead, purpose)
-        return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") / 2**64 * (1 - 2**-53)
+        return (
+            int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"gptsmith").digest(), "little")
+            / 2**64
+            * (1 - 2**-53)
+        )
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gptsmith.engine.sampling import SamplerState, SamplingParams
 from gptsmith.errors import GptsmithError
+from gptsmith.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
 """stop: a stop token, the end of a grammar, or whoever reads the text. length: `max_tokens`. context: the context is
@@ -79,10 +80,21 @@ class Event:
 
 
 class Request:
-    """A prompt, how to continue it, and the sequences that do. number: its place in the order of arrival."""
+    """A prompt, how to continue it, and the sequences that do.
 
-    def __init__(self, number: int, prompt: Items[int], params: SamplingParams, seed: int, salt: bytes) -> None:
-        self.number, self.params, self.seed, self.salt = number, params, seed, salt
+    number: its place in the order of arrival. salt: what is computed is shared among requests of the same.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Items[int],
+        params: SamplingParams,
+        seed: int,
+        salt: bytes = b"",
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.number, self.params, self.seed, self.salt, self.adapter = number, params, seed, salt, adapter
         self.prompt = list(prompt)
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []

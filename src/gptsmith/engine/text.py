@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.engine.sequence import Event, FinishReason
+from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
@@ -54,28 +55,53 @@ class StopText:
 
 
 @dataclass(frozen=True, slots=True)
+class TextToken:
+    """A token of a text. start: at which character of its sample's text it begins."""
+
+    id: int
+    start: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of one sample, and why it ended, if it did. error: of the request, with its last piece."""
+    """New text of one sample, and why it ended, if it did. error: of the request, with its last piece.
+
+    tokens: those whose text has begun and not been told of before, if log-probabilities were asked for.
+    """
 
     index: int
     text: str
     finish_reason: FinishReason | None = None
     error: GptsmithError | None = None
+    tokens: tuple[TextToken, ...] = ()
 
 
 class Writing:
     """A request's events as text. Feed it events; where it has found a stop string, `engine.stop` the sample.
 
     engine_params: what to give the engine for `params`: it ends at the tokenizer's end of text (unless `ignore_eos`)
-    and leaves stop strings and echo to this.
+    and leaves stop strings to this, and an echo, unless with the prompt's log-probabilities: then `prompt_length` is
+    how many ids the prompt has. skip_special_tokens: leave them out of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, params: SamplingParams, *, ignore_eos: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        params: SamplingParams,
+        *,
+        ignore_eos: bool = False,
+        prompt_length: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self.tokenizer, self.prompt, self.params = tokenizer, prompt, params
+        self.skip_special_tokens = skip_special_tokens
+        self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
         ends = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
         stop_ids = tuple(dict.fromkeys((*params.stop_ids, *ends)))
         ending = _Ending(self) if params.stop and params.told_at_the_end else params.ending
-        self.engine_params = replace(params, stop=(), echo=False, stop_ids=stop_ids, ending=ending)
+        self.engine_params = replace(params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, ending=ending)
         self._samples: dict[int, _Sample] = {}
 
     def push(self, event: Event) -> tuple[Piece | None, bool]:
@@ -85,7 +111,7 @@ class Writing:
             sample = self._samples[event.index] = _Sample(self)
         if sample.ended:
             return None, False
-        text = sample.push(event.ids)
+        text = sample.push(event.ids, event.logprobs)
         reason: FinishReason | None = event.finish_reason
         if sample.stopped.stopped:
             reason = "stop"
@@ -95,34 +121,61 @@ class Writing:
         error = event.result.error if event.result is not None else None
         if not text and reason is None:
             return None, False
-        return Piece(event.index, text, reason, error), reason is not None and event.finish_reason is None
+        piece = Piece(event.index, text, reason, error, sample.told(len(text)))
+        return piece, reason is not None and event.finish_reason is None
 
 
 class _Sample:
     def __init__(self, writing: Writing) -> None:
         self.params, self.stop_ids = writing.params, frozenset(writing.engine_params.stop_ids)
-        self.decoder, self.stopped = writing.tokenizer.stream(), StopText(writing.params.stop)
-        self.prefix = writing.prompt if writing.params.echo else ""
+        self.decoder = writing.tokenizer.stream(skip_special_tokens=writing.skip_special_tokens)
+        self.stopped, self.echoed = StopText(writing.params.stop), writing.echoed
+        self.prefix = writing.prompt if writing.params.echo and not writing.echoed else ""
         self.count, self.ended = 0, False
+        self.decoded = len(self.prefix)
+        """Characters of all tokens so far; those that are held back are among them."""
+        self.sent = 0
+        self.tokens: deque[TextToken] = deque()
 
-    def push(self, ids: Sequence[int]) -> str:
+    def push(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None] | None) -> str:
         text, self.prefix = self.prefix, ""
-        for token in ids:
+        for i, token in enumerate(ids):
+            if self.echoed:
+                self.echoed -= 1
+                text += self._decode(token, logprobs[i] if logprobs is not None else None)
+                continue
             self.count += 1
             if token in self.stop_ids:
                 continue
-            piece = self.decoder.push(token)
+            piece = self._decode(token, logprobs[i] if logprobs is not None else None)
             text += self.stopped.push(piece) if self.count >= self.params.min_tokens else piece
             if self.stopped.stopped:
                 break
         return text
 
+    def _decode(self, token: int, logprob: TokenLogprob | None) -> str:
+        if self.params.logprobs is not None:
+            self.tokens.append(TextToken(token, self.decoded, logprob))
+        piece = self.decoder.push(token)
+        self.decoded += len(piece)
+        return piece
+
     def finish(self) -> str:
         return self.stopped.push(self.decoder.finish()) + self.stopped.finish()
+
+    def told(self, length: int) -> tuple[TextToken, ...]:
+        """The tokens whose text begins within what has been sent, with these `length` characters."""
+        self.sent += length
+        everything = self.ended and not self.stopped.stopped
+        told = []
+        while self.tokens and (everything or self.tokens[0].start < self.sent):
+            told.append(self.tokens.popleft())
+        return tuple(told)
 
     def copy(self) -> _Sample:
         other = copy.copy(self)
         other.decoder, other.stopped = self.decoder.copy(), copy.copy(self.stopped)
+        other.tokens = self.tokens.copy()
         return other
 
 
@@ -133,7 +186,9 @@ class _Ending:
     writing: Writing
 
     def start(self) -> _Reader:
-        return _Reader(_Sample(self.writing))
+        sample = _Sample(self.writing)
+        sample.echoed = 0  # it is shown new tokens only
+        return _Reader(sample)
 
 
 @dataclass(frozen=True)
@@ -141,7 +196,7 @@ class _Reader:
     sample: _Sample
 
     def push(self, token: int) -> bool:
-        self.sample.push([token])
+        self.sample.push([token], None)
         return self.sample.stopped.stopped
 
     def copy(self) -> _Reader:

@@ -28,6 +28,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model.gguf_file import TYPES_BY_NAME, GgufFile, PlannedTensor, TensorType, open_gguf, write_gguf_file
 from gptsmith.model.hf import config_to_hf, weights_to_hf
+from gptsmith.model.quantized import Codes
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
 
@@ -205,6 +206,20 @@ class _LazyTensors(Mapping[str, Tensor]):
             numbers = _to_halves(numbers, slot.permuted_heads)
         tensor = torch.from_numpy(numbers)
         return tensor.mT if slot.transposed else tensor.view(slot.shape)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the file has it in blocks of few bits, of whatever kind."""
+        return self._file.tensors[self._places[name].gguf].type.block_size > 1
+
+    def codes(self, name: str) -> Codes | None:
+        """The matrix in few bits, in the file's orientation; None if it is not there in such bits."""
+        slot = self._places[name]
+        codes = self._file.codes(slot.gguf, slot.expert)
+        if codes is None or not slot.permuted_heads:
+            return codes
+        order = torch.from_numpy(_to_halves(np.arange(len(codes.codes)), slot.permuted_heads))
+        least = None if codes.least is None else codes.least[order]
+        return Codes(codes.bits, codes.codes[order], codes.scales[order], least)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """All tensors' shapes; nothing is read."""

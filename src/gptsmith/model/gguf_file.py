@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gptsmith.errors import CheckpointError
+from gptsmith.model.quantized import Codes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -107,16 +110,45 @@ class GgufFile:
 
         Raises CheckpointError where a number is not finite.
         """
+        raw, type, shape = self._raw(name, part)
+        numbers = dequantize(raw, type).reshape(shape)
+        if not np.isfinite(numbers).all():
+            raise self._not_finite(name)
+        return numbers
+
+    def codes(self, name: str, part: int | None = None) -> Codes | None:
+        """A matrix (or that part of several) in few bits, as it is in the file; None if it is stored in another way.
+
+        Q4_0, Q4_1 and Q8_0: the same numbers. Raises CheckpointError where a scale is not finite.
+        """
+        raw, type, (rows, columns) = self._raw(name, part)
+        if type.name not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        blocks = torch.from_numpy(raw.copy()).view(rows, columns // 32, type.block_bytes)
+        scales, packed = blocks[..., :2].contiguous().view(torch.float16)[..., 0], blocks[..., 2:]
+        least: Tensor | None = None
+        if type.name == "Q8_0":
+            codes = packed ^ 128  # two's complement to 128 more than it says
+        else:
+            if type.name == "Q4_1":
+                least, packed = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], blocks[..., 4:]
+            else:
+                least = -8 * scales
+            codes = torch.cat((packed & 15, packed >> 4), dim=-1)
+        if not all(bool(numbers.isfinite().all()) for numbers in (scales, least) if numbers is not None):
+            raise self._not_finite(name)
+        return Codes(8 if least is None else 4, codes.flatten(1), scales, least)
+
+    def _raw(self, name: str, part: int | None) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
         info = self.tensors[name]
         shape, start, size = info.shape, info.offset, info.num_bytes
         if part is not None:
             size //= shape[0]
             start, shape = start + part * size, shape[1:]
-        raw = np.frombuffer(self.data, dtype=np.uint8, count=size, offset=start)
-        numbers = dequantize(raw, info.type).reshape(shape)
-        if not np.isfinite(numbers).all():
-            raise CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
-        return numbers
+        return np.frombuffer(self.data, dtype=np.uint8, count=size, offset=start), info.type, shape
+
+    def _not_finite(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
 
 
 def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
+from gptsmith.model.quantized import bits_of, description, state
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
 
@@ -430,7 +431,8 @@ def _layout(model_type: Any, where: str) -> Layout:
     return LAYOUTS[model_type]
 
 
-def _entries(config: ModelConfig) -> list[Entry]:
+def entries_of(config: ModelConfig) -> list[Entry]:
+    """All of a model's weights, as its layout has them."""
     entries = LAYOUTS[config.model_type].entries(config)
     if not config.tie_word_embeddings:
         entries.append(Entry("lm_head.weight", ("lm_head.weight",)))
@@ -481,7 +483,7 @@ def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
     """The model's weights under their Hugging Face names, contiguous, on the CPU."""
     state = model.state_dict()
     result: dict[str, Tensor] = {}
-    for entry in _entries(model.config):
+    for entry in entries_of(model.config):
         tensor = _rows(state[entry.ours].detach().cpu(), entry)
         sizes = _split_sizes(model, entry)
         for name, part in zip(entry.theirs, torch.split(tensor, list(sizes)) if sizes else (tensor,), strict=True):
@@ -492,12 +494,15 @@ def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
 
 
 def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights with Hugging Face names into `model`; CheckpointError lists missing, extra and misshapen ones."""
+    """Copy weights with Hugging Face names into `model`; CheckpointError lists missing, extra and misshapen ones.
+
+    Matrices that the model holds in few bits are left as they are.
+    """
     if model.config.model_type in ("gpt2", "openai-gpt", "gpt_neo") and not any(
         name.startswith("transformer.") for name in tensors
     ):
         tensors = {("" if name.startswith("lm_head") else "transformer.") + name: t for name, t in tensors.items()}
-    entries = _entries(model.config)
+    entries = entries_of(model.config)
     wanted = {name for entry in entries for name in entry.theirs}
     missing = sorted(wanted - tensors.keys())
     ignored = re.compile(LAYOUTS[model.config.model_type].ignored)
@@ -508,7 +513,7 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
     state = model.state_dict()
     with torch.no_grad():
         for entry in entries:
-            if any(name in missing for name in entry.theirs):
+            if entry.ours not in state or any(name in missing for name in entry.theirs):
                 continue
             parts = [tensors[name] for name in entry.theirs]
             sizes = _split_sizes(model, entry)
@@ -544,18 +549,24 @@ def _split_sizes(model: Transformer, entry: Entry) -> tuple[int, ...] | None:
 
 
 def save_model(model: Transformer, directory: Path, *, eos_token_id: int | None = None) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing directory."""
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing directory.
+
+    A quantized model's tensors have this package's own names and layout, and its config.json says so.
+    """
     from safetensors.torch import save
 
     directory = Path(directory)
     config = config_to_hf(model.config, eos_token_id=eos_token_id)
+    bits = bits_of(model)
+    if bits is not None:
+        config["quantization_config"] = description(bits)
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": True, "temperature": 0.8}
     for name, values in ((CONFIG_FILE, config), ("generation_config.json", generation)):
         with atomic_file(directory / name, "w") as file:
             json.dump(values, file, indent=2)
             file.write("\n")
     with atomic_file(directory / WEIGHTS_FILE) as file:
-        file.write(save(weights_to_hf(model), metadata={"format": "pt"}))
+        file.write(save(weights_to_hf(model) if bits is None else state(model), metadata={"format": "pt"}))
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:

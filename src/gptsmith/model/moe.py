@@ -47,15 +47,19 @@ class MixtureOfExperts(nn.Module):
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
         places = order // self.chosen  # the token of each pair
         runs = torch.split(tokens.index_select(0, places), sizes)
-        # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
-        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        outputs = torch.cat([swiglu(run, up, down) for run, up, down in parts])  # (N·k, C)
+        outputs = torch.cat(self.ask_experts(runs))  # (N·k, C)
         outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
         mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
             mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
         return mixed.view_as(x)
+
+    def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Each expert's answer (n, C) to its run of tokens (n, C)."""
+        # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
+        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        return [swiglu(run, up, down) for run, up, down in parts]
 
 
 def swiglu(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""`gptsmith quantize`: a model with weights of few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptsmith.errors import TokenizerError, UsageError
+from gptsmith.log import note
+
+if TYPE_CHECKING:
+    from gptsmith.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a model with weights of 8 or 4 bits, and say what it has lost: perplexity before and after."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run, a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    out: Path
+    """The directory to write; must not exist."""
+    bits: Literal[8, 4] = 8
+    """8: nearly nothing is lost. 4: half as large again."""
+    text: Path | None = None
+    """A text to measure perplexity on (default: Python's own documentation, in English)."""
+    tokens: int = 8192
+    """How much of it, in tokens; 0: do not measure."""
+
+
+def main(arguments: list[str]) -> int:
+    chosen = tyro.cli(Quantize, prog="gptsmith quantize", args=arguments)
+    if chosen.out.exists():
+        raise UsageError(f"--out {chosen.out} exists already; give a new directory.")
+    if chosen.tokens < 0:
+        raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
+
+    from gptsmith.checkpoint import load, save_checkpoint
+    from gptsmith.model.quantized import quantize
+
+    model, tokenizer = load(chosen.model, quantize="none")
+    ids: list[int] = []
+    if chosen.tokens:
+        from gptsmith.evaluate.perplexity import perplexity
+
+        text = _text(chosen.text)
+        try:
+            ids = tokenizer.encode(text[: 20 * chosen.tokens])[: chosen.tokens]
+        except TokenizerError:
+            if chosen.text is not None:
+                raise
+            note("note: this tokenizer lacks characters of Python's documentation; --text FILE measures on a text.")
+    before = perplexity(model, ids) if ids else None
+    size = _size(model)
+    quantize(model, chosen.bits)
+    save_checkpoint(chosen.out, model, tokenizer)
+    print(f"{chosen.out}: {chosen.bits} bits, {_size(model) / 1e6:,.0f} MB instead of {size / 1e6:,.0f}")
+    if before is not None:
+        after = perplexity(model, ids)
+        change = f"{100 * (after / before - 1):+.2f} %"
+        print(f"perplexity {before:.3f} before, {after:.3f} after ({change}), over {len(ids):,} tokens")
+    return 0
+
+
+def _size(model: Transformer) -> int:
+    from gptsmith.model.quantized import state
+
+    return sum(int(tensor.nbytes) for tensor in state(model).values())
+
+
+def _text(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {path} cannot be read: {error}.") from None

@@ -1,0 +1,488 @@
+"""Requests and answers: OpenAI's fields, and those of this engine. What is not here is refused by name.
+
+Fields of OpenAI's that cannot be honoured are there with the type None: absent or null, or refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="A name that /v1/models lists.")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = Field(None, description="One more chunk at the end, with the numbers of tokens.")
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(Request):
+    """What completions and chat completions have in common."""
+
+    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 takes the most probable token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="How many continuations.")
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id -> what is added to its logit; -100 forbids it."
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512, description="Written into the log.")
+    service_tier: Literal["auto", "default"] | None = None
+
+    # beyond OpenAI's: with the official client, in extra_body
+    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="Make so many, and give the n of the highest mean log-probability."
+    )
+    beams: int | None = Field(None, ge=1, le=32, description="Beam search, with temperature 0.")
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    stop_token_ids: list[Id] | None = None
+    ignore_eos: bool | None = None
+    overflow: Literal["error", "truncate", "shift"] | None = Field(
+        None, description="Where the context ends: refuse, cut the prompt's beginning off, or forget the oldest tokens."
+    )
+    regex: str | None = Field(None, max_length=20_000, description="What is generated matches this.")
+    grammar: str | None = Field(None, max_length=100_000, description="Or is in this grammar, in Lark or GBNF.")
+    choice: list[str] | None = Field(None, min_length=1, max_length=1000, description="Or is one of these.")
+
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    moderation: None = None
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = Field(None, description="It is followed to the letter in any case.")
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+
+
+class JsonObjectFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class CompletionRequest(Sampling):
+    prompt: str | list[str] | list[Id] | list[list[Id]] = Field(description="A text, several, or token ids.")
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default 16.")
+    echo: bool | None = Field(None, description="Begin with the prompt.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    suffix: None = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+Content = str | list[TextPart]
+
+
+class SystemMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+]
+
+
+class FunctionDefinition(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    strict: bool | None = Field(None, description="The schema is followed to the letter in any case.")
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(Sampling):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: to the end of the context.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Default true: several calls in one answer.")
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    metadata: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    safety_identifier: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+# Responses: what the official client sends for text and functions
+
+
+class ResponsePart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = Field(None, description="As it came in an earlier answer; not looked at.")
+
+
+class ResponseMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[ResponsePart]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: None = None
+
+
+class FunctionCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    namespace: None = None
+    caller: None = None
+
+
+class FunctionCallOutput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ResponsePart]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ResponseFunction(FunctionDefinition):
+    type: Literal["function"]
+
+
+class ResponseNamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    name: str
+
+
+class ResponseJsonSchema(JsonSchema):
+    type: Literal["json_schema"]
+
+
+class ResponseText(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")] | None = None
+    verbosity: None = None
+
+
+class ResponseStreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(Request):
+    input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Given back with the answer.")
+    parallel_tool_calls: bool | None = None
+    tools: Annotated[list[ResponseFunction], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    text: ResponseText | None = None
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="auto: what does not fit the context is cut off at its beginning."
+    )
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: Literal[False] | None = Field(None, description="Answers are not kept.")
+    background: Literal[False] | None = None
+    user: str | None = Field(None, max_length=512)
+    service_tier: Literal["auto", "default"] | None = None
+
+    # beyond OpenAI's
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    regex: str | None = Field(None, max_length=20_000)
+    grammar: str | None = Field(None, max_length=100_000)
+    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+
+    access_programs: None = None
+    background_options: None = None
+    context_management: None = None
+    conversation: None = None
+    image: None = None
+    max_tool_calls: None = None
+    moderation: None = None
+    previous_response_id: None = None
+    prompt: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning: None = None
+    safety_identifier: None = None
+
+
+class EmbeddingsRequest(Request):
+    input: str | list[str] | list[Id] | list[list[Id]] = Field(description="A text, several, or token ids.")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32.")
+    dimensions: int | None = Field(None, ge=1, description="The model's width, or refused.")
+    user: str | None = Field(None, max_length=512)
+
+
+class TokenizeRequest(Request):
+    """Of a text (prompt) or of a conversation (messages), as it would be put to the model."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Request):
+    tokens: list[Id]
+
+
+# Answers ------------------------------------------------------------------------------------------------------------
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gptsmith"
+    loaded: bool = Field(description="False: it is loaded when it is first asked for.")
+    max_model_len: int | None = Field(None, description="The context, in tokens, once it is loaded.")
+    parent: str | None = Field(None, description="Of an adapter: the model that it adapts. Of an alias: what it means.")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetails
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    prompt: str

@@ -1,0 +1,113 @@
+"""`gptsmith quantize`, and models of few bits in the other commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptsmith.checkpoint import load_model, save_checkpoint
+from gptsmith.model import families
+from gptsmith.model.quantized import bits_of
+from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import Tokenizer, train_bpe
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def bpe(words: str) -> Tokenizer:
+    return train_bpe([words], 300)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mixtral"])
+def model_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Path:
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "num_experts_per_tok": 2} if request.param == "mixtral" else {"head_dim": 16}
+    config = families.FAMILIES[request.param](
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **options,
+    )
+    path = tmp_path_factory.mktemp("models") / request.param
+    save_checkpoint(path, Transformer(config), bpe)
+    return path
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_and_used_everywhere(
+    bits: int, model_directory: Path, tmp_path: Path, words: str, run_cli: Cli
+) -> None:
+    out, text = tmp_path / "small", tmp_path / "text.txt"
+    text.write_text(words[:3000])
+    code, said, err = run_cli("quantize", model_directory, "--bits", bits, "--out", out, "--text", text)
+    assert code == 0, err
+    found = re.search(r"perplexity ([\d.]+) before, ([\d.]+) after \(([+-][\d.]+) %\), over ([\d,]+) tokens", said)
+    assert found is not None, said
+    before, after, change = (float(found[i]) for i in (1, 2, 3))
+    assert change == pytest.approx(100 * (after / before - 1), abs=0.02)
+    assert abs(change) < (2 if bits == 8 else 30)  # of a model of random weights
+    sizes = [sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (model_directory, out)]
+    assert sizes[1] < 0.35 * sizes[0]
+
+    model, _ = load_model(out)
+    assert bits_of(model) == bits
+    assert bits_of(load_model(out, quantize="none")[0]) is None
+    assert bits_of(load_model(out, quantize="int4")[0]) == 4
+    greedy = ("--prompt", "ba", "--max-tokens", 12, "--temperature", 0, "--device", "cpu")
+    code, stored, err = run_cli("generate", out, *greedy)
+    assert code == 0, err
+    _, made, _ = run_cli("generate", model_directory, *greedy, "--quantize", f"int{bits}")
+    assert stored == made  # rounded now or before, the same
+    code, _, err = run_cli("export", out, "--out", tmp_path / "plain")
+    assert code == 0, err
+    with torch.no_grad():
+        ids = torch.arange(20)[None]
+        theirs, ours = load_model(tmp_path / "plain")[0](ids), load_model(out, quantize="none")[0](ids)
+        assert torch.equal(theirs, ours)
+    code, _, err = run_cli("export", out, "--to", "gguf", "--dtype", f"q{bits}_0", "--out", tmp_path / "small.gguf")
+    assert code == 0, err
+    assert bits_of(load_model(tmp_path / "small.gguf")[0]) == bits
+    assert run_cli("generate", tmp_path / "small.gguf", *greedy)[0] == 0
+
+
+def test_what_cannot_be_done(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, _, err = run_cli("quantize", model_directory, "--out", model_directory)
+    assert (code, "exists already" in err) == (2, True)
+    code, _, err = run_cli("quantize", model_directory, "--out", tmp_path / "x", "--text", tmp_path / "none.txt")
+    assert (code, "cannot be read" in err) == (2, True)
+    assert not (tmp_path / "x").exists()
+    code, _, err = run_cli("quantize", model_directory, "--out", tmp_path / "x", "--bits", 3)
+    assert code == 2
+    code, _, err = run_cli("quantize", model_directory, "--out", tmp_path / "x", "--tokens", 0)
+    assert code == 0, err
+
+
+def test_damaged_directories_are_refused(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+    out = tmp_path / "x"
+    assert run_cli("quantize", model_directory, "--out", out, "--tokens", 0, "--bits", 4)[0] == 0
+    (out / "manifest.json").unlink(missing_ok=True)
+    tensors = load_file(out / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight.packed"))
+    save_file({n: t for n, t in tensors.items() if n != name}, out / "model.safetensors")
+    code, _, err = run_cli("generate", out)
+    assert (code, "lacks the tensor" in err) == (1, True), err
+    save_file(tensors | {name: tensors[name][:1]}, out / "model.safetensors")
+    code, _, err = run_cli("generate", out)
+    assert (code, f"{name} is" in err) == (1, True), err
+    values = json.loads((out / "config.json").read_text())
+    values["quantization_config"]["bits"] = 3
+    (out / "config.json").write_text(json.dumps(values))
+    code, _, err = run_cli("generate", out)
+    assert (code, "the weights are quantized" in err) == (1, True), err

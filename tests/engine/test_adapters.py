@@ -1,0 +1,157 @@
+"""Adapters: what merging them into the weights would give, for each row its own, in PEFT's files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptsmith.engine.engine import Engine
+from gptsmith.engine.sampling import SamplingParams
+from gptsmith.errors import CheckpointError
+from gptsmith.model import families
+from gptsmith.model.hf import LAYOUTS, load_weights, weights_to_hf
+from gptsmith.model.lora import applied, read_adapter
+from gptsmith.model.quantized import quantize
+from gptsmith.model.transformer import Transformer
+
+DENSE = ["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3"]
+
+
+def make_model(family: str) -> Transformer:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"sliding_window": 6} if family in ("gpt3", "mistral") else {}
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        options |= {"num_experts": 4, "num_experts_per_tok": 2}
+    config = families.FAMILIES[family](
+        vocab_size=40,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2 if family in ("llama", "qwen3") else None,
+        head_dim=None,
+        intermediate_size=None if family == "gpt1" else 96,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        **options,
+    )
+    return Transformer(config).eval()
+
+
+def write(
+    directory: Path, model: Transformer, *, seed: int = 0, rank: int = 4, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """An adapter of random numbers for every projection, as PEFT writes it; what it adds to each of their weights."""
+    torch.manual_seed(seed)
+    tensors, added = {}, {}
+    for entry in LAYOUTS[model.config.model_type].entries(model.config):
+        if "proj.weight" not in entry.ours:
+            continue
+        for name in entry.theirs:
+            weight = weights_to_hf(model)[name]
+            rows, columns = weight.shape[::-1] if entry.transposed else weight.shape
+            A, B = torch.randn(rank, columns) * 0.1, torch.randn(rows, rank) * 0.1
+            base = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{base}.lora_A.weight"], tensors[f"{base}.lora_B.weight"] = A, B
+            delta = 8 / rank * B @ A
+            added[name] = delta.T if entry.transposed else delta
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", "target_modules": ["x"], **changes}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return added
+
+
+def merged(model: Transformer, added: dict[str, torch.Tensor]) -> Transformer:
+    other = copy.deepcopy(model)
+    theirs = {name: tensor + added.get(name, 0) for name, tensor in weights_to_hf(model).items()}
+    load_weights(other, theirs, "here")
+    return other
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_equals_merged_weights(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    with_it = merged(model, write(tmp_path, model))
+    adapter, ids = read_adapter(tmp_path, model), torch.randint(0, 40, (1, 12))
+    with torch.no_grad():
+        plain = model(ids)
+        with applied(model, [(adapter, range(12))]):
+            torch.testing.assert_close(model(ids), with_it(ids), atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(ids), plain)  # and nothing of it is left
+    assert not torch.allclose(plain, with_it(ids), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
+def test_each_request_has_its_own(family: str, tmp_path: Path, naive: Any) -> None:
+    """Requests with this adapter, that, and none in the same passes; blocks are not shared between them."""
+    model = make_model(family)
+    models = {
+        None: model,
+        "a": merged(model, write(tmp_path / "a", model, seed=1)),
+        "b": merged(model, write(tmp_path / "b", model, seed=2)),
+    }
+    engine = Engine(model, block_size=4, max_batch=5, max_batch_tokens=12, cache_tokens=90)
+    for name in ("a", "b"):
+        engine.add_adapter(name, tmp_path / name)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9]] * 9
+    names = [None, "a", "b"] * 3
+    for _ in range(2):
+        results = engine.generate(prompts, [SamplingParams(max_tokens=8, temperature=0, adapter=n) for n in names])
+        assert [r.ids for r in results] == [naive(models[n], p, 8) for n, p in zip(names, prompts, strict=True)]
+    assert engine.stats.prefix_hit_rate > 0
+    engine.add_adapter("a", tmp_path / "b")  # replaced: nothing of the old one is found
+    (result,) = engine.generate(prompts[:1], SamplingParams(max_tokens=8, temperature=0, adapter="a"))
+    assert result.ids == naive(models["b"], prompts[0], 8)
+    engine.remove_adapter("a")
+    (result,) = engine.generate(prompts[:1], SamplingParams(adapter="a"))
+    assert "no adapter 'a'. There are: b" in str(result.error)
+
+
+def test_over_quantized_weights(tmp_path: Path) -> None:
+    model = make_model("llama")
+    write(tmp_path, model)
+    quantize(model, 8)
+    adapter, ids = read_adapter(tmp_path, model), torch.randint(0, 40, (1, 5))
+    with torch.no_grad():
+        plain = model(ids)
+        with applied(model, [(adapter, [0, 1, 2, 3, 4])]):
+            assert not torch.allclose(model(ids), plain, atol=1e-2)
+
+
+def test_what_is_no_adapter_or_another_models(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
+        read_adapter(tmp_path, model)
+    for change, expected in (
+        ({"peft_type": "IA3"}, "not a LoRA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "biases"),
+        ({"r": 0}, "r and lora_alpha"),
+        ({"r": 5}, "another model"),
+    ):
+        write(tmp_path, model)
+        config = json.loads((tmp_path / "adapter_config.json").read_text()) | change
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=expected):
+            read_adapter(tmp_path, model)
+    write(tmp_path, model)
+    with pytest.raises(CheckpointError, match="not adapted here"):
+        read_adapter(tmp_path, make_model("gpt2"))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_adapter(tmp_path, model)
+
+
+def test_rank_stabilised(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    write(tmp_path / "plain", model)
+    write(tmp_path / "rs", model, use_rslora=True)
+    plain, rs = (read_adapter(tmp_path / name, model) for name in ("plain", "rs"))
+    name = "layers.0.attention.o_proj"
+    torch.testing.assert_close(rs.updates[name][0].B, 2 * plain.updates[name][0].B)  # 8 / √4 instead of 8 / 4

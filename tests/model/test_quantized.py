@@ -1,0 +1,177 @@
+"""Weights of few bits: what is packed is what was meant, products are those of the matrix, and models survive it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.model import families, parallel, quantized
+from gptsmith.model.quantized import (
+    Bits,
+    Packed,
+    bits_of,
+    dequantize,
+    encode,
+    load_state,
+    outline,
+    pack,
+    quantize,
+    state,
+    unpack,
+)
+from gptsmith.model.transformer import Transformer
+
+BITS: list[Bits] = [4, 8]
+
+
+def make_model(family: str, hidden: int = 64) -> Transformer:
+    torch.manual_seed(0)
+    options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None}
+    if family in ("gpt3", "mistral"):
+        options["sliding_window"] = 7
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        options |= {"num_experts": 4, "num_experts_per_tok": 2}
+    config = families.FAMILIES[family](
+        vocab_size=101,
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+        **options,
+    )
+    return Transformer(config).eval()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), groups=st.integers(1, 5), bits=st.sampled_from(BITS), seed=st.integers(0, 99))
+def test_packing_loses_nothing(rows: int, groups: int, bits: Bits, seed: int) -> None:
+    codes = torch.randint(0, 2**bits, (rows, 32 * groups), generator=torch.Generator().manual_seed(seed)).byte()
+    packed = pack(codes, bits)
+    assert packed.numel() == -(-rows // 16) * 16 * groups * 4 * bits
+    assert torch.equal(unpack(packed, bits, rows), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_near_the_weights(bits: Bits) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128) * torch.rand(64, 1) * 3
+    matrix = Packed.of(encode(weight, bits))
+    assert relative(matrix.matrix(), weight) < (0.006 if bits == 8 else 0.08)
+    rows = torch.tensor([0, 63, 17, 17])
+    assert torch.equal(matrix.some_rows(rows), matrix.matrix()[rows])
+    for exact in (torch.zeros(16, 32), torch.full((16, 32), 0.5), torch.arange(16.0).repeat(16, 2) - 3):
+        if bits == 4 or exact.unique().numel() == 1:  # what sixteen steps can say is kept
+            torch.testing.assert_close(Packed.of(encode(exact, bits)).matrix(), exact, atol=1e-3, rtol=1e-3)
+
+
+def test_four_bits_do_better_than_the_extremes_alone() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 320)
+    made = encode(weight, 4)
+    assert made.least is not None
+    low, high = weight.view(32, 10, 32).aminmax(dim=-1)
+    step = (high - low) / 15
+    plain = ((weight.view(32, 10, 32) - low[..., None]) / step[..., None]).round() * step[..., None] + low[..., None]
+    ours = made.codes.view(32, 10, 32).float() * made.scales.float()[..., None] + made.least.float()[..., None]
+    assert relative(ours.flatten(1), weight) < 0.99 * relative(plain.flatten(1), weight)
+
+
+@pytest.mark.skipif(not parallel.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
+@pytest.mark.parametrize(("bits", "threads"), list(itertools.product(BITS, (1, 2))))
+def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
+    """Inputs are rounded to 8 bits, so within a hundredth; of inputs that 8 bits can say, exactly."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, columns, tokens in itertools.product((16, 40, 129), (32, 160), (1, 2, 3, 7, 8, 21)):
+            matrix = Packed.of(encode(torch.randn(rows, columns), bits))
+            x = torch.randn(tokens, columns)
+            assert relative(matrix.multiply(x), x @ matrix.matrix().T) < 0.02
+            exact = torch.randint(-127, 128, (tokens, columns)).float()
+            exact.view(tokens, -1, 32)[..., 0] = 127
+            torch.testing.assert_close(
+                matrix.multiply(exact[:, None])[:, 0], exact @ matrix.matrix().T, atol=0.02, rtol=1e-4
+            )
+        assert matrix.multiply(torch.zeros(0, columns)).shape == (0, rows)
+        assert torch.equal(matrix.multiply(torch.zeros(1, columns)), torch.zeros(1, rows))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_models_answer_nearly_as_before(family: str, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(family)
+    ids = torch.randint(0, 101, (2, 20))
+    with torch.no_grad():
+        before = model(ids)
+        quantize(model, bits)
+        after = model(ids)
+        monkeypatch.setattr(quantized, "kernels_available", lambda: False)
+        slowly = model(ids)
+    assert relative(after, before) < (0.05 if bits == 8 else 0.35)
+    assert relative(after, slowly) < 0.05
+    left = [name for name, p in model.named_parameters() if p.dim() > 1]
+    assert all("router" in name or "gate" in name or "position" in name for name in left)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("bits", BITS)
+def test_saved_and_loaded(family: str, bits: Bits) -> None:
+    model = quantize(make_model(family), bits)
+    tensors = {name: tensor.clone() for name, tensor in state(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    other = outline(make_model(family), shapes, "here")
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    load_state(other, tensors, "here")
+    ids = torch.randint(0, 101, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids), other(ids))
+    name = next(name for name in tensors if name.endswith("o_proj.weight.packed"))
+    with pytest.raises(CheckpointError, match="here lacks the tensor .*o_proj"):
+        outline(make_model(family), {n: s for n, s in shapes.items() if n != name}, "here")
+    with pytest.raises(CheckpointError, match=r"o_proj.weight.packed is .* expected"):
+        outline(make_model(family), shapes | {name: (4, 2, 100)}, "here")
+    with pytest.raises(CheckpointError, match=r"norm.weight is .* expected"):
+        outline(make_model(family), shapes | {"norm.weight": (1,)}, "here")
+    with pytest.raises(CheckpointError, match="expected torch.uint8"):
+        load_state(other, tensors | {name: tensors[name].float()}, "here")
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("bits", BITS)
+def test_made_plain_again(family: str, bits: Bits) -> None:
+    model = make_model(family)
+    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    quantize(model, bits)
+    ids = torch.randint(0, 101, (1, 9))
+    with torch.no_grad():
+        packed = model(ids)
+        dequantize(model)
+        assert relative(packed, model(ids)) < 0.03  # the inputs' rounding alone
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
+    assert bits_of(model) is None
+    assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_what_cannot_be_quantized() -> None:
+    with pytest.raises(UsageError, match="4 or 8"):
+        quantize(make_model("gpt2"), 3)  # type: ignore[arg-type]
+    narrow = make_model("gpt2", hidden=20)
+    for layer in narrow.layers:
+        layer.mlp = torch.nn.Identity()
+    with pytest.raises(UsageError, match="multiple of 32"):
+        quantize(narrow, 8)
