@@ -88,7 +88,13 @@ class InsideResponse(BaseModel):
 
 
 def look_inside(
-    model: Transformer, tokenizer: Tokenizer, text: str, *, layer: int = 0, top: int = 8, parts: list[Part] | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    layer: int = 0,
+    top: int = 8,
+    parts: list[Part] | None = None,
 ) -> dict[str, Any]:
     """What `InsideResponse` shows, but for the model's name. The model is only read.
 

@@ -1,7 +1,7 @@
 """Markdown as HTML that is safe to put into a page: what a model writes is a stranger's text.
 
 Two fences, each enough by itself: the parser passes no HTML on (`html` is off: a tag in the text is text), and what it
-makes goes through a sanitiser that knows a few tags and fewer attributes. The page's content-security policy is a third.
+makes goes through a sanitiser that knows a few tags and fewer attributes. The page's security policy is a third.
 """
 
 from __future__ import annotations

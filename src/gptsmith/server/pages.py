@@ -132,9 +132,7 @@ def add_pages(
         app.include_router(runs_routes(runs, stopping))
 
 
-def watch_app(
-    runs: Path, *, hosts: list[str] | None = None, stopping: Callable[[], bool] = lambda: False
-) -> FastAPI:
+def watch_app(runs: Path, *, hosts: list[str] | None = None, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
     """The page with training runs and nothing else: no model, no torch.
 
     runs: a directory of runs, or one run. hosts: names by which it may be reached (None: any). A page elsewhere can

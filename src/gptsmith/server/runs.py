@@ -20,7 +20,15 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError
-from gptsmith.report.record import best_validation, last_number, number, parse_rows, read_info, read_run, without_repeats
+from gptsmith.report.record import (
+    best_validation,
+    last_number,
+    number,
+    parse_rows,
+    read_info,
+    read_run,
+    without_repeats,
+)
 from gptsmith.server.errors import ApiError
 
 MOST_ROWS = 4_000  # of metrics in one answer; a chart has fewer pixels
@@ -255,9 +263,7 @@ def finite(value: Any) -> Any:
 
 def _shown(samples: Sequence[Row]) -> list[Row]:
     texts = [sample for sample in samples if isinstance(sample.get("text"), str)]
-    return [
-        {**sample, "text": _whole(sample["text"][:SAMPLE_CHARACTERS])} for sample in texts[-MOST_SAMPLES:]
-    ]
+    return [{**sample, "text": _whole(sample["text"][:SAMPLE_CHARACTERS])} for sample in texts[-MOST_SAMPLES:]]
 
 
 def _whole(text: str) -> str:
