@@ -238,15 +238,14 @@ def test_the_stream_of_events(root: Path) -> None:
 
 def test_long_runs_are_thinned_and_keep_their_extremes() -> None:
     rows: list[dict[str, Any]] = [{"step": i, "loss": 2.0 + (i % 7) / 10} for i in range(30_000)]
-    rows[12_345]["loss"] = 50.0
-    rows[20_000]["loss"] = 0.1
-    rows[25_000]["loss"] = math.nan
-    rows.insert(15_000, {"step": 15_000, "val_loss": 1.0})
+    spike, dip, evaluation = rows[12_345], rows[20_000], {"step": 15_000, "val_loss": 1.0}
+    spike["loss"], dip["loss"], rows[25_000]["loss"] = 50.0, 0.1, math.nan
+    rows.insert(15_000, evaluation)
     kept = thin(rows, 1000)
     assert 500 < len(kept) < 1100
     assert kept[0] is rows[0]
     assert kept[-1] is rows[-1]
-    for special in (rows[12_345], rows[20_000], rows[15_000]):
+    for special in (spike, dip, evaluation):
         assert any(row is special for row in kept)
     assert any(math.isnan(row.get("loss", 0)) for row in kept)
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
