@@ -87,9 +87,7 @@ def test_samples_that_part_where_guesses_are_checked(make_model: Any, family: st
         first = SamplingParams(max_tokens=14, temperature=0.7, n=2, seed=seed)
         wishes = [first, *[SamplingParams(max_tokens=14, temperature=0)] * 2]
         speculator = Always(PromptLookup(3, 1), 1)
-        engine = Engine(
-            model, block_size=1, cache_tokens=30, max_batch=4, max_batch_tokens=4, speculator=speculator
-        )
+        engine = Engine(model, block_size=1, cache_tokens=30, max_batch=4, max_batch_tokens=4, speculator=speculator)
         made = engine.generate(prompts, wishes)
         plain = Engine(model).generate(prompts, wishes)
         assert [[c.ids for c in r.completions] for r in made] == [[c.ids for c in r.completions] for r in plain]
