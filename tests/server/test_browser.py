@@ -54,16 +54,22 @@ def open_page(browser: Any) -> Iterator[Open]:
     contexts, complaints = [], []
 
     def open_(url: str, storage: dict[str, Any] | None = None, **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 820}, "reduced_motion": "reduce", **options})
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 820}, "reduced_motion": "reduce", **options}
+        )
         contexts.append(context)
         for name, value in (storage or {}).items():
             kept = json.dumps(json.dumps(value))
-            context.add_init_script(f"localStorage.getItem('gptsmith.{name}') ?? localStorage.setItem('gptsmith.{name}', {kept})")
+            context.add_init_script(
+                f"localStorage.getItem('gptsmith.{name}') ?? localStorage.setItem('gptsmith.{name}', {kept})"
+            )
         page = context.new_page()
         page.set_default_timeout(LONG)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("request", lambda r: complaints.append(f"asked {r.url}") if not r.url.startswith((url, "blob:")) else None)
+        page.on(
+            "request", lambda r: complaints.append(f"asked {r.url}") if not r.url.startswith((url, "blob:")) else None
+        )
         page.goto(url)
         return page
 
@@ -75,17 +81,13 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def site(live_with_runs: tuple[Any, Path]) -> Any:
     """A server with two small models - `tiny` talks, `plain` does not - and a directory of runs."""
-    live_server = request.getfixturevalue("live_server")
-
-    runs = tmp_path_factory.mktemp("site") / "runs"
+    server, runs = live_with_runs
     write_run(runs / "bard", steps=400, rows=40)
     write_run(runs / "short", steps=200, rows=20)
-    server = Live(Settings(runs=runs)).start()
     server.runs = runs
-    yield server
-    server.stop()
+    return server
 
 
 def write_run(directory: Path, steps: int, rows: int, status: str = "finished") -> Path:
@@ -104,8 +106,12 @@ def write_run(directory: Path, steps: int, rows: int, status: str = "finished") 
     for i in range(1, rows + 1):
         write_row(directory, i * steps // rows, steps)
     JsonLines(directory / "metrics.jsonl").append(step=steps, time=steps / 10, tokens=steps * 1024, val_loss=1.7)
-    JsonLines(directory / "samples.jsonl").append(step=steps // 2, temperature=0.8, prompt="ROMEO:", text=" early words")
-    JsonLines(directory / "samples.jsonl").append(step=steps, temperature=0.8, prompt="ROMEO:", text=" <b>late</b> words")
+    JsonLines(directory / "samples.jsonl").append(
+        step=steps // 2, temperature=0.8, prompt="ROMEO:", text=" early words"
+    )
+    JsonLines(directory / "samples.jsonl").append(
+        step=steps, temperature=0.8, prompt="ROMEO:", text=" <b>late</b> words"
+    )
     return directory
 
 
@@ -163,7 +169,10 @@ def test_a_conversation(site: Any, open_page: Open) -> None:
     write(page, "a cat sat on\n**a** mat <b>x</b>")
     answered(page)
     assert page.locator(".turn.user .body").inner_text() == "a cat sat on\n**a** mat <b>x</b>"  # as it was typed
-    messages = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "a cat sat on\n**a** mat <b>x</b>"}]
+    messages = [
+        {"role": "system", "content": "the cat"},
+        {"role": "user", "content": "a cat sat on\n**a** mat <b>x</b>"},
+    ]
     (expected,) = site.answers(messages, max_tokens=12, seed=3, temperature=0.7, top_p=0.95)
     kept = page.evaluate("() => JSON.parse(localStorage.getItem('gptsmith.conversations'))")
     assert kept[0]["messages"][1]["content"] == expected
@@ -258,14 +267,23 @@ def test_a_server_with_keys(open_page: Open, start: Callable[..., Any]) -> None:
     page.get_by_text("What shall we talk about?").wait_for()
     write(page, "the cat")
     answered(page)
-    assert page.evaluate("() => [localStorage, sessionStorage].map((s) => JSON.stringify(s).includes('sesame'))") == [False, True]
+    assert page.evaluate("() => [localStorage, sessionStorage].map((s) => JSON.stringify(s).includes('sesame'))") == [
+        False,
+        True,
+    ]
     page.locator(".turn.assistant .body:not(.plain)").wait_for()
     open_page.complaints[:] = [c for c in open_page.complaints if "401" not in c]  # type: ignore[attr-defined]
 
 
 # Playground ---------------------------------------------------------------------------------------------------------
 
-PLAY = {"view": "playground", "model": "plain", "prompt": "abc", "temperatures": "0, 1", "sampling.playground": {"max_tokens": 14, "seed": 5}}
+PLAY = {
+    "view": "playground",
+    "model": "plain",
+    "prompt": "abc",
+    "temperatures": "0, 1",
+    "sampling.playground": {"max_tokens": 14, "seed": 5},
+}
 
 
 def test_tokens_are_coloured_and_another_is_chosen(site: Any, open_page: Open) -> None:
@@ -380,7 +398,9 @@ def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
         path = page.locator(".series.s0 path").first
         before = len(path.get_attribute("d"))
         stop = threading.Event()
-        threading.Thread(target=lambda: [write_row(live, 290 + 10 * i, 1000) or stop.wait(0.05) for i in range(1, 11)]).start()
+        threading.Thread(
+            target=lambda: [write_row(live, 290 + 10 * i, 1000) or stop.wait(0.05) for i in range(1, 11)]
+        ).start()
         page.locator(".tile", has_text="Step").get_by_text("390", exact=True).wait_for()
         stop.set()
         assert len(path.get_attribute("d")) > before
@@ -434,7 +454,18 @@ def test_watch_follows_a_real_training(tmp_path: Path, text_file: Path, open_pag
         page = open_page(url)
         page.get_by_text("No runs here yet.").wait_for()
         assert page.locator(".tab:visible, #model:visible").count() == 0
-        small = ["--context", "32", "--batch-size", "8", "--steps", "120", "--eval-every", "60", "--sample-tokens", "20"]
+        small = [
+            "--context",
+            "32",
+            "--batch-size",
+            "8",
+            "--steps",
+            "120",
+            "--eval-every",
+            "60",
+            "--sample-tokens",
+            "20",
+        ]
         model = ["--model.num-hidden-layers", "1", "--model.hidden-size", "32", "--model.num-attention-heads", "2"]
         train = subprocess.Popen(
             [*command, "train", str(text_file), "--out", str(runs / "words"), *small, *model],
