@@ -1,7 +1,7 @@
 """The server under load, and its speed: python benchmarks/serving.py load | throughput [options] [--save]
 
-load        64 streaming clients for three minutes against a small model; some leave in the middle, some read slowly, some
-            send bodies that are too large. Each answer is compared with what an engine of its own gives for the same
+load        64 streaming clients for three minutes against a small model; some leave in the middle, some read slowly,
+            some send bodies that are too large. Each answer is compared with what an engine of its own gives for the same
             seed. In the end the server must hold no blocks, and its memory must have stayed the same (±5 % after a
             quarter of the time). Exit code 1 if not.
 throughput  16 streaming clients with SmolLM2-135M in 4 bits: tokens a second and the time to the first token, of this
@@ -324,8 +324,13 @@ async def clients(port: int, model: str, count: int, rounds: int, tokens: int) -
         made = 0
         for i in range(rounds):
             body = {
-                **{"model": model, "prompt": _prompt(number, i), "max_tokens": tokens, "seed": number * 100 + i},
-                **{"temperature": 0.8, "stream": True, "stream_options": {"include_usage": True}},
+                "model": model,
+                "prompt": _prompt(number, i),
+                "max_tokens": tokens,
+                "seed": number * 100 + i,
+                "temperature": 0.8,
+                "stream": True,
+                "stream_options": {"include_usage": True},
             }
             if "gptsmith" in model:
                 body |= {"ignore_eos": True}
