@@ -1,8 +1,8 @@
 """The server under load, and its speed: python benchmarks/serving.py load | throughput [options] [--save]
 
 load        64 streaming clients for three minutes against a small model; some leave in the middle, some read slowly,
-            some send bodies that are too large. Each answer is compared with what an engine of its own gives for the same
-            seed. In the end the server must hold no blocks, and its memory must have stayed the same (±5 % after a
+            some send bodies that are too large. Each answer is compared with what an engine of its own gives for the
+            same seed. In the end the server must hold no blocks, and its memory must have stayed the same (±5 % after a
             quarter of the time). Exit code 1 if not.
 throughput  16 streaming clients with SmolLM2-135M in 4 bits: tokens a second and the time to the first token, of this
             server, of the engine without a server, and of llama_cpp.server with the same file; medians of rounds in
