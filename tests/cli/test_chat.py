@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,16 @@ def test_a_conversation(say: Any, tmp_path: Path) -> None:
 
 
 def test_commands(say: Any, tmp_path: Path) -> None:
-    lines = ["/help", "/system be brief", "hi", "/temperature 0", "/reset", "/tempurature 1", "/temperature x", "/save"]
+    lines = [
+        "/help",
+        "/system be brief",
+        "hi",
+        "/temperature 0",
+        "/reset",
+        "/tempurature 1",
+        "/temperature x",
+        "/save",
+    ]
     code, _, err = say(*lines, "/temperature -3", f"/save {tmp_path / 'a' / 'b'}", f"/save {tmp_path / 'c'}")
     assert code == 0
     assert "/reset" in err
@@ -142,6 +152,68 @@ def test_without_a_template_one_is_told(tmp_path: Path, run_cli: Any, monkeypatc
     code, _, err = run_cli("chat", tmp_path / "model", "--device", "cpu", "--max-tokens", "5")
     assert code == 0
     assert "no chat template" in err
+
+
+def test_the_context_is_full_by_choice(tokenizer: Tokenizer, capsys: Any) -> None:
+    """The oldest turns go (above), or the conversation is refused, or the answer goes on as the window shifts."""
+    engine = Engine(make_model(tokenizer.vocab_size, 100), vocab_size=tokenizer.vocab_size)
+    strict = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0), overflow="error")
+    list(strict.answer("hello there"))
+    with pytest.raises(UsageError, match="/reset begins anew"):
+        list(strict.answer("hello there " * 9))
+    assert len(strict.turns) == 2
+    assert strict.turns[-1]["role"] == "assistant"  # what was refused was taken back
+    assert "does not fit" not in capsys.readouterr().err
+    params = SamplingParams(max_tokens=300, seed=0, temperature=3.0, logit_bias={tokenizer.eos_id or 0: float("-inf")})
+    overflows: list[chat.Overflow] = ["truncate", "shift"]
+    for overflow in overflows:
+        talk = chat.Conversation(engine, tokenizer, params, overflow=overflow)
+        made = engine.stats.generated_tokens
+        list(talk.answer("hello"))
+        made = engine.stats.generated_tokens - made
+        told = capsys.readouterr().err
+        assert made == 300 if overflow == "shift" else made < 100
+        assert ("its beginning is forgotten" in told) == (overflow == "shift")
+        assert ("the context is full: ended after" in told) == (overflow == "truncate")
+
+
+def test_what_was_known_and_guessed_is_told(say: Any, model_directory: Path) -> None:
+    for options in (("--prompt-lookup",), ("--draft-model", str(model_directory))):
+        code, _, err = say("the quick brown fox " * 2, "the quick brown fox", "/stats", options=options)
+        assert code == 0, err
+        told = err.splitlines()[-1]
+        assert re.search(r"24 tokens, .* tok/s; of \d+ tokens read \d+ were known \(\d+%\)", told)
+    assert say("hi", options=("--prompt-lookup", "--draft-model", "x"))[0] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_ctrl_c_stops_an_answer_without_end(model_directory: Path, tmp_path: Path) -> None:
+    """One that would go on for an hour, as the window shifts: only Ctrl-C can have ended it."""
+    import pexpect
+
+    options = [str(model_directory), "--max-tokens", "9000000", "--temperature", "3", "--overflow", "shift"]
+    child: Any = pexpect.spawn(
+        sys.executable,
+        ["-c", "import sys; from gptsmith.cli import main; sys.exit(main(sys.argv[1:]))", "chat", *options],
+        env={**os.environ, "GPTSMITH_CACHE": str(tmp_path), "TERM": "xterm"},
+        timeout=300,
+        encoding="utf-8",
+        codec_errors="replace",
+    )
+    child.expect("> ")
+    for _ in range(5):  # it may come to the end-of-text token by itself
+        child.sendline("hello")
+        child.expect_exact("its beginning is forgotten")
+        child.sendintr()
+        if child.expect_exact(["(stopped)", "> "]) == 0:
+            break
+    else:
+        raise AssertionError("no answer was long enough to be stopped")
+    child.expect("> ")
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")

@@ -143,7 +143,7 @@ def test_what_is_wrong_is_said(run_cli: RunCli, finished: Path, options: tuple[s
 
 
 def test_a_port_that_is_taken(run_cli: RunCli, finished: Path) -> None:
-    from gptsmith.server.serving import listen
+    from gptsmith.server.listening import listen
 
     taken = listen("127.0.0.1", 0)
     try:

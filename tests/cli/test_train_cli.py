@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -322,6 +323,63 @@ def test_beyond_the_context_there_is_one_note(length: int, run_cli: Cli, finishe
     assert len(out) == length + 70 + 1
     assert err.count("note: ") == err.count("\n") == 1
     assert "context of 32 tokens" in err
+
+
+def test_beyond_the_context_by_choice(run_cli: Cli, finished: Path) -> None:
+    prompt = "ba ko " * 10
+    command = ["generate", finished, "--prompt", prompt, "--max-tokens", "70", "--temperature", "0", "--overflow"]
+    code, out, err = run_cli(*command, "error")
+    assert (code, out) == (2, "")
+    assert "the prompt has 60 tokens, more than the context of 32" in err
+    for several in ([], ["--num-samples", "2"]):
+        code, out, err = run_cli(*command, "truncate", *several)
+        assert code == 0
+        assert out.count(prompt) == 1 + bool(several)
+        assert "beginning is cut off to fit the context of 32 tokens" in err
+        assert "the context of 32 tokens is full" in err
+
+
+def test_guesses_change_nothing_and_are_told_of(run_cli: Cli, finished: Path) -> None:
+    command = ["generate", finished, "--prompt", "ba ko ba ko", "--max-tokens", "20", "--seed", "1", "--stats"]
+    code, expected, err = run_cli(*command)
+    assert code == 0
+    assert re.search(r"20 tokens in \d+ s, .* tok/s; the first after .* s; 0 of 11 prompt tokens known", err)
+    for guessing in (["--prompt-lookup"], ["--draft-model", finished]):
+        code, out, err = run_cli(*command, *guessing, "--overflow", "error", "--num-samples", "1")
+        assert (code, out) == (0, expected)
+    code, out, err = run_cli(*command, "--max-tokens", "150", "--temperature", "0", "--draft-model", finished)
+    assert code == 0
+    assert re.search(r"; [\d,]+ of [\d,]+ guesses right \(\d+%\)", err)
+    assert run_cli(*command, "--prompt-lookup", "--draft-model", finished)[0] == 2
+
+
+def test_a_draft_model_of_other_tokens_is_refused(
+    run_cli: Cli, finished: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    (tmp_path / "other.txt").write_text("xyz XYZ ! " * 2000)
+    assert run_cli("train", tmp_path / "other.txt", "--out", tmp_path / "other", *tiny, "--sample-prompt", "x")[0] == 0
+    code, _, err = run_cli("generate", finished, "--draft-model", tmp_path / "other")
+    assert code == 2
+    assert "has other tokens than the model" in err
+
+
+def test_structured_output(run_cli: Cli, finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    command = ["generate", finished, "--prompt", "ba", "--max-tokens", "20", "--seed", "1"]
+    assert run_cli(*command, "--choice", "ko ko", "--choice", "miru") in [(0, "bako ko\n", ""), (0, "bamiru\n", "")]
+    assert re.fullmatch(r"ba(ko|mi){3}\n", run_cli(*command, "--regex", "(ko|mi){3}")[1])
+    (tmp_path / "long.gbnf").write_text("root ::=" + ' "ko"' * 50)
+    code, out, err = run_cli(*command, "--grammar", tmp_path / "long.gbnf")
+    assert (code, out) == (0, "ba" + "ko" * 10 + "\n")
+    assert "ended before it was complete" in err
+    (tmp_path / "no.json").write_text('{"type": "nonsense"}')
+    code, _, err = run_cli(*command, "--json-schema", tmp_path / "no.json")
+    assert code == 2
+    assert "cannot be followed" in err
+    assert run_cli(*command, "--json-schema", tmp_path / "nowhere.json")[0] == 2
+    code, _, err = run_cli(*command, "--regex", "a", "--choice", "b")
+    assert code == 2
+    assert "give one of" in err
 
 
 def test_a_reader_that_leaves_is_no_error(finished: Path) -> None:

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from gptsmith.engine.blocks import NO_BLOCK
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.engine.sequence import Event, Result
+from gptsmith.engine.speculative import PromptLookup, Speculator
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
@@ -84,36 +86,76 @@ def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str)
             torch.testing.assert_close(model(torch.tensor([tokens]))[0, -1], logits, atol=1e-5, rtol=1e-5)
 
 
+def uncached(model: Transformer, prompt: list[int], params: SamplingParams, sample: int) -> tuple[list[int], str]:
+    """What sample `sample` of a request must be, and why it ends: the whole model over all tokens, every time."""
+    tokens, start = list(prompt), 0
+    state = SamplerState(params, (params.seed or 0) + sample, prompt, model.config.vocab_size)
+    while True:
+        if len(tokens) - start > CONTEXT:
+            if params.overflow != "shift":
+                return tokens[len(prompt) :], "context"
+            start = len(tokens) - CONTEXT * 3 // 4
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[start:]]))[0, -1:]
+        token = int(choose(adjust(logits, [state]), [state]))
+        tokens.append(token)
+        state.push(token)
+        if token in params.stop_ids:
+            return tokens[len(prompt) :], "stop"
+        if state.generated == params.max_tokens:
+            return tokens[len(prompt) :], "length"
+
+
+WISHES = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 0.0, 0.8]),
+    top_p=st.sampled_from([None, 0.9]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
+    stop_ids=st.sampled_from([(), (11,)]),
+    seed=st.integers(0, 3),
+    n=st.sampled_from([1, 1, 2, 3]),
+    overflow=st.sampled_from(["error", "shift"]),
+)
+PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=18)
+
+
 class Storm(RuleBasedStateMachine):
-    """Requests come and are cancelled while others run, in a cache too small for all of them."""
+    """Requests come, alone and in crowds, and are cancelled while others run, in a cache too small for all of them."""
 
     @initialize(
-        family=st.sampled_from(FAMILIES),
         block_size=st.integers(1, 5),
         extra=st.integers(0, 30),
-        batch=st.integers(1, 6),
+        batch=st.sampled_from([1, 2, 3, 5, 32]),
         budget=st.integers(0, 9),
         caching=st.booleans(),
+        guessing=st.booleans(),
     )
-    def begin(self, family: str, block_size: int, extra: int, batch: int, budget: int, caching: bool) -> None:
-        self.model = self.make(family)  # type: ignore[attr-defined]
+    def begin(self, block_size: int, extra: int, batch: int, budget: int, caching: bool, guessing: bool) -> None:
+        speculator = Speculator(PromptLookup(2, 1), 2)
+        speculator.worthwhile = lambda batch: True  # type: ignore[method-assign]
         self.engine = Engine(
-            self.model,
+            self.model,  # type: ignore[attr-defined]
             block_size=block_size,
             cache_tokens=CONTEXT + block_size + extra,
             max_batch=batch,
             max_batch_tokens=batch + budget,
             prefix_caching=caching,
+            speculator=speculator if guessing else None,
         )
-        self.asked: dict[int, tuple[list[int], int]] = {}
+        self.asked: dict[int, tuple[list[int], SamplingParams]] = {}
         self.cancelled: set[int] = set()
         self.results: dict[int, Result] = {}
         self.streamed: dict[tuple[int, int], list[int]] = {}
 
-    @rule(prompt=st.lists(st.integers(0, 3), min_size=1, max_size=18), size=st.integers(1, 6), n=st.integers(1, 3))
-    def arrive(self, prompt: list[int], size: int, n: int) -> None:
-        number = self.engine.add_request(prompt, SamplingParams(max_tokens=size, temperature=0, n=n))
-        self.asked[number] = (prompt, size)
+    @rule(prompt=PROMPTS, params=WISHES)
+    def arrive(self, prompt: list[int], params: SamplingParams) -> None:
+        self.asked[self.engine.add_request(prompt, params)] = (prompt, params)
+
+    @rule(prompts=st.lists(PROMPTS, min_size=8, max_size=32), size=st.integers(1, 3))
+    def crowd(self, prompts: list[list[int]], size: int) -> None:
+        for prompt in prompts:
+            self.arrive(prompt, SamplingParams(max_tokens=size, temperature=0))
 
     @rule(count=st.integers(1, 6))
     def work(self, count: int) -> None:
@@ -128,6 +170,8 @@ class Storm(RuleBasedStateMachine):
         self.engine.abort(number)
         held = [*self.engine.scheduler.running, *self.engine.scheduler.waiting, *self.engine.scheduler.parked]
         assert all(s.request.number != number for s in held)  # gone at once, and its blocks with it
+        blocks = {(g, block) for s in held for g, table in enumerate(s.tables) for block in table if block != NO_BLOCK}
+        assert self.engine.blocks.used() == len(blocks)
         if before:
             self.cancelled.add(number)
 
@@ -148,32 +192,36 @@ class Storm(RuleBasedStateMachine):
             assert passes < 20_000, "a request waits for ever"
         assert self.engine.blocks.used() == 0
         assert self.results.keys() == self.asked.keys()
-        for number, (prompt, size) in self.asked.items():
-            expected = self.naive(self.model, prompt, size)  # type: ignore[attr-defined]
-            for completion in self.results[number].completions:
+        for number, (prompt, params) in self.asked.items():
+            completions = self.results[number].completions
+            assert len(completions) == params.n or number in self.cancelled
+            for completion in completions:
+                expected, reason = self.expected(prompt, params, completion.index)  # type: ignore[attr-defined]
                 assert self.streamed[number, completion.index] == completion.ids
                 if completion.finish_reason == "cancelled":
                     assert number in self.cancelled
                     assert completion.ids == expected[: len(completion.ids)]
                 else:
-                    assert (completion.ids, completion.finish_reason) == (expected, "length")
+                    assert (completion.ids, completion.finish_reason) == (expected, reason)
 
 
-def test_storm(make_model: Any, naive: Any) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_storm(make_model: Any, family: str) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    models: dict[str, Transformer] = {}
-    known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+    model, known = make_model(family), dict[Any, tuple[list[int], str]]()
 
-    def remembered(model: Transformer, prompt: list[int], count: int) -> list[int]:
-        key = (model.config.model_type, tuple(prompt), count)
+    def remembered(prompt: list[int], params: SamplingParams, sample: int) -> tuple[list[int], str]:
+        key = (*prompt, repr(params), sample)
         if key not in known:
-            known[key] = naive(model, prompt, count)
+            known[key] = uncached(model, prompt, params, sample)
         return known[key]
 
-    Storm.make = staticmethod(lambda f: models.setdefault(f, make_model(f)))  # type: ignore[attr-defined]
-    Storm.naive = staticmethod(remembered)  # type: ignore[attr-defined]
-    run_state_machine_as_test(Storm, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))
+    class OfFamily(Storm):
+        pass
+
+    OfFamily.model, OfFamily.expected = model, staticmethod(remembered)  # type: ignore[attr-defined]
+    run_state_machine_as_test(OfFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None))
 
 
 # sampling through the engine ------------------------------------------------------------------------------------------
@@ -264,6 +312,59 @@ def test_beam_search_equals_transformers(
                 assert ours.ids == ids[len(prompt) : len(prompt) + len(ours.ids)]
                 assert (ours.cumulative_logprob or 0) / len(ours.ids) ** penalty == pytest.approx(score, abs=1e-4)
         assert engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("wishes", [{"repetition_penalty": 1.6}, {"min_tokens": 6}, {"logit_bias": {4: 2.5, 9: -3.0}}])
+def test_beam_search_with_adjustments_equals_transformers(
+    make_model: Any, tmp_path: Any, wishes: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from gptsmith.model.hf import save_model
+
+    model = make_model("qwen3", context=40)
+    save_model(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    params = SamplingParams(max_tokens=10, temperature=0, beams=3, n=3, stop_ids=(7,), **wishes)
+    bias = {(token,): value for token, value in wishes.get("logit_bias", {}).items()}
+    for prompt in ([1, 2, 3], [5], [9, 8, 7, 6]):
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            num_beams=3,
+            num_return_sequences=3,
+            max_new_tokens=10,
+            min_new_tokens=wishes.get("min_tokens"),
+            repetition_penalty=wishes.get("repetition_penalty"),
+            sequence_bias=bias or None,
+            do_sample=False,
+            eos_token_id=7,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        (result,) = Engine(model).generate([prompt], params)
+        for ours, ids, score in zip(
+            result.completions, expected.sequences.tolist(), expected.sequences_scores.tolist(), strict=True
+        ):
+            assert ours.ids == ids[len(prompt) : len(prompt) + len(ours.ids)]
+            assert (ours.cumulative_logprob or 0) / len(ours.ids) == pytest.approx(score, abs=1e-4)
+
+
+def test_beams_never_hold_what_is_forbidden(make_model: Any) -> None:
+    """Not even where that leaves fewer of them."""
+    engine = Engine(make_model("qwen3"))
+    for allowed in ({4}, {4, 9}):
+        bias = {token: float("-inf") for token in range(30) if token not in allowed}
+        params = SamplingParams(max_tokens=3, temperature=0, beams=4, n=4, logit_bias=bias)
+        (result,) = engine.generate([[1]], params)
+        assert len(result.completions) == min(4, len(allowed) ** 3)
+        assert {id for c in result.completions for id in c.ids} <= allowed
+    params = SamplingParams(max_tokens=3, temperature=0, beams=4, logit_bias=dict.fromkeys(range(30), float("-inf")))
+    bad, good = engine.generate([[1], [1]], [params, GREEDY])
+    assert "no token is allowed" in str(bad.error)
+    assert len(good.ids) == 9
+    assert engine.stats.blocks_used == 0
 
 
 @given(data=st.data())
@@ -420,6 +521,8 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         ([], GREEDY, "empty"),
         ([30], GREEDY, "outside 0..29"),
         ([-1], GREEDY, "outside"),
+        ([1.5], GREEDY, "whole numbers"),  # type: ignore[list-item]
+        (["a"], GREEDY, "whole numbers"),  # type: ignore[list-item]
         ([1] * 25, GREEDY, "context"),
         ([1] * 10, GREEDY, "the cache holds 16"),
         ([1], SamplingParams(stop=("x",)), "stop strings"),
@@ -429,6 +532,12 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         ([1], SamplingParams(logprobs=31), "logprobs"),
         ([1], SamplingParams(max_tokens=3, logit_bias=dict.fromkeys(range(30), float("-inf"))), "no token is allowed"),
     ]
+
+    class Broken:
+        def start(self) -> Any:
+            raise ZeroDivisionError("oh")
+
+    wrong.append(([1], SamplingParams(constraint=Broken()), "ZeroDivisionError: oh"))
     good = [1, 2, 3]
     given = [p for p, _, _ in wrong] + [good]
     results = engine.generate(given, [w for _, w, _ in wrong] + [GREEDY])
@@ -456,6 +565,24 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(make_model: Any, na
         assert bad.completions[0].finish_reason == "error"
         assert good.ids == expected  # the damaged blocks were cleared before others got them
     assert engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("params", [SamplingParams(n=3), SamplingParams(temperature=0, beams=3)], ids=["n", "beams"])
+def test_memory_short_where_samples_part_is_their_request_s_alone(
+    make_model: Any, naive: Any, params: SamplingParams
+) -> None:
+    model = make_model("gpt2")
+    engine = Engine(model, block_size=4)
+
+    def fail(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    engine.runner.cache.copy = fail  # type: ignore[method-assign]
+    bad, good = engine.generate([[1, 2, 3], [4]], [params, GREEDY])
+    assert "memory" in str(bad.error)
+    assert good.ids == naive(model, [4], 9)
+    assert engine.stats.blocks_used == 0
+    assert engine.stats.running == 0
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("no"), ZeroDivisionError("oh")])
@@ -587,6 +714,35 @@ def test_the_oldest_advances_and_short_prompts_do_not_wait_for_long_ones(make_mo
             break
     assert long in finished
     drained(engine)
+
+
+def test_who_decodes_is_not_kept_waiting_by_a_long_prompt(make_model: Any) -> None:
+    """It is read in chunks of what a pass has room for, and each pass gives everybody else their token."""
+    model = make_model("gpt2", context=600)
+    engine = Engine(model, max_batch=4, max_batch_tokens=16)
+    decoding = [engine.add_request([i], SamplingParams(max_tokens=60, temperature=0)) for i in range(3)]
+    engine.step()
+    long = engine.add_request([7] * 500, SamplingParams(max_tokens=1, temperature=0))
+    told = [[e.request for e in engine.step()] for _ in range(500 // 13 + 1)]
+    assert told == [decoding] * (500 // 13) + [[*decoding, long]]
+
+
+def test_who_is_preempted_goes_on_and_nobody_waits_for_ever(make_model: Any, naive: Any) -> None:
+    """Long ones grow beyond the cache together, while as many short ones come as find room."""
+    model = make_model("llama")
+    engine = Engine(model, max_batch=4, max_batch_tokens=8, cache_tokens=28, block_size=2)
+    size = SamplingParams(max_tokens=20, temperature=0)
+    asked = {engine.add_request([i, i + 1], size): naive(model, [i, i + 1], 20) for i in range(3)}
+    results: dict[int, Result] = {}
+    for i in range(200):
+        if i < 100:
+            asked[engine.add_request([i % 30], SamplingParams(max_tokens=2, temperature=0))] = naive(model, [i % 30], 2)
+        results |= {e.request: e.result for e in engine.step() if e.result is not None}
+        if i == 99:
+            assert {0, 1, 2} <= results.keys()  # before the stream of short ones ended
+    results |= {e.request: e.result for e in drained(engine) if e.result is not None}
+    assert engine.stats.preemptions > 0
+    assert {number: result.ids for number, result in results.items()} == asked
 
 
 def test_arrival_decides_who_is_admitted(make_model: Any) -> None:

@@ -266,18 +266,20 @@ def test_never_slower_than_nine_tenths_of_plain(
 
 
 def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) -> None:
-    """By the computer's clock: the wrong guesses of a model as large as the one that checks them. The best of several
-    rounds of each, in turn, since other programs have their moments too."""
+    """By the computer's clock, trials included: the wrong guesses of a model as large as the one that checks them. The
+    two take turns; the best of three attempts counts, since other programs have their moments too."""
     model, other = make_model("qwen3", context=300), make_model("qwen3", context=300, seed=4)
     params = SamplingParams(max_tokens=250, temperature=2.0, seed=0)
-    plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
-    best = {plain: float("inf"), guessing: float("inf")}
-    for _ in range(6):
-        for engine in best:
-            began = time.process_time()
-            ids = engine.generate([[1]], params)[0].ids
-            best[engine] = min(best[engine], time.process_time() - began)
-            assert len(ids) == 250
-    assert guessing.stats.drafted > 0  # it did try
-    assert guessing.stats.acceptance_rate < 0.5
-    assert best[guessing] < best[plain] / 0.9
+    speeds = []
+    while len(speeds) < 3 and max(speeds, default=0.0) < 0.9:
+        plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
+        spent = {plain: 0.0, guessing: 0.0}
+        for _ in range(5):
+            for engine in spent:
+                began = time.process_time()
+                assert len(engine.generate([[1]], params)[0].ids) == 250
+                spent[engine] += time.process_time() - began
+        assert guessing.stats.drafted > 0  # it did try
+        assert guessing.stats.acceptance_rate < 0.5
+        speeds.append(spent[plain] / spent[guessing])
+    assert max(speeds) >= 0.9

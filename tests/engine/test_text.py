@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.engine.text import Piece, StopText, encode_prompt, generate_texts, stream
+from gptsmith.engine.text import Piece, StopText, Writing, encode_prompt, generate_texts, stream
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -86,6 +87,37 @@ def test_a_stop_string_across_tokens_ends_the_sample_and_frees_it(engine: Engine
     assert engine.stats.blocks_used == 0
     late = SamplingParams(max_tokens=40, min_tokens=40, temperature=1.0, seed=9, stop=(stop,))
     assert len(joined(list(stream(engine, tokenizer, "a", late, ignore_eos=True)))) >= 30
+
+
+def test_stop_strings_count_where_the_best_is_chosen(engine: Engine, tokenizer: Tokenizer, naive: Any) -> None:
+    """Texts of which nothing is told before their end are made no longer than they are, and compared by that."""
+    free = SamplingParams(max_tokens=30, temperature=1.0, seed=3, n=6, logprobs=0)
+    (every,) = engine.generate([tokenizer.encode("a")], replace(free, stop_ids=(tokenizer.eos_id or 0,)))
+    texts = [tokenizer.decode(c.ids) for c in every.completions]
+    stop = texts[0][8:10]  # two tokens: each is a character
+    ranked = []
+    for text, completion in zip(texts, every.completions, strict=True):
+        size = text.index(stop) + 2 if stop in text else len(completion.ids)
+        mean = sum(each.logprob for each in (completion.logprobs or [])[:size] if each) / size
+        ranked.append((-mean, text[: text.index(stop)] if stop in text else text))
+    expected = [text for _, text in sorted(ranked)]
+    made = engine.stats.generated_tokens
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=3, n=2, best_of=6, stop=(stop,))
+    assert generate_texts(engine, tokenizer, ["a"], params) == [expected[:2]]
+    assert engine.stats.generated_tokens - made < sum(len(c.ids) for c in every.completions)
+    # Beams: the stop string's last token ends one as a stop token would.
+    beams = SamplingParams(max_tokens=20, temperature=0, beams=4, n=4)
+    whole = generate_texts(engine, tokenizer, ["a"], beams)[0]
+    stop = whole[0][5:7]
+    writing = Writing(tokenizer, "a", replace(beams, stop=(stop,)))
+    (result,) = engine.generate([tokenizer.encode("a")], writing.engine_params)
+    for completion in result.completions:
+        text = tokenizer.decode(completion.ids)
+        assert stop not in text[:-1]
+        assert (stop in text) == (completion.finish_reason == "stop" and completion.ids[-1] != tokenizer.eos_id)
+    assert any(c.finish_reason == "stop" for c in result.completions)
+    cut = generate_texts(engine, tokenizer, ["a"], replace(beams, stop=(stop,)))[0]
+    assert cut == [tokenizer.decode(c.ids).partition(stop)[0] for c in result.completions]
 
 
 def test_echo_and_prompts_of_ids(engine: Engine, tokenizer: Tokenizer) -> None:

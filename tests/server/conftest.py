@@ -25,9 +25,9 @@ from gptsmith.model import families
 from gptsmith.model.hf import LAYOUTS, weights_to_hf
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
+from gptsmith.server.listening import listen
 from gptsmith.server.models import Loaded, Models
 from gptsmith.server.service import Settings
-from gptsmith.server.serving import listen
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
 
@@ -201,3 +201,13 @@ def start() -> Iterator[Callable[..., Live]]:
     yield begin
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def live_with_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Path]]:
+    """A server for a whole module, and the directory whose runs its page shows."""
+    runs = tmp_path_factory.mktemp("site") / "runs"
+    runs.mkdir()
+    server = Live(Settings(runs=runs)).start()
+    yield server, runs
+    server.stop()

@@ -281,7 +281,8 @@ def test_metrics(start: Start) -> None:
     assert 0 < values['gptsmith_prefix_hit_rate{model="tiny"}'] < 1
     assert values["gptsmith_queue_depth"] == values["gptsmith_requests_running"] == 0
     assert 'gptsmith_speculation_acceptance{model="tiny"}' in values
-    assert "made" not in text
+    assert "made/up" not in text
+    assert "made-up" not in text
 
 
 def test_models_are_loaded_when_asked_for(start: Start) -> None:

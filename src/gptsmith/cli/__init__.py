@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model",
     "serve": "serve models: OpenAI's API, and a web page",
+    "watch": "see training runs in the browser, while they train and after",
     "report": "write a run's report.html again",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,12 @@ HELP = """\
 /reset             begin anew
 /temperature X     0: always the most probable token; below 1 safer, above 1 wilder
 /save FILE         write the conversation, as JSON that fine-tuning reads
+/stats             how fast answers came, and what of the conversation did not have to be read again
 /help              this
 /quit              leave (Ctrl-D does, too)
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
+
+Overflow = Literal["truncate", "shift", "error"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ class Chat:
     """Above 1 makes tokens seen before less likely."""
     seed: int | None = None
     """The same seed gives the same answers."""
+    overflow: Overflow = "truncate"
+    """When the context is full: leave out the oldest turns and end the answer there, let the answer go on as the window
+    shifts, or refuse to go on."""
+    prompt_lookup: bool = False
+    """Guess several tokens ahead where the text repeats itself: the same text, sooner. Left off where it is slower."""
+    draft_model: str | None = None
+    """Guess several tokens ahead with a smaller model of the same vocabulary."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
     what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
@@ -78,15 +89,17 @@ def main(arguments: list[str]) -> int:
         adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
     from gptsmith.checkpoint import load
+    from gptsmith.cli.generate import speculator
     from gptsmith.engine.engine import Engine
     from gptsmith.runtime import choose_device
 
     model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
-    engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room)
+    guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
+    engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room, speculator=guessing)
     if chosen.adapter is not None:
         engine.add_adapter(str(chosen.adapter), chosen.adapter)
-    conversation = Conversation(engine, tokenizer, params, chosen.system)
+    conversation = Conversation(engine, tokenizer, params, chosen.system, chosen.overflow)
     if conversation.template.plain:
         note("note: this model has no chat template; names are put before what is said. It may not know how to chat.")
     if sys.stdin.isatty():
@@ -97,15 +110,24 @@ def main(arguments: list[str]) -> int:
 
 
 class Conversation:
-    """What has been said, and how to go on."""
+    """What has been said, and how to go on. overflow: what to do when the context is full; see `Chat`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, system: str = "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        system: str = "",
+        overflow: Overflow = "truncate",
+    ) -> None:
         from gptsmith.tokenizer.chat import ChatTemplate
 
         self.engine, self.tokenizer, self.params = engine, tokenizer, params
         self.template = ChatTemplate(tokenizer)
-        self.system = system
+        self.system, self.overflow = system, overflow
         self.turns: list[dict[str, str]] = []
+        self.seconds = 0.0
+        """That answers took, all together."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -114,31 +136,36 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """Say something; the answer as it is made. What has been made when it is broken off counts as the answer.
 
-        The oldest turns are left out, with a note, where they no longer fit. Raises GptsmithError if the model or its
-        template cannot go on; the turn is taken back then.
+        Where they no longer fit, the oldest turns are left out, with a note (unless `overflow` says otherwise). Raises
+        GptsmithError if the model or its template cannot go on; the turn is taken back then.
         """
         from gptsmith.engine.text import stream
 
         self.turns.append({"role": "user", "content": text})
-        made = ""
+        made, began = "", time.perf_counter()
         try:
             ids, room = self._fitting()
+            shifts = self.overflow == "shift"
             params = replace(
                 self.params,
-                max_tokens=min(self.params.max_tokens, room),
+                max_tokens=self.params.max_tokens if shifts else min(self.params.max_tokens, room),
+                overflow="shift" if shifts else "error",
                 stop=self.template.stop,
                 stop_ids=self.template.end_ids(),
             )
-            with contextlib.closing(stream(self.engine, self.tokenizer, ids, params)) as pieces:  # type: ignore[type-var]
+            pieces = stream(self.engine, self.tokenizer, ids, params, on_shift=_shifted)
+            with contextlib.closing(pieces):  # type: ignore[type-var]
                 for piece in pieces:
                     made += piece.text
                     yield piece.text
                     if piece.finish_reason == "length":
-                        note(f"\n(ended after {params.max_tokens} tokens)")
+                        full = params.max_tokens < self.params.max_tokens
+                        note(f"\n({'the context is full: ' if full else ''}ended after {params.max_tokens} tokens)")
         except GptsmithError:
             self.turns.pop()
             raise
         finally:
+            self.seconds += time.perf_counter() - began
             if self.turns and self.turns[-1]["role"] == "user":
                 self.turns.append({"role": "assistant", "content": made.strip() if self.template.plain else made})
 
@@ -152,6 +179,11 @@ class Conversation:
             ids = self.template.encode(system + turns)
             if len(ids) + wanted <= context:
                 break
+            if self.overflow == "error":
+                raise UsageError(
+                    f"the conversation has {len(ids):,} tokens, and the context of {context:,} must hold an answer, "
+                    "too. /reset begins anew; with --overflow truncate the oldest turns are left out."
+                )
             if len(turns) <= 1:
                 raise UsageError(f"that is too long: {len(ids):,} tokens, and the context has {context:,}.")
             turns, dropped = turns[2:], dropped + 1
@@ -159,10 +191,25 @@ class Conversation:
             note(f"(the oldest {dropped} {'turns do' if dropped > 1 else 'turn does'} not fit the context any more)")
         return ids, context - len(ids)
 
+    def told(self) -> str:
+        """How it went so far, in a line."""
+        stats = self.engine.stats
+        told = (
+            f"({stats.generated_tokens:,} tokens, {stats.generated_tokens / max(self.seconds, 1e-9):,.1f} tok/s; of "
+            f"{stats.prefix_tokens:,} tokens read {stats.prefix_hits:,} were known ({stats.prefix_hit_rate:.0%})"
+        )
+        if self.engine.speculator is not None:
+            told += f"; {stats.accepted:,} of {stats.drafted:,} guesses right ({stats.acceptance_rate:.0%})"
+        return told + ")"
+
     def save(self, path: Path) -> None:
         from gptsmith.storage import write_text
 
         write_text(path, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
+
+
+def _shifted() -> None:
+    note("\n(the context is full: the answer goes on, and its beginning is forgotten)")
 
 
 def _talk(conversation: Conversation) -> None:
@@ -211,6 +258,8 @@ def _command(conversation: Conversation, line: str) -> bool:
         return False
     if name == "help":
         note(HELP)
+    elif name == "stats":
+        note(conversation.told())
     elif name == "reset":
         conversation.turns.clear()
         note("(a new conversation)")
@@ -230,7 +279,7 @@ def _command(conversation: Conversation, line: str) -> bool:
         conversation.save(Path(value).expanduser())
         note(f"(saved to {value})")
     else:
-        names = ("system", "reset", "temperature", "save", "help", "quit")
+        names = ("system", "reset", "temperature", "save", "stats", "help", "quit")
         raise UsageError(f"there is no /{name}.{nearest(name, names)} /help lists what there is.")
     return True
 

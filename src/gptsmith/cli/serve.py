@@ -86,9 +86,10 @@ def main(arguments: list[str]) -> int:
     from gptsmith.checkpoint import resolve_model
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.journal import write_journal
+    from gptsmith.server.listening import is_loopback, listen
     from gptsmith.server.models import Models, load, name_of
     from gptsmith.server.service import Settings
-    from gptsmith.server.serving import is_loopback, listen, serve
+    from gptsmith.server.serving import serve
 
     keys = [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
     if chosen.api_key_file is not None:

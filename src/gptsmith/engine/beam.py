@@ -51,7 +51,7 @@ class Finished:
         return self.early_stopping or self.best[-1][0] >= self.score(best_live, length)
 
 
-def lengthen(beams: list[Sequence], finished: Finished, stop_ids: frozenset[int]) -> list[Step]:
+def lengthen(beams: list[Sequence], finished: Finished) -> list[Step]:
     """The beams' candidates, best first: those that end among the first k are added to `finished`, the k best others
     are returned. Each beam's `candidates` are (total, token id, log-probability of the token)."""
     candidates = sorted(
@@ -65,7 +65,7 @@ def lengthen(beams: list[Sequence], finished: Finished, stop_ids: frozenset[int]
     )
     live: list[Step] = []
     for rank, step in enumerate(candidates):
-        if step.token.id in stop_ids:
+        if step.parent.sampler.would_end(step.token.id):
             if rank < finished.width:
                 finished.add(step, "stop")
         elif len(live) < finished.width:

@@ -165,6 +165,12 @@ class Engine:
         self.scheduler.add(request.live[0])
         return request.number
 
+    def cut(self, length: int, params: SamplingParams) -> int:
+        """How many of a prompt's first tokens are cut off: none, unless `overflow="truncate"` asks for it."""
+        if params.overflow != "truncate":
+            return 0
+        return max(0, length - max(self.context - params.max_tokens, self.context // 4, 1))
+
     def abort(self, request: int) -> None:
         """Cancel a request; its blocks are free at once. What it had made comes with its last event. Unknown or
         finished: nothing happens."""
@@ -240,8 +246,8 @@ class Engine:
         for i, (prompt, wishes) in enumerate(zip(prompts, each, strict=True)):
             try:
                 numbers[i] = self.add_request(prompt, wishes)
-            except GptsmithError as error:
-                results[i] = Result(-1, list(prompt), error=error)
+            except Exception as failure:  # whatever is wrong with it, the others go on
+                results[i] = Result(-1, list(prompt), error=as_error(failure))
         results |= zip(numbers, self.drain(list(numbers.values())), strict=True)
         return [results[i] for i in range(len(prompts))]
 
@@ -349,7 +355,7 @@ class Engine:
             request = sequence.request
             touched[request.number] = request
             past = sequence.start + sequence.computed
-            if len(rows.logits) and not bool(torch.isfinite(rows.logits).all()):
+            if not rows.finite:
                 if sequence.drafts:
                     self._forget_guesses(sequence)
                 else:
@@ -494,7 +500,7 @@ class Engine:
         params, sampler = sequence.request.params, sequence.sampler
         if token in params.stop_ids and sampler.generated > params.min_tokens:
             return "stop"
-        if sampler.matcher is not None and sampler.matcher.finished:
+        if sampler.ended or (sampler.matcher is not None and sampler.matcher.finished):
             return "stop"
         if sampler.generated >= params.max_tokens:
             return "length"
@@ -542,7 +548,7 @@ class Engine:
 
     def _lengthen_beams(self, request: Request) -> None:
         params, finished = request.params, self._beams[request.number]
-        steps = lengthen(request.live, finished, frozenset(params.stop_ids))
+        steps = lengthen(request.live, finished)
         if not steps and not finished.best:
             raise GptsmithError(_NOTHING_ALLOWED)
         length = len(request.live[0].generated) + 1
@@ -608,13 +614,7 @@ class Engine:
     def _fail(self, request: Request, failure: Exception) -> None:
         if request.error is not None:
             return
-        if isinstance(failure, GptsmithError):
-            request.error = failure
-        elif isinstance(failure, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(failure):
-            request.error = GptsmithError("out of memory: give the engine fewer tokens a pass, or a smaller cache.")
-        else:
-            request.error = GptsmithError(f"generation failed: {type(failure).__name__}: {failure}.")
-        request.error.__cause__ = None if request.error is failure else failure
+        request.error = as_error(failure)
         self._undelivered += self._end(request, "error")
 
     def _end(self, request: Request, reason: FinishReason) -> list[Event]:
@@ -629,7 +629,7 @@ class Engine:
         params = request.params
         ended = not request.live
         events = []
-        if not self._chosen_at_the_end(params):
+        if not params.told_at_the_end:
             for sequence in sorted([*request.live, *request.finished], key=lambda s: s.index):
                 event = self._event(sequence, sequence.index)
                 if event is not None:
@@ -648,7 +648,7 @@ class Engine:
             min(request.cached_tokens, len(request.prompt)),
             request.error,
         )
-        if self._chosen_at_the_end(params):
+        if params.told_at_the_end:
             events = [Event(request.number, c.index, c.ids, c.logprobs, c.finish_reason) for c in result.completions]
         if not events:
             events = [
@@ -658,10 +658,6 @@ class Engine:
         del self._requests[request.number]
         self._beams.pop(request.number, None)
         return events
-
-    @staticmethod
-    def _chosen_at_the_end(params: SamplingParams) -> bool:
-        return params.beams > 1 or (params.best_of is not None and params.best_of > params.n)
 
     def _event(self, sequence: Sequence, index: int) -> Event | None:
         """What is new of a sequence; None if nothing is."""
@@ -734,8 +730,7 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.vocab_size:
                 raise UsageError(f"--{name.replace('_', '-')} must be at most {self.vocab_size}, the vocabulary.")
-        if params.overflow == "truncate" and len(ids) + params.max_tokens > self.context:
-            ids = ids[-max(self.context - params.max_tokens, self.context // 4, 1) :]
+        ids = ids[self.cut(len(ids), params) :]
         if len(ids) > self.context:
             if params.overflow == "error":
                 raise UsageError(
@@ -751,6 +746,18 @@ class Engine:
                 "Ask for fewer tokens, or give the engine a larger cache."
             )
         return ids
+
+
+def as_error(failure: Exception) -> GptsmithError:
+    """What to say of a failure, whoever raised it."""
+    if isinstance(failure, GptsmithError):
+        return failure
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(failure):
+        error = GptsmithError("out of memory: give the engine fewer tokens a pass, or a smaller cache.")
+    else:
+        error = GptsmithError(f"generation failed: {type(failure).__name__}: {failure}.")
+    error.__cause__ = failure
+    return error
 
 
 def _logprobs(logits: Tensor, chosen: Items[int], wishes: Items[int | None]) -> list[TokenLogprob | None]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gptsmith.engine.graphs import GraphRunner
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
 from gptsmith.model.parallel import announce_compiling, kernels_available, together
@@ -20,7 +21,7 @@ from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
 LEAST_WEIGHTS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
-MOST_TOKENS = {32: 64, 8: 64, 4: 64}  # of a pass, by bits: beyond it PyTorch's own matrix products are faster
+MOST_TOKENS = 64  # of a float32 model's pass: beyond it PyTorch's own matrix products are faster
 
 
 def serves(model: Transformer) -> bool:
@@ -36,6 +37,7 @@ def serves(model: Transformer) -> bool:
         and not c.num_experts
         and all(isinstance(layer.mlp, MLP) for layer in model.layers)
         and (not c.qk_norm or c.norm == "rmsnorm")
+        and c.head_dim % 16 == 0
         and all(width % 32 == 0 for width in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
         and kernels_available()
     )
@@ -48,8 +50,9 @@ class FastRunner(Runner):
         super().__init__(model, cache, vocab_size)
         announce_compiling()
         self._stamp: Any = None
-        self.most_tokens = MOST_TOKENS[bits_of(model) or 32]
-        self._room: dict[int, dict[str, np.ndarray]] = {}
+        self.most_tokens = MOST_TOKENS if bits_of(model) is None else 1 << 30
+        self._room: tuple[np.ndarray, ...] = ()
+        self._room_of = (0, 0)  # tokens, threads
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
         if len(ids) > self.most_tokens:
@@ -68,49 +71,43 @@ class FastRunner(Runner):
             cos, sin = self._cos[positions], self._sin[positions]
         longest = max(len(table) for chunk in chunks for table in chunk.tables)
         tables = np.zeros((len(self.cache.windows), N, longest), dtype=np.int64)
-        n = 0
+        n, units = 0, []
         for chunk in chunks:
+            units += [(n + i, min(4, chunk.size - i)) for i in range(0, chunk.size, 4)]
             for g, table in enumerate(chunk.tables):
                 tables[g, n : n + chunk.size, : len(table)] = table
             n += chunk.size
-        room = self._rooms(N)
         logits = np.empty((len(rows), -(-c.vocab_size // kernels.ROWS) * kernels.ROWS), dtype=np.float32)
         together(
             kernels.forward,
             *(self._layers, self._head, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size),
             *(c.vocab_size, c.attention_scale or c.head_dim**-0.5, c.norm_eps, c.norm == "layernorm"),
-            *(_ACTIVATIONS[c.mlp], positions, cos, sin, tables),
+            *(_ACTIVATIONS[c.mlp], positions, np.array(units, dtype=np.int64), cos, sin, tables),
             *(self._pools, self.cache.block_size, np.array(rows, dtype=np.int64), x.detach().numpy()),
-            *(room[name] for name in ("h", "xq", "xs", "xsum", "qkv", "mixed", "wide", "product", "scores")),
+            *self._rooms(N),
             logits,
         )
         return torch.from_numpy(logits)[:, : self.vocab_size]
 
-    def _rooms(self, N: int) -> dict[str, np.ndarray]:
-        """Arrays to work in, kept for passes of the same size."""
-        threads = torch.get_num_threads()
-        key = N * 1000 + threads
-        if key not in self._room:
-            c = self.model.config
-            E, F = c.num_attention_heads * c.head_dim, c.intermediate_size
-            most = N * max(c.hidden_size, E, F)
-            R = E + 2 * c.num_key_value_heads * c.head_dim
-            widest = max(2 * F if c.mlp == "swiglu" else F, c.hidden_size)
-            widest = -(-widest // 16) * 16
-            if len(self._room) > 64:
-                self._room.clear()
-            self._room[key] = {
-                "h": np.empty((threads, most), np.float32),
-                "xq": np.empty((threads, most), np.int8),
-                "xs": np.empty((threads, most // 32), np.float32),
-                "xsum": np.empty((threads, most // 32), np.float32),
-                "qkv": np.empty((N, R), np.float32),
-                "mixed": np.empty((N, E), np.float32),
-                "wide": np.empty((N, F), np.float32),
-                "product": np.empty((N, widest), np.float32),
-                "scores": np.empty((threads, self.context), np.float32),
-            }
-        return self._room[key]
+    def _rooms(self, N: int) -> tuple[np.ndarray, ...]:
+        """Arrays to work in on N tokens (see `kernels.forward`), kept for passes of up to as many."""
+        c, threads = self.model.config, torch.get_num_threads()
+        E, F = c.num_attention_heads * c.head_dim, c.intermediate_size
+        R = E + 2 * c.num_key_value_heads * c.head_dim
+        widest = -(-max(2 * F if c.mlp == "swiglu" else F, c.hidden_size) // 16) * 16
+        if self._room_of[0] < N or self._room_of[1] != threads:
+            self._room_of = most, threads = 1 << (N - 1).bit_length(), threads
+            columns = most * max(c.hidden_size, E, F)
+            self._room = (
+                np.empty((threads, columns), np.float32),
+                np.empty((threads, columns), np.int8),
+                np.empty((threads, columns // 32), np.float32),
+                np.empty((threads, columns // 32), np.float32),
+                *(np.empty((most, width), np.float32) for width in (R, E, F, widest)),
+                np.empty((threads, 4, self.context + 2 * self.cache.block_size), np.float32),
+            )
+        h, xq, xs, xsum, qkv, mixed, wide, product, scores = self._room
+        return h, xq, xs, xsum, qkv[:N], mixed[:N], wide[:N], product[:N], scores
 
     def _look_up(self) -> None:
         """The addresses of all weights, looked up again if the model's tensors have been replaced (by `Module.to`, say;
@@ -174,6 +171,8 @@ class FastRunner(Runner):
 
 def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
     """The runner for this model on this machine."""
+    if cache.keys[0].is_cuda and not model.config.num_experts:  # experts ask how many tokens each has: no graph
+        return GraphRunner(model, cache, vocab_size)
     pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
     if pays and serves(model) and cache.keys[0].dtype == torch.float32:
         return FastRunner(model, cache, vocab_size)

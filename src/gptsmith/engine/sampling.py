@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -47,6 +48,35 @@ class Constraint(Protocol):
         """Raises UsageError if nothing can be in it."""
 
 
+class Reader(Protocol):
+    """Reads one text as it is made."""
+
+    def push(self, token: int) -> bool:
+        """This one came; whether the text ends with it."""
+
+    def copy(self) -> Reader:
+        """Another that has read the same."""
+
+
+class Ending(Protocol):
+    """Where texts end, if that is not for a single token to say."""
+
+    def start(self) -> Reader:
+        """For a text that has not begun."""
+
+
+_WHOLE = ("max_tokens", "min_tokens", "top_k", "seed", "n", "best_of", "beams", "logprobs", "prompt_logprobs")
+_REAL = (
+    *("temperature", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"),
+)
+
+
+def _are(kind: type, values: Iterable[object]) -> bool:
+    """Whether all are of this kind; that True is a whole number is nobody's wish."""
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens, and how many. Raises UsageError for values out of range or that contradict each other."""
@@ -79,6 +109,8 @@ class SamplingParams:
     """Texts at which to stop; they are not part of the result. For those who read text: the engine knows only ids."""
     stop_ids: tuple[int, ...] = ()
     """Tokens at which to stop."""
+    ending: Ending | None = None
+    """Says where else to stop. What `stop` becomes where nothing of a text is told before its end (best_of, beams)."""
     seed: int | None = None
     """The same seed gives the same tokens. Sample i of several uses seed + i. None: a new one each time."""
     n: int = 1
@@ -111,6 +143,13 @@ class SamplingParams:
             if not ok or (isinstance(value, float) and not math.isfinite(value)):
                 raise UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value}.")
 
+        for name in (*_WHOLE, *_REAL):
+            value, kind = getattr(self, name), numbers.Integral if name in _WHOLE else numbers.Real
+            absent = value is None and getattr(type(self), name) is None
+            check(absent or _are(kind, [value]), name, "a whole number" if name in _WHOLE else "a number")
+        check(_are(numbers.Integral, self.stop_ids), "stop_ids", "token ids")
+        check(_are(numbers.Integral, self.logit_bias), "logit_bias", "numbers by token ids")
+        check(_are(numbers.Real, self.logit_bias.values()), "logit_bias", "numbers by token ids")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"from 0 to max_tokens ({self.max_tokens})")
         check(self.temperature >= 0, "temperature", "0 (greedy) or above")
@@ -123,7 +162,8 @@ class SamplingParams:
         check(abs(self.frequency_penalty) <= 100, "frequency_penalty", "a number of at most 100")
         check(not any(map(math.isnan, self.logit_bias.values())), "logit_bias", "numbers")
         check(math.inf not in self.logit_bias.values(), "logit_bias", "below infinity")
-        check(all(self.stop), "stop", "texts that are not empty")
+        texts = not _are(str, [self.stop]) and _are(str, self.stop) and all(self.stop)
+        check(texts, "stop", "a tuple of texts that are not empty")
         check(self.n >= 1, "n", "at least 1")
         check(self.best_of is None or self.best_of >= self.n, "best_of", f"at least n ({self.n})")
         check(self.beams >= 1, "beams", "at least 1")
@@ -148,6 +188,11 @@ class SamplingParams:
         return self.best_of or self.n
 
     @property
+    def told_at_the_end(self) -> bool:
+        """Whether only the end decides which texts there are."""
+        return self.beams > 1 or self.samples > self.n
+
+    @property
     def draws_plainly(self) -> bool:
         """Whether tokens depend on the logits alone: no penalty, bias, grammar or least length."""
         return not (
@@ -165,8 +210,8 @@ class SamplerState:
     """What the choice of a sequence's next token depends on, besides the logits. Raises UsageError for a constraint
     that nothing satisfies.
 
-    generated: how many tokens were. offset: at which of the seed's numbers it begins. seen: (V,) bool, in prompt or
-    result; counts: (V,) float32, in the result. Both only where a penalty asks for them.
+    generated: how many tokens were. ended: whether `ending` says so. offset: at which of the seed's numbers it begins.
+    seen: (V,) bool, in prompt or result; counts: (V,) float32, in the result. Both only where a penalty asks for them.
     """
 
     def __init__(
@@ -175,6 +220,8 @@ class SamplerState:
         self.params, self.seed, self.offset, self.generated = params, seed, offset, 0
         self.seen = self.counts = None
         self.matcher = params.constraint.start() if params.constraint is not None else None
+        self.reader = params.ending.start() if params.ending is not None else None
+        self.ended = False
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[torch.tensor(prompt)] = True
@@ -189,6 +236,12 @@ class SamplerState:
             self.counts[token] += 1
         if self.matcher is not None and token not in self.params.stop_ids:
             self.matcher.push(token)
+        if self.reader is not None:
+            self.ended = self.reader.push(token)
+
+    def would_end(self, token: int) -> bool:
+        """Whether the text ends if this token comes next."""
+        return token in self.params.stop_ids or (self.reader is not None and self.reader.copy().push(token))
 
     def fork(self, seed: int) -> SamplerState:
         """A copy for another sample."""
@@ -197,6 +250,7 @@ class SamplerState:
         child.seen = None if self.seen is None else self.seen.clone()
         child.counts = None if self.counts is None else self.counts.clone()
         child.matcher = None if self.matcher is None else self.matcher.copy()
+        child.reader, child.ended = None if self.reader is None else self.reader.copy(), self.ended
         return child
 
     def uniform(self, ahead: int = 0, purpose: int = 0) -> float:

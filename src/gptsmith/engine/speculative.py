@@ -180,7 +180,7 @@ class _Experience:
 
 
 class _Recent:
-    """The last passes of a kind. count: of all there were. seconds: a pass's, the median. tokens: a pass's, the mean."""
+    """The last passes of a kind: the median of their seconds, the mean of their tokens. count: of all there were."""
 
     def __init__(self) -> None:
         self.count, self.seconds, self.tokens = 0, 0.0, 0.0

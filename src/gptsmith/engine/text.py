@@ -8,10 +8,11 @@ text = generate(model, tokenizer, "ROMEO:", max_tokens=200)
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
@@ -19,6 +20,9 @@ from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptsmith.engine.speculative import Speculator
 
 
 class StopText:
@@ -95,9 +99,9 @@ class Writing:
         self.skip_special_tokens = skip_special_tokens
         self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
         ends = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
-        self.engine_params = replace(
-            params, stop=(), echo=self.echoed > 0, stop_ids=tuple(dict.fromkeys((*params.stop_ids, *ends)))
-        )
+        stop_ids = tuple(dict.fromkeys((*params.stop_ids, *ends)))
+        ending = _Ending(self) if params.stop and params.told_at_the_end else params.ending
+        self.engine_params = replace(params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, ending=ending)
         self._samples: dict[int, _Sample] = {}
 
     def push(self, event: Event) -> tuple[Piece | None, bool]:
@@ -168,6 +172,36 @@ class _Sample:
             told.append(self.tokens.popleft())
         return tuple(told)
 
+    def copy(self) -> _Sample:
+        other = copy.copy(self)
+        other.decoder, other.stopped = self.decoder.copy(), copy.copy(self.stopped)
+        other.tokens = self.tokens.copy()
+        return other
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Stop strings, for the engine to find where it tells of a text only once it has ended."""
+
+    writing: Writing
+
+    def start(self) -> _Reader:
+        sample = _Sample(self.writing)
+        sample.echoed = 0  # it is shown new tokens only
+        return _Reader(sample)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    sample: _Sample
+
+    def push(self, token: int) -> bool:
+        self.sample.push([token], None)
+        return self.sample.stopped.stopped
+
+    def copy(self) -> _Reader:
+        return _Reader(self.sample.copy())
+
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids; of an empty one, the end-of-text token, after which texts begin. TokenizerError for characters
@@ -191,7 +225,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Continuations of a prompt (a text, or its ids) as they are made, in pieces of whole characters.
 
-    on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`).
+    on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
     Raises, before anything is made, what `encode_prompt` and `Engine.add_request` raise; a request that fails later
     raises its error.
     """
@@ -205,6 +239,9 @@ def _pieces(
     engine: Engine, events: Generator[Event], writing: Writing, length: int, on_shift: Callable[[], None] | None
 ) -> Iterator[Piece]:
     made: dict[int, int] = {}
+    if on_shift is not None and engine.cut(length, writing.params):
+        on_shift()
+        on_shift = None
     with contextlib.closing(events):
         for event in events:
             made[event.index] = made.get(event.index, 0) + len(event.ids)
@@ -280,7 +317,9 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: An
     return "".join(piece.text for piece in stream(engine, tokenizer, prompt, chosen))
 
 
-def engine_for(model: Transformer, tokenizer: Tokenizer, params: SamplingParams) -> Engine:
+def engine_for(
+    model: Transformer, tokenizer: Tokenizer, params: SamplingParams, speculator: Speculator | None = None
+) -> Engine:
     """An engine for one prompt at a time, with room for what `params` asks for and no more."""
     sequences = max(params.samples, params.beams)
     context = model.config.max_position_embeddings
@@ -290,4 +329,5 @@ def engine_for(model: Transformer, tokenizer: Tokenizer, params: SamplingParams)
         max_batch=sequences,
         max_batch_tokens=max(256, sequences),
         cache_tokens=sequences * (context + 16),
+        speculator=speculator,
     )

@@ -71,17 +71,29 @@ def _at(b: Any, base: Any, *terms: Any) -> Any:
     return base
 
 
+def _totals(b: Any, vectors: list[Any]) -> Any:
+    """A vector of the sums of up to sixteen vectors' sixteen numbers."""
+    vectors = vectors + [ir.Constant(_FLOATS, [0.0] * 16)] * (16 - len(vectors))
+    halves = [ir.Constant(_INTS, list(range(first, 32, 2))) for first in (0, 1)]
+    while len(vectors) > 1:  # two become one, each number of it the sum of two neighbours
+        vectors = [
+            b.fadd(*(b.shuffle_vector(vectors[i], vectors[i + 1], half) for half in halves))
+            for i in range(0, len(vectors), 2)
+        ]
+    return vectors[0]
+
+
 def _packed_product(T: int, bits: int) -> Any:
     """T tokens times one block of sixteen rows: a function of addresses.
 
-    w, s, m: the block's weights, scales and least values. x, xs, xsum: inputs in 8 bits (ldx apart), their scales and
-    the sums of what they stand for (ldg apart, float32). out: (T, 16) float32, ldo apart.
+    w, s, m: the block's weights, scales and least values. x, xs, xsum: inputs in 8 bits, (G, T, 32), their scales and
+    the sums of what they stand for, (G, T) float32: see `_round`. out: (T, 16) float32, ldo apart.
     """
 
     @intrinsic
-    def product(ctx, w, s, m, x, xs, xsum, G, ldx, ldg, out, ldo):
+    def product(ctx, w, s, m, x, xs, xsum, G, out, ldo):
         def codegen(context, b, signature, args):
-            w, s, m, x, xs, xsum, G, ldx, ldg, out, ldo = args
+            w, s, m, x, xs, xsum, G, out, ldo = args
             dot = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(_INTS, [_INTS] * 3), "llvm.x86.avx512.vpdpbusd.512"
             )
@@ -102,14 +114,13 @@ def _packed_product(T: int, bits: int) -> Any:
                     for column, weights in parts:
                         weights = b.bitcast(weights, _INTS)
                         for t in range(T):
-                            inputs = _load(b, _at(b, x, (t, ldx), (g, GROUP), column), _i32)
+                            inputs = _load(b, _at(b, x, (g, GROUP * T), GROUP * t + column), _i32)
                             ints[t] = b.call(dot, [ints[t], weights, _spread(b, inputs, _INTS)])
                 scale = b.fpext(_load(b, _at(b, s, (g, 32)), _HALVES), _FLOATS)
                 least = b.fpext(_load(b, _at(b, m, (g, 32)), _HALVES), _FLOATS) if bits == 4 else None
                 for t in range(T):
-                    place = b.mul(_at(b, b.mul(ir.Constant(_i64, t), ldg), g), ir.Constant(_i64, 4))
-                    own = _spread(b, _load(b, b.add(xs, place), _f32), _FLOATS)
-                    inputs = _spread(b, _load(b, b.add(xsum, place), _f32), _FLOATS)
+                    own = _spread(b, _load(b, _at(b, xs, (g, 4 * T), 4 * t), _f32), _FLOATS)
+                    inputs = _spread(b, _load(b, _at(b, xsum, (g, 4 * T), 4 * t), _f32), _FLOATS)
                     product_ = b.fmul(b.sitofp(ints[t], _FLOATS), own)
                     total = b.load(sums[t])
                     if bits == 4:
@@ -122,49 +133,91 @@ def _packed_product(T: int, bits: int) -> Any:
                 _store(b, b.load(sums[t]), _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t)))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return product
 
 
 def _plain_product(T: int, rows: int) -> Any:
-    """T tokens times `rows` rows of a float32 matrix that lies row by row: a function of addresses.
+    """T vectors times `rows` rows of a float32 matrix: a function of addresses.
 
-    w: the first row. x: (T, K), ldx apart. out: (T, rows), ldo apart. K: a multiple of 16.
+    w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to if `more` is not 0.
+    K: a multiple of 16.
     """
 
     @intrinsic
-    def product(ctx, w, x, K, ldx, out, ldo):
+    def product(ctx, w, ldw, x, ldx, K, out, ldo, more):
         def codegen(context, b, signature, args):
-            w, x, K, ldx, out, ldo = args
+            w, ldw, x, ldx, K, out, ldo, more = args
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
-            add = cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(_f32, [_f32, _FLOATS]), "llvm.vector.reduce.fadd.v16f32"
-            )
             sums = [[cgutils.alloca_once(b, _FLOATS) for _ in range(rows)] for _ in range(T)]
             for total in (each for row in sums for each in row):
                 b.store(ir.Constant(_FLOATS, [0.0] * 16), total)
             with cgutils.for_range(b, b.udiv(K, ir.Constant(_i64, 16))) as loop:
-                row = b.mul(K, ir.Constant(_i64, 4))
+                row = b.mul(ldw, ir.Constant(_i64, 4))
                 weights = [_load(b, _at(b, w, (row, r), (loop.index, 64)), _FLOATS) for r in range(rows)]
                 for t in range(T):
                     inputs = _load(b, _at(b, x, (b.mul(ldx, ir.Constant(_i64, 4)), t), (loop.index, 64)), _FLOATS)
                     for r in range(rows):
                         b.store(b.call(fma, [weights[r], inputs, b.load(sums[t][r])]), sums[t][r])
+            totals = _totals(b, [b.load(total) for row in sums for total in row])
             for t in range(T):
-                for r in range(rows):
-                    total = b.call(add, [ir.Constant(_f32, -0.0), b.load(sums[t][r])], fastmath=("reassoc",))
-                    _store(b, total, _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t), 4 * r))
+                part = b.shuffle_vector(
+                    totals, totals, ir.Constant(ir.VectorType(_i32, rows), list(range(t * rows, (t + 1) * rows)))
+                )
+                place = _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t))
+                nothing = ir.Constant(part.type, [0.0] * rows)
+                known = b.select(b.icmp_signed("!=", more, ir.Constant(_i64, 0)), _load(b, place, part.type), nothing)
+                _store(b, b.fadd(part, known), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 8), codegen
+
+    return product
+
+
+def _weighted_sum(T: int, width: int) -> Any:
+    """Sums of n rows of 16 · width float32, by T ways to weight them: a function of addresses.
+
+    w: weights (T, n), ldw apart. x: the first row; they are ldx apart. out: (T, 16 · width), ldo apart; added to.
+    """
+
+    @intrinsic
+    def product(ctx, w, ldw, x, ldx, n, out, ldo):
+        def codegen(context, b, signature, args):
+            w, ldw, x, ldx, n, out, ldo = args
+            fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
+            places = [
+                [_at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t), 64 * c) for c in range(width)] for t in range(T)
+            ]
+            sums = [[cgutils.alloca_once(b, _FLOATS) for _ in range(width)] for _ in range(T)]
+            for t in range(T):
+                for c in range(width):
+                    b.store(_load(b, places[t][c], _FLOATS), sums[t][c])
+            with cgutils.for_range(b, n) as loop:
+                row = _at(b, x, (b.mul(ldx, ir.Constant(_i64, 4)), loop.index))
+                parts = [_load(b, _at(b, row, 64 * c), _FLOATS) for c in range(width)]
+                for t in range(T):
+                    place = _at(b, w, (b.mul(ldw, ir.Constant(_i64, 4)), t), (loop.index, 4))
+                    weight = _spread(b, _load(b, place, _f32), _FLOATS)
+                    for c in range(width):
+                        b.store(b.call(fma, [weight, parts[c], b.load(sums[t][c])]), sums[t][c])
+            for t in range(T):
+                for c in range(width):
+                    _store(b, b.load(sums[t][c]), places[t][c])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
 
     return product
 
 
 _q4_1, _q4_2, _q4_4, _q4_8 = (_packed_product(T, 4) for T in (1, 2, 4, 8))
 _q8_1, _q8_2, _q8_4, _q8_8 = (_packed_product(T, 8) for T in (1, 2, 4, 8))
-_f_1_4, _f_2_4, _f_4_4, _f_1_1 = _plain_product(1, 4), _plain_product(2, 4), _plain_product(4, 4), _plain_product(1, 1)
+_f_1_4, _f_2_4, _f_3_4, _f_4_4 = (_plain_product(T, 4) for T in (1, 2, 3, 4))
+_f_1_1 = _plain_product(1, 1)
+_s_1_4, _s_2_4, _s_3_4, _s_4_4 = (_weighted_sum(T, 4) for T in (1, 2, 3, 4))
+_s_1_1, _s_2_1, _s_3_1, _s_4_1 = (_weighted_sum(T, 1) for T in (1, 2, 3, 4))
 
 
 @intrinsic
@@ -175,6 +228,115 @@ def _floats(ctx, address):
         return b.inttoptr(args[0], _f32.as_pointer())
 
     return types.CPointer(types.float32)(types.int64), codegen
+
+
+def _function(b: Any, name: str, result: Any, *arguments: Any) -> Any:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
+
+
+def _exp_of(b: Any, x: Any) -> Any:
+    """e to the power of a vector ≤ 0, as `_exp` computes it."""
+
+    def constant(value: float) -> Any:
+        return ir.Constant(_FLOATS, [value] * 16)
+
+    fma = _function(b, "llvm.fma.v16f32", _FLOATS, _FLOATS, _FLOATS, _FLOATS)
+    x = b.call(_function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS), [x, constant(-87.0)])
+    x = b.fmul(x, constant(1.4426950408889634))
+    whole = b.call(_function(b, "llvm.floor.v16f32", _FLOATS, _FLOATS), [x])
+    r = b.fmul(b.fsub(x, whole), constant(0.6931471805599453))
+    p = constant(1 / 5040)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        p = b.call(fma, [p, r, constant(1 / factorial)])
+    power = b.add(b.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * 16))
+    return b.fmul(p, b.bitcast(b.shl(power, ir.Constant(_INTS, [23] * 16)), _FLOATS))
+
+
+def _gate(kind: int) -> Any:
+    """n numbers (a multiple of 16) through an activation: a function of addresses. 0: silu(x) · up. 1: gelu by tanh."""
+
+    @intrinsic
+    def activate(ctx, x, up, n, out):
+        def codegen(context, b, signature, args):
+            x, up, n, out = args
+            one, zero = (ir.Constant(_FLOATS, [value] * 16) for value in (1.0, 0.0))
+            with cgutils.for_range(b, b.lshr(n, ir.Constant(_i64, 4))) as loop:
+                value = _load(b, _at(b, x, (loop.index, 64)), _FLOATS)
+                slope = value
+                if kind == 1:  # gelu(x) = x · sigmoid(1.6 (x + 0.045 x³))
+                    inner = b.fmul(b.fmul(value, value), ir.Constant(_FLOATS, [2 * 0.7978845608028654 * 0.044715] * 16))
+                    slope = b.fmul(value, b.fadd(inner, ir.Constant(_FLOATS, [2 * 0.7978845608028654] * 16)))
+                e = b.call(_function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS), [slope])
+                e = _exp_of(b, b.fsub(zero, e))
+                above = b.select(b.fcmp_ordered(">=", slope, zero), one, e)
+                result = b.fmul(value, b.fdiv(above, b.fadd(one, e)))
+                if kind == 0:
+                    result = b.fmul(result, _load(b, _at(b, up, (loop.index, 64)), _FLOATS))
+                _store(b, result, _at(b, out, (loop.index, 64)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return activate
+
+
+_swiglu, _gelu = _gate(0), _gate(1)
+
+
+@intrinsic
+def _largest(ctx, x, n):
+    """The largest of n ≥ 0 float32 from an address on; -3e38 of none."""
+
+    def codegen(context, b, signature, args):
+        x, n = args
+        larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+        largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
+        one = _function(b, "llvm.maxnum.f32", _f32, _f32, _f32)
+        most, rest = cgutils.alloca_once(b, _FLOATS), cgutils.alloca_once(b, _f32)
+        b.store(ir.Constant(_FLOATS, [-3e38] * 16), most)
+        whole = b.lshr(n, ir.Constant(_i64, 4))
+        with cgutils.for_range(b, whole) as loop:
+            b.store(b.call(larger, [b.load(most), _load(b, _at(b, x, (loop.index, 64)), _FLOATS)]), most)
+        b.store(b.call(largest, [b.load(most)]), rest)
+        done = b.shl(whole, ir.Constant(_i64, 4))
+        with cgutils.for_range(b, b.sub(n, done)) as loop:
+            value = _load(b, _at(b, x, (b.add(done, loop.index), 4)), _f32)
+            b.store(b.call(one, [b.load(rest), value]), rest)
+        return b.load(rest)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _round_group(ctx, x, xq, xs, xsum):
+    """32 float32 to 8 bits, their scale and the sum of what is left of them; all addresses. What is not finite makes
+    the scale NaN: it must not be lost."""
+
+    def codegen(context, b, signature, args):
+        x, xq, xs, xsum = args
+        absolute = _function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS)
+        larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+        largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
+        nearest = _function(b, "llvm.rint.v16f32", _FLOATS, _FLOATS)
+        add = _function(b, "llvm.vector.reduce.add.v16i32", _i32, _INTS)
+        sum_ = _function(b, "llvm.vector.reduce.fadd.v16f32", _f32, _f32, _FLOATS)
+        low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
+        most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
+        nothing = b.fadd(b.fsub(low, low), b.fsub(high, high))  # NaN of what is not finite
+        nothing = b.call(sum_, [ir.Constant(_f32, 0.0), nothing], fastmath=("reassoc",))
+        scale = b.fadd(b.fmul(most, ir.Constant(_f32, 1 / 127)), nothing)
+        none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
+        inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
+        total = ir.Constant(_i32, 0)
+        for i, part in enumerate((low, high)):
+            q = b.fptosi(b.call(nearest, [b.fmul(part, _spread(b, inverse, _FLOATS))]), _INTS)
+            _store(b, b.trunc(q, ir.VectorType(_i8, 16)), b.add(xq, ir.Constant(_i64, 16 * i)))
+            total = b.add(total, b.call(add, [q]))
+        _store(b, scale, xs)
+        _store(b, b.fmul(scale, b.sitofp(total, _f32)), xsum)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic
@@ -240,22 +402,61 @@ def _meet(counter: int, target: int) -> None:
 
 
 @_inline
-def _round(x: Any, xq: Any, xs: Any, xsum: Any) -> None:
-    """x (K,) to 8 bits: xq (K,) int8; scales and sums of what is left of it, (K / GROUP,)."""
-    for g in range(len(x) // GROUP):
-        part = x[g * GROUP : (g + 1) * GROUP]
-        most = np.float32(0.0)
-        for i in range(GROUP):
-            most = max(most, abs(part[i]))
-        scale = most / np.float32(127.0)
-        inverse = np.float32(0.0) if most == 0 else np.float32(127.0) / most
-        total = np.int32(0)
-        for i in range(GROUP):
-            q = np.int32(np.rint(part[i] * inverse))
-            xq[g * GROUP + i] = q
-            total += q
-        xs[g] = scale
-        xsum[g] = scale * np.float32(total)
+def _tile(n: int, N: int) -> Any:
+    """Where the tile begins that token n of N is in, and how many tokens it has: eights, then at most a four, a two and
+    a one."""
+    first = N // 8 * 8
+    if n < first:
+        return n // 8 * 8, 8
+    for width in (4, 2, 1):
+        if N - first >= width:
+            if n < first + width:
+                return first, width
+            first += width
+    return n, 1
+
+
+@_inline
+def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
+    """Token n of x (N, K) to 8 bits: xq (N · K,) int8; scales and sums of what is left of it, (N · G,).
+
+    A tile of W tokens lies as (G, W, 32) and (G, W): as it is read.
+    """
+    N, K = x.shape
+    G = K // GROUP
+    begin, W = _tile(n, N)
+    place = begin * G + n - begin
+    for g in range(G):
+        _round_group(
+            x.ctypes.data + 4 * (n * K + g * GROUP), xq.ctypes.data + place * GROUP, xs.ctypes.data + 4 * place,
+            xsum.ctypes.data + 4 * place,
+        )  # fmt: skip
+        place += W
+
+
+@_inline
+def _multiply_plain(
+    w: int, ldw: int, K: int, first: int, last: int, x: int, N: int, out: int, ldo: int, more: int
+) -> None:
+    """Rows first ... last of a float32 matrix times N tokens, or K columns of both, ldw apart; see `_plain_product`."""
+    r = first
+    while r < last:
+        row, target, n = w + 4 * r * ldw, out + 4 * r, 0
+        if r + 4 <= last:
+            while n + 4 <= N:
+                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 4
+            if n + 2 <= N:
+                _f_2_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 2
+            if n < N:
+                _f_1_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+            r += 4
+        else:
+            while n < N:
+                _f_1_1(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 1
+            r += 1
 
 
 @_inline
@@ -270,26 +471,16 @@ def _multiply(
     N = x.shape[0]
     G = K // GROUP
     if kind == 32:
-        r = first
-        while r < last:
-            n = 0
-            target = out + 4 * r
-            row = w + 4 * r * K
-            if r + 4 <= last:
-                while n + 4 <= N:
-                    _f_4_4(row, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 4
-                while n + 2 <= N:
-                    _f_2_4(row, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 2
-                if n < N:
-                    _f_1_4(row, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                r += 4
-            else:
-                while n < N:
-                    _f_1_1(row, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 1
-                r += 1
+        # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
+        for begin in range(first, last, 64):
+            for n in range(0, N, 32):
+                tokens = min(32, N - n)
+                piece = max(256, 8192 // tokens // 16 * 16)
+                for k in range(0, K, piece):
+                    _multiply_plain(
+                        w + 4 * k, K, min(piece, K - k), begin, min(last, begin + 64), x.ctypes.data + 4 * (n * K + k),
+                        tokens, out + 4 * n * ldo, ldo, k,
+                    )  # fmt: skip
         return
     a, b, c = xq.ctypes.data, xs.ctypes.data, xsum.ctypes.data
     for block in range(first // ROWS, -(-last // ROWS)):
@@ -298,28 +489,28 @@ def _multiply(
         n = 0
         if kind == 4:
             while n + 8 <= N:
-                _q4_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q4_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 8
             while n + 4 <= N:
-                _q4_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q4_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 4
             while n + 2 <= N:
-                _q4_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q4_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 2
             if n < N:
-                _q4_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q4_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
         else:
             while n + 8 <= N:
-                _q8_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q8_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 8
             while n + 4 <= N:
-                _q8_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q8_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 4
             while n + 2 <= N:
-                _q8_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q8_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
                 n += 2
             if n < N:
-                _q8_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, K, G, target + 4 * n * ldo, ldo)
+                _q8_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
 
 
 @njit(nogil=True, cache=True)
@@ -330,7 +521,7 @@ def linear(
     """One thread's share of x (N, K) float32 times a packed matrix of R rows: out (N, ldo ≥ R rounded up to 16)."""
     N, K = x.shape
     for n in range(tid, N, threads):
-        _round(x[n], xq[n], xs[n], xsum[n])
+        _round(x, n, xq, xs, xsum)
     _meet(counter, threads)
     first, last = _share(tid, threads, R)
     _multiply(kind, w, s, m, K, first, last, x, xq, xs, xsum, out, ldo)
@@ -346,7 +537,7 @@ def _share(tid: int, threads: int, R: int) -> Any:
 @_inline
 def _exp(x: Any) -> Any:
     """e to the power x ≤ 0 to within 2 units of float32's last place or so: 2 to the power of whole and rest apart."""
-    x = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
+    x = (x if x > np.float32(-87.0) else np.float32(-87.0)) * np.float32(1.4426950408889634)
     whole = np.floor(x)
     r = (x - whole) * np.float32(0.6931471805599453)
     p = np.float32(1.0 / 5040.0)
@@ -404,48 +595,91 @@ def _head(q: Any, D: int, norm: int, eps: float, rotary: bool, cos: Any, sin: An
 
 @_inline
 def _attend(
-    q: Any, D: int, scale: float, keys: Any, values: Any, j: int, table: Any, Z: int, first: int, last: int,
-    scores: Any, out: Any,
+    q: int, ldq: int, T: int, step: int, p: int, window: int, D: int, scale: float, keys: int, values: int, row: int,
+    table: Any, Z: int, scores: Any, out: int, ldo: int,
 ) -> None:  # fmt: skip
-    """One head's attention over the tokens first ... last of a sequence: q (D,) -> out (D,). scale: of the scores.
+    """Attention of up to four queries that share their keys: q (T, D), ldq apart -> out (T, D), ldo apart.
 
-    keys, values: (blocks, Z, J, D). scores: room for as many numbers.
+    Query t stands at p + t · step and sees what is up to there, at most `window` tokens (0: all). keys, values: a
+    head's first token in the first block; tokens are `row` numbers apart, blocks have Z. scores: (4, more than that).
     """
-    most = np.float32(-3e38)
-    root = np.float32(scale)
-    for p in range(first, last):
-        k = keys[table[p // Z], p % Z, j]
-        total = np.float32(0.0)
+    oldest = max(0, p + 1 - window) if window else 0
+    newest = p + (T - 1) * step
+    base = oldest // Z * Z
+    width = scores.shape[1]
+    place = scores.ctypes.data
+    for block in range(oldest // Z, newest // Z + 1):
+        k = keys + 4 * table[block] * Z * row
+        target = place + 4 * (block * Z - base)
+        z = 0
+        while z + 4 <= Z:
+            if T == 1:
+                _f_1_4(k, row, q, ldq, D, target, width, 0)
+            elif T == 2:
+                _f_2_4(k, row, q, ldq, D, target, width, 0)
+            elif T == 3:
+                _f_3_4(k, row, q, ldq, D, target, width, 0)
+            else:
+                _f_4_4(k, row, q, ldq, D, target, width, 0)
+            z += 4
+            k += 16 * row
+            target += 16
+        while z < Z:
+            for t in range(T):
+                _f_1_1(k, row, q + 4 * t * ldq, ldq, D, target + 4 * t * width, width, 0)
+            z += 1
+            k += 4 * row
+            target += 4
+    for t in range(T):
+        last = p + t * step + 1
+        first = max(0, last - window) if window else 0
+        part = scores[t, first - base : last - base]
+        _softmax(part, np.float32(scale))
+        scores[t, oldest - base : first - base] = np.float32(0.0)
+        scores[t, last - base : newest + 1 - base] = np.float32(0.0)
+        whole = numba.carray(_floats(out + 4 * t * ldo), (D,))
         for d in range(D):
-            total += q[d] * k[d]
-        total *= root
-        scores[p - first] = total
-        most = max(most, total)
-    weight = np.float32(0.0)
-    for i in range(last - first):
-        scores[i] = _exp(scores[i] - most)
-        weight += scores[i]
-    for d in range(D):
-        out[d] = np.float32(0.0)
-    for p in range(first, last):
-        v = values[table[p // Z], p % Z, j]
-        share = scores[p - first] / weight
-        for d in range(D):
-            out[d] += share * v[d]
+            whole[d] = np.float32(0.0)
+    for block in range(oldest // Z, newest // Z + 1):
+        begin = max(oldest, block * Z)
+        n = min(newest + 1, (block + 1) * Z) - begin
+        v = values + 4 * (table[block] * Z + begin - block * Z) * row
+        w = place + 4 * (begin - base)
+        d = 0
+        while d + 64 <= D:
+            if T == 1:
+                _s_1_4(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            elif T == 2:
+                _s_2_4(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            elif T == 3:
+                _s_3_4(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            else:
+                _s_4_4(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            d += 64
+        while d < D:
+            if T == 1:
+                _s_1_1(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            elif T == 2:
+                _s_2_1(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            elif T == 3:
+                _s_3_1(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            else:
+                _s_4_1(w, width, v + 4 * d, row, n, out + 4 * d, ldo)
+            d += 16
 
 
 @_inline
-def _activate(gate: Any, up: Any, kind: int) -> Any:
-    """0: SwiGLU's silu(gate) · up. 1: gelu, by tanh. 2: gelu, exact."""
-    if kind == 0:
-        e = _exp(-abs(gate))
-        return gate * up * (np.float32(1.0) if gate >= 0 else e) / (np.float32(1.0) + e)
-    if kind == 1:
-        u = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-        e = _exp(np.float32(-2.0) * abs(u))
-        t = (np.float32(1.0) - e) / (np.float32(1.0) + e)
-        return np.float32(0.5) * gate * (np.float32(1.0) + (t if u >= 0 else -t))
-    return np.float32(0.5) * gate * np.float32(1.0 + math.erf(gate * 0.7071067811865476))
+def _softmax(x: Any, scale: Any) -> None:
+    """Of scale · x, in place."""
+    most = _largest(x.ctypes.data, len(x))
+    weight = np.float32(0.0)
+    for i in range(len(x)):
+        e = _exp((x[i] - most) * scale)
+        x[i] = e
+        weight += e
+    inverse = np.float32(1.0) / weight
+    for i in range(len(x)):
+        x[i] *= inverse
 
 
 # rows of the table of addresses that `forward` reads
@@ -486,18 +720,20 @@ def _add_product(
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def forward(
     tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int,
-    scale: float, eps: float, centred: bool, activation: int, positions: Any, cos: Any, sin: Any, tables: Any,
-    pools: Any, Z: int, wanted: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any,
-    product: Any, scores: Any, logits: Any,
+    scale: float, eps: float, centred: bool, activation: int, positions: Any, units: Any, cos: Any, sin: Any,
+    tables: Any, pools: Any, Z: int, wanted: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any,
+    wide: Any, product: Any, scores: Any, logits: Any,
 ) -> None:  # fmt: skip
     """One thread's share of a pass of a dense pre-norm model over N tokens.
 
-    scale: of attention's scores. layers: (L, COLUMNS) addresses and numbers. head: the last norm's weight and bias, and
-    the output matrix's four.
-    positions: (N,). cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks) block numbers
+    scale: of attention's scores. activation: 0 SwiGLU, 1 gelu by tanh, 2 gelu, exact. layers: (L, COLUMNS) addresses
+    and numbers. head: the last norm's weight and bias, and the output matrix's four.
+    positions: (N,). units: (any, 2), which tokens attend together: a first one, and how many, up to four, that follow
+    it in its sequence. cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks), the blocks
     of each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
     x: (N, C), the embedded tokens. The rest is room to work: h, xq (threads, N · most columns), xs, xsum (likewise, a
-    GROUP-th), qkv (N, (H + 2J)·D), mixed (N, H·D), wide (N, F), product (N, most rows), scores (threads, context).
+    GROUP-th), qkv (N, (H + 2J)·D), mixed (N, H·D), wide (N, F), product (N, most rows), scores (threads, 4, context
+    and two blocks).
     logits: (wanted, V rounded up), the result.
     """
     N, C = x.shape
@@ -505,13 +741,7 @@ def forward(
     rotary = cos.shape[0] > 0
     own = tid if N == 1 else 0
     begin, end, step = _prepare(tid, threads, N)
-    hc, qc = h[own, : N * C].reshape(N, C), xq[own, : N * C].reshape(N, C)
-    sc, mc = xs[own, : N * C // GROUP].reshape(N, C // GROUP), xsum[own, : N * C // GROUP].reshape(N, C // GROUP)
-    E = H * D
-    qe = xq[own, : N * E].reshape(N, E)
-    se, me = xs[own, : N * E // GROUP].reshape(N, E // GROUP), xsum[own, : N * E // GROUP].reshape(N, E // GROUP)
-    qf = xq[own, : N * F].reshape(N, F)
-    sf, mf = xs[own, : N * F // GROUP].reshape(N, F // GROUP), xsum[own, : N * F // GROUP].reshape(N, F // GROUP)
+    hc, q8, s8, m8 = h[own, : N * C].reshape(N, C), xq[own], xs[own], xsum[own]
     R = qkv.shape[1]
     for layer in range(layers.shape[0]):
         a = layers[layer]
@@ -519,13 +749,13 @@ def forward(
         for n in range(begin, end, step):
             _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centred, hc[n])
             if a[QKV] != 32:
-                _round(hc[n], qc[n], sc[n], mc[n])
+                _round(hc, n, q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
         first, last = _share(tid, threads, R)
         _multiply(
-            a[QKV], a[QKV + 1], a[QKV + 2], a[QKV + 3], C, first, last, hc, qc, sc, mc, qkv.ctypes.data, R
+            a[QKV], a[QKV + 1], a[QKV + 2], a[QKV + 3], C, first, last, hc, q8, s8, m8, qkv.ctypes.data, R
         )  # fmt: skip
         if a[QKV_BIAS]:
             bias = numba.carray(_floats(a[QKV_BIAS]), (R,))
@@ -552,38 +782,53 @@ def forward(
                     values[block, p % Z, i - H, d] = qkv[n, (i + J) * D + d]
         met += threads
         _meet(counter, met)
-        for item in range(tid, N * H, threads):
-            n, i = item // H, item % H
+        queries, results, item = qkv.ctypes.data, mixed.ctypes.data, 0
+        shared = H // J
+        for u in range(len(units)):
+            n, T = units[u]
             p = positions[n]
-            oldest = max(0, p + 1 - a[WINDOW]) if a[WINDOW] else 0
-            _attend(
-                qkv[n, i * D : (i + 1) * D], D, scale, keys, values, i // (H // J), tables[group, n], Z, oldest,
-                p + 1, scores[tid], mixed[n, i * D : (i + 1) * D],
-            )  # fmt: skip
+            if T > 1:  # tokens that follow one another: a head at a time
+                for i in range((tid - item) % threads, H, threads):
+                    _attend(
+                        queries + 4 * (n * R + i * D), R, T, 1, p, a[WINDOW], D, scale, a[KEYS] + 4 * D * (i // shared),
+                        a[VALUES] + 4 * D * (i // shared), J * D, tables[group, n], Z, scores[tid],
+                        results + 4 * (n * H + i) * D, H * D,
+                    )  # fmt: skip
+                item += H
+                continue
+            for j in range(J):  # one token: the heads that share keys
+                if (item + j) % threads == tid:
+                    for i in range(j * shared, (j + 1) * shared, 4):
+                        _attend(
+                            queries + 4 * (n * R + i * D), D, min(4, (j + 1) * shared - i), 0, p, a[WINDOW], D, scale,
+                            a[KEYS] + 4 * D * j, a[VALUES] + 4 * D * j, J * D, tables[group, n], Z, scores[tid],
+                            results + 4 * (n * H + i) * D, D,
+                        )  # fmt: skip
+            item += J
         met += threads
         _meet(counter, met)
         # the output of attention, onto the residual stream
         if a[OUT] != 32:
             for n in range(begin, end, step):
-                _round(mixed[n], qe[n], se[n], me[n])
+                _round(mixed, n, q8, s8, m8)
             if N > 1:
                 met += threads
                 _meet(counter, met)
-        _add_product(a, OUT, OUT_BIAS, tid, threads, mixed, qe, se, me, product, x)
+        _add_product(a, OUT, OUT_BIAS, tid, threads, mixed, q8, s8, m8, product, x)
         met += threads
         _meet(counter, met)
         # the feed-forward layer
         for n in range(begin, end, step):
             _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centred, hc[n])
             if a[UP] != 32:
-                _round(hc[n], qc[n], sc[n], mc[n])
+                _round(hc, n, q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
         first, last = _share(tid, threads, F)
         for half in range(2 if activation == 0 else 1):
             _multiply(
-                a[UP], a[UP + 1], a[UP + 2], a[UP + 3], C, first + half * F, last + half * F, hc, qc, sc, mc,
+                a[UP], a[UP + 1], a[UP + 2], a[UP + 3], C, first + half * F, last + half * F, hc, q8, s8, m8,
                 product.ctypes.data, product.shape[1],
             )  # fmt: skip
         if a[UP_BIAS]:
@@ -594,31 +839,37 @@ def forward(
                     if activation == 0:
                         product[n, F + r] += bias[F + r]
         for n in range(N):
-            for r in range(first, last):
-                up = product[n, F + r] if activation == 0 else np.float32(0)
-                wide[n, r] = _activate(product[n, r], up, activation)
+            at, to = product.ctypes.data + 4 * (n * product.shape[1] + first), wide.ctypes.data + 4 * (n * F + first)
+            if activation == 0:
+                _swiglu(at, at + 4 * F, last - first, to)
+            elif activation == 1:
+                _gelu(at, 0, last - first, to)
+            else:
+                for r in range(first, last):
+                    x_ = product[n, r]
+                    wide[n, r] = np.float32(0.5) * x_ * np.float32(1.0 + math.erf(x_ * 0.7071067811865476))
         met += threads
         _meet(counter, met)
         if a[DOWN] != 32:
             for n in range(begin, end, step):
-                _round(wide[n], qf[n], sf[n], mf[n])
+                _round(wide, n, q8, s8, m8)
             if N > 1:
                 met += threads
                 _meet(counter, met)
-        _add_product(a, DOWN, DOWN_BIAS, tid, threads, wide, qf, sf, mf, product, x)
+        _add_product(a, DOWN, DOWN_BIAS, tid, threads, wide, q8, s8, m8, product, x)
         met += threads
         _meet(counter, met)
     # logits of the tokens that they are wanted of
     M = len(wanted)
-    hm, qm = h[0, : M * C].reshape(M, C), xq[0, : M * C].reshape(M, C)
-    sm, mm = xs[0, : M * C // GROUP].reshape(M, C // GROUP), xsum[0, : M * C // GROUP].reshape(M, C // GROUP)
+    hm = h[0, : M * C].reshape(M, C)
     for i in range(tid, M, threads):
         _norm(x[wanted[i]], head[0], head[1], eps, centred, hm[i])
         if head[2] != 32:
-            _round(hm[i], qm[i], sm[i], mm[i])
+            _round(hm, i, xq[0], xs[0], xsum[0])
     met += threads
     _meet(counter, met)
     first, last = _share(tid, threads, V)
     _multiply(
-        head[2], head[3], head[4], head[5], C, first, last, hm, qm, sm, mm, logits.ctypes.data, logits.shape[1]
+        head[2], head[3], head[4], head[5], C, first, last, hm, xq[0], xs[0], xsum[0], logits.ctypes.data,
+        logits.shape[1],
     )  # fmt: skip

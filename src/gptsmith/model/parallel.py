@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,23 +42,58 @@ _lock = threading.Lock()  # one program at a time: two would only wait for each 
 _pool: ThreadPoolExecutor | None = None
 
 
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP library that torch has loaded, if its threads can be asked to work; else None.
+
+    Threads of our own beside torch's would often find the processors taken: an OpenMP thread that has nothing to do
+    spins for milliseconds before it sleeps.
+    """
+    try:
+        maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        found = [path for path in maps if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so", path)]
+        path = min(found, key=lambda path: ("/torch" not in path, path))  # others may have brought one of their own
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return library if library.omp_get_thread_num() == 0 else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def together(program: Callable[..., None], *arguments: Any) -> None:
     """Run `program(thread, threads, counter, *arguments)` in as many threads as torch uses. counter: the address of a
     zero that they may count on."""
     global _pool
     threads = torch.get_num_threads()
     counter = np.zeros(8, dtype=np.int64)
+    failures: list[BaseException] = []
+
+    def work(thread: int, threads: int) -> None:
+        try:
+            program(thread, threads, counter.ctypes.data, *arguments)
+        except BaseException as failure:  # above all Ctrl-C, which can come just before
+            counter[0] = 1 << 62  # nobody waits at a barrier for one that does not come
+            failures.append(failure)
+
+    library = _openmp() if threads > 1 else None
     with _lock:
-        if threads > 1 and (_pool is None or _pool._max_workers < threads - 1):
-            _pool = ThreadPoolExecutor(threads - 1, "gptsmith-kernel")
-        others = [
-            _pool.submit(program, thread, threads, counter.ctypes.data, *arguments)
-            for thread in range(1, threads)
-            if _pool is not None
-        ]
-        program(0, threads, counter.ctypes.data, *arguments)
-        for other in others:
-            other.result()
+        if threads == 1:
+            work(0, 1)
+        elif library is not None:
+            call = _Work(lambda _: work(library.omp_get_thread_num(), library.omp_get_num_threads()))
+            library.GOMP_parallel(ctypes.cast(call, ctypes.c_void_p), None, threads, 0)
+        else:
+            if _pool is None or _pool._max_workers < threads - 1:
+                _pool = ThreadPoolExecutor(threads - 1, "gptsmith-kernel")
+            others = [_pool.submit(work, i, threads) for i in range(1, threads)]
+            work(0, threads)
+            for other in others:
+                other.result()
+    if failures:
+        raise failures[0]
+
+
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, least: Tensor, rows: int, bits: int) -> Tensor:
@@ -69,7 +106,7 @@ def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, least: Tensor, rows
     width = -(-rows // kernels.ROWS) * kernels.ROWS
     out = torch.empty(N, width)
     if N:
-        codes, own, sums = np.empty((N, K), np.int8), np.empty((N, G), np.float32), np.empty((N, G), np.float32)
+        codes, own, sums = np.empty(N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
         addresses = (packed.data_ptr(), scales.data_ptr(), least.data_ptr() if bits == 4 else 0)
         together(kernels.linear, bits, *addresses, rows, inputs, codes, own, sums, out.data_ptr(), width)
     return out[:, :rows].reshape(*x.shape[:-1], rows)

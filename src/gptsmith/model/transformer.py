@@ -203,6 +203,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
+        residuals: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for the token after each of ids: (B, T) int64.
 
@@ -212,11 +213,18 @@ class Transformer(nn.Module):
             mask of 1 for real and 0 for padding tokens will do.
         weights: if a list, each layer's attention weights (B, H, T, S) are appended to it.
         router_logits: if a list, each layer's expert logits (B·T, E) are appended to it.
+        residuals: if a list, the L + 1 states of the residual stream, (B, T, C), are appended to it: the embeddings,
+            then what each layer makes of them. `lm_head(norm(x))` of the last is the logits.
         Raises IndexError where the tokens would go beyond the context.
         """
         logits: Tensor = self.lm_head(
             self.hidden_states(
-                ids, cache=cache, document_ids=document_ids, weights=weights, router_logits=router_logits
+                ids,
+                cache=cache,
+                document_ids=document_ids,
+                weights=weights,
+                router_logits=router_logits,
+                residuals=residuals,
             )
         )
         return logits
@@ -229,6 +237,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
+        residuals: list[Tensor] | None = None,
     ) -> Tensor:
         """What `lm_head` reads: the final norm's output, (B, T, C). Arguments as in `forward`."""
         T, mask = ids.shape[1], None
@@ -249,8 +258,12 @@ class Transformer(nn.Module):
         else:
             rope = (self.rope_cos[positions], self.rope_sin[positions])
         x = F.dropout(x, self.dropout, self.training)
+        if residuals is not None:
+            residuals.append(x)
         for layer in self.layers:
             x = layer(x, router_logits, rope, mask, cache, weights)
+            if residuals is not None:
+                residuals.append(x)
         if cache is not None:
             cache.advance(T)
         hidden: Tensor = self.norm(x)

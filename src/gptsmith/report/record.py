@@ -39,6 +39,15 @@ class Run:
 def read_run(directory: Path) -> Run:
     """Read a run directory. Raises GptsmithError where `directory` is not one; metrics and samples may be missing."""
     directory = Path(directory)
+    info = read_info(directory)
+    metrics, bad_metrics = _read_lines(directory / "metrics.jsonl")
+    samples, bad_samples = _read_lines(directory / "samples.jsonl")
+    samples = [sample for sample in samples if isinstance(sample.get("text"), str)]
+    return Run(directory, info, without_repeats(metrics), without_repeats(samples), bad_metrics + bad_samples)
+
+
+def read_info(directory: Path) -> dict[str, Any]:
+    """The contents of run.json. Raises GptsmithError as `read_run` does."""
     if not directory.exists():
         raise GptsmithError(f"there is no run directory {directory}. Give the directory that a training run wrote.")
     path = directory / "run.json"
@@ -54,10 +63,7 @@ def read_run(directory: Path) -> Run:
         raise GptsmithError(f"cannot read {path}: {error.strerror}.") from None
     if not isinstance(info, dict):
         raise GptsmithError(f"{path} does not describe a run: it holds no JSON object. Restore it, or train again.")
-    metrics, bad_metrics = _read_lines(directory / "metrics.jsonl")
-    samples, bad_samples = _read_lines(directory / "samples.jsonl")
-    samples = [sample for sample in samples if isinstance(sample.get("text"), str)]
-    return Run(directory, info, _without_repeats(metrics), _without_repeats(samples), bad_metrics + bad_samples)
+    return info
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -65,7 +71,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
     A run that was resumed did some steps twice; only the later account of them is kept.
     """
-    return _without_repeats(_read_lines(Path(directory) / "metrics.jsonl")[0])
+    return without_repeats(_read_lines(Path(directory) / "metrics.jsonl")[0])
 
 
 def number(value: Any) -> float:
@@ -86,13 +92,16 @@ def best_validation(rows: Iterable[Row]) -> Row | None:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Objects that name a step, and how many lines are unreadable (a last line may be only half written)."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        return parse_rows(path.read_bytes())
     except OSError:
         return [], 0
+
+
+def parse_rows(lines: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Objects that name a step, and how many lines are unreadable (a last line may be only half written)."""
     rows, unreadable = [], 0
-    for line in filter(bytes.strip, lines):
+    for line in filter(bytes.strip, lines.split(b"\n")):
         try:
             row = json.loads(line)
         except ValueError:
@@ -105,7 +114,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, unreadable
 
 
-def _without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Where the step goes back the run was resumed there: forget what came after that step the first time."""
     kept: list[dict[str, Any]] = []
     for row in rows:

@@ -22,6 +22,7 @@ from gptsmith.server import chat, completions, documentation, embeddings, respon
 from gptsmith.server.errors import ApiError, from_validation
 from gptsmith.server.front import Front
 from gptsmith.server.models import Models
+from gptsmith.server.pages import add_pages
 from gptsmith.server.schema import Error, ModelCard, ModelList
 from gptsmith.server.service import Service, Settings, exchange_of, service_of
 
@@ -50,7 +51,7 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         app.include_router(endpoints.router)
     _add_state_of_the_server(app)
     _add_error_handlers(app)
-    # The web pages are added here: pages.add_pages(app, runs=settings.runs)
+    add_pages(app, models=models, runs=settings.runs, stopping=lambda: service.draining)
 
     app.add_middleware(Front, service=service)
     if settings.cors:

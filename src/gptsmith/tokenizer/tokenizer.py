@@ -13,6 +13,7 @@ No text becomes a special token here: "<|endoftext|>" in a text is thirteen ordi
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -273,6 +274,12 @@ class StreamDecoder:
         if tokenizer._byte_fallback and _BYTE_TOKEN.fullmatch(tokenizer.token_text(id)):
             return ""  # such a decoder looks at a run of bytes as a whole: wait for its end
         return self._new_text(final=False)
+
+    def copy(self) -> StreamDecoder:
+        """Another that has taken the same ids."""
+        other = copy.copy(self)
+        other._utf8, other._ids = copy.copy(self._utf8), list(self._ids)
+        return other
 
     def finish(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character. The decoder is then as new."""

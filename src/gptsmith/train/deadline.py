@@ -26,11 +26,11 @@ class Deadline:
         """An evaluation took that long."""
         self.pause = seconds
 
-    def plan(self, step: int, steps: int, update_seconds: float, elapsed: float, pauses: int) -> int:
+    def plan(self, step: int, steps: int, update_seconds: float, elapsed: float, eval_every: int) -> int:
         """The new total of steps, at least `step` + 1.
 
         steps: as planned so far. update_seconds: spent in updates, in all. elapsed: by the trainer's clock.
-        pauses: evaluations before the last.
+        eval_every: steps between evaluations.
         """
         if self.last is not None and step > self.last[0]:
             recent = (update_seconds - self.last[1]) / (step - self.last[0])
@@ -43,6 +43,8 @@ class Deadline:
         slower = max(1.0, self.seconds_per_step / self.first_seconds_per_step)
         if self.expected_pause:
             slower = max(slower, self.pause / self.expected_pause)  # then the end will take longer as well
-        left = self.seconds - self.before - elapsed - slower * self.ending - pauses * self.pause
-        planned = max(step + 1, step + round(left / self.seconds_per_step))
+        left = self.seconds - self.before - elapsed - slower * self.ending
+        about = max(0, int(left / (self.seconds_per_step + self.pause / eval_every)))
+        pauses = (step + about - 1) // eval_every - step // eval_every  # evaluations before the last
+        planned = max(step + 1, step + round((left - pauses * self.pause) / self.seconds_per_step))
         return steps if abs(planned - steps) <= KEEP * (steps - step) else planned

@@ -59,7 +59,6 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.micro_batch_size = micro_batch_size  # a divisor of the batch; a smaller one when memory runs out
-        self.save_every = config.save_every or config.eval_every
 
         self.step, self.steps = 0, config.steps
         self.targets = 0.0  # how many targets have been trained on
@@ -102,7 +101,7 @@ class Trainer:
             if self.step % self.config.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
-            if self.step % self.save_every == 0 or self._evaluation_due():
+            if self.step % (self.config.save_every or self.eval_every) == 0 or self._evaluation_due():
                 self._save()
             self._evaluate_if_due()
         return "interrupted" if self.should_stop() else "finished"
@@ -263,9 +262,17 @@ class Trainer:
         """With a deadline: as many steps as end on time, by the speed of late. The rate falls along the new plan."""
         if self.deadline is None or self.step == self.steps:
             return
-        pauses = (self.steps - 1) // self.config.eval_every - self.step // self.config.eval_every
-        self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), pauses)
+        self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), self.eval_every)
         self.display.steps = self.steps
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations. Where a deadline has become that of many more steps than were planned at first,
+        there are more steps between them, not more evaluations."""
+        every, most = self.config.eval_every, 2 * max(1.0, self.config.steps / self.config.eval_every)
+        while self.deadline is not None and self.steps > most * every:
+            every *= 2
+        return every
 
     def _log(self, factor: float) -> None:
         losses = [float(loss) for loss, _ in self.pending]
@@ -294,9 +301,9 @@ class Trainer:
         if self.step == self.steps:
             return self.step > 0
         left = self.steps - self.step
-        if self.deadline is not None and left < self.config.eval_every / 3:  # the last is near
+        if self.deadline is not None and left < self.eval_every / 3:  # the last is near
             return False
-        return self.step > 0 and self.step % self.config.eval_every == 0
+        return self.step > 0 and self.step % self.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():

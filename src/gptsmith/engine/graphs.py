@@ -1,0 +1,132 @@
+"""Decoding on a GPU as CUDA graphs: hundreds of small kernels a token, started by one call.
+
+A graph runs the same kernels on the same memory each time, so a pass that is one reads its ids, positions and block
+tables from tensors that stay where they are (`StaticPass`). There is a graph for each power of two of sequences and of
+blocks; what is left over repeats the first sequence, which computes and stores the same numbers twice.
+
+Axis letters: B sequences · W blocks of each · S = W · Z tokens · H heads · K key/value heads · D head_dim · Z tokens of
+a block · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptsmith.engine.runner import Runner
+from gptsmith.model.cache import Chunk, PagedCache
+from gptsmith.model.transformer import Transformer
+
+_LEAST_BLOCKS = 8
+
+
+class StaticPass:
+    """One new token of each of B sequences, over up to W blocks: a `Cache` whose tensors are filled, never replaced."""
+
+    def __init__(self, cache: PagedCache, batch: int, blocks: int) -> None:
+        self.cache, self.batch, self.blocks = cache, batch, blocks
+        groups, device = len(cache.windows), cache.keys[0].device
+        self.ids = torch.zeros(1, batch, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(groups, batch, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(groups, batch, blocks, dtype=torch.int64, device=device)
+        self.visible = torch.zeros(groups, 2, batch, dtype=torch.int64, device=device)  # first, and one after the last
+        self._at = torch.arange(blocks * cache.block_size, device=device)
+
+    def fill(self, ids: Sequence[int], chunks: Sequence[Chunk]) -> None:
+        """What the next pass is over; rows beyond these repeat the first."""
+        Z = self.cache.block_size
+        rows = [*range(len(ids)), *[0] * (self.batch - len(ids))]
+        pasts = [chunks[i].past for i in rows]
+        self.ids.copy_(torch.tensor([[ids[i] for i in rows]]), non_blocking=True)
+        self._positions.copy_(torch.tensor(pasts), non_blocking=True)
+        for g, window in enumerate(self.cache.windows):
+            seen = [0 if window is None else max(0, past + 1 - window) for past in pasts]
+            tables = [list(chunks[i].tables[g]) for i in rows]
+            slots = [table[past // Z] * Z + past % Z for table, past in zip(tables, pasts, strict=True)]
+            parts = [table[s // Z : past // Z + 1] for table, s, past in zip(tables, seen, pasts, strict=True)]
+            self.tables[g].copy_(torch.tensor([part + [0] * (self.blocks - len(part)) for part in parts]))
+            self.slots[g].copy_(torch.tensor(slots), non_blocking=True)
+            first = [s % Z for s in seen]
+            last = [past + 1 - s // Z * Z for s, past in zip(seen, pasts, strict=True)]
+            self.visible[g].copy_(torch.tensor([first, last]), non_blocking=True)
+
+    def positions(self, T: int) -> Tensor:
+        return self._positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+        group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
+        _, H, B, D = q.shape
+        K = k.shape[1]
+        keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
+        values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
+        flat = self.tables[group].flatten()
+        k, v = (pool.index_select(0, flat).view(B, -1, K, D).transpose(1, 2) for pool in (keys, values))
+        first, last = self.visible[group]
+        mask = (self._at >= first[:, None]) & (self._at < last[:, None])  # (B, S)
+        grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None], scale=scale)
+        return y.reshape(B, H, D).transpose(0, 1)[None]
+
+    def advance(self, T: int) -> None:
+        """Nothing: whoever owns the sequences knows how long they are."""
+
+
+class GraphRunner(Runner):
+    """A `Runner` that decodes by graphs. captured: False runs the same passes without, on any device: for comparing."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int, *, captured: bool = True) -> None:
+        super().__init__(model, cache, vocab_size)
+        self.captured = captured
+        self._passes: dict[tuple[int, int], tuple[StaticPass, Any, Tensor]] = {}
+        self._stamp: Any = None
+        self._pool: Any = None
+
+    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
+        longest = max(chunk.past + chunk.size for chunk in chunks)
+        if any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
+            return super()._logits(ids, chunks, rows)
+        stamp = tuple(p.data_ptr() for p in self.model.parameters())
+        if stamp != self._stamp:  # the weights lie elsewhere now
+            self._passes.clear()
+            self._stamp = stamp
+        Z = self.cache.block_size
+        batch = 1 << (len(ids) - 1).bit_length()
+        blocks = max(_LEAST_BLOCKS, 1 << (-(-longest // Z) - 1).bit_length())
+        known = self._passes.get((batch, blocks))
+        static = StaticPass(self.cache, batch, blocks) if known is None else known[0]
+        static.fill(ids, chunks)
+        if not self.captured:
+            logits = self._compute(static)
+        elif known is None:
+            graph, logits = self._capture(static)
+            self._passes[batch, blocks] = static, graph, logits
+        else:
+            _, graph, logits = known
+            graph.replay()
+        return logits[: len(ids)].clone()
+
+    def _compute(self, static: StaticPass) -> Tensor:
+        with self._evaluating():
+            hidden = self.model.hidden_states(static.ids, cache=static)[0]
+            logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]
+        return logits
+
+    def _capture(self, static: StaticPass) -> tuple[Any, Tensor]:
+        """The graph of a pass that has been filled: running it more than once stores the same keys and values."""
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # libraries choose their kernels and make their workspaces
+                self._compute(static)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._compute(static)
+        self._pool = self._pool or graph.pool()
+        graph.replay()
+        return graph, logits
