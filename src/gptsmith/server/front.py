@@ -66,7 +66,11 @@ class Front:
             self._tell(scope, exchange)
 
     def _admit(self, scope: Scope, exchange: Exchange) -> None:
-        path = scope["path"]
+        path, hosts = scope["path"], self.service.settings.hosts
+        if hosts is not None:
+            host = Headers(scope=scope).get("host", "")
+            if host.rpartition(":")[0 if host.rpartition(":")[2].isdecimal() else 2] not in hosts:
+                raise ApiError(403, f"this server is not known as {host[:100]!r}, but as {', '.join(hosts)}.")
         if self.service.draining and path not in _OPEN_WHILE_DRAINING:
             raise ApiError(503, "the server is shutting down.", retry_after=5)
         if not guarded(path) or scope["method"] == "OPTIONS":
