@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.sequence import Event, TokenLogprob
 from gptsmith.engine.text import Piece, StopText, Writing, encode_prompt, generate_texts, stream
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
