@@ -87,6 +87,13 @@ def test_mistakes_are_raised_where_they_were_made(engine: AsyncEngine) -> None:
         with pytest.raises(UsageError, match="outside"):
             async for _ in engine.stream([99], GREEDY):
                 pass
+
+        class Broken:
+            def start(self) -> Any:
+                raise ZeroDivisionError("a mistake of its own")
+
+        with pytest.raises(GptsmithError, match="ZeroDivisionError: a mistake of its own"):
+            await engine.generate([1], SamplingParams(constraint=Broken()))
         assert (await engine.generate([1], GREEDY)).ids
 
     asyncio.run(mistake())

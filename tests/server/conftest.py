@@ -31,7 +31,7 @@ from gptsmith.server.service import Settings
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
 
-CONTEXT = 256
+CONTEXT = 512
 
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\nTools:' }}{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}\

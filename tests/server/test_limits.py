@@ -37,7 +37,8 @@ def stats(live: Any) -> Any:
 
 def idle(live: Any) -> bool:
     now = stats(live)
-    return now.blocks_used == now.running == now.waiting == live.app.state.service.gate.inside == 0
+    service = live.app.state.service
+    return now.blocks_used == now.running == now.waiting == service.gate.inside == service.open == 0
 
 
 # keys
@@ -48,7 +49,7 @@ def test_keys(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     live = start(Settings(keys=("first-secret", "second-secret")))
     with live.client(api_key="second-secret") as client:
         assert client.completions.create(model="tiny", prompt="the", max_tokens=1).choices
-    for wrong in ("second-secre", "second-secrets", "", "x" * 5000, "sécond"):
+    for wrong in ("second-secre", "second-secrets", "-", "x" * 5000, "sécond"):
         answer = httpx.get(f"{live.url}/v1/models", headers={"authorization": f"Bearer {wrong}".encode()})
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -238,6 +239,7 @@ def test_request_ids(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     assert given == "abc-1"
     assert all(len(headers["x-request-id"]) == 32 for headers in made)
     httpx.post(f"{live.url}/v1/completions", json={"model": "tiny", "prompt": "the cat", "max_tokens": 3})
+    assert live.settled(lambda: idle(live))
     (fields,) = [r.fields for r in caplog.records if "first_token_ms" in getattr(r, "fields", {})]
     assert fields["status"] == 200
     assert (fields["model"], fields["completion_tokens"]) == ("tiny", 3)
@@ -297,7 +299,7 @@ def test_models_are_loaded_when_asked_for(start: Start) -> None:
     assert live.loads == ["plain"]
     cards = {card["id"]: card for card in httpx.get(f"{live.url}/v1/models").json()["data"]}
     assert (cards["plain"]["loaded"], cards["tiny"]["loaded"]) == (True, False)
-    assert cards["plain"]["max_model_len"] == 256
+    assert cards["plain"]["max_model_len"] == 512
 
 
 # tokens and pages

@@ -149,8 +149,8 @@ def test_logprobs_of_completions(live: Any, client: openai.OpenAI, echo: bool) -
             continue
         assert top == {tokenizer.token_text(id): pytest.approx(value, abs=1e-4) for id, value in k.top}
         text = tokenizer.token_text(token)
-        if text.isascii() and "\\x" not in text:
-            assert made.choices[0].text[offset:].startswith(text)
+        if text.isascii() and "\\x" not in text:  # it may begin with what ends a character that was never completed
+            assert text in made.choices[0].text[offset : offset + len(text) + 3]
     if echo:
         assert made.choices[0].text.startswith("the cat")
     chunks = list(client.completions.create(**options, extra_body={"ignore_eos": True}, stream=True))
@@ -598,7 +598,7 @@ def test_many_at_once(live: Any) -> None:
         async with live.async_client() as client:
             kinds = [stream, whole, response]
             made = list(await asyncio.gather(*(kinds[seed % 3](client, seed) for seed in range(24))))
-            assert next(model.id async for model in client.models.list()) == "tiny"
+            assert "tiny" in [model.id async for model in client.models.list()]
             assert (await client.embeddings.create(model="tiny", input="a")).data[0].embedding
             completion = await client.completions.create(model="tiny", prompt="the", max_tokens=2, seed=1)
             return [*made, completion.choices[0].text]

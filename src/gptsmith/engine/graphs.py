@@ -118,7 +118,7 @@ class GraphRunner(Runner):
 
     def _capture(self, static: StaticPass) -> tuple[Any, Tensor]:
         """The graph of a pass that has been filled: running it more than once stores the same keys and values."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):  # libraries choose their kernels and make their workspaces

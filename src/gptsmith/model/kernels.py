@@ -141,13 +141,14 @@ def _packed_product(T: int, bits: int) -> Any:
 def _plain_product(T: int, rows: int) -> Any:
     """T vectors times `rows` rows of a float32 matrix: a function of addresses.
 
-    w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart. K: a multiple of 16.
+    w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to if `more` is not 0.
+    K: a multiple of 16.
     """
 
     @intrinsic
-    def product(ctx, w, ldw, x, ldx, K, out, ldo):
+    def product(ctx, w, ldw, x, ldx, K, out, ldo, more):
         def codegen(context, b, signature, args):
-            w, ldw, x, ldx, K, out, ldo = args
+            w, ldw, x, ldx, K, out, ldo, more = args
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
             sums = [[cgutils.alloca_once(b, _FLOATS) for _ in range(rows)] for _ in range(T)]
             for total in (each for row in sums for each in row):
@@ -164,10 +165,13 @@ def _plain_product(T: int, rows: int) -> Any:
                 part = b.shuffle_vector(
                     totals, totals, ir.Constant(ir.VectorType(_i32, rows), list(range(t * rows, (t + 1) * rows)))
                 )
-                _store(b, part, _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t)))
+                place = _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t))
+                nothing = ir.Constant(part.type, [0.0] * rows)
+                known = b.select(b.icmp_signed("!=", more, ir.Constant(_i64, 0)), _load(b, place, part.type), nothing)
+                _store(b, b.fadd(part, known), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return product
 
@@ -431,6 +435,31 @@ def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
 
 
 @_inline
+def _multiply_plain(
+    w: int, ldw: int, K: int, first: int, last: int, x: int, N: int, out: int, ldo: int, more: int
+) -> None:
+    """Rows first ... last of a float32 matrix times N tokens, or K columns of both, ldw apart; see `_plain_product`."""
+    r = first
+    while r < last:
+        row, target, n = w + 4 * r * ldw, out + 4 * r, 0
+        if r + 4 <= last:
+            while n + 4 <= N:
+                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 4
+            if n + 2 <= N:
+                _f_2_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 2
+            if n < N:
+                _f_1_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+            r += 4
+        else:
+            while n < N:
+                _f_1_1(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                n += 1
+            r += 1
+
+
+@_inline
 def _multiply(
     kind: int, w: int, s: int, m: int, K: int, first: int, last: int, x: Any, xq: Any, xs: Any, xsum: Any, out: int,
     ldo: int,
@@ -442,26 +471,16 @@ def _multiply(
     N = x.shape[0]
     G = K // GROUP
     if kind == 32:
-        r = first
-        while r < last:
-            n = 0
-            target = out + 4 * r
-            row = w + 4 * r * K
-            if r + 4 <= last:
-                while n + 4 <= N:
-                    _f_4_4(row, K, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 4
-                while n + 2 <= N:
-                    _f_2_4(row, K, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 2
-                if n < N:
-                    _f_1_4(row, K, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                r += 4
-            else:
-                while n < N:
-                    _f_1_1(row, K, x.ctypes.data + 4 * n * K, K, K, target + 4 * n * ldo, ldo)
-                    n += 1
-                r += 1
+        # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
+        for begin in range(first, last, 64):
+            for n in range(0, N, 32):
+                tokens = min(32, N - n)
+                piece = max(256, 8192 // tokens // 16 * 16)
+                for k in range(0, K, piece):
+                    _multiply_plain(
+                        w + 4 * k, K, min(piece, K - k), begin, min(last, begin + 64), x.ctypes.data + 4 * (n * K + k),
+                        tokens, out + 4 * n * ldo, ldo, k,
+                    )  # fmt: skip
         return
     a, b, c = xq.ctypes.data, xs.ctypes.data, xsum.ctypes.data
     for block in range(first // ROWS, -(-last // ROWS)):
@@ -595,19 +614,19 @@ def _attend(
         z = 0
         while z + 4 <= Z:
             if T == 1:
-                _f_1_4(k, row, q, ldq, D, target, width)
+                _f_1_4(k, row, q, ldq, D, target, width, 0)
             elif T == 2:
-                _f_2_4(k, row, q, ldq, D, target, width)
+                _f_2_4(k, row, q, ldq, D, target, width, 0)
             elif T == 3:
-                _f_3_4(k, row, q, ldq, D, target, width)
+                _f_3_4(k, row, q, ldq, D, target, width, 0)
             else:
-                _f_4_4(k, row, q, ldq, D, target, width)
+                _f_4_4(k, row, q, ldq, D, target, width, 0)
             z += 4
             k += 16 * row
             target += 16
         while z < Z:
             for t in range(T):
-                _f_1_1(k, row, q + 4 * t * ldq, ldq, D, target + 4 * t * width, width)
+                _f_1_1(k, row, q + 4 * t * ldq, ldq, D, target + 4 * t * width, width, 0)
             z += 1
             k += 4 * row
             target += 4

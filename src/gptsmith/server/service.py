@@ -60,18 +60,19 @@ class Service:
         exchange = exchange_of(request)
         place = await self.gate.enter(exchange.deadline)
 
-        def ended(work: Work) -> None:
-            place.leave()
-            self.metrics.worked(work)
-            exchange.facts.update(
-                prompt_tokens=work.prompt_tokens, completion_tokens=work.completion_tokens, cached=work.cached_tokens
-            )
-            if work.timing.first is not None:
-                exchange.facts["first_token_ms"] = round(1000 * (work.timing.first - exchange.began), 1)
-
-        work = Work(served, jobs, deadline=exchange.deadline, began=exchange.began, on_end=ended)
+        work = Work(served, jobs, deadline=exchange.deadline, began=exchange.began, on_end=lambda work: place.leave())
+        exchange.on_close(lambda: self._account(exchange, work))
         exchange.on_close(work.close)
         return await work.begin()
+
+    def _account(self, exchange: Exchange, work: Work) -> None:
+        """What came of a request, for the metrics and the log."""
+        self.metrics.worked(work)
+        exchange.facts.update(
+            prompt_tokens=work.prompt_tokens, completion_tokens=work.tokens_seen, cached_tokens=work.cached_tokens
+        )
+        if work.timing.first is not None:
+            exchange.facts["first_token_ms"] = round(1000 * (work.timing.first - exchange.began), 1)
 
 
 def exchange_of(request: Request) -> Exchange:
