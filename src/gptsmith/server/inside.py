@@ -7,15 +7,14 @@ by the final norm and the output matrix as if it were the last.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Literal
 
 import torch
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.models import Models
@@ -162,7 +161,6 @@ def _rounded(x: torch.Tensor) -> Any:
 
 def inside_routes(models: Models) -> APIRouter:
     router = APIRouter(tags=["web page"])
-    one_at_a_time = threading.Lock()  # it competes with the engine for the processor: never more than one of it
 
     @router.get("/api/models/{name:path}")
     async def describe(name: str) -> ModelDescription:
@@ -171,7 +169,7 @@ def inside_routes(models: Models) -> APIRouter:
         config = served.model.config
         return ModelDescription(
             name=name,
-            parameters=served.model.num_parameters(),
+            parameters=count_parameters(config).total,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             context=config.max_position_embeddings,
@@ -189,18 +187,17 @@ def inside_routes(models: Models) -> APIRouter:
             raise ApiError(400, f"look inside {served.base}: an adapter is added to it as it runs.", param="model")
 
         def look() -> dict[str, Any]:
-            with one_at_a_time:
-                return look_inside(
-                    served.model,
-                    served.tokenizer,
-                    request.text,
-                    layer=request.layer,
-                    top=request.top,
-                    parts=request.parts,
-                )
+            return look_inside(
+                served.model,
+                served.tokenizer,
+                request.text,
+                layer=request.layer,
+                top=request.top,
+                parts=request.parts,
+            )
 
         try:
-            return InsideResponse(model=request.model, **await run_in_threadpool(look))
+            return InsideResponse(model=request.model, **await served.engine.call(look))
         except GptsmithError as error:
             raise from_engine(error) from error
 

@@ -37,7 +37,7 @@ class MarkdownResponse(BaseModel):
 def to_html(text: str) -> str:
     """The HTML of a Markdown text: only the tags and attributes above, links only to the web and to mail."""
     return nh3.clean(
-        _parser().render(text),
+        _parser().render(text.encode("utf-8", "replace").decode()),  # a lone surrogate cannot be sent
         tags=TAGS,
         attributes=ATTRIBUTES,
         allowed_classes={},
