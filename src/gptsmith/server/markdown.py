@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field
 
+router = APIRouter(tags=["web page"])
 MOST_CHARACTERS = 200_000
 
 TAGS = {
@@ -54,12 +55,7 @@ def _parser() -> MarkdownIt:
     return parser.disable("image")
 
 
-def markdown_routes() -> APIRouter:
-    router = APIRouter()
-
-    @router.post("/api/markdown", tags=["web page"])
-    def markdown(request: MarkdownRequest) -> MarkdownResponse:
-        """Markdown as sanitised HTML."""
-        return MarkdownResponse(html=to_html(request.text))
-
-    return router
+@router.post("/api/markdown")
+def markdown(request: MarkdownRequest) -> MarkdownResponse:
+    """Markdown as sanitised HTML."""
+    return MarkdownResponse(html=to_html(request.text))
