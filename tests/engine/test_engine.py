@@ -532,6 +532,12 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         ([1], SamplingParams(logprobs=31), "logprobs"),
         ([1], SamplingParams(max_tokens=3, logit_bias=dict.fromkeys(range(30), float("-inf"))), "no token is allowed"),
     ]
+
+    class Broken:
+        def start(self) -> Any:
+            raise ZeroDivisionError("oh")
+
+    wrong.append(([1], SamplingParams(max_tokens=3, constraint=Broken()), "ZeroDivisionError: oh"))
     good = [1, 2, 3]
     given = [p for p, _, _ in wrong] + [good]
     results = engine.generate(given, [w for _, w, _ in wrong] + [GREEDY])

@@ -198,7 +198,7 @@ class Conversation:
             f"({stats.generated_tokens:,} tokens, {stats.generated_tokens / max(self.seconds, 1e-9):,.1f} tok/s; of "
             f"{stats.prefix_tokens:,} tokens read {stats.prefix_hits:,} were known ({stats.prefix_hit_rate:.0%})"
         )
-        if stats.drafted:
+        if self.engine.speculator is not None:
             told += f"; {stats.accepted:,} of {stats.drafted:,} guesses right ({stats.acceptance_rate:.0%})"
         return told + ")"
 

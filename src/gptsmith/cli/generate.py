@@ -14,7 +14,7 @@ from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
 
 if TYPE_CHECKING:
-    from gptsmith.engine.engine import EngineStats
+    from gptsmith.engine.engine import Engine
     from gptsmith.engine.sampling import Constraint
     from gptsmith.engine.speculative import Speculator
     from gptsmith.tokenizer import Tokenizer
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
     if params.constraint is not None and not {"length", "context"}.isdisjoint(reasons):
         note("note: the text ended before it was complete; --max-tokens is how long it may become.")
     if chosen.stats:
-        note(_told(engine.stats, first, seconds))
+        note(_told(engine, first, seconds))
     return 0
 
 
@@ -198,13 +198,14 @@ def _constraint(chosen: Generate, tokenizer: Tokenizer) -> Constraint | None:
     return None
 
 
-def _told(stats: EngineStats, first: float, seconds: float) -> str:
+def _told(engine: Engine, first: float, seconds: float) -> str:
     """How it went, in a line. first, seconds: until the first text and in all."""
+    stats = engine.stats
     told = (
         f"{stats.generated_tokens:,} tokens in {duration(seconds)}, {stats.generated_tokens / max(seconds, 1e-9):,.1f} "
         f"tok/s; the first after {first:.2f} s; {stats.prefix_hits:,} of {stats.prompt_tokens:,} prompt tokens known"
     )
-    if stats.drafted:
+    if engine.speculator is not None:
         told += f"; {stats.accepted:,} of {stats.drafted:,} guesses right ({stats.acceptance_rate:.0%})"
     return told
 

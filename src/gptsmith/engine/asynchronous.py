@@ -17,7 +17,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TypeVar
 
-from gptsmith.engine.engine import Engine, EngineStats
+from gptsmith.engine.engine import Engine, EngineStats, as_error
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
@@ -84,8 +84,8 @@ class AsyncEngine:
                 return
             try:
                 ticket.request = self.engine.add_request(prompt, params)
-            except GptsmithError as error:
-                _hand(deliver, error)
+            except Exception as failure:  # whatever is wrong with it, the others go on
+                _hand(deliver, as_error(failure))
             else:
                 self._readers[ticket.request] = deliver
 

@@ -246,8 +246,8 @@ class Engine:
         for i, (prompt, wishes) in enumerate(zip(prompts, each, strict=True)):
             try:
                 numbers[i] = self.add_request(prompt, wishes)
-            except GptsmithError as error:
-                results[i] = Result(-1, list(prompt), error=error)
+            except Exception as failure:  # whatever is wrong with it, the others go on
+                results[i] = Result(-1, list(prompt), error=as_error(failure))
         results |= zip(numbers, self.drain(list(numbers.values())), strict=True)
         return [results[i] for i in range(len(prompts))]
 
@@ -614,13 +614,7 @@ class Engine:
     def _fail(self, request: Request, failure: Exception) -> None:
         if request.error is not None:
             return
-        if isinstance(failure, GptsmithError):
-            request.error = failure
-        elif isinstance(failure, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(failure):
-            request.error = GptsmithError("out of memory: give the engine fewer tokens a pass, or a smaller cache.")
-        else:
-            request.error = GptsmithError(f"generation failed: {type(failure).__name__}: {failure}.")
-        request.error.__cause__ = None if request.error is failure else failure
+        request.error = as_error(failure)
         self._undelivered += self._end(request, "error")
 
     def _end(self, request: Request, reason: FinishReason) -> list[Event]:
@@ -752,6 +746,18 @@ class Engine:
                 "Ask for fewer tokens, or give the engine a larger cache."
             )
         return ids
+
+
+def as_error(failure: Exception) -> GptsmithError:
+    """What to say of a failure, whoever raised it."""
+    if isinstance(failure, GptsmithError):
+        return failure
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(failure):
+        error = GptsmithError("out of memory: give the engine fewer tokens a pass, or a smaller cache.")
+    else:
+        error = GptsmithError(f"generation failed: {type(failure).__name__}: {failure}.")
+    error.__cause__ = failure
+    return error
 
 
 def _logprobs(logits: Tensor, chosen: Items[int], wishes: Items[int | None]) -> list[TokenLogprob | None]:

@@ -63,7 +63,7 @@ class Runner:
                 logits = Runner._logits(self, ids, chunks, rows)
         else:
             logits = self._logits(ids, chunks, rows)
-        finite = logits.sum(dim=-1).isfinite().split(wanted)  # a sum of what is not finite is not
+        finite = torch.split(logits.sum(dim=-1).isfinite(), wanted)  # a sum of what is not finite is not
         parts = zip(batch, torch.split(logits, wanted), finite, strict=True)
         return [Rows(each, part, bool(sound.all())) for each, part, sound in parts]
 

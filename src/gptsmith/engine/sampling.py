@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -62,6 +63,18 @@ class Ending(Protocol):
 
     def start(self) -> Reader:
         """For a text that has not begun."""
+
+
+_WHOLE = ("max_tokens", "min_tokens", "top_k", "seed", "n", "best_of", "beams", "logprobs", "prompt_logprobs")
+_REAL = (
+    *("temperature", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"),
+)
+
+
+def _are(kind: type, values: Iterable[object]) -> bool:
+    """Whether all are of this kind; that True is a whole number is nobody's wish."""
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,13 @@ class SamplingParams:
             if not ok or (isinstance(value, float) and not math.isfinite(value)):
                 raise UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value}.")
 
+        for name in (*_WHOLE, *_REAL):
+            value, kind = getattr(self, name), numbers.Integral if name in _WHOLE else numbers.Real
+            absent = value is None and getattr(type(self), name) is None
+            check(absent or _are(kind, [value]), name, "a whole number" if name in _WHOLE else "a number")
+        check(_are(numbers.Integral, self.stop_ids), "stop_ids", "token ids")
+        check(_are(numbers.Integral, self.logit_bias), "logit_bias", "numbers by token ids")
+        check(_are(numbers.Real, self.logit_bias.values()), "logit_bias", "numbers by token ids")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"from 0 to max_tokens ({self.max_tokens})")
         check(self.temperature >= 0, "temperature", "0 (greedy) or above")
@@ -142,7 +162,8 @@ class SamplingParams:
         check(abs(self.frequency_penalty) <= 100, "frequency_penalty", "a number of at most 100")
         check(not any(map(math.isnan, self.logit_bias.values())), "logit_bias", "numbers")
         check(math.inf not in self.logit_bias.values(), "logit_bias", "below infinity")
-        check(all(self.stop), "stop", "texts that are not empty")
+        texts = not _are(str, [self.stop]) and _are(str, self.stop) and all(self.stop)
+        check(texts, "stop", "a tuple of texts that are not empty")
         check(self.n >= 1, "n", "at least 1")
         check(self.best_of is None or self.best_of >= self.n, "best_of", f"at least n ({self.n})")
         check(self.beams >= 1, "beams", "at least 1")
