@@ -165,7 +165,7 @@ def test_sampled_tokens_keep_their_distribution(make_model: Any, kind: str) -> N
     model, other = make_model("gpt2", 6), make_model("gpt2", 6, seed=4)
     drafter = PromptLookup(2, 1) if kind == "prompt-lookup" else DraftModel(other)
     engine = Engine(model, speculator=Always(drafter, 3), max_batch=64, max_batch_tokens=400)
-    n = 3000
+    n = 1500
     params = [SamplingParams(max_tokens=4, temperature=1.0, seed=10 * i) for i in range(n)]
     batches = [params[i : i + 60] for i in range(0, n, 60)]  # nobody may wait: there are no guesses then
     ids = torch.tensor([r.ids for batch in batches for r in engine.generate([[1, 2]] * len(batch), batch)])
@@ -278,7 +278,7 @@ def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) ->
     while len(speeds) < 3 and max(speeds, default=0.0) < 0.9:
         plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
         spent = {plain: 0.0, guessing: 0.0}
-        for _ in range(5):
+        for _ in range(4):
             for engine in spent:
                 began = time.process_time()
                 assert len(engine.generate([[1]], params)[0].ids) == 250
