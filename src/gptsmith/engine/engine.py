@@ -355,7 +355,7 @@ class Engine:
             request = sequence.request
             touched[request.number] = request
             past = sequence.start + sequence.computed
-            if len(rows.logits) and not bool(torch.isfinite(rows.logits).all()):
+            if not rows.finite:
                 if sequence.drafts:
                     self._forget_guesses(sequence)
                 else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
@@ -90,7 +90,8 @@ class GraphRunner(Runner):
         longest = max(chunk.past + chunk.size for chunk in chunks)
         if any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
             return super()._logits(ids, chunks, rows)
-        stamp = tuple(p.data_ptr() for p in self.model.parameters())
+        parameters = self.model.parameters()  # of torchao's kinds they have no address of their own
+        stamp = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
         if stamp != self._stamp:  # the weights lie elsewhere now
             self._passes.clear()
             self._stamp = stamp
@@ -118,7 +119,7 @@ class GraphRunner(Runner):
 
     def _capture(self, static: StaticPass) -> tuple[Any, Tensor]:
         """The graph of a pass that has been filled: running it more than once stores the same keys and values."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):  # libraries choose their kernels and make their workspaces

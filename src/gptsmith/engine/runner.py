@@ -21,10 +21,11 @@ from gptsmith.model.transformer import Transformer
 @dataclass(frozen=True)
 class Rows:
     """A scheduled sequence's logits, of the last tokens it computed: (R, V) float32; none while its prompt is not read
-    to the end, unless the prompt's are wanted too."""
+    to the end, unless the prompt's are wanted too. finite: whether all are."""
 
     scheduled: Scheduled
     logits: Tensor
+    finite: bool
 
 
 class Runner:
@@ -62,7 +63,9 @@ class Runner:
                 logits = Runner._logits(self, ids, chunks, rows)
         else:
             logits = self._logits(ids, chunks, rows)
-        return [Rows(each, part) for each, part in zip(batch, torch.split(logits, wanted), strict=True)]
+        finite = torch.split(logits.sum(dim=-1).isfinite(), wanted)  # a sum of what is not finite is not
+        parts = zip(batch, torch.split(logits, wanted), finite, strict=True)
+        return [Rows(each, part, bool(sound.all())) for each, part, sound in parts]
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
         """Logits (R, V) float32 after those of the ids that `rows` tells."""

@@ -95,6 +95,8 @@ class Scheduler:
             shares[oldest] = min(oldest.remaining, budget if not others else max(1, budget // 4))
             budget -= shares[oldest]
             for sequence in [*sorted(others, key=lambda s: s.remaining), oldest]:
+                if sequence is oldest and any(shares[s] == s.remaining for s in others):
+                    break  # a prompt ends in this pass: its first token does not wait for the oldest to fill it up
                 more = min(sequence.remaining - shares[sequence], budget)
                 shares[sequence] += more
                 budget -= more

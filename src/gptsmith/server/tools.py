@@ -139,7 +139,8 @@ def _form(template: ChatTemplate, count: int) -> Form | None:
 
 def _common(one: str, other: str) -> str:
     """What both begin with."""
-    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))]
+    shared = zip(one, other, strict=False)
+    return one[: next((i for i, (a, b) in enumerate(shared) if a != b), min(len(one), len(other)))]
 
 
 def _regex(text: str) -> str:

@@ -10,6 +10,7 @@ try {
   // no storage: the key is asked for again after a reload
 }
 let asking = null;
+let declined = false; // who has closed the question is not asked again and again
 
 export class ServerError extends Error {
   constructor(message, status, code) {
@@ -19,7 +20,7 @@ export class ServerError extends Error {
   }
 }
 
-export const hasKey = () => key !== "";
+export const keyMatters = () => key !== "" || declined;
 
 export function askForKey(why = "Requests to this server need a key. It is kept until this tab is closed.") {
   asking ??= (async () => {
@@ -35,8 +36,9 @@ export function askForKey(why = "Requests to this server need a key. It is kept 
       } catch {
         // as above
       }
-      document.dispatchEvent(new CustomEvent("key-changed"));
     }
+    declined = answer === null && key === "";
+    document.dispatchEvent(new CustomEvent("key-changed", { detail: answer !== null }));
     asking = null;
     return answer !== null;
   })();
@@ -71,7 +73,7 @@ async function sendWithKey(path, options) {
   try {
     return await send(path, options);
   } catch (error) {
-    if (error.status === 401 && (await askForKey(key ? "The server does not accept this key." : undefined))) {
+    if (error.status === 401 && !declined && (await askForKey(key ? "The server does not accept this key." : undefined))) {
       return send(path, options);
     }
     throw error;

@@ -1,6 +1,6 @@
 // The shell: which view is shown, the theme, the keyboard.
 
-import { askForKey, hasKey } from "./api.js";
+import { askForKey, keyMatters } from "./api.js";
 import { ask, h, icon } from "./dom.js";
 import * as models from "./models.js";
 import { load, save } from "./store.js";
@@ -91,8 +91,8 @@ drawTheme();
 const keyButton = document.getElementById("key");
 keyButton.append(icon("key"));
 keyButton.addEventListener("click", () => askForKey());
-keyButton.hidden = !hasKey();
-document.addEventListener("key-changed", () => { keyButton.hidden = !hasKey(); });
+keyButton.hidden = !keyMatters();
+document.addEventListener("key-changed", () => { keyButton.hidden = !keyMatters(); });
 
 const help = document.getElementById("help");
 help.append(icon("help"));

@@ -98,11 +98,16 @@ export class Chart {
   mark(x) {
     this.at = x;
     const { px, py, inner } = this.scale;
+    const beyond = 0.02 * (this.scale.x1 - this.scale.x0);
     const found = this.series.map((series) => {
       const points = series.points.filter(([, y]) => y !== null);
-      return points.length ? { series, point: points[nearest(points.map(([x]) => x), x)] } : null;
+      if (!points.length || x < points[0][0] - beyond || x > points.at(-1)[0] + beyond) return null; // it is not there
+      return { series, point: points[nearest(points.map(([x]) => x), x)] };
     }).filter(Boolean);
-    if (!found.length) return;
+    if (!found.length) {
+      this.hide();
+      return;
+    }
     const place = found.map(({ point }) => point[0]).reduce((a, b) => (Math.abs(a - x) <= Math.abs(b - x) ? a : b));
     this.cross.replaceChildren(
       s("line", { x1: px(place), x2: px(place), y1: MARGIN.top, y2: MARGIN.top + inner.height }),

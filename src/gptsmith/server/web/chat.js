@@ -150,6 +150,7 @@ export function mount(root, { go }) {
   async function answer() {
     const model = models.chosen();
     const message = { role: "assistant", content: "", model };
+    keep(); // what was said is not lost, whatever becomes of the answer
     const asked = current.messages.map(({ role, content }) => ({ role, content }));
     if (current.system?.trim()) asked.unshift({ role: "system", content: current.system });
     current.messages.push(message);
@@ -269,7 +270,7 @@ export function mount(root, { go }) {
     else if (message.content) new Rendering(body).finish(message.content);
     const element = h(`article.turn.${message.role}${waiting ? ".waiting" : ""}`, { "aria-label": user ? "You" : message.model ?? "Answer" },
       h("header", {}, user ? "You" : message.model ?? "Assistant"), body);
-    if (waiting) body.append(h("span.dots", { "aria-label": "Waiting for the first token" }, h("i"), h("i"), h("i")));
+    if (waiting) body.append(h("span.dots", { role: "img", "aria-label": "Waiting for the first token" }, h("i"), h("i"), h("i")));
     if (running?.message === message) return element;
     if (message.error) element.append(h("p.failed", { role: "alert" }, message.error));
     element.append(h("footer", {},

@@ -233,13 +233,13 @@ export function mount(root) {
     const T = weights.length;
     const width = mapBox.clientWidth;
     const ratio = devicePixelRatio || 1;
-    const font = `${T > 48 ? 9 : 12}px ui-monospace, "DejaVu Sans Mono", monospace`;
+    const font = `${T > 48 || width < 400 ? 9 : 12}px ui-monospace, "DejaVu Sans Mono", monospace`;
     const context = map.getContext("2d");
     context.font = font;
     const names = found.tokens.map((token) => visible(token).slice(0, 9));
     const labels = Math.min(90, 12 + Math.max(...names.map((name) => context.measureText(name).width)));
     const cell = Math.max(4, Math.min(36, (width - labels - 2) / T));
-    const labelled = cell >= 9;
+    const labelled = cell >= 7;
     const left = labelled ? labels : 2;
     const side = left + cell * T + 1;
     map.width = Math.round(side * ratio);

@@ -23,12 +23,20 @@ export class Rendering {
   show(text) {
     this.wanted = text;
     if (this.shown === null && !known.has(text)) this.plain(text); // until the first rendering has come
-    this.working ??= this.work();
+    this.start();
+  }
+
+  start() {
+    if (this.working || this.wanted === this.shown) return;
+    this.working = this.work().finally(() => {
+      this.working = null;
+      this.start(); // for what has come in between
+    });
   }
 
   async finish(text) {
     this.show(text);
-    await this.working;
+    while (this.working) await this.working;
     for (const block of this.element.querySelectorAll("pre")) {
       block.tabIndex = 0; // it may be wider than the page: the keyboard can scroll it
       block.append(h("button.copy-code", { type: "button", "aria-label": "Copy the code", title: "Copy the code",
@@ -56,6 +64,5 @@ export class Rendering {
       this.shown = text;
       if (this.wanted !== text) await new Promise((done) => setTimeout(done, PAUSE));
     }
-    this.working = null;
   }
 }

@@ -28,7 +28,7 @@ export async function start() {
     save("model", select.value);
     tell();
   });
-  document.addEventListener("key-changed", fetchNames);
+  document.addEventListener("key-changed", (event) => { if (event.detail) fetchNames(); });
   await fetchNames();
 }
 

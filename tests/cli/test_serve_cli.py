@@ -1,0 +1,153 @@
+"""`gptsmith serve` as people start it: a process of its own, ended by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+RunCli = Callable[..., tuple[int, str, str]]
+
+
+class Process:
+    """A server in another process; what it says is gathered."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gptsmith", "serve", *arguments, "--port", "0", "--device", "cpu"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.said: list[str] = []
+        self.url = ""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            found = re.search(r"at (http://\S+)", line)
+            if found:
+                self.url = found[1]
+                break
+        self._thread = threading.Thread(target=lambda: self.said.extend(self.process.stderr or ()))
+        self._thread.start()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=120)
+        self._thread.join()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        return code
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.said if line.startswith("{")]
+
+
+def test_a_signal_cuts_nobody_off(finished: Path, tmp_path: Path) -> None:
+    """SIGTERM while eight answers are under way: all come to their end, new ones are refused, and it leaves with 0."""
+    (tmp_path / "keys").write_text("# the key\nthe-secret\n")
+    options = (str(finished), "--alias", "gpt-4=run", "--api-key-file", str(tmp_path / "keys"))
+    with Process(*options, GPTSMITH_API_KEY="another-secret") as server:
+        headers = {"authorization": "Bearer another-secret"}
+        body = {"model": "gpt-4", "prompt": "ba", "max_tokens": 1500, "overflow": "shift", "ignore_eos": True}
+        answers: list[Any] = []
+
+        def ask(stream: bool) -> None:
+            with httpx.stream(
+                "POST", f"{server.url}/v1/completions", json={**body, "stream": stream}, headers=headers, timeout=120
+            ) as answer:
+                answers.append((answer.status_code, answer.read()))
+
+        threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        while "gptsmith_requests_running 8.0" not in httpx.get(f"{server.url}/metrics", headers=headers).text:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/ready").status_code != 503:
+            time.sleep(0.01)
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 503
+        for thread in threads:
+            thread.join()
+        assert server.wait() == 0
+    assert len(answers) == 8
+    for status, content in answers:
+        assert status == 200
+        if content.startswith(b"data:"):
+            assert content.endswith(b"data: [DONE]\n\n")
+            assert b'"finish_reason":"length"' in content
+        else:
+            assert json.loads(content)["usage"]["completion_tokens"] == 1500
+    requests = [line for line in server.log if line["event"] == "request" and line["path"] == "/v1/completions"]
+    assert [line["completion_tokens"] for line in requests] == [1500] * 8
+    assert all(line["key"] == "key 1" and line["request_id"] for line in requests)
+    assert "secret" not in "".join(server.said)
+
+
+def test_a_second_signal_cuts(finished: Path) -> None:
+    with Process(str(finished)) as server:
+        body = {"model": "run", "prompt": "ba", "max_tokens": 10**8, "overflow": "shift", "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_raw())
+            server.process.send_signal(signal.SIGINT)
+            while httpx.get(f"{server.url}/ready").status_code != 503:
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGINT)
+            server.process.wait(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ((), "name a model"),
+        (("no/such/model/here",), "no/such/model"),
+        (("{run}", "--alias", "x"), "--alias"),
+        (("{run}", "--alias", "x=nothing"), "nothing"),
+        (("{run}", "--adapter", "x=nowhere"), "nowhere"),
+        (("{run}", "--rate-limit", "often"), "--rate-limit"),
+        (("{run}", "--api-key-file", "nowhere"), "--api-key-file"),
+        (("{run}", "--api-key", " "), "--api-key"),
+        (("{run}", "--timeout", "0"), "--timeout"),
+        (("{run}", "--max-concurrency", "0"), "--max-concurrency"),
+        (("{run}", "--port", "70000"), "--port"),
+        (("{run}", "--host", "no.such.host.invalid"), "--host"),
+        (("{run}", "--runs", "nowhere"), "--runs"),
+        (("{run}", "{run}"), "two models"),
+    ],
+)
+def test_what_is_wrong_is_said(run_cli: RunCli, finished: Path, options: tuple[str, ...], named: str) -> None:
+    code, out, err = run_cli("serve", *(option.replace("{run}", str(finished)) for option in options))
+    assert code in (1, 2)
+    assert named in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_port_that_is_taken(run_cli: RunCli, finished: Path) -> None:
+    from gptsmith.server.listening import listen
+
+    taken = listen("127.0.0.1", 0)
+    try:
+        code, _, err = run_cli("serve", finished, "--port", taken.getsockname()[1])
+    finally:
+        taken.close()
+    assert (code, "cannot listen" in err) == (2, True)

@@ -1,0 +1,52 @@
+"""`gptsmith watch`: what it refuses, and that it answers. tests/server/test_browser.py watches a training with it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+RunCli = Callable[..., tuple[int, str, str]]
+
+
+def test_a_directory_that_is_not_there(run_cli: RunCli, tmp_path: Path) -> None:
+    code, _, error = run_cli("watch", tmp_path / "nowhere")
+    assert code == 1
+    assert "there is no directory" in error
+
+
+def test_a_port_that_is_none_and_one_that_is_taken(run_cli: RunCli, tmp_path: Path) -> None:
+    code, _, error = run_cli("watch", tmp_path, "--port", "70000")
+    assert code == 2
+    assert "--port must be from 0 to 65535" in error
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, error = run_cli("watch", tmp_path, "--port", taken.getsockname()[1])
+    assert code == 2
+    assert "cannot listen" in error
+
+
+def test_it_answers_and_ends_well_while_somebody_listens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"status": "running"}')
+    command = [sys.executable, "-m", "gptsmith", "watch", str(run), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watch:
+        try:
+            assert watch.stderr is not None
+            url = re.findall(r"http://127\.0\.0\.1:\d+/", watch.stderr.readline())[0]
+            assert "<title>gptsmith</title>" in httpx.get(url).text
+            with httpx.stream("GET", f"{url}api/runs/run/events", timeout=30) as stream:
+                lines = stream.iter_lines()
+                assert next(lines) == "event: snapshot"
+                watch.send_signal(signal.SIGINT)
+                assert watch.wait(20) == 0
+        finally:
+            watch.kill()

@@ -1,0 +1,213 @@
+"""A live server in this process, over small models made on the spot, and engines of their own to compare with."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import save_file
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Pipeline
+
+from gptsmith.engine.asynchronous import AsyncEngine
+from gptsmith.engine.engine import Engine
+from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.text import generate_texts
+from gptsmith.model import families
+from gptsmith.model.hf import LAYOUTS, weights_to_hf
+from gptsmith.model.transformer import Transformer
+from gptsmith.server.app import create_app
+from gptsmith.server.listening import listen
+from gptsmith.server.models import Loaded, Models
+from gptsmith.server.service import Settings
+from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+from gptsmith.tokenizer.chat import ChatTemplate
+
+CONTEXT = 512
+
+TEMPLATE = """\
+{%- if tools %}{{ '<|im_start|>system\\nTools:' }}{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}\
+{{ '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == "assistant" %}{{ '<|im_start|>assistant' }}
+{%- if message.content %}{{ '\\n' + message.content }}{% endif %}
+{%- for call in message.tool_calls %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) }}
+{{- '}\\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level, with a chat template that knows tools. Calls begin with a token that is not special, as Qwen's do."""
+    words = '{"name": "arguments": "city": "Rome"} true false the cat sat on a mat. Tools: system user assistant \n' * 3
+    pipeline = Pipeline.from_str(train_bpe([words], 320).to_json())
+    pipeline.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    pipeline.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>")])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    return Tokenizer(pipeline.to_str(), config)
+
+
+def make_model(tokenizer: Tokenizer, seed: int = 1) -> Transformer:
+    torch.manual_seed(seed)
+    config = families.FAMILIES["llama"](
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=None,
+        intermediate_size=24,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+    )
+    return Transformer(config).eval()
+
+
+def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
+    """A LoRA adapter of random numbers in PEFT's layout, large enough to change what is written."""
+    torch.manual_seed(5)
+    tensors = {}
+    for entry in LAYOUTS[model.config.model_type].entries(model.config):
+        if "q_proj.weight" in entry.ours or "v_proj.weight" in entry.ours:
+            for name in entry.theirs:
+                rows, columns = weights_to_hf(model)[name].shape
+                base = f"base_model.model.{name.removesuffix('.weight')}"
+                tensors[f"{base}.lora_A.weight"] = torch.randn(rank, columns)
+                tensors[f"{base}.lora_B.weight"] = torch.randn(rows, rank)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+class Live:
+    """A server on a free port of the loopback, in a thread. alone: engines of the same models for nobody else."""
+
+    def __init__(self, settings: Settings | None = None, adapter: Path | None = None, **engine: Any) -> None:
+        self.loads: list[str] = []
+        self._engine = {"max_batch": 16, "block_size": 8} | engine
+        self.tokenizers = {"tiny": make_tokenizer(), "plain": train_char(["abcdefghijklmnopqrstuvwxyzUA: .\n"])}
+        adapters = {} if adapter is None else {"tuned": ("tiny", adapter)}
+        names = {"tiny": "tiny", "plain": "plain"}
+        self.models = Models(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
+        self.app = create_app(self.models, settings)
+        self.listening = listen("127.0.0.1", 0)
+        self.port: int = self.listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_config=None, ws="none"))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.listening]})
+        self.alone = {name: self._make_engine(name) for name in names}
+        if adapter is not None:
+            self.alone["tiny"].add_adapter("tuned", adapter)
+
+    def _make_engine(self, name: str) -> Engine:
+        tokenizer = self.tokenizers[name]
+        return Engine(make_model(tokenizer), vocab_size=tokenizer.vocab_size, **self._engine)
+
+    def _load(self, spec: str) -> Loaded:
+        self.loads.append(spec)
+        engine, tokenizer = self._make_engine(spec), self.tokenizers[spec]
+        return Loaded(AsyncEngine(engine), tokenizer, engine.model, ChatTemplate(tokenizer))
+
+    def start(self) -> Live:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+        return self
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        for loaded in self.models.loaded().values():
+            assert loaded.engine.stats.blocks_used == 0
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+
+    def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+
+    # what the engine says, without a server
+
+    def texts(self, prompt: str, model: str = "tiny", **params: Any) -> list[str]:
+        (texts,) = generate_texts(
+            self.alone[model], self.tokenizers[model], [prompt], SamplingParams(**({"temperature": 1.0} | params))
+        )
+        return texts
+
+    def answers(self, messages: list[Any], **params: Any) -> list[str]:
+        """What the engine answers to a conversation with the model `tiny`."""
+        tokenizer = self.tokenizers["tiny"]
+        assert tokenizer.eos_id is not None
+        ids = ChatTemplate(tokenizer).encode(messages)
+        chosen = SamplingParams(**{"temperature": 1.0, "max_tokens": CONTEXT - len(ids), **params})
+        (result,) = self.alone["tiny"].generate(
+            [ids], SamplingParams(**{**vars(chosen), "stop_ids": (tokenizer.eos_id,)})
+        )
+        return [tokenizer.decode(c.ids) for c in result.completions]
+
+    def settled(self, condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+        """Whether `condition` comes true."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if condition():
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server without keys and with wide limits, for a whole module."""
+    adapter = tmp_path_factory.mktemp("adapters") / "tuned"
+    write_adapter(adapter, make_model(make_tokenizer()))
+    server = Live(adapter=adapter).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with live.client() as client:
+        yield client
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Live]]:
+    """Servers of other settings, for one test."""
+    servers: list[Live] = []
+
+    def begin(settings: Settings, **engine: Any) -> Live:
+        servers.append(Live(settings, **engine).start())
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def live_with_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Path]]:
+    """A server for a whole module, and the directory whose runs its page shows."""
+    runs = tmp_path_factory.mktemp("site") / "runs"
+    runs.mkdir()
+    server = Live(Settings(runs=runs)).start()
+    yield server, runs
+    server.stop()

@@ -1,0 +1,542 @@
+"""The page in a real browser: Chromium, driven through Playwright. No complaint of the browser is let pass.
+
+GPTSMITH_SCREENSHOTS=DIRECTORY keeps the pictures that the tests take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptsmith.log import JsonLines
+from gptsmith.server.service import Settings
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+axe_playwright_python = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
+LONG = 120_000  # ms: the machine may be busy
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+Page = Any
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Open an address in a browser that has never been here. What the browser complains of fails the test."""
+    contexts, complaints = [], []
+
+    def open_(url: str, storage: dict[str, Any] | None = None, **options: Any) -> Page:
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 820}, "reduced_motion": "reduce", **options}
+        )
+        contexts.append(context)
+        for name, value in (storage or {}).items():
+            kept = json.dumps(json.dumps(value))
+            context.add_init_script(
+                f"localStorage.getItem('gptsmith.{name}') ?? localStorage.setItem('gptsmith.{name}', {kept})"
+            )
+        page = context.new_page()
+        page.set_default_timeout(LONG)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on(
+            "request", lambda r: complaints.append(f"asked {r.url}") if not r.url.startswith((url, "blob:")) else None
+        )
+        page.goto(url)
+        return page
+
+    open_.complaints = complaints  # type: ignore[attr-defined]
+    yield open_
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.fixture(scope="module")
+def site(live_with_runs: tuple[Any, Path]) -> Any:
+    """A server with two small models - `tiny` talks, `plain` does not - and a directory of runs."""
+    server, runs = live_with_runs
+    write_run(runs / "bard", steps=400, rows=40)
+    write_run(runs / "short", steps=200, rows=20)
+    server.runs = runs
+    return server
+
+
+def write_run(directory: Path, steps: int, rows: int, status: str = "finished") -> Path:
+    directory.mkdir(parents=True)
+    config = {"steps": steps, "batch_size": 16, "context": 64, "optim": {"lr": 0.02}}
+    record = {
+        "status": status,
+        "started": f"2026-01-01T00:00:{rows}+00:00",
+        "parameters": 812_544,
+        "config": config,
+        "model": {"num_hidden_layers": 4, "hidden_size": 128},
+        "data": {"spec": "/texts/shakespeare.txt", "train_tokens": 1_000_000},
+        "choice": {"reasons": ["a test: no more than it needs"]},
+    }
+    (directory / "run.json").write_text(json.dumps(record))
+    for i in range(1, rows + 1):
+        write_row(directory, i * steps // rows, steps)
+    JsonLines(directory / "metrics.jsonl").append(step=steps, time=steps / 10, tokens=steps * 1024, val_loss=1.7)
+    JsonLines(directory / "samples.jsonl").append(
+        step=steps // 2, temperature=0.8, prompt="ROMEO:", text=" early words"
+    )
+    JsonLines(directory / "samples.jsonl").append(
+        step=steps, temperature=0.8, prompt="ROMEO:", text=" <b>late</b> words"
+    )
+    return directory
+
+
+def write_row(directory: Path, step: int, steps: int) -> None:
+    JsonLines(directory / "metrics.jsonl").append(
+        step=step, time=step / 10, loss=1.4 + 20 / (step + 8), lr=0.02 * (1 - step / steps), grad_norm=1.0,
+        tokens=step * 1024, tokens_per_second=20_000.0 + step,
+    )  # fmt: skip
+
+
+def picture(page: Page, name: str) -> None:
+    directory = os.environ.get("GPTSMITH_SCREENSHOTS")
+    if directory:
+        page.screenshot(path=Path(directory) / f"{name}.png")
+
+
+def assert_accessible(page: Page) -> None:
+    """axe-core finds nothing that is serious."""
+    page.evaluate(f"() => {{ {AXE} }}")
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+    bad = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+    assert not bad, "\n".join(f"{v['id']}: {v['help']}\n  {[n['html'][:150] for n in v['nodes']][:4]}" for v in bad)
+
+
+def assert_fits(page: Page) -> None:
+    """Nothing sticks out at the side."""
+    wide, room = page.evaluate("() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert wide <= room
+
+
+def write(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def answered(page: Page, count: int = 1) -> None:
+    page.locator(".turn.assistant:not(.waiting) footer").nth(count - 1).wait_for()
+
+
+def go_on(page: Page) -> None:
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.locator(".column .token").first.wait_for()
+    page.locator(".columns:not(:has(.column.working))").wait_for()
+
+
+# Chat ---------------------------------------------------------------------------------------------------------------
+
+SHORT = {"sampling.chat": {"max_tokens": 12, "seed": 3}}
+
+
+def test_a_conversation(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, SHORT)
+    page.get_by_role("heading", name="Conversations").wait_for()
+    page.get_by_label("System prompt").fill("the cat")
+    write(page, "a cat sat on\n**a** mat <b>x</b>")
+    answered(page)
+    assert page.locator(".turn.user .body").inner_text() == "a cat sat on\n**a** mat <b>x</b>"  # as it was typed
+    messages = [
+        {"role": "system", "content": "the cat"},
+        {"role": "user", "content": "a cat sat on\n**a** mat <b>x</b>"},
+    ]
+    (expected,) = site.answers(messages, max_tokens=12, seed=3, temperature=0.7, top_p=0.95)
+    kept = page.evaluate("() => JSON.parse(localStorage.getItem('gptsmith.conversations'))")
+    assert kept[0]["messages"][1]["content"] == expected
+    assert re.search(r"\d+ tokens", page.locator(".stats").inner_text())
+
+    write(page, "and then")
+    answered(page, 2)
+    page.locator(".turn.assistant").nth(1).get_by_label("Answer again").click()
+    answered(page, 2)
+    assert page.locator(".turn").count() == 4
+    page.locator(".turn.user").first.get_by_label("Edit").click()
+    page.get_by_label("Your message").fill("the mat")
+    page.get_by_role("button", name="Send", exact=True).first.click()
+    answered(page)
+    assert page.locator(".turn").count() == 2
+    assert page.locator(".turn.user .body").inner_text() == "the mat"
+
+    page.reload()  # the conversation is still there
+    assert page.locator(".turn.user .body").inner_text() == "the mat"
+    page.get_by_role("button", name="New conversation").click()
+    assert page.locator(".turn").count() == 0
+    write(page, "another")
+    answered(page)
+    assert page.locator(".conversation").count() == 2
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    exported = json.loads(Path(download.value.path()).read_text())
+    assert exported["messages"][0] == {"role": "user", "content": "another"}
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Markdown").click()
+    assert "**You**\n\nanother\n" in Path(download.value.path()).read_text()
+    page.locator(".conversations li").first.hover()
+    page.get_by_label("Delete “another”").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.locator(".conversation").nth(1).wait_for(state="detached")
+
+
+def test_an_answer_is_stopped(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, {"sampling.chat": {"max_tokens": 200, "seed": 11, "temperature": 1.5, "top_p": 1}})
+    engine = site.models.loaded()["tiny"].engine
+    step = engine.engine.step
+    engine.engine.step = lambda: (time.sleep(0.1), step())[1]  # as slow as a large model
+    try:
+        write(page, "tell me everything")
+        page.locator(".turn.assistant:not(.waiting)").wait_for()
+        page.get_by_role("button", name="Stop", exact=True).click()
+        answered(page)
+        assert "stopped" in page.locator(".stats").inner_text()
+        assert site.settled(lambda: engine.stats.running == 0)
+        write(page, "again")
+        page.locator(".turn.assistant:not(.waiting)").nth(1).wait_for()
+        page.keyboard.press("Escape")
+        answered(page, 2)
+        assert "stopped" in page.locator(".stats").nth(1).inner_text()
+    finally:
+        del engine.engine.step
+
+
+def test_markdown_of_a_stranger_is_rendered_and_harmless(site: Any, open_page: Open) -> None:
+    answer = "**bold** <img src=x onerror=alert(1)> [x](javascript:alert(1))\n\n```\ncode\n```\n\n| a |\n|---|\n| b |"
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer, "model": "tiny"}]
+    page = open_page(site.url, {"conversations": [{"id": "1", "title": "hi", "updated": 1, "messages": said}]})
+    body = page.locator(".turn.assistant .body")
+    body.locator("strong").wait_for()
+    assert body.locator("img, a").count() == 0
+    assert "<img src=x" in body.inner_text()
+    assert body.locator("td").inner_text() == "b"
+    page.get_by_label("Copy the code").wait_for()
+    assert_accessible(page)
+
+
+def test_a_model_that_does_not_talk(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, {"model": "plain"})
+    page.get_by_text("plain has not been taught to talk.").wait_for()
+    assert not page.locator(".composer").is_visible()
+    assert_accessible(page)
+    page.get_by_role("button", name="Open the Playground").click()
+    page.get_by_role("heading", name="Playground").wait_for()
+
+
+def test_a_server_with_keys(open_page: Open, start: Callable[..., Any]) -> None:
+    server = start(Settings(keys=("open sesame",)))
+    page = open_page(server.url, SHORT)
+    page.get_by_label("Key", exact=True).fill("wrong")
+    page.keyboard.press("Enter")
+    page.get_by_text("The server does not accept this key.").or_(page.get_by_text("that is not a key")).first.wait_for()
+    if not page.get_by_label("Key", exact=True).is_visible():
+        page.get_by_label("API key").click()
+    page.get_by_label("Key", exact=True).fill("open sesame")
+    page.keyboard.press("Enter")
+    page.locator("#model option").first.wait_for(state="attached")
+    page.get_by_text("What shall we talk about?").wait_for()
+    write(page, "the cat")
+    answered(page)
+    assert page.evaluate("() => [localStorage, sessionStorage].map((s) => JSON.stringify(s).includes('sesame'))") == [
+        False,
+        True,
+    ]
+    page.locator(".turn.assistant .body:not(.plain)").wait_for()
+    open_page.complaints[:] = [c for c in open_page.complaints if "401" not in c]  # type: ignore[attr-defined]
+
+
+# Playground ---------------------------------------------------------------------------------------------------------
+
+PLAY = {
+    "view": "playground",
+    "model": "plain",
+    "prompt": "abc",
+    "inside.text": "abc abc",
+    "temperatures": "0, 1",
+    "sampling.playground": {"max_tokens": 14, "seed": 5},
+}
+
+
+def test_tokens_are_coloured_and_another_is_chosen(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, PLAY)
+    go_on(page)
+    columns = page.locator(".column")
+    assert columns.count() == 2
+    for column, temperature in ((columns.nth(0), 0.0), (columns.nth(1), 1.0)):
+        (expected,) = site.texts("abc", "plain", max_tokens=14, temperature=temperature, seed=5)
+        assert column.locator(".tokens").inner_text() == expected.rstrip("\n") or expected.endswith("\n")
+        assert column.locator(".token").count() == len(expected)
+        assert set(column.locator(".token").evaluate_all("(all) => all.map((t) => t.dataset.p)")) <= set("012345")
+
+    first = columns.nth(0)
+    before = first.locator(".token").all_inner_texts()
+    first.locator(".token").nth(3).click()
+    popover = page.get_by_role("dialog")
+    popover.wait_for()
+    assert popover.locator("button").count() == 8
+    assert_accessible(page)
+    picture(page, "playground")
+    other = popover.locator("button:not([aria-current])").first
+    text = other.locator("code").inner_text().replace("␣", " ").replace("⏎", "\n")
+    other.click()
+    page.locator(".columns:not(:has(.column.working))").wait_for()
+    first.locator(".token[data-picked]").wait_for()
+    (rest,) = site.texts("abc" + "".join(before[:3]) + text, "plain", max_tokens=14, temperature=0.0, seed=5)
+    made = first.locator(".token").evaluate_all("(all) => all.map((t) => t.textContent)")
+    assert "".join(made) == "".join(before[:3]) + text + rest
+    first.get_by_label("Take the choice back").click()
+    assert first.locator(".token").all_inner_texts() == before
+
+
+def test_the_keyboard_alone(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, PLAY | {"temperatures": "0", "echo": True})
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    page.locator(".columns:not(:has(.column.working)) .token:not([data-given])").nth(13).wait_for()
+    assert page.locator(".token[data-given]").all_inner_texts() == ["a", "b", "c"]
+    page.locator(".token").first.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    chosen = page.locator(":focus code").inner_text()
+    page.keyboard.press("Enter")
+    page.locator(".token[data-picked]").wait_for()
+    page.locator(".columns:not(:has(.column.working))").wait_for()
+    assert page.locator(".token[data-picked]").inner_text().replace(" ", "␣") == chosen.replace("⏎", "\n")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Alt+3")
+    page.get_by_role("heading", name="Inside").wait_for()
+    page.keyboard.press("/")
+    assert page.evaluate("() => document.activeElement.id") == "inside-text"
+    page.locator("#tab-inside").focus()
+    page.keyboard.press("?")
+    page.get_by_role("heading", name="Keyboard").wait_for()
+    assert_accessible(page)
+    page.keyboard.press("Escape")
+
+
+# Inside -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_heat_map(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, {"view": "inside", "model": "plain", "inside.text": "abcab cab."})
+    page.get_by_role("heading", name="The logit lens").wait_for()
+    assert page.locator(".strip .token").all_inner_texts() == list("abcab␣cab.")
+    assert page.locator(".lens tbody tr").count() == 3  # the embeddings, two layers
+    page.locator(".strip .token").nth(4).click()
+    assert "What b looks at" in page.locator("#looks-title").inner_text()
+    shares = page.locator("section:has(#looks-title) .number").all_inner_texts()
+    assert len(shares) == 5  # of itself and the past
+    # what is drawn: weights below the diagonal, the hatched future above it
+    map_ = page.locator("canvas.map")
+    label = map_.get_attribute("aria-label")
+    assert label.startswith("Attention of layer 1, head 1 over 10 tokens. Token 5, b, looks most at")
+    map_.focus()
+    page.keyboard.press("ArrowUp")
+    assert "Token 4" in map_.get_attribute("aria-label")
+    box = map_.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 40)
+    assert "in the future: masked" in page.locator(".tip").first.inner_text()
+    page.mouse.move(box["x"] + 40, box["y"] + box["height"] - 8)
+    assert re.search(r"\. → a [<\d.]+%", page.locator(".tip").first.inner_text())
+    page.get_by_role("radio", name="Head 2").click()
+    assert "head 2" in map_.get_attribute("aria-label")
+    page.locator("#layer").focus()
+    with page.expect_response("**/api/inside"):
+        page.keyboard.press("ArrowRight")
+    page.locator("canvas.map[aria-label*='layer 2']").wait_for()
+    assert_accessible(page)
+    picture(page, "inside")
+    page.get_by_label("A short text").fill("z" * 300 + "!")
+    page.get_by_text(re.compile("has no|not in|tokens; it takes")).first.wait_for()
+    open_page.complaints[:] = [c for c in open_page.complaints if "400" not in c]  # type: ignore[attr-defined]
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
+    live = write_run(site.runs / "live", steps=1000, rows=5, status="running")
+    (live / "metrics.jsonl").write_text("")
+    try:
+        page = open_page(site.url, {"view": "runs"})
+        page.get_by_role("heading", name="live").wait_for()
+        page.locator(".live").wait_for()
+        for i in range(1, 30):
+            write_row(live, 10 * i, 1000)
+        page.get_by_text("290", exact=True).first.wait_for()
+        path = page.locator(".series.s0 path").first
+        before = len(path.get_attribute("d"))
+        stop = threading.Event()
+        threading.Thread(
+            target=lambda: [write_row(live, 290 + 10 * i, 1000) or stop.wait(0.05) for i in range(1, 11)]
+        ).start()
+        page.locator(".tile", has_text="Step").get_by_text("390", exact=True).wait_for()
+        stop.set()
+        assert len(path.get_attribute("d")) > before
+        JsonLines(live / "samples.jsonl").append(step=390, temperature=0.8, prompt="", text="fresh from the model")
+        page.get_by_text("fresh from the model").wait_for()
+        record = json.loads((live / "run.json").read_text())
+        (live / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+        page.locator(".headline .badge", has_text="interrupted").wait_for()
+        JsonLines(live / "metrics.jsonl").truncate_after(200)
+        (live / "run.json").write_text(json.dumps(record))
+        page.locator(".tile", has_text="Step").get_by_text("200", exact=True).wait_for()
+    finally:
+        shutil.rmtree(live)
+
+
+def test_runs_over_one_another(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, {"view": "runs"})
+    page.get_by_role("heading", name="bard").wait_for()
+    assert page.locator("pre.sample").inner_text() == "ROMEO: <b>late</b> words"
+    page.locator("#sample").focus()
+    page.keyboard.press("ArrowLeft")
+    assert "early words" in page.locator("pre.sample").inner_text()
+    page.get_by_label("Show short").check()
+    page.locator(".chart").first.locator(".series").nth(3).wait_for()
+    plot = page.locator(".plot").first
+    plot.focus()
+    page.keyboard.press("Home")
+    readings = page.locator(".tip.in-plot").first.inner_text()
+    assert "bard training" in readings
+    assert "short training" in readings
+    assert "step 10" in readings
+    page.get_by_text("tokens", exact=True).click()
+    page.get_by_label("logarithmic").check()
+    page.get_by_text("a test: no more than it needs").wait_for()
+    page.get_by_text("All settings").click()
+    page.get_by_text("optim.lr").wait_for()
+    assert_accessible(page)
+    picture(page, "runs")
+
+
+def test_watch_follows_a_real_training(tmp_path: Path, text_file: Path, open_page: Open) -> None:
+    """`gptsmith watch` on an empty directory, and `gptsmith train` that fills it."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    command = [sys.executable, "-m", "gptsmith"]
+    watch = subprocess.Popen([*command, "watch", str(runs), "--port", "0"], stderr=subprocess.PIPE, text=True)
+    train = None
+    try:
+        line = watch.stderr.readline()  # type: ignore[union-attr]
+        url = re.findall(r"http://127\.0\.0\.1:\d+/", line)[0]
+        page = open_page(url)
+        page.get_by_text("No runs here yet.").wait_for()
+        assert page.locator(".tab:visible, #model:visible").count() == 0
+        small = [
+            "--context",
+            "32",
+            "--batch-size",
+            "8",
+            "--steps",
+            "120",
+            "--eval-every",
+            "60",
+            "--sample-tokens",
+            "20",
+        ]
+        model = ["--model.num-hidden-layers", "1", "--model.hidden-size", "32", "--model.num-attention-heads", "2"]
+        train = subprocess.Popen(
+            [*command, "train", str(text_file), "--out", str(runs / "words"), *small, *model],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        page.get_by_role("heading", name="words").wait_for(timeout=4 * LONG)
+        page.locator(".headline .badge", has_text="finished").wait_for(timeout=4 * LONG)
+        assert train.wait(60) == 0, train.stderr.read()  # type: ignore[union-attr]
+        page.locator(".tile", has_text="Step").get_by_text("120", exact=True).wait_for()
+        rows = JsonLines(runs / "words" / "metrics.jsonl").read()
+        loss = [row["loss"] for row in rows if "loss" in row][-1]
+        page.locator(".tile", has_text="training").get_by_text(f"{loss:.3f}").wait_for()
+        page.locator("#samples-title").wait_for()
+    finally:
+        for process in (watch, train):
+            if process is not None and process.poll() is None:
+                process.send_signal(2)
+    assert watch.wait(20) == 0
+
+
+# Every view, on every kind of screen --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_is_accessible(site: Any, open_page: Open, scheme: str) -> None:
+    page = open_page(site.url, SHORT | PLAY | {"view": "chat", "model": "tiny"}, color_scheme=scheme)
+    write(page, "the cat")
+    answered(page)
+    assert_accessible(page)
+    picture(page, f"chat-{scheme}")
+    page.get_by_role("link", name="Playground").click()
+    go_on(page)
+    assert_accessible(page)
+    page.get_by_role("link", name="Inside").click()
+    page.get_by_role("heading", name="The logit lens").wait_for()
+    assert_accessible(page)
+    page.get_by_role("link", name="Runs").click()
+    page.locator(".headline").wait_for()
+    assert_accessible(page)
+    picture(page, f"runs-{scheme}")
+    page.get_by_label(re.compile("Theme: as the system")).click()
+    page.get_by_label(re.compile("Theme: light")).click()
+    assert page.evaluate("() => document.documentElement.dataset.theme") == "dark"
+    page.reload()
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(14, 17, 23)"
+
+
+def test_on_a_phone(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, SHORT | PLAY | {"view": "chat", "model": "tiny"}, **PHONE)
+    write(page, "the cat")
+    answered(page)
+    assert_fits(page)
+    assert_accessible(page)
+    picture(page, "phone-chat")
+    page.get_by_role("button", name="Settings", exact=True).tap()
+    page.get_by_label("Temperature", exact=True).wait_for()
+    assert_accessible(page)
+    page.get_by_role("button", name="Close the settings").tap()
+    page.get_by_role("link", name="Playground").tap()
+    go_on(page)
+    page.locator(".token").nth(2).tap()
+    page.get_by_role("dialog").wait_for()
+    assert_fits(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Inside").tap()
+    page.get_by_role("heading", name="The logit lens").wait_for()
+    assert_fits(page)
+    picture(page, "phone-inside")
+    page.get_by_role("link", name="Runs").tap()
+    page.locator(".headline").wait_for()
+    page.get_by_label("Show short").check()
+    assert_fits(page)
+    assert_accessible(page)

@@ -1,0 +1,252 @@
+"""Runs as the page is told of them: whatever state their files are in, and whatever is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptsmith.log import JsonLines
+from gptsmith.server.pages import watch_app
+from gptsmith.server.runs import Follower, RunsDirectory, Tail, finite, thin
+
+
+def make_run(directory: Path, rows: int = 3, **info: Any) -> Path:
+    directory.mkdir(parents=True)
+    record = {"status": "running", "started": "2026-01-01T00:00:00+00:00", "parameters": 1000}
+    record |= {"config": {"steps": 100, "batch_size": 2, "context": 8}, "data": {"spec": "/somewhere/text.txt"}}
+    (directory / "run.json").write_text(json.dumps(record | info))
+    for step in range(1, rows + 1):
+        write(directory, step)
+    return directory
+
+
+def write(directory: Path, step: int, **values: Any) -> None:
+    row = {"step": step, "time": step / 10, "loss": 3 / step, "lr": 0.1, "tokens_per_second": 100.0}
+    JsonLines(directory / "metrics.jsonl").append(**(row | values))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    make_run(root / "one", started="2026-01-01T00:00:00+00:00")
+    make_run(root / "two", rows=0, started="2026-01-02T00:00:00+00:00")
+    make_run(root / "ladder" / "1m", started="2026-01-03T00:00:00+00:00")
+    (root / "no-run").mkdir()
+    (root / "a file").write_text("")
+    (tmp_path / "secret").mkdir()
+    make_run(tmp_path / "outside")
+    return root
+
+
+@pytest.fixture
+def client(root: Path) -> TestClient:
+    return TestClient(watch_app(root))
+
+
+def test_the_list(client: TestClient, root: Path) -> None:
+    runs = client.get("/api/runs").json()["runs"]
+    assert [run["name"] for run in runs] == ["ladder/1m", "two", "one"]
+    one = runs[2]
+    assert (one["step"], one["steps"], one["loss"], one["val_loss"]) == (3, 100, 1.0, None)
+    assert one["data"] == "text.txt"  # not where it is
+    assert 0 <= one["quiet"] < 60
+    write(root / "one", 4, val_loss=2.5)
+    (root / "two" / "run.json").write_text("{half")
+    runs = {run["name"]: run for run in client.get("/api/runs").json()["runs"]}
+    assert (runs["one"]["step"], runs["one"]["val_loss"]) == (4, 2.5)
+    assert runs["two"]["status"] == "unreadable"
+    assert "not valid JSON" in runs["two"]["error"]
+
+
+def test_a_directory_that_is_a_run(root: Path) -> None:
+    client = TestClient(watch_app(root / "one"))
+    assert [run["name"] for run in client.get("/api/runs").json()["runs"]] == ["one"]
+    assert client.get("/api/runs/one").json()["rows"] == 3
+    assert client.get("/api/runs/two").status_code == 404
+
+
+def test_one_run(client: TestClient, root: Path) -> None:
+    JsonLines(root / "ladder" / "1m" / "samples.jsonl").append(step=2, temperature=0.8, prompt="", text="one\u2028two")
+    shown = client.get("/api/runs/ladder/1m").json()
+    assert shown["record"]["config"]["steps"] == 100
+    assert [row["step"] for row in shown["metrics"]] == [1, 2, 3]
+    assert shown["samples"][0]["text"] == "one\u2028two"
+
+
+TRAVERSALS = [
+    "..", "../outside", "..%2Foutside", "%2e%2e/outside", "one/../../outside", "one/..", "./one", "/etc", "//etc/x",
+    "..\\outside", "one%00", "no-run", "a file", "one/", "", "ladder", "ladder/1m/../../one", ".", "one/metrics.jsonl",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAVERSALS)
+def test_no_name_leads_out_of_the_directory(client: TestClient, root: Path, name: str) -> None:
+    response = client.get(f"/api/runs/{name}")
+    allowed = {"one", "two", "ladder/1m"}
+    if response.status_code == 200:  # the client itself has tidied the address up
+        assert response.json().get("name", "runs") in allowed | {"runs"}
+    else:
+        assert response.status_code in (404, 307)
+
+
+@given(name=st.text(max_size=30))
+@settings(max_examples=50)
+def test_names_are_looked_up_and_never_joined(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    root = tmp_path_factory.getbasetemp() / "names"
+    if not root.exists():
+        make_run(root / "one")
+    found = RunsDirectory(root).find(name)
+    assert (found is not None) == (name == "one")
+
+
+def test_what_is_no_number_is_null(client: TestClient, root: Path) -> None:
+    write(root / "one", 4, loss=math.nan, grad_norm=math.inf)
+    response = client.get("/api/runs/one")
+    assert "NaN" not in response.text
+    assert "Infinity" not in response.text
+    assert response.json()["metrics"][-1]["loss"] is None
+    assert finite({"a": [math.inf, 1, "x", {"b": -math.inf}]}) == {"a": [None, 1, "x", {"b": None}]}
+
+
+def test_a_run_that_cannot_be_read_says_why(client: TestClient, root: Path) -> None:
+    (root / "one" / "run.json").write_text("[]")
+    response = client.get("/api/runs/one")
+    assert response.status_code == 409
+    assert "does not describe a run" in response.json()["error"]["message"]
+
+
+def test_a_surrogate_costs_nothing(client: TestClient, root: Path) -> None:
+    (root / "one" / "samples.jsonl").write_text(
+        '{"step": 1, "text": "a\\ud800b"}\n{"step": 2, "text": 5}\n{"step": 3}\n'
+    )
+    assert [sample["text"] for sample in client.get("/api/runs/one").json()["samples"]] == ["a?b"]
+
+
+# News ---------------------------------------------------------------------------------------------------------------
+
+
+def test_news_as_they_are_written(root: Path) -> None:
+    run = root / "one"
+    follower = Follower("one", run)
+    ((event, snapshot),) = follower.news()
+    assert event == "snapshot"
+    assert [row["step"] for row in snapshot["metrics"]] == [1, 2, 3]
+    assert follower.news() == []
+
+    write(run, 4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    ((event, rows),) = follower.news()
+    assert (event, [row["step"] for row in rows]) == ("metrics", [4])
+    assert follower.news() == []  # half a line is no news
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('ss": 0.5}\n')
+    assert follower.news() == [("metrics", [{"step": 5, "loss": 0.5}])]
+
+    JsonLines(run / "samples.jsonl").append(step=5, text="Once")
+    assert follower.news() == [("samples", [{"step": 5, "text": "Once"}])]
+    info = json.loads((run / "run.json").read_text()) | {"status": "finished"}
+    (run / "run.json").write_text(json.dumps(info))
+    assert follower.news() == [("run", info)]
+
+
+def test_a_resumed_run_is_told_from_the_beginning(root: Path) -> None:
+    run = root / "one"
+    follower = Follower("one", run)
+    follower.news()
+    JsonLines(run / "metrics.jsonl").truncate_after(2)
+    write(run, 3, loss=0.25)
+    write(run, 4)
+    ((event, snapshot),) = follower.news()
+    assert event == "snapshot"
+    assert [(row["step"], row["loss"]) for row in snapshot["metrics"]] == [(1, 3), (2, 1.5), (3, 0.25), (4, 0.75)]
+    write(run, 2, loss=9.0)  # appended without having been cut: what came after step 2 is forgotten
+    ((event, snapshot),) = follower.news()
+    assert [(row["step"], row["loss"]) for row in snapshot["metrics"]] == [(1, 3), (2, 1.5), (2, 9.0)]
+
+
+def test_files_cut_in_place_and_deleted(root: Path) -> None:
+    run = root / "one"
+    follower = Follower("one", run)
+    follower.news()
+    with (run / "metrics.jsonl").open("r+b") as file:
+        file.truncate(10)
+    ((event, snapshot),) = follower.news()
+    assert (event, snapshot["metrics"]) == ("snapshot", [])
+    (run / "metrics.jsonl").unlink()
+    for _ in range(2):
+        assert all(event == "snapshot" for event, _ in follower.news())
+    write(run, 1)
+    events = follower.news()
+    assert [row["step"] for _, data in events for row in (data["metrics"] if isinstance(data, dict) else data)] == [1]
+    for path in run.iterdir():
+        path.unlink()
+    run.rmdir()
+    assert follower.news() == [("gone", {"name": "one"})]
+
+
+@given(st.lists(st.one_of(st.integers(1, 60), st.just("rewrite"), st.just("read")), max_size=25))
+@settings(max_examples=40, deadline=None)
+def test_a_tail_reads_every_whole_line_once(tmp_path_factory: pytest.TempPathFactory, orders: list[int | str]) -> None:
+    """Bytes come in any portions; the rows read since the last "again" are those of the file's whole lines."""
+    path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
+    tail, rows, step, left = Tail(path), list[Any](), 0, b""
+    for order in [*orders, "read"]:
+        if order == "read":
+            new, again = tail.read()
+            rows = new if again else rows + new
+            whole = path.read_bytes() if path.exists() else b""
+            assert rows == [json.loads(line) for line in whole[: whole.rfind(b"\n") + 1].splitlines()]
+        elif order == "rewrite":
+            other = path.with_suffix(".new")
+            other.write_bytes(b'{"step": 0, "again": %d}\n' % step)
+            os.replace(other, path)
+            left = b""
+        else:
+            step += 1
+            left += json.dumps({"step": step, "text": "é" * 9}, ensure_ascii=False).encode() + b"\n"
+            with path.open("ab") as file:
+                file.write(left[: int(order)])
+            left = left[int(order) :]
+
+
+def test_the_stream_of_events(root: Path) -> None:
+    async def collect() -> list[tuple[str, Any]]:
+        events: AsyncIterator[dict[str, str]] = Follower("one", root / "one").events(
+            lambda: len(found) == 2, poll_seconds=0.01
+        )
+        async for event in events:
+            found.append((event["event"], json.loads(event["data"])))
+            write(root / "one", 4)
+        return found
+
+    found: list[tuple[str, Any]] = []
+    asyncio.run(asyncio.wait_for(collect(), 20))
+    assert [name for name, _ in found] == ["snapshot", "metrics"]
+    assert found[1][1][0]["step"] == 4
+
+
+def test_long_runs_are_thinned_and_keep_their_extremes() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 2.0 + (i % 7) / 10} for i in range(30_000)]
+    spike, dip, evaluation = rows[12_345], rows[20_000], {"step": 15_000, "val_loss": 1.0}
+    spike["loss"], dip["loss"], rows[25_000]["loss"] = 50.0, 0.1, math.nan
+    rows.insert(15_000, evaluation)
+    kept = thin(rows, 1000)
+    assert 500 < len(kept) < 1100
+    assert kept[0] is rows[0]
+    assert kept[-1] is rows[-1]
+    for special in (spike, dip, evaluation):
+        assert any(row is special for row in kept)
+    assert any(math.isnan(row.get("loss", 0)) for row in kept)
+    assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
+    assert thin(rows[:900], 1000) == rows[:900]
