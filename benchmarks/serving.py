@@ -316,7 +316,7 @@ def _settled(port: int) -> dict[str, float]:
 # throughput -----------------------------------------------------------------------------------------------------------
 
 
-async def clients(port: int, model: str, count: int, rounds: int, tokens: int) -> dict[str, float]:
+async def clients(process: int, port: int, model: str, count: int, rounds: int, tokens: int) -> dict[str, float]:
     """So many clients at once, each with so many requests one after another; tokens counted as the server says."""
     first: list[float] = []
 
@@ -344,22 +344,31 @@ async def clients(port: int, model: str, count: int, rounds: int, tokens: int) -
             made += told or pieces  # llama_cpp.server sends a piece for each token
         return made
 
-    began = time.perf_counter()
+    began, before = time.perf_counter(), _processor(process)
     made = sum(await asyncio.gather(*(client(number) for number in range(count))))
-    return _figures(made, time.perf_counter() - began, first)
+    return _figures(made, time.perf_counter() - began, first, _processor(process) - before)
+
+
+def _processor(process: int) -> float:
+    import psutil
+
+    times = psutil.Process(process).cpu_times()
+    return float(times.user + times.system)
 
 
 def _prompt(number: int, i: int) -> str:
     return f"{number}, {i}. {SENTENCES[number % len(SENTENCES)]}"
 
 
-def _figures(made: int, seconds: float, first: list[float]) -> dict[str, float]:
+def _figures(made: int, seconds: float, first: list[float], processor: float) -> dict[str, float]:
+    """processor: seconds of all cores that the program itself took; they tell more where others work on the machine."""
     cuts = statistics.quantiles(first, n=100, method="inclusive")
     return {
         "tokens": made,
         "tokens_a_second": round(made / seconds, 2),
         "first_token_p50": round(cuts[49], 4),
         "first_token_p99": round(cuts[98], 4),
+        "processor_ms_a_token": round(1000 * processor / made, 3),
     }
 
 
@@ -384,7 +393,7 @@ def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
             ids = encode_prompt(tokenizer, _prompt(number, i))
             under_way[engine.add_request(ids, params)] = (number, i, time.perf_counter())
 
-        began, made, seen = time.perf_counter(), 0, set()
+        began, before, made, seen = time.perf_counter(), time.process_time(), 0, set()
         for number in range(arguments.clients):
             put(number, 0)
         while under_way:
@@ -398,7 +407,7 @@ def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
                     del under_way[event.request]
                     if i + 1 < rounds:
                         put(number, i + 1)
-        results = _figures(made, time.perf_counter() - began, first)
+        results = _figures(made, time.perf_counter() - began, first, time.process_time() - before)
     return results
 
 
@@ -419,15 +428,15 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
                 figures = json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout)
             elif name == "server":
                 command = gptsmith_command(model, "--alias", f"gptsmith={model}")
-                with server(command, r"at http://127\.0\.0\.1:(\d+)") as (_, port):
-                    asyncio.run(clients(port, "gptsmith", options[0], 1, options[2]))
-                    figures = asyncio.run(clients(port, "gptsmith", *options))
+                with server(command, r"at http://127\.0\.0\.1:(\d+)") as (process, port):
+                    asyncio.run(clients(process.pid, port, "gptsmith", options[0], 1, options[2]))
+                    figures = asyncio.run(clients(process.pid, port, "gptsmith", *options))
             else:
                 command = [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", "8917"]
                 command += ["--n_ctx", "2048", "--n_threads", str(os.cpu_count()), "--interrupt_requests", "false"]
-                with server(command, r"running on http://\S+:(\d+)") as (_, port):
-                    asyncio.run(clients(port, "llama", options[0], 1, 4))
-                    figures = asyncio.run(clients(port, "llama", *options))
+                with server(command, r"running on http://\S+:(\d+)") as (process, port):
+                    asyncio.run(clients(process.pid, port, "llama", options[0], 1, 4))
+                    figures = asyncio.run(clients(process.pid, port, "llama", *options))
             results[name].append(figures)
             print(name, figures, file=sys.stderr)
     medians: dict[str, Any] = {
