@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -126,3 +127,18 @@ def test_an_engine_that_breaks_says_so(make_model: Any) -> None:
     for _ in range(2):
         with pytest.raises(GptsmithError, match="a mistake of ours"):
             asyncio.run(engine.generate([1], GREEDY))
+
+
+def test_what_is_called_between_passes(engine: AsyncEngine) -> None:
+    """It runs in the engine's thread while requests do, and its errors are the caller's."""
+
+    async def scene() -> tuple[list[Any], Any]:
+        answers = asyncio.create_task(engine.generate([1, 2], GREEDY))
+        names = [await engine.call(lambda: threading.current_thread().name) for _ in range(3)]
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda: 1 / 0)
+        return names, await answers
+
+    names, answer = asyncio.run(scene())
+    assert names == ["gptsmith-engine"] * 3
+    assert len(answer.ids) == 9

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.sequence import Event, TokenLogprob
 from gptsmith.engine.text import Piece, StopText, Writing, encode_prompt, generate_texts, stream
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
@@ -184,3 +185,38 @@ def test_nan_weights_are_a_clear_error(make_model: Any, tokenizer: Tokenizer) ->
     torch.nn.init.constant_(model.norm.weight, float("nan"))
     with pytest.raises(GptsmithError, match="NaN"):
         gptsmith.generate(model, tokenizer, "a", max_tokens=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_tokens_are_told_with_the_text_they_begin_in(data: st.DataObject) -> None:
+    """However events arrive and wherever a stop text cuts: in order, each once, none that begins beyond the end."""
+    tokenizer = train_bpe(["the cat sat on a mat é 日本 "] * 20, 300)
+    ids = tokenizer.encode(data.draw(st.text("the caé日 ", min_size=1, max_size=20)))
+    stop = data.draw(st.sampled_from([(), ("t",), ("ca", "é"), ("日日",)]))
+    prompt = tokenizer.encode("a mat") if data.draw(st.booleans()) else []
+    params = SamplingParams(stop=stop, logprobs=0, echo=bool(prompt), prompt_logprobs=0 if prompt else None)
+    writing = Writing(tokenizer, "a mat", params, prompt_length=len(prompt))
+    pieces, rest, first = [], [*prompt, *ids], len(prompt)
+    while rest and not (pieces and pieces[-1].finish_reason):
+        size = first + data.draw(st.integers(1, 3))
+        some, rest, first = rest[:size], rest[size:], 0
+        logprobs: list[TokenLogprob | None] = [TokenLogprob(id, -1.0) for id in some]
+        event = Event(0, 0, some, logprobs, None if rest else "length")
+        piece, _ = writing.push(event)
+        if piece is not None:
+            pieces.append(piece)
+    text = "".join(piece.text for piece in pieces)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert [token.id for token in tokens] == [*prompt, *ids][: len(tokens)]
+    starts = [token.start for token in tokens]
+    assert starts == sorted(starts)
+    cut = pieces[-1].finish_reason == "stop"
+    if not cut:
+        assert text == tokenizer.decode([*prompt, *ids])
+        assert len(tokens) == len(prompt) + len(ids)
+    assert all(start < len(text) or not cut for start in starts)
+    sent = 0
+    for piece in pieces:
+        sent += len(piece.text)
+        assert all(token.start < sent or piece.finish_reason for token in piece.tokens)

@@ -80,6 +80,14 @@ def test_rate_of_each_key(start: Start) -> None:
         other.models.list()
 
 
+def test_only_by_its_own_names(start: Start) -> None:
+    live = start(Settings(hosts=("localhost", "127.0.0.1", "[::1]")))
+    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]", "[::1]:80"):
+        assert httpx.get(f"{live.url}/v1/models", headers={"host": host}).status_code == 200
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "", "1"):
+        assert httpx.get(f"{live.url}/v1/models", headers={"host": host}).status_code in (400, 403)
+
+
 # sizes, times, queues
 
 
@@ -105,6 +113,8 @@ def test_what_is_no_json_is_refused(start: Start) -> None:
         answer = httpx.post(f"{live.url}/v1/completions", content=content, headers=post)
         assert answer.status_code == 400, content[:10]
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    body = b'{"model": "tiny", "prompt": "a"}'  # what a page elsewhere could send without asking
+    assert httpx.post(f"{live.url}/v1/completions", content=body, headers={"content-type": "text/plain"}).is_error
     assert httpx.get(f"{live.url}/v1/completions").status_code == 405
     missing = httpx.get(f"{live.url}/v1/nothing")
     assert (missing.status_code, "no /v1/nothing" in missing.json()["error"]["message"]) == (404, True)
@@ -281,7 +291,8 @@ def test_metrics(start: Start) -> None:
     assert 0 < values['gptsmith_prefix_hit_rate{model="tiny"}'] < 1
     assert values["gptsmith_queue_depth"] == values["gptsmith_requests_running"] == 0
     assert 'gptsmith_speculation_acceptance{model="tiny"}' in values
-    assert "made" not in text
+    assert "made/up" not in text
+    assert "made-up" not in text
 
 
 def test_models_are_loaded_when_asked_for(start: Start) -> None:

@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.checkpoint import resolve_model
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.journal import write_journal
-    from gptsmith.server.listening import is_loopback, listen
+    from gptsmith.server.listening import LOOPBACK, is_loopback, listen
     from gptsmith.server.models import Models, load, name_of
     from gptsmith.server.service import Settings
     from gptsmith.server.serving import serve
@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> int:
         timeout=chosen.timeout,
         max_body=chosen.max_body,
         cors=chosen.cors,
+        hosts=(*LOOPBACK, chosen.host) if is_loopback(chosen.host) and not keys else None,
         runs=chosen.runs,
     )
     for spec in chosen.models:  # what is not there is said now, and not when it is first asked for

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +28,16 @@ from gptsmith.server.schema import Error, ModelCard, ModelList
 from gptsmith.server.service import Service, Settings, exchange_of, service_of
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The description of the API; bodies that do not fit are answered with 400 here, not with FastAPI's 422."""
+        schema = super().openapi()
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+
 def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
     """An application that serves `models`. When it is shut down, it closes their engines."""
     settings = settings or Settings()
@@ -38,7 +49,7 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         service.stop_taking()
         await asyncio.to_thread(models.close)
 
-    app = FastAPI(
+    app = _Application(
         title="gptsmith",
         version=__version__,
         lifespan=lifespan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ async def embed(body: EmbeddingsRequest, request: Request) -> Any:
     exchange.on_close(place.leave)
     vectors = []
     for ids in prompts:  # one at a time: what others generate goes on between them
+        if asyncio.get_running_loop().time() > exchange.deadline:
+            raise ApiError(504, "the request took longer than this server allows.", code="timeout")
         try:
             vectors.append(await served.engine.call(lambda ids=ids: mean_hidden_state(served.model, ids)))  # type: ignore[misc]
         except GptsmithError as error:

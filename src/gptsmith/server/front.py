@@ -66,19 +66,23 @@ class Front:
             self._tell(scope, exchange)
 
     def _admit(self, scope: Scope, exchange: Exchange) -> None:
-        path = scope["path"]
+        path, hosts = scope["path"], self.service.settings.hosts
+        if hosts is not None:
+            host = Headers(scope=scope).get("host", "")
+            name, _, port = host.rpartition(":")
+            if (name if name and port.isdecimal() else host) not in hosts:
+                raise ApiError(403, f"this server is not known as {host[:100]!r}, but as {', '.join(hosts)}.")
         if self.service.draining and path not in _OPEN_WHILE_DRAINING:
             raise ApiError(503, "the server is shutting down.", retry_after=5)
         if not guarded(path) or scope["method"] == "OPTIONS":
             return
-        name = None
-        if self.keys:
-            name = self.keys.check(Headers(scope=scope))
-            exchange.facts["key"] = name
         client = scope.get("client")
+        who = str(client[0] if client else "local")
+        if self.keys:
+            who = exchange.facts["key"] = self.keys.check(Headers(scope=scope))
         rate = self.service.settings.rate
         if rate is not None and path != "/metrics":
-            rate.take(name if name is not None else str(client[0] if client else "local"))
+            rate.take(who)
 
     async def _read(self, scope: Scope, receive: Receive, exchange: Exchange) -> bytes | None:
         """The body; None if the client has gone. Raises ApiError 413 or 408."""

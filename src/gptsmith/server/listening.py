@@ -22,5 +22,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Names by which a machine reaches itself."""
+
+
 def is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")

@@ -55,7 +55,7 @@ class Sampling(Request):
         None, ge=1, le=MAX_CHOICES, description="Make so many, and give the n of the highest mean log-probability."
     )
     beams: int | None = Field(None, ge=1, le=32, description="Beam search, with temperature 0.")
-    length_penalty: float | None = None
+    length_penalty: float | None = Field(None, ge=-10, le=10)
     early_stopping: bool | None = None
     stop_token_ids: list[Id] | None = None
     ignore_eos: bool | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from gptsmith.server.work import Job, Work
 @dataclass(frozen=True)
 class Settings:
     """How a server behaves. keys: none lets everybody in. timeout: seconds. max_body: bytes. cors: origins of pages
-    elsewhere that may ask, "*" for all. runs: the directory whose runs the web pages show."""
+    elsewhere that may ask, "*" for all. hosts: by which names it may be reached, None for any: a page elsewhere could
+    have a name of its own lead to this machine. runs: the directory whose runs the web pages show."""
 
     keys: tuple[str, ...] = ()
     max_concurrency: int = 32
@@ -30,6 +32,7 @@ class Settings:
     timeout: float = 600.0
     max_body: int = 4 << 20
     cors: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None
     runs: Path | None = None
 
 
@@ -48,9 +51,14 @@ class Service:
         self.draining = True
 
     async def served(self, request: Request, name: str) -> Served:
-        """The model that a request is for. Raises ApiError 404."""
-        exchange_of(request).facts["model"] = name if self.models.known(name) else None
-        return await self.models.get(name)
+        """The model that a request is for. Raises ApiError: 404, or 504 if loading it takes too long."""
+        exchange = exchange_of(request)
+        exchange.facts["model"] = name if self.models.known(name) else None
+        try:
+            async with asyncio.timeout_at(exchange.deadline):
+                return await self.models.get(name)
+        except TimeoutError:
+            raise ApiError(504, "the model is still being loaded.", code="timeout", retry_after=10) from None
 
     async def begin(self, request: Request, served: Served, jobs: Sequence[Job]) -> Work:
         """Wait for a place, put the jobs to the engine, and wait for the first text. Raises ApiError.
