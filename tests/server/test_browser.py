@@ -424,6 +424,7 @@ def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
 def test_runs_over_one_another(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"view": "runs"})
     page.get_by_role("heading", name="bard").wait_for()
+    page.get_by_text("<b>late</b> words").wait_for()
     assert page.locator("pre.sample").inner_text() == "ROMEO: <b>late</b> words"
     page.locator("#sample").focus()
     page.keyboard.press("ArrowLeft")
