@@ -175,6 +175,7 @@ def test_not_finite_or_of_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_equals_peft(family: str, stabilised: bool, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _plain_product(T: int, rows: int) -> Any:
     """T vectors times `rows` rows of a float32 matrix: a function of addresses.
 
     w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to if `more` is not 0.
-    K: a multiple of 16. next: a row that will be needed soon; `w`, if none.
+    K: a multiple of 16. next: a row that will be needed soon, as will the second after it; `w`, if none.
     """
 
     @intrinsic
@@ -167,6 +167,7 @@ def _plain_product(T: int, rows: int) -> Any:
             with cgutils.for_range(b, b.udiv(K, ir.Constant(_i64, 16))) as loop:
                 if T == 4:
                     _fetch(b, _at(b, next, (loop.index, 64)))
+                    _fetch(b, _at(b, next, (loop.index, 64), (8, ldw)))
                 row = b.mul(ldw, ir.Constant(_i64, 4))
                 weights = [_load(b, _at(b, w, (row, r), (loop.index, 64)), _FLOATS) for r in range(rows)]
                 for t in range(T):
@@ -456,9 +457,9 @@ def _multiply_plain(
     while r < last:
         row, target, n = w + 4 * r * ldw, out + 4 * r, 0
         if r + 4 <= last:
-            soon = row if r + 8 > last else row + 16 * ldw  # of the next four rows each tile fetches one
+            soon = row if r + 8 > last else row + 16 * ldw  # of the next four rows a tile fetches two
             while n + 4 <= N:
-                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, soon + n % 16 * ldw)
+                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, soon + n % 8 * ldw)
                 n += 4
             if n + 2 <= N:
                 _f_2_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, row)
@@ -487,9 +488,10 @@ def _multiply(
     if kind == 32:
         # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
         for begin in range(first, last, 64):
-            for n in range(0, N, 32):
-                tokens = min(32, N - n)
-                piece = max(256, 8192 // tokens // 16 * 16)
+            for n in range(0, N, 8):
+                tokens = min(8, N - n)
+                pieces = -(-K * tokens // 8192)
+                piece = -(-K // (16 * pieces)) * 16
                 for k in range(0, K, piece):
                     _multiply_plain(
                         w + 4 * k, K, min(piece, K - k), begin, min(last, begin + 64), x.ctypes.data + 4 * (n * K + k),
