@@ -24,7 +24,7 @@ from gptsmith.server.service import Settings
 
 IMAGES = Path(__file__).parent / "images"
 LINE = "ROMEO:\nBut soft, what light"
-QUESTION = "Write a haiku about the sea, then explain in two short bullet points what a haiku is."
+QUESTION = "Give me three ideas for a quiet weekend, as a short list."
 
 
 def main(runs: Path, run: str) -> None:
@@ -79,7 +79,7 @@ def take(browser: Browser, url: str, run: str) -> None:
     page.screenshot(path=IMAGES / "web-dark.png")
 
     look = {"view": "inside", "model": run, "inside.text": "But soft, what light through yonder"}
-    page = open_page(look, viewport={"width": 1200, "height": 1000})
+    page = open_page(look, viewport={"width": 1200, "height": 1330})
     page.get_by_role("heading", name="The logit lens").wait_for()
     page.get_by_role("radio", name="Head 3").click()
     page.locator("#attention-title").evaluate("(title) => scrollTo(0, title.getBoundingClientRect().top - 80)")
@@ -96,10 +96,10 @@ def take(browser: Browser, url: str, run: str) -> None:
         box.check()
     page.locator(".run", has_text=run).last.click()
     page.locator(".series").nth(5).wait_for()
-    page.locator(".plot").first.hover(position={"x": 260, "y": 120})
+    page.locator(".plot").first.hover(position={"x": 190, "y": 120})
     page.screenshot(path=IMAGES / "web-runs.png")
 
-    page = open_page({"model": "smollm2-135m", "sampling.chat": {"max_tokens": 160, "seed": 1, "temperature": 0.3}})
+    page = open_page({"model": "smollm2-135m", "sampling.chat": {"max_tokens": 300, "seed": 1, "temperature": 0.5}})
     page.get_by_text("What shall we talk about?").wait_for()
     page.get_by_label("Message", exact=True).fill(QUESTION)
     page.keyboard.press("Enter")

@@ -15,8 +15,12 @@ export class Chart {
     this.plot = h("div.plot", { tabIndex: 0, role: "img", onpointermove: (event) => this.point(event), onpointerleave: () => this.hide(),
       onkeydown: (event) => this.keys(event), onblur: () => this.hide() });
     this.readout = h("div.tip.in-plot", { hidden: true, role: "status" });
-    this.element = h("figure.chart", {}, h("figcaption", {}, title, unit && h("small", {}, ` ${unit}`)), this.plot);
+    this.element = h("figure.chart", {}, h("figcaption", {}, title, " ", this.about = h("small", {}, unit)), this.plot);
     new ResizeObserver(() => this.draw()).observe(this.plot);
+  }
+
+  note(text) {
+    this.about.textContent = text;
   }
 
   // series: [{name, colour: 0-7, points: [[x, y], ...] in order of x, dots, faint}]; y of null breaks the line
@@ -60,7 +64,7 @@ export class Chart {
         s("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: py(y), y2: py(y) }),
         s("text", { class: "tick", x: MARGIN.left - 8, y: py(y) + 4, "text-anchor": "end" }, this.format(y)),
       ]),
-      xTicks.map((x) => s("text", { class: "tick", x: px(x), y: this.height - MARGIN.bottom + 17, "text-anchor": "middle" }, this.x.format(x))),
+      xTicks.map((x) => s("text", { class: "tick", x: px(x), y: this.height - MARGIN.bottom + 17, "text-anchor": px(x) > width - 26 ? "end" : "middle" }, this.x.format(x))),
       s("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.height - MARGIN.bottom, y2: this.height - MARGIN.bottom }),
       s("text", { class: "tick label", x: width - MARGIN.right, y: this.height - 1, "text-anchor": "end" }, this.x.label),
       this.series.map((series) => s("g", { class: `series s${series.colour % 8}${series.faint ? " faint" : ""}` },

@@ -160,7 +160,7 @@ export function mount(root, { go }) {
     busy(true);
     draw();
     const element = log.lastElementChild;
-    const rendering = new Rendering(element.querySelector(".body"));
+    const rendering = new Rendering(element.querySelector(".body"), following);
     const began = performance.now();
     let first = null;
     try {
@@ -170,10 +170,8 @@ export function mount(root, { go }) {
         if (choice?.delta?.content) {
           first ??= performance.now();
           message.content += choice.delta.content;
-          const follow = atEnd();
           element.classList.remove("waiting");
           rendering.show(message.content);
-          if (follow) toEnd();
         }
         if (choice?.finish_reason) message.finish = choice.finish_reason;
       }
@@ -195,9 +193,7 @@ export function mount(root, { go }) {
       return;
     }
     keep();
-    const follow = atEnd();
-    element.replaceWith(turn(message, conversation.messages.length - 1));
-    if (follow) toEnd();
+    following(() => element.replaceWith(turn(message, conversation.messages.length - 1)));
     announce(message.error ? `Error: ${message.error}` : `Answer: ${message.content.slice(0, 400)}`);
   }
 
@@ -267,7 +263,7 @@ export function mount(root, { go }) {
     const waiting = running?.message === message && !message.content;
     const body = h("div.body");
     if (user) body.textContent = message.content;
-    else if (message.content) new Rendering(body).finish(message.content);
+    else if (message.content) new Rendering(body, following).finish(message.content);
     const element = h(`article.turn.${message.role}${waiting ? ".waiting" : ""}`, { "aria-label": user ? "You" : message.model ?? "Answer" },
       h("header", {}, user ? "You" : message.model ?? "Assistant"), body);
     if (waiting) body.append(h("span.dots", { role: "img", "aria-label": "Waiting for the first token" }, h("i"), h("i"), h("i")));
@@ -294,6 +290,13 @@ export function mount(root, { go }) {
 
   const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
   const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
+
+  // Who reads the end goes on reading the end; who has scrolled up is left there.
+  function following(change) {
+    const follow = atEnd();
+    change();
+    if (follow) toEnd();
+  }
 
   function fit() {
     input.style.height = "auto";

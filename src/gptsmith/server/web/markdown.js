@@ -1,37 +1,27 @@
 // Text of a model as Markdown. The server parses and sanitises; this only puts the result into the page.
 
 import { request } from "./api.js";
-import { copyText, h, icon } from "./dom.js";
+import { copyText, h, icon, wait } from "./dom.js";
 
 const policy = globalThis.trustedTypes?.createPolicy("sanitised-markdown", { createHTML: (html) => html })
   ?? { createHTML: (html) => html };
 const PAUSE = 150; // ms between two renderings of a text that grows
-const known = new Map(); // text -> HTML, of finished texts
+const known = new Map(); // text -> HTML
 
-async function htmlOf(text, signal) {
-  return known.get(text) ?? (await request("api/markdown", { body: { text }, signal })).html;
-}
-
-// Shows a text that grows in `element`.
+// Shows a text that grows in `element`. around(change): makes the change, and what has to be done before and after it.
 export class Rendering {
-  constructor(element) {
+  constructor(element, around = (change) => change()) {
     this.element = element;
+    this.around = around;
     this.wanted = this.shown = null;
     this.working = null;
   }
 
   show(text) {
     this.wanted = text;
-    if (this.shown === null && !known.has(text)) this.plain(text); // until the first rendering has come
+    if (known.has(text)) this.render(text, known.get(text));
+    else if (this.shown === null) this.plain(text); // until the first rendering has come
     this.start();
-  }
-
-  start() {
-    if (this.working || this.wanted === this.shown) return;
-    this.working = this.work().finally(() => {
-      this.working = null;
-      this.start(); // for what has come in between
-    });
   }
 
   async finish(text) {
@@ -44,25 +34,42 @@ export class Rendering {
     }
   }
 
-  plain(text) {
-    this.element.classList.add("plain");
-    this.element.textContent = text;
+  start() {
+    if (this.working || this.wanted === this.shown) return;
+    this.working = this.work().finally(() => {
+      this.working = null;
+      this.start(); // for what has come in between
+    });
   }
 
   async work() {
     while (this.wanted !== this.shown) {
       const text = this.wanted;
       try {
-        const html = await htmlOf(text);
+        const { html } = await request("api/markdown", { body: { text } });
         known.set(text, html);
         if (known.size > 200) known.delete(known.keys().next().value);
-        this.element.classList.remove("plain");
-        this.element.innerHTML = policy.createHTML(html);
+        this.render(text, html);
       } catch {
         this.plain(text); // plain text is better than none
+        this.shown = text;
       }
-      this.shown = text;
-      if (this.wanted !== text) await new Promise((done) => setTimeout(done, PAUSE));
+      if (this.wanted !== text) await wait(PAUSE);
     }
+  }
+
+  render(text, html) {
+    this.around(() => {
+      this.element.classList.remove("plain");
+      this.element.innerHTML = policy.createHTML(html);
+    });
+    this.shown = text;
+  }
+
+  plain(text) {
+    this.around(() => {
+      this.element.classList.add("plain");
+      this.element.textContent = text;
+    });
   }
 }

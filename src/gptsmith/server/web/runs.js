@@ -9,9 +9,11 @@ const LIST_SECONDS = 4;
 const MOST_STREAMS = 3; // a browser opens six connections to a server; the others are left to the page
 const MOST_ROWS = 20_000;
 const STATUS = { running: "running", finished: "finished", interrupted: "interrupted", diverged: "diverged", failed: "failed", unreadable: "unreadable" };
+const short = (s) => (s === undefined ? "–" : s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 6) / 10} min` : `${(s / 3600).toFixed(1)} h`);
+const exact = (n) => (n < 1e6 ? Math.round(n).toLocaleString("en") : compact(n));
 const AXES = {
-  step: { label: "step", format: (x) => compact(x) },
-  time: { label: "time", format: (x) => (x < 90 ? `${Math.round(x)} s` : x < 5400 ? `${Math.round(x / 6) / 10} min` : `${(x / 3600).toFixed(1)} h`) },
+  step: { label: "step", format: exact },
+  time: { label: "time", format: short },
   tokens: { label: "tokens", format: (x) => compact(x) },
 };
 
@@ -220,7 +222,7 @@ export function mount(root) {
       const quiet = live && row.quiet > 120;
       const box = h("input", { type: "checkbox", id: `${id}-box`, checked: Boolean(run), "aria-label": `Show ${row.name}`, disabled: row.status === "unreadable",
         onchange: () => { chosenByHand = true; toggle(row.name, box.checked); } });
-      const progress = row.steps ? `${compact(row.step)} of ${compact(row.steps)} steps` : "";
+      const progress = row.steps ? `${exact(row.step)} of ${exact(row.steps)} steps` : "";
       const loss = row.val_loss ?? row.loss;
       return h("li", { className: row.name === first ? "first" : "" }, box,
         h("button.run", { type: "button", id, "aria-current": row.name === first ? "true" : undefined, disabled: row.status === "unreadable",
@@ -272,12 +274,12 @@ export function mount(root) {
       run.error && h("p.failed", { role: "alert" }, run.error),
       quiet && h("p.help", {}, `It says that it is running, and has written nothing for ${duration(row.quiet)}. It may have been killed: \`gptsmith train --resume\` goes on with it.`),
       h("dl.tiles", {},
-        tile("Step", compact(run.step ?? 0), run.steps ? `of ${compact(run.steps)}${left === undefined ? "" : `, ${duration(left)} left`}` : ""),
+        tile("Step", exact(run.step ?? 0), run.steps ? `of ${exact(run.steps)}${left === undefined ? "" : `, ${duration(left)} left`}` : ""),
         tile("Loss", run.last("loss")?.toFixed(3) ?? "–", "of training"),
-        tile("Best validation", best?.val_loss.toFixed(3) ?? "–", best ? `at step ${compact(best.step)}` : "none yet"),
+        tile("Best validation", best?.val_loss.toFixed(3) ?? "–", best ? `at step ${exact(best.step)}` : "none yet"),
         tile("Speed", compact(run.last("tokens_per_second")), "tokens per second"),
         tile("Parameters", compact(run.record.parameters), "trained"),
-        tile("Time", duration(run.last("time")), run.last("tokens") ? `${compact(run.last("tokens"))} tokens` : "")),
+        tile("Time", short(run.last("time")), run.last("tokens") ? `${compact(run.last("tokens"))} tokens` : "")),
       progress);
   }
 
@@ -304,8 +306,8 @@ export function mount(root) {
     }
     fill(legend, (several
       ? shown.map((run) => h("li", {}, h(`i.s${run.colour % 8}`), run.name))
-      : shown.flatMap((run) => [h("li", {}, h(`i.s${run.colour % 8}`), "training"), h("li", {}, h(`i.s${(run.colour + 1) % 8}`), "validation")])),
-    several && h("li.help", {}, "faint: training, with dots: validation"));
+      : shown.flatMap((run) => [h("li", {}, h(`i.s${run.colour % 8}`), "training"), h("li", {}, h(`i.s${(run.colour + 1) % 8}`), "validation")])));
+    charts.loss.note(several ? "nats per token; faint: training, with dots: validation" : "nats per token");
   }
 
   function drawSamples() {
@@ -333,7 +335,7 @@ export function mount(root) {
   function drawSample() {
     const sample = runs.get(first)?.samples[Number(sampleInput.value)];
     if (!sample) return;
-    sampleHead.textContent = `step ${compact(sample.step)}, temperature ${sample.temperature}`;
+    sampleHead.textContent = `step ${exact(sample.step)}, temperature ${sample.temperature}`;
     sampleInput.setAttribute("aria-valuetext", sampleHead.textContent);
     fill(sampleText, sample.prompt && h("b", {}, sample.prompt), sample.text);
   }
@@ -346,7 +348,7 @@ export function mount(root) {
     const batch = config.batch_size * config.context;
     const words = [
       config.budget && `a budget of ${config.budget}`,
-      `${compact(config.steps)} steps of ${config.batch_size} × ${config.context} = ${compact(batch)} tokens: ${compact(config.steps * batch)} in all`,
+      `${exact(config.steps)} steps of ${config.batch_size} × ${config.context} = ${compact(batch)} tokens: ${compact(config.steps * batch)} in all`,
       data?.train_tokens && `${(config.steps * batch / data.train_tokens).toFixed(1)} times the text of ${compact(data.train_tokens)} tokens`,
     ].filter(Boolean);
     const several = Object.entries({ training: config, model, data, machine, run: rest }).filter(([, part]) => part && Object.keys(part).length);
