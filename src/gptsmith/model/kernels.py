@@ -488,8 +488,8 @@ def _multiply(
     if kind == 32:
         # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
         for begin in range(first, last, 64):
-            for n in range(0, N, 8):
-                tokens = min(8, N - n)
+            for n in range(0, N, 16):
+                tokens = min(16, N - n)
                 pieces = -(-K * tokens // 8192)
                 piece = -(-K // (16 * pieces)) * 16
                 for k in range(0, K, piece):
