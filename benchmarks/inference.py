@@ -113,10 +113,16 @@ def gpt2(bits: int | None, device: str, **options: Any) -> Any:
     return model if bits is None else quantize(model, bits)  # type: ignore[arg-type]
 
 
-def weight_bytes(model: Any) -> int:
-    """What decoding one token reads: all weights but the tables of which it reads a row."""
+def weight_bytes(model: Any, bits: int | None = None) -> int:
+    """What decoding one token reads: all weights but the tables of which it reads a row. bits: of linear layers whose
+    weights (torchao's) do not say."""
+    import torch
+
     from gptsmith.model.quantized import state
 
+    if bits is not None and any(type(p) is not torch.nn.Parameter for p in model.parameters()):
+        parameters = [p for name, p in model.named_parameters() if not name.startswith("embed_positions")]
+        return sum(2 * p.numel() if type(p) is torch.nn.Parameter else p.numel() * bits // 8 for p in parameters)
     tables = ("embed_positions",) if model.config.tie_word_embeddings else ("embed_positions", "embed_tokens")
     return sum(int(t.nbytes) for name, t in state(model).items() if not name.startswith(tables))
 
@@ -148,7 +154,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, model in models.items():
         engine = engine_of(model)
         programs[f"gptsmith {name}"] = lambda engine=engine: ours(engine, prompt, OUT)  # type: ignore[misc]
-        bytes_[f"gptsmith {name}"] = weight_bytes(model)
+        bytes_[f"gptsmith {name}"] = weight_bytes(model, {"int8": 8, "int4": 4}.get(name))
     with tempfile.TemporaryDirectory() as directory:
         theirs = theirs_of(models[full], Path(directory), device)
         ids = torch.tensor([prompt], device=device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,3 +113,30 @@ def test_damaged_directories_are_refused(model_directory: Path, tmp_path: Path, 
     (out / "config.json").write_text(json.dumps(values))
     code, _, err = run_cli("generate", out)
     assert (code, "the weights are quantized" in err) == (1, True), err
+
+
+def test_an_adapter_at_the_command_line(
+    model_directory: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes the text, over full and few bits; one that is none is refused."""
+    torch.manual_seed(1)
+    name = "base_model.model.model.layers.1.self_attn.o_proj"
+    tensors = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    greedy = ("--prompt", "ba", "--max-tokens", 12, "--temperature", 0, "--device", "cpu")
+    for few in ((), ("--quantize", "int8")):
+        code, plain, err = run_cli("generate", model_directory, *greedy, *few)
+        assert code == 0, err
+        code, adapted, err = run_cli("generate", model_directory, *greedy, *few, "--adapter", adapter)
+        assert code == 0, err
+        assert adapted != plain
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ba\n"))
+    code, _, err = run_cli("chat", model_directory, "--device", "cpu", "--max-tokens", 5, "--adapter", adapter)
+    assert code == 0, err
+    (adapter / "adapter_model.safetensors").unlink()
+    for command in ("generate", "chat"):
+        code, _, err = run_cli(command, model_directory, "--device", "cpu", "--adapter", adapter)
+        assert (code, "adapter_model.safetensors is missing" in err) == (1, True), err

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import CheckpointError
 from gptsmith.model import families
-from gptsmith.model.hf import LAYOUTS, load_weights, weights_to_hf
+from gptsmith.model.hf import LAYOUTS, load_weights, save_model, weights_to_hf
 from gptsmith.model.lora import applied, read_adapter
 from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
@@ -155,3 +155,53 @@ def test_rank_stabilised(tmp_path: Path) -> None:
     plain, rs = (read_adapter(tmp_path / name, model) for name in ("plain", "rs"))
     name = "layers.0.attention.o_proj"
     torch.testing.assert_close(rs.updates[name][0].B, 2 * plain.updates[name][0].B)  # 8 / √4 instead of 8 / 4
+
+
+def test_not_finite_or_of_experts(tmp_path: Path) -> None:
+    model = make_model("llama")
+    write(tmp_path, model)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * float("nan")}, file)
+    with pytest.raises(CheckpointError, match="not finite"):
+        read_adapter(tmp_path, model)
+    mixtral = make_model("mixtral")
+    base = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+    tensors = {f"{base}.lora_A.weight": torch.zeros(4, 64), f"{base}.lora_B.weight": torch.zeros(96, 4)}
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"experts\.0.*not adapted here"):
+        read_adapter(tmp_path, mixtral)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_equals_peft(family: str, stabilised: bool, tmp_path: Path) -> None:
+    """PEFT itself makes the adapter and computes with it."""
+    peft: Any = pytest.importorskip("peft", reason="the package peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(family)
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    wanted = (
+        ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    )
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=wanted,
+        use_rslora=stabilised,
+        fan_in_fan_out=family == "gpt2",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(0, 40, (1, 12))
+    adapter = read_adapter(tmp_path / "adapter", model)
+    with torch.no_grad(), applied(model, [(adapter, range(12))]):
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)

@@ -537,7 +537,7 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         def start(self) -> Any:
             raise ZeroDivisionError("oh")
 
-    wrong.append(([1], SamplingParams(constraint=Broken()), "ZeroDivisionError: oh"))
+    wrong.append(([1], SamplingParams(max_tokens=3, constraint=Broken()), "ZeroDivisionError: oh"))
     good = [1, 2, 3]
     given = [p for p, _, _ in wrong] + [good]
     results = engine.generate(given, [w for _, w, _ in wrong] + [GREEDY])

@@ -158,15 +158,19 @@ def test_a_drafter_that_fails_is_done_without(make_model: Any, naive: Any, capsy
     assert [r.ids for r in small.generate([[20], [1]], params)] == [naive(model, [20], 9), naive(model, [1], 9)]
 
 
-def test_sampled_tokens_keep_their_distribution(make_model: Any) -> None:
-    """Chi-squared of the second and third token over seeds, with guesses of another model, against exact probabilities
-    (99.9 % points)."""
+@pytest.mark.parametrize("kind", ["prompt-lookup", "draft-model"])
+def test_sampled_tokens_keep_their_distribution(make_model: Any, kind: str) -> None:
+    """Chi-squared of the second and third token over seeds, with guesses from the text or of another model, against
+    exact probabilities (99.9 % points)."""
     model, other = make_model("gpt2", 6), make_model("gpt2", 6, seed=4)
-    engine = Engine(model, speculator=Always(DraftModel(other), 3), max_batch=64, max_batch_tokens=400)
-    n = 3000
+    drafter = PromptLookup(2, 1) if kind == "prompt-lookup" else DraftModel(other)
+    engine = Engine(model, speculator=Always(drafter, 3), max_batch=64, max_batch_tokens=400)
+    n = 1500
     params = [SamplingParams(max_tokens=4, temperature=1.0, seed=10 * i) for i in range(n)]
-    ids = torch.tensor([r.ids for r in engine.generate([[1, 2]] * n, params)])
-    assert 0.1 < engine.stats.acceptance_rate < 1
+    batches = [params[i : i + 60] for i in range(0, n, 60)]  # nobody may wait: there are no guesses then
+    ids = torch.tensor([r.ids for batch in batches for r in engine.generate([[1, 2]] * len(batch), batch)])
+    assert engine.stats.drafted > n
+    assert 0.05 < engine.stats.acceptance_rate < 0.95
     with torch.no_grad():
         p1 = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
         p2 = model(torch.tensor([[1, 2, a] for a in range(6)]))[:, -1].softmax(-1)
@@ -226,7 +230,7 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("right", "drafting", "checking"),
-    [(0.0, 0.0, 0.3), (0.0, 4.0, 0.3), (0.0, 60.0, 2.0), (0.3, 0.5, 0.3), (1.0, 0.5, 0.3), (1.0, 5.0, 0.0)],
+    [(0.0, 0.0, 0.3), (0.0, 60.0, 2.0), (0.3, 4.0, 0.3), (1.0, 0.5, 0.3)],
 )
 def test_never_slower_than_nine_tenths_of_plain(
     make_model: Any, monkeypatch: pytest.MonkeyPatch, right: float, drafting: float, checking: float
@@ -274,7 +278,7 @@ def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) ->
     while len(speeds) < 3 and max(speeds, default=0.0) < 0.9:
         plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
         spent = {plain: 0.0, guessing: 0.0}
-        for _ in range(5):
+        for _ in range(4):
             for engine in spent:
                 began = time.process_time()
                 assert len(engine.generate([[1]], params)[0].ids) == 250

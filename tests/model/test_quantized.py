@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import sys
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from gptsmith.model.quantized import (
     outline,
     pack,
     quantize,
+    quantize_on_gpu,
     state,
     unpack,
 )
@@ -165,6 +170,79 @@ def test_made_plain_again(family: str, bits: Bits) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
     assert bits_of(model) is None
     assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+@pytest.mark.skipif(not parallel.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_is_not_lost(bits: Bits) -> None:
+    """Rounding inputs to 8 bits must not make numbers of NaN and infinity: the engine looks for them."""
+    matrix = Packed.of(encode(torch.randn(48, 96), bits))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 96)
+        x[1, 40] = bad
+        y = matrix.multiply(x)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_failure_in_a_thread_ends_the_others_waiting(
+    threads: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come just before a thread's program begins."""
+    if not openmp:
+        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    seen: list[tuple[int, int]] = []
+
+    def program(thread: int, threads: int, counter: int) -> None:
+        seen.append((thread, threads))
+        if thread == 0:
+            raise KeyboardInterrupt
+        count = ctypes.c_int64.from_address(counter)
+        while count.value < threads:
+            time.sleep(0.001)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            parallel.together(program)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == [(i, threads) for i in range(threads)]
+
+
+def test_on_a_gpu_through_torchao() -> None:
+    """torchao's 8 bits work on a CPU, too: what is rounded, and what is left."""
+    pytest.importorskip("torchao.quantization", reason="torchao is not installed (an extra: gptsmith[gpu])")
+    model = make_model("qwen2_moe")
+    ids = torch.randint(0, 101, (2, 20))
+    with torch.no_grad():
+        before = model(ids)
+        quantize_on_gpu(model, 8)
+        assert relative(model(ids), before) < 0.05
+    attention: Any = model.layers[0].attention
+    assert type(attention.qkv_proj.weight).__name__ != "Parameter"
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bits", BITS)
+def test_on_a_gpu(bits: Bits) -> None:
+    pytest.importorskip("torchao.quantization", reason="torchao is not installed (an extra: gptsmith[gpu])")
+    model = make_model("qwen3", hidden=1024).to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 101, (2, 20), device="cuda")
+    with torch.no_grad():
+        before = model(ids)
+        assert relative(quantize_on_gpu(model, bits)(ids), before) < (0.05 if bits == 8 else 0.35)
+
+
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UsageError, match="need torchao: pip install"):
+        quantize_on_gpu(make_model("gpt2"), 8)
 
 
 def test_what_cannot_be_quantized() -> None:

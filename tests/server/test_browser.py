@@ -32,7 +32,7 @@ FLAGS = (
 )
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
-LONG = 30_000  # ms: the machine may be busy
+LONG = 120_000  # ms: the machine may be busy
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -281,6 +281,7 @@ PLAY = {
     "view": "playground",
     "model": "plain",
     "prompt": "abc",
+    "inside.text": "abc abc",
     "temperatures": "0, 1",
     "sampling.playground": {"max_tokens": 14, "seed": 5},
 }

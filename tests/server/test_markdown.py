@@ -98,6 +98,10 @@ def test_code_is_shown_as_it_is() -> None:
     ).replace('"', "&quot;")
 
 
+def test_a_surrogate_costs_nothing() -> None:
+    assert to_html("a\ud800b") == "<p>a?b</p>\n"
+
+
 def test_links_lead_out_and_tell_nothing() -> None:
     html = to_html('[here](https://example.org "a title") and <mail@example.org>')
     assert '<a href="https://example.org" title="a title" rel="noopener noreferrer nofollow">here</a>' in html

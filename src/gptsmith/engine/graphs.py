@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
@@ -90,7 +90,8 @@ class GraphRunner(Runner):
         longest = max(chunk.past + chunk.size for chunk in chunks)
         if any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
             return super()._logits(ids, chunks, rows)
-        stamp = tuple(p.data_ptr() for p in self.model.parameters())
+        parameters = self.model.parameters()  # of torchao's kinds they have no address of their own
+        stamp = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
         if stamp != self._stamp:  # the weights lie elsewhere now
             self._passes.clear()
             self._stamp = stamp

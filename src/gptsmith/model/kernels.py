@@ -71,6 +71,15 @@ def _at(b: Any, base: Any, *terms: Any) -> Any:
     return base
 
 
+def _fetch(b: Any, address: Any) -> None:
+    """Have 64 bytes brought near, without waiting for them."""
+    pointer = b.inttoptr(address, _i8.as_pointer())
+    function = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32]), "llvm.prefetch.p0"
+    )
+    b.call(function, [pointer, *(ir.Constant(_i32, value) for value in (0, 3, 1))])
+
+
 def _totals(b: Any, vectors: list[Any]) -> Any:
     """A vector of the sums of up to sixteen vectors' sixteen numbers."""
     vectors = vectors + [ir.Constant(_FLOATS, [0.0] * 16)] * (16 - len(vectors))
@@ -105,6 +114,8 @@ def _packed_product(T: int, bits: int) -> Any:
                 g = loop.index
                 ints = [ir.Constant(_INTS, [0] * 16)] * T
                 for j in range(bits):  # a load of 64 bytes: four columns of sixteen rows, in 4 bits eight
+                    if T == 8:  # the next block follows
+                        _fetch(b, _at(b, w, (b.add(G, g), 64 * bits), 64 * j))
                     loaded = _load(b, _at(b, w, (g, 64 * bits), 64 * j), _BYTES)
                     if bits == 4:
                         low = b.and_(loaded, ir.Constant(_BYTES, [15] * 64))
@@ -142,18 +153,21 @@ def _plain_product(T: int, rows: int) -> Any:
     """T vectors times `rows` rows of a float32 matrix: a function of addresses.
 
     w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to if `more` is not 0.
-    K: a multiple of 16.
+    K: a multiple of 16. next: a row that will be needed soon, as will the second after it; `w`, if none.
     """
 
     @intrinsic
-    def product(ctx, w, ldw, x, ldx, K, out, ldo, more):
+    def product(ctx, w, ldw, x, ldx, K, out, ldo, more, next):
         def codegen(context, b, signature, args):
-            w, ldw, x, ldx, K, out, ldo, more = args
+            w, ldw, x, ldx, K, out, ldo, more, next = args
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
             sums = [[cgutils.alloca_once(b, _FLOATS) for _ in range(rows)] for _ in range(T)]
             for total in (each for row in sums for each in row):
                 b.store(ir.Constant(_FLOATS, [0.0] * 16), total)
             with cgutils.for_range(b, b.udiv(K, ir.Constant(_i64, 16))) as loop:
+                if T == 4:
+                    _fetch(b, _at(b, next, (loop.index, 64)))
+                    _fetch(b, _at(b, next, (loop.index, 64), (8, ldw)))
                 row = b.mul(ldw, ir.Constant(_i64, 4))
                 weights = [_load(b, _at(b, w, (row, r), (loop.index, 64)), _FLOATS) for r in range(rows)]
                 for t in range(T):
@@ -171,7 +185,7 @@ def _plain_product(T: int, rows: int) -> Any:
                 _store(b, b.fadd(part, known), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return product
 
@@ -319,12 +333,12 @@ def _round_group(ctx, x, xq, xs, xsum):
         largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
         nearest = _function(b, "llvm.rint.v16f32", _FLOATS, _FLOATS)
         add = _function(b, "llvm.vector.reduce.add.v16i32", _i32, _INTS)
-        sum_ = _function(b, "llvm.vector.reduce.fadd.v16f32", _f32, _f32, _FLOATS)
         low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
         most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
-        nothing = b.fadd(b.fsub(low, low), b.fsub(high, high))  # NaN of what is not finite
-        nothing = b.call(sum_, [ir.Constant(_f32, 0.0), nothing], fastmath=("reassoc",))
-        scale = b.fadd(b.fmul(most, ir.Constant(_f32, 1 / 127)), nothing)
+        scale = b.fmul(most, ir.Constant(_f32, 1 / 127))
+        damaged = b.or_(*(b.fcmp_unordered("uno", part, part) for part in (low, high)))  # which the largest passes over
+        damaged = b.icmp_signed("!=", b.bitcast(damaged, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
+        scale = b.select(damaged, ir.Constant(_f32, math.nan), scale)
         none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
         inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
         total = ir.Constant(_i32, 0)
@@ -443,18 +457,19 @@ def _multiply_plain(
     while r < last:
         row, target, n = w + 4 * r * ldw, out + 4 * r, 0
         if r + 4 <= last:
+            soon = row if r + 8 > last else row + 16 * ldw  # of the next four rows a tile fetches two
             while n + 4 <= N:
-                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, soon + n % 8 * ldw)
                 n += 4
             if n + 2 <= N:
-                _f_2_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                _f_2_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, row)
                 n += 2
             if n < N:
-                _f_1_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                _f_1_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, row)
             r += 4
         else:
             while n < N:
-                _f_1_1(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more)
+                _f_1_1(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, row)
                 n += 1
             r += 1
 
@@ -473,9 +488,10 @@ def _multiply(
     if kind == 32:
         # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
         for begin in range(first, last, 64):
-            for n in range(0, N, 32):
-                tokens = min(32, N - n)
-                piece = max(256, 8192 // tokens // 16 * 16)
+            for n in range(0, N, 8):
+                tokens = min(8, N - n)
+                pieces = -(-K * tokens // 8192)
+                piece = -(-K // (16 * pieces)) * 16
                 for k in range(0, K, piece):
                     _multiply_plain(
                         w + 4 * k, K, min(piece, K - k), begin, min(last, begin + 64), x.ctypes.data + 4 * (n * K + k),
@@ -614,19 +630,19 @@ def _attend(
         z = 0
         while z + 4 <= Z:
             if T == 1:
-                _f_1_4(k, row, q, ldq, D, target, width, 0)
+                _f_1_4(k, row, q, ldq, D, target, width, 0, k)
             elif T == 2:
-                _f_2_4(k, row, q, ldq, D, target, width, 0)
+                _f_2_4(k, row, q, ldq, D, target, width, 0, k)
             elif T == 3:
-                _f_3_4(k, row, q, ldq, D, target, width, 0)
+                _f_3_4(k, row, q, ldq, D, target, width, 0, k)
             else:
-                _f_4_4(k, row, q, ldq, D, target, width, 0)
+                _f_4_4(k, row, q, ldq, D, target, width, 0, k)
             z += 4
             k += 16 * row
             target += 16
         while z < Z:
             for t in range(T):
-                _f_1_1(k, row, q + 4 * t * ldq, ldq, D, target + 4 * t * width, width, 0)
+                _f_1_1(k, row, q + 4 * t * ldq, ldq, D, target + 4 * t * width, width, 0, k)
             z += 1
             k += 4 * row
             target += 4

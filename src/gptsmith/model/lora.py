@@ -54,11 +54,12 @@ def read_adapter(directory: Path, model: Transformer) -> Adapter:
     from safetensors.torch import load_file
 
     directory = Path(directory)
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{directory} is no adapter: {missing[0]} is missing.")
     try:
         config: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is no adapter: {Path(str(error.filename)).name} is missing.") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the adapter in {directory} is damaged: {error}.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -35,7 +35,7 @@ def announce_compiling() -> None:
     from gptsmith.model import kernels
 
     if not any(Path(str(kernels.forward.stats.cache_path)).glob("kernels.forward*.nbi")):
-        note("compiling kernels for this processor (once; it takes about 20 s) ...")
+        note("compiling kernels for this processor (once; it takes half a minute) ...")
 
 
 _lock = threading.Lock()  # one program at a time: two would only wait for each other's processors

@@ -62,7 +62,7 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         app.include_router(endpoints.router)
     _add_state_of_the_server(app)
     _add_error_handlers(app)
-    add_pages(app, models=models, runs=settings.runs, stopping=lambda: service.draining)
+    add_pages(app, models=True, runs=settings.runs, stopping=lambda: service.draining)
 
     app.add_middleware(Front, service=service)
     if settings.cors:

@@ -7,20 +7,21 @@ by the final norm and the output matrix as if it were the last.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Literal
 
 import torch
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.errors import ApiError, from_engine
-from gptsmith.server.models import Models
+from gptsmith.server.service import exchange_of, service_of
 from gptsmith.tokenizer import Tokenizer
 
+router = APIRouter(tags=["web page"])
 MOST_TOKENS = 96  # more cannot be told apart in a picture, and a picture is what this is for
 MOST_CHARACTERS = 4_000
 
@@ -160,48 +161,38 @@ def _rounded(x: torch.Tensor) -> Any:
     return rounded.tolist()
 
 
-def inside_routes(models: Models) -> APIRouter:
-    router = APIRouter(tags=["web page"])
-    one_at_a_time = threading.Lock()  # it competes with the engine for the processor: never more than one of it
+@router.get("/api/models/{name:path}")
+async def describe(name: str, request: Request) -> ModelDescription:
+    """What the page needs to know of a model; it is loaded, if it was not."""
+    served = await service_of(request).served(request, name)
+    config = served.model.config
+    return ModelDescription(
+        name=name,
+        parameters=count_parameters(config).total,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        context=config.max_position_embeddings,
+        vocabulary=served.tokenizer.vocab_size,
+        tokens=served.tokenizer.kind,
+        chat=not served.template.plain,
+        adapter=served.adapter is not None,
+    )
 
-    @router.get("/api/models/{name:path}")
-    async def describe(name: str) -> ModelDescription:
-        """What the page needs to know of a model; it is loaded, if it was not."""
-        served = await models.get(name)
-        config = served.model.config
-        return ModelDescription(
-            name=name,
-            parameters=served.model.num_parameters(),
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            context=config.max_position_embeddings,
-            vocabulary=served.tokenizer.vocab_size,
-            tokens=served.tokenizer.kind,
-            chat=not served.template.plain,
-            adapter=served.adapter is not None,
-        )
 
-    @router.post("/api/inside")
-    async def inside(request: InsideRequest) -> InsideResponse:
-        """Attention of one layer's heads, the logit lens and the next token's distribution, for a short text."""
-        served = await models.get(request.model)
-        if served.adapter is not None:
-            raise ApiError(400, f"look inside {served.base}: an adapter is added to it as it runs.", param="model")
+@router.post("/api/inside")
+async def inside(body: InsideRequest, request: Request) -> InsideResponse:
+    """Attention of one layer's heads, the logit lens and the next token's distribution, for a short text."""
+    service, exchange = service_of(request), exchange_of(request)
+    served = await service.served(request, body.model)
+    if served.adapter is not None:
+        raise ApiError(400, f"model: {served.name} is an adapter; look inside {served.base}.", param="model")
 
-        def look() -> dict[str, Any]:
-            with one_at_a_time:
-                return look_inside(
-                    served.model,
-                    served.tokenizer,
-                    request.text,
-                    layer=request.layer,
-                    top=request.top,
-                    parts=request.parts,
-                )
+    def look() -> dict[str, Any]:
+        return look_inside(served.model, served.tokenizer, body.text, layer=body.layer, top=body.top, parts=body.parts)
 
-        try:
-            return InsideResponse(model=request.model, **await run_in_threadpool(look))
-        except GptsmithError as error:
-            raise from_engine(error) from error
-
-    return router
+    place = await service.gate.enter(exchange.deadline)
+    exchange.on_close(place.leave)
+    try:
+        return InsideResponse(model=body.model, **await served.engine.call(look))
+    except GptsmithError as error:
+        raise from_engine(error) from error

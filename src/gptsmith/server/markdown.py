@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field
 
+router = APIRouter(tags=["web page"])
 MOST_CHARACTERS = 200_000
 
 TAGS = {
@@ -37,7 +38,7 @@ class MarkdownResponse(BaseModel):
 def to_html(text: str) -> str:
     """The HTML of a Markdown text: only the tags and attributes above, links only to the web and to mail."""
     return nh3.clean(
-        _parser().render(text),
+        _parser().render(text.encode("utf-8", "replace").decode()),  # a lone surrogate cannot be sent
         tags=TAGS,
         attributes=ATTRIBUTES,
         allowed_classes={},
@@ -54,12 +55,7 @@ def _parser() -> MarkdownIt:
     return parser.disable("image")
 
 
-def markdown_routes() -> APIRouter:
-    router = APIRouter()
-
-    @router.post("/api/markdown", tags=["web page"])
-    def markdown(request: MarkdownRequest) -> MarkdownResponse:
-        """Markdown as sanitised HTML."""
-        return MarkdownResponse(html=to_html(request.text))
-
-    return router
+@router.post("/api/markdown")
+def markdown(request: MarkdownRequest) -> MarkdownResponse:
+    """Markdown as sanitised HTML."""
+    return MarkdownResponse(html=to_html(request.text))

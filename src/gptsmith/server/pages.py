@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -21,11 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import gptsmith
 from gptsmith.server.errors import ApiError
-from gptsmith.server.markdown import markdown_routes
 from gptsmith.server.runs import runs_routes
-
-if TYPE_CHECKING:
-    from gptsmith.server.models import Models
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -89,17 +84,17 @@ class Assets:
 def add_pages(
     app: FastAPI,
     *,
-    models: Models | None = None,
+    models: bool = False,
     runs: Path | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve the page at `/`: chat, playground and inside with `models`, and training runs with `runs`.
+    """Serve the page at `/`: chat, playground and inside where the application has models, training runs with `runs`.
 
     The page's own interface is under `/api/`; what guards `/v1/` should guard it, too. `/` and `/static/` hold nothing
     but the page. stopping: whether the server is shutting down: then news of runs end.
     """
     assets = Assets.read()
-    views = (["chat", "playground", "inside"] if models is not None else []) + (["runs"] if runs is not None else [])
+    views = (["chat", "playground", "inside"] if models else []) + (["runs"] if runs is not None else [])
     index = assets.index(views=" ".join(views), title="gptsmith")
     etag = f'"{hashlib.sha256(index).hexdigest()[:24]}"'
 
@@ -123,11 +118,11 @@ def add_pages(
         headers = {**HEADERS, "cache-control": "public, max-age=86400"}
         return Response(assets.files["icon.svg"], media_type=TYPES[".svg"], headers=headers)
 
-    if models is not None:
-        from gptsmith.server.inside import inside_routes  # brings torch
+    if models:
+        from gptsmith.server import inside, markdown  # which bring torch
 
-        app.include_router(inside_routes(models))
-        app.include_router(markdown_routes())
+        app.include_router(inside.router)
+        app.include_router(markdown.router)
     if runs is not None:
         app.include_router(runs_routes(runs, stopping))
 
