@@ -126,7 +126,11 @@ def test_requests_have_an_end(start: Start) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
     with live.client() as client, pytest.raises(openai.APIError, match="longer than"):
         for _ in client.completions.create(
-            model="tiny", prompt="the", max_tokens=1_000_000, stream=True, extra_body={"overflow": "shift"}
+            model="tiny",
+            prompt="the",
+            max_tokens=1_000_000,
+            stream=True,
+            extra_body={"overflow": "shift", "ignore_eos": True},
         ):
             pass
     with socket.create_connection(("127.0.0.1", live.port)) as slow:  # a body that never comes
