@@ -230,20 +230,22 @@ def load_model(
     without torchao.
     """
     source = open_model(resolve_model(spec))
-    tokenizer = source.tokenizer()
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise TokenizerError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"the model only {source.config.vocab_size:,}."
-        )
     asked: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
     if torch.device(device).type == "cuda":
         bits = asked or (source.bits if quantize == "auto" else None)
         model = source.model(dtype=dtype if bits is None else torch.bfloat16).to(device)
-        return (model if bits is None else quantize_on_gpu(model, bits)), tokenizer
-    model = source.model(dtype=dtype, packed=quantize != "none")
-    if asked is not None and bits_of(model) != asked:
-        model = quantize_model(source.model(), asked)
+        if bits is not None:
+            quantize_on_gpu(model, bits)
+    else:
+        model = source.model(dtype=dtype, packed=quantize != "none")
+        if asked is not None and bits_of(model) != asked:
+            model = quantize_model(source.model(), asked)
+    tokenizer = source.tokenizer()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TokenizerError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"the model only {model.config.vocab_size:,}."
+        )
     return model.to(device), tokenizer
 
 
