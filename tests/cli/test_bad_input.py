@@ -559,7 +559,7 @@ def test_no_checkpoint_is_left(refused: Any, stopped_copy: Path) -> None:
         ({"model_type": "gpt5"}, "gpt5"),
         ({"model_type": None}, "config.json"),
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"vocab_size": 7}, "the model only 7"),
+        ({"vocab_size": 7}, "does not fit"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
