@@ -44,6 +44,7 @@ def test_json_tells_what_train_will_do(run_cli: Cli, text_file: Path, tiny: list
     assert sum(v for k, v in plan["memory"].items() if k not in ("total", "moment")) == plan["memory"]["total"]
 
 
+@pytest.mark.slow
 def test_the_largest_published_model_without_any_text(run_cli: Cli) -> None:
     code, out, _ = run_cli("plan", "--preset", "gpt3-175b", "--tokenizer", "bpe", "--json", "--device", "cpu")
     assert code == 0

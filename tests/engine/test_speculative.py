@@ -269,6 +269,7 @@ def test_never_slower_than_nine_tenths_of_plain(
         assert clock.now < 0.6 * without
 
 
+@pytest.mark.slow
 def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) -> None:
     """By the computer's clock, trials included: the wrong guesses of a model as large as the one that checks them. The
     two take turns; the best of three attempts counts, since other programs have their moments too."""

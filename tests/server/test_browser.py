@@ -257,7 +257,7 @@ def test_a_model_that_does_not_talk(site: Any, open_page: Open) -> None:
     page.get_by_role("heading", name="Playground").wait_for()
 
 
-def test_a_server_with_keys(open_page: Open, start: Callable[..., Any]) -> None:
+def test_a_server_with_keys(start: Callable[..., Any], open_page: Open) -> None:  # the page goes before the server
     server = start(Settings(keys=("open sesame",)))
     page = open_page(server.url, SHORT)
     page.get_by_label("Key", exact=True).fill("wrong")

@@ -52,9 +52,13 @@ def test_random_numbers_are_left_alone(optimizer: Any) -> None:
 
 def test_accumulation_takes_its_time_and_evaluation_grows_with_the_split() -> None:
     config = replace(CONFIG, batch_size=64, micro_batch_size=8)
-    few, many = measured(replace(config, batch_size=8)), measured(config, val_tokens=32000)
-    assert many.update > 3 * few.update
-    assert many.evaluation > 5 * measured(config, val_tokens=320).evaluation
+    for _ in range(4):  # what else the machine does can make any one of them slow
+        few, many = measured(replace(config, batch_size=8)), measured(config, val_tokens=32000)
+        little = measured(config, val_tokens=320)
+        if many.update > 3 * few.update and many.evaluation > 5 * little.evaluation:
+            break
+    else:
+        raise AssertionError((few, many, little))
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-13b", "mixtral-8x7b"])
