@@ -481,7 +481,9 @@ def test_responses_with_structure_and_tools(client: openai.OpenAI) -> None:
     ]
     answer = client.responses.create(model="tiny", input=again, max_output_tokens=5)
     assert answer.usage is not None
-    assert answer.usage.output_tokens > 0  # one of them may be the end of text: the number of the call differs each time
+    assert (
+        answer.usage.output_tokens > 0
+    )  # one of them may be the end of text: the number of the call differs each time
     spoken = client.responses.create(
         model="tiny", input="the cat", max_output_tokens=5, include=["message.output_text.logprobs"], top_logprobs=2
     )
