@@ -107,17 +107,8 @@ def test_a_ladder_needs_two_budgets_of_a_kind(budgets: str, run_cli: Cli, text_f
 
 @pytest.mark.slow
 def test_a_budget_of_time_is_kept(text_file: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "gptsmith",
-        "train",
-        str(text_file),
-        "--budget",
-        "40s",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "gptsmith", "train", str(text_file), "--budget", "40s"]
+    command += ["--out", str(tmp_path / "run")]
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     assert time.monotonic() - began == pytest.approx(40, rel=0.1)
@@ -125,17 +116,8 @@ def test_a_budget_of_time_is_kept(text_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_machine_that_becomes_slower_ends_on_time_all_the_same(text_file: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "gptsmith",
-        "train",
-        str(text_file),
-        "--budget",
-        "60s",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "gptsmith", "train", str(text_file), "--budget", "60s"]
+    command += ["--out", str(tmp_path / "run")]
     began = time.monotonic()
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(25)
