@@ -20,6 +20,7 @@ import machine
 
 RESULTS = machine.RESULTS / "recipes.json"
 SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
+LONG = (*SHAKESPEARE[:-1], "on")
 SMALL = ("--budget", "2.5e12flop")
 MEDIUM = ("--budget", "1e13flop")
 
@@ -48,11 +49,21 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     made["context at depth 2"] = {
         f"{context}": (*SHAKESPEARE, *SMALL, "--depth", "2", "--context", f"{context}") for context in (64, 128, 256)
     }
-    made["dropout over 7 passes at depth 2"] = {
-        f"{p}": (*SHAKESPEARE, "--budget", "4Mtok", "--val-fraction", "0.5", "--depth", "2", "--dropout", f"{p}")
-        for p in (0.0, 0.1, 0.2)
+    for passes in (3, 12):
+        made[f"dropout over {passes} passes at depth 4"] = {
+            f"{p}": (*LONG, *_passes(passes), "--depth", "4", "--dropout", f"{p}") for p in (0.0, 0.1, 0.2)
+        }
+    made["size and dropout at 6e13 FLOP"] = {
+        f"depth {depth}, {p}": (*LONG, "--budget", "6e13flop", "--depth", f"{depth}", "--dropout", f"{p}")
+        for depth in (4, 5)
+        for p in (0.0, 0.1)
     }
     return made
+
+
+def _passes(passes: int) -> tuple[str, ...]:
+    """Over a quarter of the text, so that many passes are few tokens."""
+    return ("--budget", f"{passes * 280_000}tok", "--val-fraction", "0.75")
 
 
 def run(arguments: tuple[str, ...]) -> dict[str, Any]:
@@ -78,23 +89,30 @@ def run(arguments: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def saved() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="which sweeps (default: all)")
+    parser.add_argument("names", nargs="*", help="which sweeps, or runs as `SWEEP · LABEL` (default: all)")
     parser.add_argument("--list", action="store_true", help="name them and leave")
     arguments = parser.parse_args()
     known = sweeps()
     if arguments.list:
         print("\n".join(known))
         return
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in arguments.names or known:
-        for label, command in known[name].items():
-            done = results.setdefault(name, {})
-            if label not in done:
-                done[label] = {"command": " ".join(("gptsmith train", *command)), **run(command)}
+    for name, runs in known.items():
+        for label, command in runs.items():
+            if arguments.names and not {name, f"{name} · {label}"} & set(arguments.names):
+                continue
+            if label not in saved().get(name, {}):
+                made = {"command": " ".join(("gptsmith train", *command)), **run(command)}
+                results = saved()  # again: another process may have added to it
+                results.setdefault(name, {})[label] = made
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name} · {label}: {done[label]['val_loss']}", flush=True)
+            print(f"{name} · {label}: {saved()[name][label]['val_loss']}", flush=True)
 
 
 if __name__ == "__main__":

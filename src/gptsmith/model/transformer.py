@@ -21,6 +21,7 @@ from gptsmith.errors import UsageError
 from gptsmith.model.attention import attend, attention_weights
 from gptsmith.model.cache import Cache
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.dropout import dropout
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.rope import extend_context, rope_tables
 
@@ -62,6 +63,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
         super().__init__()
         self.layer, self.dropout = layer, dropout
+        # GPT-1 to 3 drop attention weights, too; models since do not, and without it attention stays one fused product
+        self.weight_dropout = dropout if config.position == "learned" else 0.0
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -93,10 +96,10 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, self.window, self.scale)
         else:
-            y = attend(q, k, v, mask, self.window, self.dropout if self.training else 0.0, self.scale)
+            y = attend(q, k, v, mask, self.window, self.weight_dropout if self.training else 0.0, self.scale)
         if weights is not None:
             weights.append(attention_weights(q, k, mask, self.window, self.scale))
-        return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+        return dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -116,7 +119,7 @@ class MLP(nn.Module):
             h = F.silu(gate) * up
         else:
             h = gelu_tanh(h) if self.kind == "gelu_tanh" else F.gelu(h)
-        return F.dropout(self.down_proj(h), self.dropout, self.training)
+        return dropout(self.down_proj(h), self.dropout, self.training)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer. `model(ids)`: (B, T) int64 -> logits (B, T, V), natural-log units before softmax.
 
-    dropout: probability of zeroing, in [0, 1), after embeddings, attention weights, attention and MLP; training only.
+    dropout: probability of zeroing, in [0, 1), after embeddings, attention and MLP, and of attention weights in
+        models with learned positions; training only.
     initialize: draw the starting weights; leave them as they come where others are to be loaded.
     """
 
@@ -257,7 +261,7 @@ class Transformer(nn.Module):
                 x = x + self.embed_positions.weight[positions]
         else:
             rope = (self.rope_cos[positions], self.rope_sin[positions])
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         if residuals is not None:
             residuals.append(x)
         for layer in self.layers:

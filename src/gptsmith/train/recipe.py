@@ -104,7 +104,7 @@ def rates_for(batch_tokens: float) -> tuple[float, float]:
 
 def regularization_for(passes: float) -> tuple[float, float]:
     """Dropout and weight decay, by how often the same text is seen (Muennighoff et al. 2023, 2305.16264)."""
-    if passes < 6:
+    if passes < 7:
         return 0.0, 0.0
     return (0.1, 0.05) if passes < 15 else (0.2, 0.1)
 
