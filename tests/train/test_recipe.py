@@ -9,7 +9,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import flops_per_token
 from gptsmith.train.budget import Budget
 from gptsmith.train.config import ModelOptions, TrainConfig
-from gptsmith.train.recipe import Machine, Text, choose, settled, tokenizer_for
+from gptsmith.train.recipe import Machine, Text, choose, settled, regularization_for, tokenizer_for
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
 BOOKS = Text(train_tokens=10_000_000_000, val_tokens=1_000_000, vocab_size=4096)
@@ -107,6 +107,14 @@ def test_text_that_is_seen_often_is_regularized() -> None:
     assert (few.dropout, few.optim.weight_decay) == (0, 0)
     assert many.dropout > 0
     assert many.optim.weight_decay > 0
+
+
+@pytest.mark.parametrize("minutes", range(2, 30, 2))
+def test_regularization_follows_the_passes_that_are_made(minutes: int) -> None:
+    """Compiling makes more of them than the measurement before it would have it."""
+    chosen = choose(TrainConfig(budget=f"{minutes}m", depth=4), (), TEXT, machine()).config
+    expected = regularization_for(tokens(chosen) / TEXT.train_tokens)
+    assert (chosen.dropout, chosen.optim.weight_decay) == expected
 
 
 @pytest.mark.parametrize("budget", ["1s", "4s"])

@@ -208,7 +208,7 @@ def _by_time(
     early = ""
     if steps > most:
         steps, early = most, f"; it will end early: {MOST_PASSES:.0f} passes over this text are all that helps"
-    chosen = _with_steps(chosen, given, steps, hours.pauses)
+    chosen = _with_steps(chosen, given, text, steps, hours.pauses)
     if hours.looked_at < text.val_tokens:
         chosen = replace(chosen, eval_tokens=hours.looked_at)
     first = (
@@ -267,25 +267,30 @@ def _best(
 
 
 def _filled(config: TrainConfig, given: Collection[str], text: Text, tokens: float) -> TrainConfig:
-    """Batch, rates, regularization and steps for that many tokens."""
+    """Batch, rates and steps for that many tokens."""
     if "batch_size" not in given:
         config = replace(config, batch_size=max(1, batch_for(tokens) // config.context))
     if config.micro_batch_size and config.batch_size % config.micro_batch_size:
         config = replace(config, batch_size=config.micro_batch_size * -(-config.batch_size // config.micro_batch_size))
     lr, embedding_lr = rates_for(config.batch_size * config.context)
-    dropout, weight_decay = regularization_for(tokens / max(1, text.train_tokens))
-    optim: dict[str, Any] = {"lr": lr, "embedding_lr": embedding_lr, "weight_decay": weight_decay}
+    optim: dict[str, Any] = {"lr": lr, "embedding_lr": embedding_lr}
     if config.optim.name == "adamw":
-        optim = {"lr": lr / 20, "weight_decay": max(0.1, weight_decay)}
+        optim = {"lr": lr / 20}
     optim = {name: value for name, value in optim.items() if f"optim.{name}" not in given}
     config = replace(config, optim=replace(config.optim, **optim))
+    return _with_steps(config, given, text, max(1, round(tokens / (config.batch_size * config.context))), MOST_PAUSES)
+
+
+def _with_steps(config: TrainConfig, given: Collection[str], text: Text, steps: int, pauses: int) -> TrainConfig:
+    """With so many steps, and what depends on them."""
+    config = config if "steps" in given else replace(config, steps=steps)
+    tokens = config.steps * config.batch_size * config.context
+    dropout, weight_decay = regularization_for(tokens / max(1, text.train_tokens))
     if "dropout" not in given:
         config = replace(config, dropout=dropout)
-    return _with_steps(config, given, max(1, round(tokens / (config.batch_size * config.context))), MOST_PAUSES)
-
-
-def _with_steps(config: TrainConfig, given: Collection[str], steps: int, pauses: int) -> TrainConfig:
-    config = config if "steps" in given else replace(config, steps=steps)
+    if "optim.weight_decay" not in given:
+        least = 0.1 if config.optim.name == "adamw" else 0.0
+        config = replace(config, optim=replace(config.optim, weight_decay=max(least, weight_decay)))
     if "eval_every" not in given:
         config = replace(config, eval_every=max(1, -(-config.steps // (pauses + 1))))
     if "optim.warmup_steps" not in given:
