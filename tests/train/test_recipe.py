@@ -9,7 +9,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import flops_per_token
 from gptsmith.train.budget import Budget
 from gptsmith.train.config import ModelOptions, TrainConfig
-from gptsmith.train.recipe import Machine, Text, choose, settled, regularization_for, tokenizer_for
+from gptsmith.train.recipe import Machine, Text, choose, regularization_for, settled, tokenizer_for
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
 BOOKS = Text(train_tokens=10_000_000_000, val_tokens=1_000_000, vocab_size=4096)
