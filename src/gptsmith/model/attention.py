@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptsmith.model.fused_attention import fused_attention, suits
 from gptsmith.runtime import compiler_available
 
 
@@ -54,6 +55,8 @@ def attend(
             mask = band if mask is None else mask & band
     elif mask is None and 1 < T < S:  # new tokens after a past: SDPA's own causal mask would be aligned wrongly
         mask = visible(T, S, None, q.device)
+    if torch.compiler.is_compiling() and mask is None and T == S and not dropout and suits(q, k, v):
+        return fused_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
