@@ -181,7 +181,8 @@ void attention_backward(const Sizes* sizes, const Tensor* q, const Tensor* k, co
           multiply<false>(BLOCK, S, D, above, dout->token, 1, values.data(), ld, ds, ld);
           for (int64_t r = 0; r < BLOCK; r++) {
             Vector inner{};
-            for (int64_t d = 0; d < D; d += LANES) inner += load(above + r * dout->token + d) * load(out->at(b, h, t + r) + d);
+            for (int64_t d = 0; d < D; d += LANES)
+              inner += load(above + r * dout->token + d) * load(out->at(b, h, t + r) + d);
             const float mean = sum(inner), denominator = logsum[(b * H + h) * T + t + r];
             for (int64_t s = 0; s < S; s += LANES) {
               const Vector weight = exponential(load(p + r * ld + s) * scale - denominator);

@@ -1,7 +1,7 @@
 """Causal attention for training on a CPU, by a kernel of our own where a C++ compiler is at hand.
 
-torch's own kernel reaches a third of the rate of the machine's matrix products at the sizes that a CPU trains: it computes
-its small products one call of a library at a time. `fused_attention.cpp` keeps them in registers. Compiled in a few
+torch's own kernel reaches a third of the rate of the machine's matrix products at the sizes that a CPU trains: each of
+its small products is a call of a library. `fused_attention.cpp` keeps them in registers. It is compiled in a few
 seconds when first used, and kept; where that fails torch's kernel is called.
 
 Axis letters: B batch · H heads · K key/value heads · T tokens · D head_dim.
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptsmith.errors import GptsmithError
 from gptsmith.runtime import cache_directory, compiler_available
 
 BLOCK, LANES = 32, 16  # of which the tokens and the head_dim must be multiples
@@ -35,9 +36,9 @@ def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(q kᵀ · scale) v, each token seeing itself and the past: q (B, H, T, D), k, v (B, K, T, D) -> (B, H, T, D).
+    """softmax(q kᵀ · scale) v, each token seeing itself and the past: (B, H, T, D).
 
-    scale: 1/√D if None. Inputs as `suits` says.
+    q: (B, H, T, D); k, v: (B, K, T, D), K dividing H; as `suits` says. scale: 1/√D if None.
     """
     y: Tensor = _forward(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)[0]
     return y
@@ -48,13 +49,14 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had."""
     if not compiler_available(torch.device("cpu")):
         return None
-    level = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+    levels = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+    level = levels.get(torch.backends.cpu.get_cpu_capability(), [])
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
-    options = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *level.get(torch.backends.cpu.get_cpu_capability(), [])]
+    options = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *level]
     source = Path(__file__).with_suffix(".cpp")
     key = hashlib.sha256(repr((source.read_text(encoding="utf-8"), compiler, options)).encode()).hexdigest()[:16]
-    built = cache_directory() / "kernels" / f"attention-{key}.so"
     try:
+        built = cache_directory() / "kernels" / f"attention-{key}.so"
         if not built.exists():
             built.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=built.parent) as directory:
@@ -62,7 +64,7 @@ def library() -> ctypes.CDLL | None:
                 subprocess.run([compiler, *options, str(source), "-o", str(new)], check=True, capture_output=True)
                 new.replace(built)  # at once, whoever else may be making it
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError):
+    except (GptsmithError, OSError, subprocess.SubprocessError):
         return None
 
 
