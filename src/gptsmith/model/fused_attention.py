@@ -97,7 +97,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     out, logsum = _like(q), q.new_empty(q.shape[:3])
     kernel = library()
     if kernel is None:
-        y, logsum = _torch_forward(q, *(_for_each_head(x, q) for x in (k, v)), scale)
+        y, logsum = _torch_forward(q, _for_each_head(k, q), _for_each_head(v, q), scale)
         return out.copy_(y), logsum.contiguous()
     q, k, v = map(_side_by_side, (q, k, v))
     kernel.attention_forward(
@@ -121,8 +121,9 @@ def _backward(
     kernel = library()
     if kernel is None:
         k, v = (_for_each_head(x, q) for x in (k, v))
-        for gradient, all_heads in zip(gradients, _torch_backward(dout, q, k, v, out, logsum, scale), strict=True):
-            torch.sum(all_heads.unflatten(1, (gradient.shape[1], -1)), 2, out=gradient)
+        for gradient, each in zip(gradients, _torch_backward(dout, q, k, v, out, logsum, scale), strict=True):
+            B, K, T, D = gradient.shape
+            gradient.copy_(each.reshape(B, K, -1, T, D).sum(dim=2))
         return gradients
     dout, q, k, v, out = map(_side_by_side, (dout, q, k, v, out))
     kernel.attention_backward(
