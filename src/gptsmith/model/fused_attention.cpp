@@ -9,8 +9,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;  // queries at a time
-constexpr int64_t LANES = 16;
+// Queries at a time, and numbers of a vector: given by whoever compiles this, since shapes must be multiples of them.
+constexpr int64_t BLOCK = QUERIES, LANES = NUMBERS;
 
 // Where registers are shorter the compiler takes several for one of these.
 typedef float Vector __attribute__((vector_size(4 * LANES)));

@@ -53,6 +53,7 @@ def library() -> ctypes.CDLL | None:
     level = levels.get(torch.backends.cpu.get_cpu_capability(), [])
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     options = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *level]
+    options += [f"-DQUERIES={BLOCK}", f"-DNUMBERS={LANES}"]
     source = Path(__file__).with_suffix(".cpp")
     key = hashlib.sha256(repr((source.read_text(encoding="utf-8"), compiler, options)).encode()).hexdigest()[:16]
     try:
