@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine
 
 RESULTS = machine.RESULTS / "recipes.json"
+GPTSMITH = (sys.executable, "-m", "gptsmith")
 SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
 LONG = (*SHAKESPEARE[:-1], "on")
 SMALL = ("--budget", "2.5e12flop")
@@ -49,9 +51,10 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     made["context at depth 2"] = {
         f"{context}": (*SHAKESPEARE, *SMALL, "--depth", "2", "--context", f"{context}") for context in (64, 128, 256)
     }
-    for passes in (3, 12):
-        made[f"dropout over {passes} passes at depth 4"] = {
-            f"{p}": (*LONG, *_passes(passes), "--depth", "4", "--dropout", f"{p}") for p in (0.0, 0.1, 0.2)
+    for share, passes in ((8, 4), (8, 8), (8, 15), (8, 30), (16, 15), (16, 30), (16, 60)):
+        made[f"dropout over {passes} passes of {PARTS[share]}"] = {
+            f"{p}": (*_passes(share, passes), "--dropout", f"{p}", "--optim.weight-decay", "0")
+            for p in (0.0, 0.1, 0.2, 0.3)
         }
     made["size and dropout at 6e13 FLOP"] = {
         f"depth {depth}, {p}": (*LONG, "--budget", "6e13flop", "--depth", f"{depth}", "--dropout", f"{p}")
@@ -61,30 +64,51 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     return made
 
 
-def _passes(passes: int) -> tuple[str, ...]:
-    """Over a quarter of the text, so that many passes are few tokens."""
-    return ("--budget", f"{passes * 280_000}tok", "--val-fraction", "0.75")
+CHARACTERS = 1_115_394  # of tinyshakespeare
+PARTS = {8: "an eighth", 16: "a sixteenth"}
+
+
+def _passes(share: int, passes: int) -> tuple[str, ...]:
+    """Over a part of the text, so that many passes are few tokens; the size is the one the rule chooses for them."""
+    tokens = passes * CHARACTERS // share
+    data = (f"part-{share}.txt", "--val", "end.txt", *(LONG if tokens > 3e6 else SHAKESPEARE)[1:])  # compiled if it pays
+    return (*data, "--budget", f"{tokens}tok")
+
+
+def _write_parts(directory: Path) -> None:
+    """The beginnings of the text that `_passes` trains on, and the end that it validates on."""
+    got = subprocess.run([*GPTSMITH, "data", "get", SHAKESPEARE[0]], check=True, capture_output=True, text=True)
+    text = Path(got.stdout.strip()).read_text()
+    for share in PARTS:
+        (directory / f"part-{share}.txt").write_text(text[: CHARACTERS // share])
+    (directory / "end.txt").write_text(text[-120_000:])
 
 
 def run(arguments: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
-        command = [sys.executable, "-m", "gptsmith", "train", *arguments, "--out", str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _write_parts(Path(directory))
+        command = [*GPTSMITH, "train", *arguments, "--out", str(out)]
+        ended = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        if ended.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{ended.stderr}")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         record = json.loads((out / "run.json").read_text())
-    best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"])
-    config = record["config"]
+    evaluations = [row for row in rows if row.get("val_loss") is not None]
+    best, config, sizes = min(evaluations, key=lambda row: row["val_loss"]), record["config"], record["data"]
     return {
         "val_loss": round(best["val_loss"], 4),
-        "last_val_loss": round([r for r in rows if r.get("val_loss") is not None][-1]["val_loss"], 4),
+        "last_val_loss": round(evaluations[-1]["val_loss"], 4),
+        "bits_per_byte": round(best["val_loss"] / math.log(2) * sizes["val_tokens"] / sizes["val_bytes"], 4),
         "parameters": record["parameters"],
         "tokens": rows[-1]["tokens"],
         "steps": rows[-1]["step"],
+        "depth": config["model"]["num_hidden_layers"],
         "batch_size": config["batch_size"],
         "context": config["context"],
         "lr": config["optim"]["lr"],
         "dropout": config["dropout"],
+        "weight_decay": config["optim"]["weight_decay"],
         "date": datetime.date.today().isoformat(),
     }
 
