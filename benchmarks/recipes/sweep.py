@@ -23,6 +23,8 @@ RESULTS = machine.RESULTS / "recipes.json"
 GPTSMITH = (sys.executable, "-m", "gptsmith")
 SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
 LONG = (*SHAKESPEARE[:-1], "on")
+NO_DECAY = ("--optim.weight-decay", "0")
+ENCYCLOPEDIA = ("enwik8-part.txt", "--val", "enwik8-end.txt", *SHAKESPEARE[1:])
 SMALL = ("--budget", "2.5e12flop")
 MEDIUM = ("--budget", "1e13flop")
 
@@ -53,8 +55,25 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     }
     for share, passes in ((8, 4), (8, 8), (8, 15), (8, 30), (16, 15), (16, 30), (16, 60)):
         made[f"dropout over {passes} passes of {PARTS[share]}"] = {
-            f"{p}": (*_passes(share, passes), "--dropout", f"{p}", "--optim.weight-decay", "0")
-            for p in (0.0, 0.1, 0.2, 0.3)
+            f"{p}": (*_passes(share, passes), "--dropout", f"{p}", *NO_DECAY) for p in (0.0, 0.1, 0.2, 0.3)
+        }
+    for share, passes, dropout in ((8, 8, 0.0), (8, 15, 0.1), (16, 60, 0.1)):
+        made[f"weight decay over {passes} passes of {PARTS[share]}"] = {
+            f"{d}": (*_passes(share, passes), "--dropout", f"{dropout}", "--optim.weight-decay", f"{d}")
+            for d in (0.05, 0.1, 0.2)
+        }
+    for depth in (2, 4):
+        made[f"passes of a sixteenth at depth {depth}"] = {
+            f"{passes}": (*_passes(16, passes), *("--depth", f"{depth}", "--dropout", "0.1"), *NO_DECAY)
+            for passes in (15, 30, 60, 120)
+        }
+    for name, budget, sizes in (
+        ("2.5e12", SMALL, (512, 1024, 2048, 4096)),
+        ("1e13", MEDIUM, (512, 1024, 2048, 4096)),
+        ("4e13", ("--budget", "4e13flop"), (1024, 4096)),
+    ):
+        made[f"vocabulary at {name} FLOP"] = {
+            f"{n}": (*ENCYCLOPEDIA, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *budget) for n in sizes
         }
     made["size and dropout at 6e13 FLOP"] = {
         f"depth {depth}, {p}": (*LONG, "--budget", "6e13flop", "--depth", f"{depth}", "--dropout", f"{p}")
@@ -71,17 +90,24 @@ PARTS = {8: "an eighth", 16: "a sixteenth"}
 def _passes(share: int, passes: int) -> tuple[str, ...]:
     """Over a part of the text, so that many passes are few tokens; the size is the one the rule chooses for them."""
     tokens = passes * CHARACTERS // share
-    data = (f"part-{share}.txt", "--val", "end.txt", *(LONG if tokens > 3e6 else SHAKESPEARE)[1:])  # compiled if it pays
-    return (*data, "--budget", f"{tokens}tok")
+    options = (LONG if tokens > 3e6 else SHAKESPEARE)[1:]  # compiled where that pays
+    return (f"part-{share}.txt", "--val", "end.txt", *options, "--budget", f"{tokens}tok")
 
 
 def _write_parts(directory: Path) -> None:
-    """The beginnings of the text that `_passes` trains on, and the end that it validates on."""
-    got = subprocess.run([*GPTSMITH, "data", "get", SHAKESPEARE[0]], check=True, capture_output=True, text=True)
-    text = Path(got.stdout.strip()).read_text()
+    """The beginnings of the texts, for `_passes` and for vocabularies, and the ends, to validate on."""
+    text = _text("tinyshakespeare")
     for share in PARTS:
         (directory / f"part-{share}.txt").write_text(text[: CHARACTERS // share])
     (directory / "end.txt").write_text(text[-120_000:])
+    text = _text("enwik8")
+    (directory / "enwik8-part.txt").write_text(text[:20_000_000])
+    (directory / "enwik8-end.txt").write_text(text[-1_000_000:])
+
+
+def _text(name: str) -> str:
+    got = subprocess.run([*GPTSMITH, "data", "get", name], check=True, capture_output=True, text=True)
+    return Path(got.stdout.strip()).read_text()
 
 
 def run(arguments: tuple[str, ...]) -> dict[str, Any]:
