@@ -57,10 +57,15 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
         made[f"dropout over {passes} passes of {PARTS[share]}"] = {
             f"{p}": (*_passes(share, passes), "--dropout", f"{p}", *NO_DECAY) for p in (0.0, 0.1, 0.2, 0.3)
         }
-    for share, passes, dropout in ((8, 8, 0.0), (8, 15, 0.1), (8, 15, 0.0), (16, 60, 0.1)):
+    for share, passes, dropout in ((8, 8, 0.0), (8, 8, 0.1), (8, 15, 0.0), (8, 15, 0.1), (16, 60, 0.1)):
         made[f"weight decay over {passes} passes of {PARTS[share]}, dropout {dropout}"] = {
             f"{d}": (*_passes(share, passes), "--dropout", f"{dropout}", "--optim.weight-decay", f"{d}")
-            for d in (0.05, 0.1, 0.2, 0.4, 0.8)
+            for d in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+        }
+    for name, budget in (("2.5e12", SMALL), ("1e13", MEDIUM)):
+        made[f"weight decay at {name} FLOP"] = {
+            f"{d}": (*SHAKESPEARE, *budget, "--dropout", "0", "--optim.weight-decay", f"{d}")
+            for d in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
         }
     for name, budget, sizes in (
         ("2.5e12", SMALL, (512, 1024, 2048, 4096)),
