@@ -23,7 +23,6 @@ RESULTS = machine.RESULTS / "recipes.json"
 GPTSMITH = (sys.executable, "-m", "gptsmith")
 SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
 LONG = (*SHAKESPEARE[:-1], "on")
-NO_DECAY = ("--optim.weight-decay", "0")
 ENCYCLOPEDIA = ("enwik8-part.txt", "--val", "enwik8-end.txt", *SHAKESPEARE[1:])
 SMALL = ("--budget", "2.5e12flop")
 MEDIUM = ("--budget", "1e13flop")
@@ -55,16 +54,24 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     }
     for share, passes in ((8, 4), (8, 8), (8, 15), (8, 30), (16, 15), (16, 30), (16, 60)):
         made[f"dropout over {passes} passes of {PARTS[share]}"] = {
-            f"{p}": (*_passes(share, passes), "--dropout", f"{p}", *NO_DECAY) for p in (0.0, 0.1, 0.2, 0.3)
+            f"{p}": (*_passes(share, passes), *_against_overfitting(p, 0)) for p in (0.0, 0.1, 0.2, 0.3)
         }
-    for share, passes, dropout in ((8, 8, 0.0), (8, 8, 0.1), (8, 15, 0.0), (8, 15, 0.1), (16, 60, 0.1)):
+    for share, passes, dropout in (
+        (4, 8, 0.0),
+        (8, 4, 0.0),
+        (8, 8, 0.0),
+        (8, 8, 0.1),
+        (8, 15, 0.0),
+        (8, 15, 0.1),
+        (16, 60, 0.1),
+    ):
         made[f"weight decay over {passes} passes of {PARTS[share]}, dropout {dropout}"] = {
-            f"{d}": (*_passes(share, passes), "--dropout", f"{dropout}", "--optim.weight-decay", f"{d}")
-            for d in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+            f"{d}": (*_passes(share, passes), *_against_overfitting(dropout, d))
+            for d in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
         }
-    for name, budget in (("2.5e12", SMALL), ("1e13", MEDIUM)):
+    for name, text in (("2.5e12", SHAKESPEARE), ("1e13", SHAKESPEARE), ("2e13", LONG)):
         made[f"weight decay at {name} FLOP"] = {
-            f"{d}": (*SHAKESPEARE, *budget, "--dropout", "0", "--optim.weight-decay", f"{d}")
+            f"{d}": (*text, "--budget", f"{name}flop", *_against_overfitting(0, d))
             for d in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
         }
     for name, budget, sizes in (
@@ -76,16 +83,19 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
             "characters": (*ENCYCLOPEDIA, "--tokenizer", "char", *budget),
             **{f"{n}": (*ENCYCLOPEDIA, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *budget) for n in sizes},
         }
-    made["size and dropout at 6e13 FLOP"] = {
-        f"depth {depth}, {p}": (*LONG, "--budget", "6e13flop", "--depth", f"{depth}", "--dropout", f"{p}")
-        for depth in (4, 5)
-        for p in (0.0, 0.1)
+    made["dropout and weight decay at 6e13 FLOP, depth 4"] = {
+        f"{p}, {d}": (*LONG, "--budget", "6e13flop", "--depth", "4", *_against_overfitting(p, d))
+        for p, d in ((0.0, 0.05), (0.1, 0.05), (0.0, 0.2), (0.0, 0.4), (0.0, 0.8), (0.1, 0.4))
     }
     return made
 
 
 CHARACTERS = 1_115_394  # of tinyshakespeare
-PARTS = {8: "an eighth", 16: "a sixteenth"}
+PARTS = {4: "a quarter", 8: "an eighth", 16: "a sixteenth"}
+
+
+def _against_overfitting(dropout: float, weight_decay: float) -> tuple[str, ...]:
+    return ("--dropout", f"{dropout}", "--optim.weight-decay", f"{weight_decay}")
 
 
 def _passes(share: int, passes: int) -> tuple[str, ...]:
@@ -154,6 +164,9 @@ def main() -> None:
     if arguments.list:
         print("\n".join(known))
         return
+    named = {*known, *(f"{name} · {label}" for name, runs in known.items() for label in runs)}
+    if unknown := set(arguments.names) - named:
+        parser.error(f"no sweep or run is called {', '.join(sorted(unknown))}; see --list")
     for name, runs in known.items():
         for label, command in runs.items():
             if arguments.names and not {name, f"{name} · {label}"} & set(arguments.names):
