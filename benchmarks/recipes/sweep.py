@@ -24,8 +24,9 @@ GPTSMITH = (sys.executable, "-m", "gptsmith")
 SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
 LONG = (*SHAKESPEARE[:-1], "on")
 ENCYCLOPEDIA = ("enwik8-part.txt", "--val", "enwik8-end.txt", *SHAKESPEARE[1:])
-SMALL = ("--budget", "2.5e12flop")
-MEDIUM = ("--budget", "1e13flop")
+NO_DECAY = ("--optim.weight-decay", "0")
+SMALL = ("--budget", "2.5e12flop", *NO_DECAY)
+MEDIUM = ("--budget", "1e13flop", *NO_DECAY)
 
 
 def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -74,14 +75,13 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
             f"{d}": (*text, "--budget", f"{name}flop", *_against_overfitting(0, d))
             for d in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
         }
-    for name, budget, sizes in (
-        ("2.5e12", SMALL, (512, 1024, 2048, 4096)),
-        ("1e13", MEDIUM, (512, 1024, 2048, 4096)),
-        ("4e13", ("--budget", "4e13flop"), (1024, 4096)),
-    ):
+    for name, budget in (("2.5e12", SMALL), ("1e13", MEDIUM)):
         made[f"vocabulary at {name} FLOP"] = {
             "characters": (*ENCYCLOPEDIA, "--tokenizer", "char", *budget),
-            **{f"{n}": (*ENCYCLOPEDIA, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *budget) for n in sizes},
+            **{
+                f"{n}": (*ENCYCLOPEDIA, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *budget)
+                for n in (512, 1024, 2048, 4096)
+            },
         }
     made["dropout and weight decay at 6e13 FLOP, depth 4"] = {
         f"{p}, {d}": (*LONG, "--budget", "6e13flop", "--depth", "4", *_against_overfitting(p, d))

@@ -3,13 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.flops import flops_per_token
+from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.train.budget import Budget
 from gptsmith.train.config import ModelOptions, TrainConfig
-from gptsmith.train.recipe import Machine, Text, choose, regularization_for, settled, tokenizer_for
+from gptsmith.train.recipe import Machine, Text, choose, settled, tokenizer_for, weight_decay_for
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
 BOOKS = Text(train_tokens=10_000_000_000, val_tokens=1_000_000, vocab_size=4096)
@@ -101,20 +103,32 @@ def test_every_family_has_sizes(family: str) -> None:
     c.model.build(TEXT.vocab_size, c.context)
 
 
-def test_text_that_is_seen_often_is_regularized() -> None:
-    few = choose(TrainConfig(budget="2Mtok", depth=4), (), TEXT).config
-    many = choose(TrainConfig(budget="40Mtok", depth=4), (), TEXT).config
-    assert (few.dropout, few.optim.weight_decay) == (0, 0)
-    assert many.dropout > 0
-    assert many.optim.weight_decay > 0
+def test_the_more_a_text_is_repeated_the_more_weights_decay() -> None:
+    few, some, many = (choose(TrainConfig(budget=b), (), TEXT).config for b in ("1Mtok", "8Mtok", "20Mtok"))
+    assert few.optim.weight_decay == 0.1
+    assert 0.1 < some.optim.weight_decay < many.optim.weight_decay
+    assert choose(TrainConfig(budget="20Mtok"), (), BOOKS).config.optim.weight_decay == 0.1
+    assert {c.dropout for c in (few, some, many)} == {0}
+
+
+@given(passes=st.floats(0.01, 1e4), ratio=st.floats(1e-6, 1e4))
+def test_weight_decay_has_bounds_and_grows_with_passes_and_with_the_model(passes: float, ratio: float) -> None:
+    assert 0.1 <= weight_decay_for(passes, ratio) <= 2
+    assert weight_decay_for(passes, ratio) <= weight_decay_for(2 * passes, ratio)
+    assert weight_decay_for(passes, ratio) <= weight_decay_for(passes, 2 * ratio)
+
+
+def test_dropout_that_is_asked_for_stays() -> None:
+    assert choose(TrainConfig(budget="20Mtok", dropout=0.2), {"dropout"}, TEXT).config.dropout == 0.2
 
 
 @pytest.mark.parametrize("minutes", range(2, 30, 2))
-def test_regularization_follows_the_passes_that_are_made(minutes: int) -> None:
+def test_weight_decay_follows_the_passes_that_are_made(minutes: int) -> None:
     """Compiling makes more of them than the measurement before it would have it."""
     chosen = choose(TrainConfig(budget=f"{minutes}m", depth=4), (), TEXT, machine()).config
-    expected = regularization_for(tokens(chosen) / TEXT.train_tokens)
-    assert (chosen.dropout, chosen.optim.weight_decay) == expected
+    parameters = count_parameters(chosen.model.build(TEXT.vocab_size, chosen.context)).multiplied
+    expected = weight_decay_for(tokens(chosen) / TEXT.train_tokens, parameters / TEXT.train_tokens)
+    assert chosen.optim.weight_decay == expected
 
 
 @pytest.mark.parametrize("budget", ["1s", "4s"])

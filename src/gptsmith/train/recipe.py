@@ -102,11 +102,10 @@ def rates_for(batch_tokens: float) -> tuple[float, float]:
     return round(0.02 * factor, 4), round(0.01 * factor, 4)
 
 
-def regularization_for(passes: float) -> tuple[float, float]:
-    """Dropout and weight decay, by how often the same text is seen (Muennighoff et al. 2023, 2305.16264)."""
-    if passes < 7:
-        return 0.0, 0.0
-    return (0.1, 0.05) if passes < 15 else (0.2, 0.1)
+def weight_decay_for(passes: float, parameters_per_token: float) -> float:
+    """The more a model can learn a text by heart, the more: 0.1 for every pass over a text of no more tokens than the
+    model has parameters, and in proportion less for a longer one. Dropout beside it makes the result worse."""
+    return round(min(2.0, max(0.1, 0.1 * passes * min(1.0, parameters_per_token))), 2)
 
 
 # -- their application -------------------------------------------------------------------------------------------------
@@ -284,13 +283,12 @@ def _filled(config: TrainConfig, given: Collection[str], text: Text, tokens: flo
 def _with_steps(config: TrainConfig, given: Collection[str], text: Text, steps: int, pauses: int) -> TrainConfig:
     """With so many steps, and what depends on them."""
     config = config if "steps" in given else replace(config, steps=steps)
-    tokens = config.steps * config.batch_size * config.context
-    dropout, weight_decay = regularization_for(tokens / max(1, text.train_tokens))
-    if "dropout" not in given:
-        config = replace(config, dropout=dropout)
     if "optim.weight_decay" not in given:
-        least = 0.1 if config.optim.name == "adamw" else 0.0
-        config = replace(config, optim=replace(config.optim, weight_decay=max(least, weight_decay)))
+        unique = max(1, text.train_tokens)
+        parameters = count_parameters(_model(config, text)).multiplied
+        tokens = config.steps * config.batch_size * config.context
+        weight_decay = weight_decay_for(tokens / unique, parameters / unique)
+        config = replace(config, optim=replace(config.optim, weight_decay=weight_decay))
     if "eval_every" not in given:
         config = replace(config, eval_every=max(1, -(-config.steps // (pauses + 1))))
     if "optim.warmup_steps" not in given:
@@ -327,7 +325,7 @@ def _reasons(config: TrainConfig, given: Collection[str], text: Text, tokens: fl
         f"parameters, {per_parameter:.1f} tokens each; {why}",
         f"{config.steps:,} steps of {config.batch_size} × {config.context} tokens, "
         f"{tokens / max(1, text.train_tokens):.2g} passes over the text; learning rate {config.optim.lr:g}, "
-        f"dropout {config.dropout:g}, weight decay {config.optim.weight_decay:g}",
+        f"weight decay {config.optim.weight_decay:g}",
     )
 
 
