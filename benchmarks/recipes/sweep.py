@@ -83,6 +83,9 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
                 for n in (512, 1024, 2048, 4096)
             },
         }
+    made["vocabulary of tinyshakespeare at 1e13 FLOP"] = {
+        f"{n}": (*SHAKESPEARE, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *MEDIUM) for n in (512, 1024, 2048)
+    }
     made["dropout and weight decay at 6e13 FLOP, depth 4"] = {
         f"{p}, {d}": (*LONG, "--budget", "6e13flop", "--depth", "4", *_against_overfitting(p, d))
         for p, d in ((0.0, 0.05), (0.1, 0.05), (0.0, 0.2), (0.0, 0.4), (0.0, 0.8), (0.1, 0.4))

@@ -98,6 +98,18 @@ def test_a_ladder_is_fitted_drawn_and_continued(run_cli: Cli, text_file: Path, t
     assert (out / "4ktok" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_ladder_reads_the_same_tokens_on_every_rung(
+    run_cli: Cli, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_budget = {4000.0: ("bpe", 300), 8000.0: ("bpe", 400)}
+    monkeypatch.setattr("gptsmith.train.run.tokenizer_for", lambda _, __, budget, ___: by_budget[budget.amount])
+    command = ("scale", text_file, "--out", tmp_path / "ladder", "--budgets", "4ktok,8ktok", *QUICK, "--context", "32")
+    code, _, err = run_cli(*command)
+    assert code == 0, err
+    sizes = [record(tmp_path / "ladder" / rung)["config"]["vocab_size"] for rung in ("4ktok", "8ktok")]  # type: ignore[index]
+    assert sizes == [400, 400]
+
+
 @pytest.mark.parametrize("budgets", ["1m", "1m,1e12flop", "1m,1m", "x,y", ""])
 def test_a_ladder_needs_two_budgets_of_a_kind(budgets: str, run_cli: Cli, text_file: Path) -> None:
     code, _, err = run_cli("scale", text_file, f"--budgets={budgets}")

@@ -149,10 +149,28 @@ def test_more_time_than_the_text_can_use_ends_early_and_says_so() -> None:
     assert tokens(choice.config) <= 61 * 50_000
 
 
-def test_texts_of_many_characters_are_read_in_byte_pairs() -> None:
-    assert tokenizer_for(65, Budget.parse("5m"))[0] == "char"
-    assert tokenizer_for(5000, Budget.parse("5m")) == ("bpe", 1024)
-    assert tokenizer_for(5000, Budget.parse("1d")) == ("bpe", 4096)
+def test_short_texts_of_few_characters_are_read_character_by_character() -> None:
+    assert tokenizer_for(1_000_000, 65, Budget.parse("5m"), 5e10)[0] == "char"
+    assert tokenizer_for(1_000_000, 5000, Budget.parse("5m"), 5e10)[0] == "bpe"
+    assert tokenizer_for(10_000_000, 65, Budget.parse("5m"), 5e10)[0] == "bpe"
+
+
+def test_vocabularies_grow_with_the_budget_and_with_the_machine() -> None:
+    sizes = [tokenizer_for(10**9, 5000, Budget.parse(b), 5e10)[1] for b in ("1m", "45m", "2d", "365d")]
+    assert sizes == sorted(set(sizes))
+    assert all(2048 <= size <= 32768 for size in sizes)
+    assert tokenizer_for(10**9, 5000, Budget.parse("45m"), 5e13)[1] > sizes[1]
+    arithmetic = [tokenizer_for(10**9, 5000, Budget.parse(b), 5e10)[1] for b in ("3e12flop", "1.35e14flop")]
+    assert arithmetic == sizes[:2]
+    assert tokenizer_for(10**9, 5000, Budget.parse("1e30flop"), 5e10)[1] == 32768
+
+
+@given(length=st.integers(0, 10**7), budget=st.floats(1, 1e30))
+def test_a_short_text_has_no_more_tokens_than_it_can_teach(length: int, budget: float) -> None:
+    size = tokenizer_for(length, 5000, Budget("flops", budget), 5e10)[1]
+    assert 512 <= size <= 32768
+    if length < 4_000_000:
+        assert size == 512 or size <= length / 500
 
 
 def test_contradictions_are_refused() -> None:

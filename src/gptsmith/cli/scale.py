@@ -51,12 +51,17 @@ def main(arguments: list[str]) -> int:
     budgets.sort(key=lambda text: Budget.parse(text).amount)
 
     from gptsmith.data.sources import open_source
+    from gptsmith.train.run import settle_tokenizer
 
-    out = chosen.out or Path("runs") / f"scale-{open_source(chosen.data, field=chosen.run.field).name}"
+    source = open_source(chosen.data, field=chosen.run.field)
+    out = chosen.out or Path("runs") / f"scale-{source.name}"
+    # All rungs read the same tokens, those for the largest budget: else their losses could not be compared.
+    largest = settle_tokenizer(replace(chosen.run, budget=budgets[-1]), given, source)
+    given = {*given, "tokenizer", "vocab_size"}
     rungs = []
     for number, text in enumerate(budgets, 1):
         note(f"rung {number} of {len(budgets)}: {text}")
-        rung, code = _rung(chosen, replace(chosen.run, budget=text), given, out / text)
+        rung, code = _rung(chosen, replace(largest, budget=text), given, out / text)
         if rung is None:
             print(f"stopped and saved. Go on with the same command: gptsmith scale … --out {out}")
             return code

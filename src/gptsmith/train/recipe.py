@@ -64,17 +64,25 @@ MOST_PASSES = 60.0
 
 
 MOST_CHARACTERS = 256
+LONG_TEXT = 4_000_000  # characters, from which on byte pairs are better than these
 
 
-def tokenizer_for(characters: int, budget: Budget) -> tuple[str, int]:
-    """Characters where there are few different ones; else a byte-level BPE, of a vocabulary whose head a model of that
-    budget can afford."""
-    if characters <= MOST_CHARACTERS:
+def tokenizer_for(characters: int, alphabet: int, budget: Budget, rate: float) -> tuple[str, int]:
+    """Which tokenizer and of how many tokens: characters for a short text of few different ones, else byte pairs. Their
+    number grows with the budget, doubling with every 23-fold (Tao et al. 2024, 2407.13623), and is bounded by the text.
+
+    characters: the text's length, as far as it has been looked at. rate: FLOP/s to expect, for a budget of time.
+    """
+    if alphabet <= MOST_CHARACTERS and characters < LONG_TEXT:
         return "char", 0
-    seconds = {"seconds": budget.amount, "flops": budget.amount / USUAL_RATE, "tokens": budget.amount / 5e3}[
-        budget.kind
-    ]
-    return "bpe", 1024 if seconds < 1800 else 4096
+    flops = {
+        "seconds": budget.amount * rate,
+        "flops": budget.amount,
+        "tokens": 6 * budget.amount**2 / TOKENS_PER_PARAMETER,
+    }[budget.kind]
+    wanted = round(11 + 0.22 * math.log2(flops / 2.5e12))
+    most = int(math.log2(max(1, characters) / 500)) if characters < LONG_TEXT else 15
+    return "bpe", 2 ** max(9, min(15, most, max(11, wanted)))
 
 
 def context_for(parameters: int) -> int:
@@ -233,7 +241,7 @@ class _Hours(NamedTuple):
 REPORT_SECONDS = 3.0
 SAMPLE_SECONDS = 0.0005  # a layer of a token of a preview, besides its arithmetic
 EVALUATED = 0.03  # at most so much of the time for one evaluation
-USUAL_RATE = 5e10  # FLOP/s, until something has been measured
+USUAL_RATE, USUAL_GPU_RATE = 5e10, 5e13  # FLOP/s, until something has been measured
 MOST_PAUSES = 5
 
 

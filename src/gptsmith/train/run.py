@@ -62,7 +62,15 @@ from gptsmith.train.display import Display
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.memory import fit
 from gptsmith.train.pretrain import Pretrain
-from gptsmith.train.recipe import MOST_CHARACTERS, Text, choose, tokenizer_for
+from gptsmith.train.recipe import (
+    LONG_TEXT,
+    MOST_CHARACTERS,
+    USUAL_GPU_RATE,
+    USUAL_RATE,
+    Text,
+    choose,
+    tokenizer_for,
+)
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.trainer import Outcome, Trainer
 from gptsmith.train.trial import optimizers_for, this_machine
@@ -157,28 +165,30 @@ def read_text(data: str, config: TrainConfig, given: Collection[str] = ()) -> tu
     """The data of a run, tokenized as the run would. given: as for `start`."""
     source = open_source(data, field=config.field)
     val = open_source(config.val, field=config.field) if config.val else None
-    config = _with_tokenizer(config, given, source)
+    config = settle_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     return tokenizer, prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
 
 
-def _with_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
-    """The kind of tokenizer that suits a text and a budget, by how many different characters its beginning has."""
+def settle_tokenizer(config: TrainConfig, given: Collection[str], source: Source) -> TrainConfig:
+    """With the tokenizer that suits a text and a budget, by the text's length and how many characters it is made of."""
     if config.budget is None or config.tokenizer != "char" or "tokenizer" in given:
         return config
     alphabet: set[str] = set()
-    read = 0
+    length = 0
     for piece in source.pieces():
         alphabet.update(piece.text)
-        read += len(piece.text)
-        if read >= SAMPLE_CHARACTERS:
+        length += len(piece.text)
+        if length >= LONG_TEXT:
             break
-    kind, size = tokenizer_for(len(alphabet), Budget.parse(config.budget))
-    if kind == "bpe":
-        size = config.vocab_size if "vocab_size" in given else size
-        note(f"more than {MOST_CHARACTERS} different characters: {size:,} byte pairs made from the text instead")
-        return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
-    return config
+    rate = USUAL_RATE if choose_device(config.device).type == "cpu" else USUAL_GPU_RATE
+    kind, size = tokenizer_for(length, len(alphabet), Budget.parse(config.budget), rate)
+    if kind == "char":
+        return config
+    size = config.vocab_size if "vocab_size" in given else size
+    why = f"more than {MOST_CHARACTERS} different characters" if len(alphabet) > MOST_CHARACTERS else "a long text"
+    note(f"{why}: {size:,} byte pairs made from it instead of characters (--tokenizer char keeps those)")
+    return dataclasses.replace(config, tokenizer="bpe", vocab_size=size)
 
 
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
@@ -216,7 +226,7 @@ def start(
     precision = choose_precision(config.precision, device)
     if config.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
-    config = _with_tokenizer(config, given, source)
+    config = settle_tokenizer(config, given, source)
     tokenizer = make_tokenizer(config, source, val)
     dataset = prepare(source, tokenizer, val=val, val_fraction=config.val_fraction)
     keep_freed_memory()
