@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,38 @@ def outputs_and_gradients(attention: object, dtype: torch.dtype, inputs: tuple[T
 SHAPES = [(2, 4, 4, 128, 32), (1, 6, 2, 64, 64), (3, 2, 1, 96, 48), (1, 1, 1, 32, 16), (1, 2, 2, 256, 80)]
 
 
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # of processors: what takes one takes those before it
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernel as it is compiled for processors of this kind."""
+    own = torch.backends.cpu.get_cpu_capability()
+    if request.param != own and (
+        own not in CAPABILITIES or CAPABILITIES.index(request.param) > CAPABILITIES.index(own)
+    ):
+        pytest.skip(f"this processor has {own}, not {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    library.cache_clear()
+    yield request.param
+    library.cache_clear()
+
+
 @needs_compiler
 @pytest.mark.parametrize("scale", [None, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch(shape: tuple[int, int, int, int, int], scale: float | None) -> None:
+def test_equals_torch_on_every_processor(capability: str, scale: float | None) -> None:
     assert library() is not None
-    inputs = random_inputs(*shape)
-    assert suits(*inputs)
+    for shape in SHAPES:
+        inputs = random_inputs(*shape)
+        assert suits(*inputs)
 
-    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
-    ours = outputs_and_gradients(lambda q, k, v: fused_attention(q, k, v, scale), torch.float32, inputs)
-    theirs = outputs_and_gradients(reference, torch.float64, inputs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+        ours = outputs_and_gradients(lambda q, k, v: fused_attention(q, k, v, scale), torch.float32, inputs)
+        theirs = outputs_and_gradients(reference, torch.float64, inputs)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
 
 
 @needs_compiler

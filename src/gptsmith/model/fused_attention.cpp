@@ -12,7 +12,6 @@ namespace {
 // Queries at a time, and numbers of a vector: given by whoever compiles this, since shapes must be multiples of them.
 constexpr int64_t BLOCK = QUERIES, LANES = NUMBERS;
 
-// Where registers are shorter the compiler takes several for one of these.
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -73,10 +72,14 @@ template <bool ADD>
 void multiply(int64_t rows, int64_t columns, int64_t n, const float* w, int64_t a, int64_t b, const float* x, int64_t ldx,
               float* out, int64_t ldo) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= columns; c += 4 * LANES)
-    for (int64_t r = 0; r < rows; r += 4) tile<4, 4, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
+  // As many sums at a time as stay in registers: 32 of 16 numbers, or 16 of 8.
+  if constexpr (LANES == 16)
+    for (; c + 4 * LANES <= columns; c += 4 * LANES)
+      for (int64_t r = 0; r < rows; r += 4) tile<4, 4, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
+  constexpr int ROWS = LANES == 16 ? 8 : 4;
   for (; c + 2 * LANES <= columns; c += 2 * LANES)
-    for (int64_t r = 0; r < rows; r += 8) tile<8, 2, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile<ROWS, 2, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
   for (; c < columns; c += LANES)
     for (int64_t r = 0; r < rows; r += 8) tile<8, 1, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
 }

@@ -49,11 +49,12 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had."""
     if not compiler_available(torch.device("cpu")):
         return None
-    levels = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
-    level = levels.get(torch.backends.cpu.get_cpu_capability(), [])
+    # What to compile for, and how many numbers a register holds there: with longer vectors the sums would not stay in it.
+    levels = {"AVX512": ("-march=x86-64-v4", 16), "AVX2": ("-march=x86-64-v3", 8)}
+    level, numbers = levels.get(torch.backends.cpu.get_cpu_capability(), ("", 4))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
-    options = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *level]
-    options += [f"-DQUERIES={BLOCK}", f"-DNUMBERS={LANES}"]
+    options = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *level.split()]
+    options += [f"-DQUERIES={BLOCK}", f"-DNUMBERS={numbers}"]
     source = Path(__file__).with_suffix(".cpp")
     key = hashlib.sha256(repr((source.read_text(encoding="utf-8"), compiler, options)).encode()).hexdigest()[:16]
     try:
