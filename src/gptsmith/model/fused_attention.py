@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had."""
     if not compiler_available(torch.device("cpu")):
         return None
-    # What to compile for, and how many numbers a register holds there: with longer vectors the sums would not stay in it.
+    # What to compile for, and how many numbers a register holds there: with longer vectors sums would leave it.
     levels = {"AVX512": ("-march=x86-64-v4", 16), "AVX2": ("-march=x86-64-v3", 8)}
     level, numbers = levels.get(torch.backends.cpu.get_cpu_capability(), ("", 4))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
