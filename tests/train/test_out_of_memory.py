@@ -181,12 +181,13 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 LIMITED = """
 import re, resource, sys
-import torch
+import numpy, torch
 import gptsmith.report.plots, gptsmith.train.run, matplotlib.figure
 from gptsmith.cli import main
 x = torch.nn.Parameter(torch.zeros(256, 256))
 torch.autograd.backward((x @ x).sum())
 torch.optim.AdamW([x], fused=True).step()
+numpy.ones((256, 256)) @ numpy.ones((256, 256))  # numpy's BLAS takes its buffer at first use, and aborts without it
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
 sys.exit(main(sys.argv[2:]))
