@@ -113,7 +113,7 @@ def rates_for(batch_tokens: float) -> tuple[float, float]:
 def weight_decay_for(passes: float, parameters_per_token: float) -> float:
     """The more a model can learn a text by heart, the more: 0.1 for every pass over a text of no more tokens than the
     model has parameters, and in proportion less for a longer one. Dropout beside it makes the result worse."""
-    return round(min(2.0, max(0.1, 0.1 * passes * min(1.0, parameters_per_token))), 2)
+    return round(min(3.0, max(0.1, 0.1 * passes * min(1.0, parameters_per_token))), 2)
 
 
 # -- their application -------------------------------------------------------------------------------------------------
