@@ -64,19 +64,19 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
         (8, 8, 0.1),
         (8, 15, 0.0),
         (8, 15, 0.1),
+        (16, 15, 0.0),
         (16, 30, 0.0),
         (16, 60, 0.1),
     ):
         made[f"weight decay over {passes} passes of {PARTS[share]}, dropout {dropout}"] = {
             f"{d}": (*_passes(share, passes), *_against_overfitting(dropout, d))
-            for d in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+            for d in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 1.6, 2.0, 3.2, 6.4)
         }
     for name, text in (("2.5e12", SHAKESPEARE), ("1e13", SHAKESPEARE), ("2e13", LONG)):
         made[f"weight decay at {name} FLOP"] = {
             f"{d}": (*text, "--budget", f"{name}flop", *_against_overfitting(0, d))
             for d in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
         }
-    made["passes of a sixteenth, all by the rules"] = {f"{n}": _passes(16, n) for n in (15, 30)}
     for name, budget in (("2.5e12", SMALL), ("1e13", MEDIUM)):
         made[f"vocabulary at {name} FLOP"] = {
             "characters": (*ENCYCLOPEDIA, "--tokenizer", "char", *budget),
