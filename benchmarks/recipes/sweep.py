@@ -126,12 +126,12 @@ def _text(name: str) -> str:
     return Path(got.stdout.strip()).read_text()
 
 
-def run(arguments: tuple[str, ...]) -> dict[str, Any]:
+def run(arguments: tuple[str, ...], texts: Path) -> dict[str, Any]:
+    """texts: where `_write_parts` has been."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
-        _write_parts(Path(directory))
         command = [*GPTSMITH, "train", *arguments, "--out", str(out)]
-        ended = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=texts, capture_output=True, text=True)
         if ended.returncode:
             raise SystemExit(f"{' '.join(command)}\n{ended.stderr}")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -172,16 +172,18 @@ def main() -> None:
     named = {*known, *(f"{name} · {label}" for name, runs in known.items() for label in runs)}
     if unknown := set(arguments.names) - named:
         parser.error(f"no sweep or run is called {', '.join(sorted(unknown))}; see --list")
-    for name, runs in known.items():
-        for label, command in runs.items():
-            if arguments.names and not {name, f"{name} · {label}"} & set(arguments.names):
-                continue
-            if label not in saved().get(name, {}):
-                made = {"command": " ".join(("gptsmith train", *command)), **run(command)}
-                results = saved()  # again: another process may have added to it
-                results.setdefault(name, {})[label] = made
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name} · {label}: {saved()[name][label]['val_loss']}", flush=True)
+    with tempfile.TemporaryDirectory() as texts:
+        _write_parts(Path(texts))
+        for name, runs in known.items():
+            for label, command in runs.items():
+                if arguments.names and not {name, f"{name} · {label}"} & set(arguments.names):
+                    continue
+                if label not in saved().get(name, {}):
+                    made = {"command": " ".join(("gptsmith train", *command)), **run(command, Path(texts))}
+                    results = saved()  # again: another process may have added to it
+                    results.setdefault(name, {})[label] = made
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print(f"{name} · {label}: {saved()[name][label]['val_loss']}", flush=True)
 
 
 if __name__ == "__main__":

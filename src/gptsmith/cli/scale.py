@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     out = chosen.out or Path("runs") / f"scale-{source.name}"
     # All rungs read the same tokens, those for the largest budget: else their losses could not be compared.
     largest = settle_tokenizer(replace(chosen.run, budget=budgets[-1]), given, source)
-    given = {*given, "tokenizer", "vocab_size"}
+    given = {*given, "tokenizer"}
     rungs = []
     for number, text in enumerate(budgets, 1):
         note(f"rung {number} of {len(budgets)}: {text}")
