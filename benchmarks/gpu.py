@@ -1,9 +1,10 @@
 """Training speed on a GPU: python benchmarks/gpu.py [--save]. Runs unattended, in under eight minutes.
 
 gpt2-124M and a 350M modern model, bf16, context 1,024: tokens per second and model FLOP utilization of ours (compiled
-blocks, fused AdamW, a cross-entropy that never holds all logits) and of the same models in transformers (bf16 autocast,
-SDPA, torch.compile, fused AdamW), in turns. Utilization is by the usual convention: 6 a multiplied parameter, attention
-over the whole context, over the card's dense bf16 peak.
+blocks and loss, fused AdamW, a cross-entropy that never holds all logits) and of the same models in transformers (bf16
+autocast, SDPA, torch.compile, fused AdamW), in turns; of a modern model of 1.3B ours alone, to see what width does.
+Utilization is by the usual convention: 6 a multiplied parameter, attention over the whole context, over the card's
+dense bf16 peak. And the memory that ours takes, beside the forecast.
 """
 
 from __future__ import annotations
@@ -25,26 +26,33 @@ from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.model.hf import config_to_hf
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.train.memory import Forecaster
 from gptsmith.train.trial import Update
 
 CONTEXT, VOCABULARY = 1024, 50304
-MODELS: dict[str, tuple[ModelConfig, int]] = {
-    "gpt2-124M": (gpt2(vocab_size=VOCABULARY), 32),
-    "modern-350M": (
-        qwen3(
-            vocab_size=VOCABULARY,
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=64,
-            intermediate_size=2752,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-        ),
-        16,
-    ),
+
+
+def modern(width: int, feed_forward: int) -> ModelConfig:
+    return qwen3(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=24,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 256,
+        head_dim=128,
+        intermediate_size=feed_forward,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+    )
+
+
+# The model, the sequences of an update, and whom to compare.
+MODELS: dict[str, tuple[ModelConfig, int, tuple[str, ...]]] = {
+    "gpt2-124M": (gpt2(vocab_size=VOCABULARY), 64, ("adamw", "transformers", "muon", "fp8")),
+    "modern-350M": (modern(1024, 2752), 32, ("adamw", "transformers", "muon", "fp8")),
+    "modern-1.3B": (modern(2048, 5632), 16, ("adamw",)),
 }
+LABELS = {"adamw": "gptsmith", "transformers": "transformers", "muon": "gptsmith, Muon", "fp8": "gptsmith, fp8"}
 # Dense bf16, FLOP/s, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
 
@@ -85,24 +93,27 @@ def timed(update: Callable[[torch.Tensor], None], ids: torch.Tensor, updates: in
 
 
 def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
-    config, batch = MODELS[name]
+    config, batch, kinds = MODELS[name]
     ids = torch.randint(VOCABULARY, (batch, CONTEXT), device="cuda")
     makers: dict[str, Callable[[], Callable[[torch.Tensor], None]]] = {
-        "gptsmith": lambda: ours(config, batch, "adamw", "bf16"),
-        "gptsmith, Muon": lambda: ours(config, batch, "muon", "bf16"),
+        "adamw": lambda: ours(config, batch, "adamw", "bf16"),
         "transformers": lambda: theirs(config),
+        "muon": lambda: ours(config, batch, "muon", "bf16"),
+        "fp8": lambda: ours(config, batch, "adamw", "fp8"),
     }
-    if torch.cuda.get_device_capability() >= (8, 9) and _has_torchao():
-        makers["gptsmith, fp8"] = lambda: ours(config, batch, "adamw", "fp8")
     contestants, speeds, failed = {}, {}, {}
-    for label, make in makers.items():
+    memory = {"forecast_gb": round(forecast(config, batch) / 1e9, 2)}
+    for kind in kinds:
+        label = LABELS[kind]
         try:
-            contestants[label] = make()
+            contestants[label] = makers[kind]()
             timed(contestants[label], ids, 3)  # compiles
             speeds[label] = list[float]()
         except Exception as error:  # one that does not work here must not cost the others' figures
             failed[label] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             contestants.pop(label, None)
+        if kind == "adamw":  # the first, alone on the card
+            memory["measured_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     for _ in range(repeats):
         for label, update in contestants.items():
             if time.monotonic() < deadline or not speeds[label]:
@@ -113,7 +124,8 @@ def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
     return {
         "parameters": count_parameters(config).total,
         "batch": batch,
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "memory": memory,
+        "repeats": {label: len(values) for label, values in speeds.items()},
         "tokens_per_second": {label: round(statistics.median(values)) for label, values in speeds.items()},
         "utilization": {
             label: round(statistics.median(values) * per_token / peak, 3) if peak else None
@@ -123,17 +135,17 @@ def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
     }
 
 
-def _has_torchao() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("torchao") is not None
+def forecast(config: ModelConfig, batch: int) -> int:
+    """What `gptsmith plan` says that ours takes, bytes."""
+    options = TrainConfig(context=CONTEXT, batch_size=batch, optim=OptimConfig(name="adamw"))
+    return Forecaster(options, config, device=torch.device("cuda"), precision="bf16").at(batch).total
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=7.0, help="no repeat begins after that")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu.json, model by model")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU; there is none here", file=sys.stderr)
@@ -143,10 +155,11 @@ def main() -> int:
         deadline = began + 60 * arguments.minutes * number / len(MODELS)
         results[name] = measure(name, arguments.repeats, deadline)
         print(name, json.dumps(results[name]), flush=True)
+        if arguments.save:
+            machine.save("gpu", results)
+        torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if arguments.save:
-        print(machine.save("gpu", results))
     return 0
 
 

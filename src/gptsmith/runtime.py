@@ -95,6 +95,14 @@ def compiler_available(device: torch.device) -> bool:
     return False
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given: before looking at the clock."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory could not be had: torch's on a GPU, and the several forms of it on a CPU."""
     import torch

@@ -74,7 +74,7 @@ def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str)
                 if len(each.logits):
                     key = tuple(s.tokens)
                     torch.testing.assert_close(
-                        each.logits[-1], seen.setdefault(key, each.logits[-1]), atol=1e-5, rtol=1e-5
+                        each.logits[-1], seen.setdefault(key, each.logits[-1]), atol=1e-4, rtol=1e-4
                     )
             return rows
 
@@ -83,7 +83,7 @@ def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str)
     assert len(seen) >= 100
     with torch.no_grad():
         for tokens, logits in list(seen.items())[::9]:
-            torch.testing.assert_close(model(torch.tensor([tokens]))[0, -1], logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model(torch.tensor([tokens]))[0, -1], logits, atol=1e-4, rtol=1e-4)
 
 
 def uncached(model: Transformer, prompt: list[int], params: SamplingParams, sample: int) -> tuple[list[int], str]:

@@ -38,7 +38,7 @@ def test_equals_the_written_out_softmax(
         mask = (documents[-new:, None] == documents[None, :]) & visible(new, length, None, q.device)
         mask = mask[None, None]
     expected = attention_weights(q, k, mask, window, scale) @ v.repeat_interleave(4 // kv_heads, dim=1)
-    torch.testing.assert_close(attend(q, k, v, mask, window, 0.0, scale), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(q, k, v, mask, window, 0.0, scale), expected, atol=5e-5, rtol=5e-5)
 
 
 def test_blocks_have_the_gradients_of_the_full_mask() -> None:
@@ -49,7 +49,7 @@ def test_blocks_have_the_gradients_of_the_full_mask() -> None:
     blocks = torch.autograd.grad(attend(q, k, v, None, 5, 0.0), leaves, upstream)
     written = torch.autograd.grad(attention_weights(q, k, None, 5) @ v, leaves, upstream)
     for a, b in zip(blocks, written, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -60,7 +60,7 @@ def test_flex_attention_is_the_same_band(length: int, window: int, kv_heads: int
     q = torch.randn(2, 2, length, 16)
     k, v = torch.randn(2, kv_heads, length, 16), torch.randn(2, kv_heads, length, 16)
     expected = attend_in_blocks(q, k, v, window, 0.0, scale)
-    torch.testing.assert_close(attend_flex(q, k, v, window, scale, compiled=False), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend_flex(q, k, v, window, scale, compiled=False), expected, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.gpu
@@ -116,4 +116,4 @@ def test_cached_equals_uncached(family: str, data: st.DataObject) -> None:
             size = data.draw(st.integers(1, 20 - start))
             parts.append(model(ids[:, start : start + size], cache=cache))
             start += size
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)

@@ -45,7 +45,7 @@ def test_cached_equals_uncached(family: str, data: st.DataObject) -> None:
             size = data.draw(st.integers(1, 20 - start))
             parts.append(model(ids[:, start : start + size], cache=cache))
             start += size
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
@@ -68,8 +68,8 @@ def test_documents_do_not_see_each_other(family: str) -> None:
     document_ids = torch.tensor([[4] * 7 + [5] * 13])
     with torch.no_grad():
         packed = model(torch.cat((a, b), dim=1), document_ids=document_ids)
-        torch.testing.assert_close(packed[:, :7], model(a), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(packed[:, 7:], model(b), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed[:, :7], model(a), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed[:, 7:], model(b), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

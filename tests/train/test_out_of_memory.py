@@ -225,3 +225,26 @@ def test_a_real_limit(megabytes: int, code: int, text_file: Path, tmp_path: Path
     assert whole.returncode == 0, whole.stderr
     assert "memory ran out" not in whole.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_that_is_too_small(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real limit: the batch does not fit, half of it does, and the run ends with the same losses."""
+    from gptsmith.train import memory
+
+    monkeypatch.setattr(memory, "certainly_fits", lambda *_: True)  # nobody foresaw it
+    model = ModelOptions(num_hidden_layers=4, hidden_size=256, num_attention_heads=4)
+    config = replace(CONFIG, model=model, context=256, batch_size=64, device="cuda", precision="fp32")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start(str(text_file), config, tmp_path / "enough")
+    needed, whole = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.75 * needed / whole)
+    try:
+        start(str(text_file), config, tmp_path / "scarce")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert saved_micro_batch(tmp_path / "scarce") < 64
+    assert losses(tmp_path / "scarce") == pytest.approx(losses(tmp_path / "enough"), abs=0.01)

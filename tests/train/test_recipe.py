@@ -23,7 +23,7 @@ def machine(rate: float = 5e10) -> Machine:
     def seconds(config: TrainConfig, model: ModelConfig) -> float:
         return config.batch_size * config.context * flops_per_token(model, config.context) / rate
 
-    return Machine(seconds, compile_seconds=18, compile_saves=0.28, name="2 cores")
+    return Machine(seconds, compile_seconds=18, compile_saves=0.28, usual_rate=5e10, name="2 cores")
 
 
 def tokens(config: TrainConfig) -> int:
@@ -48,6 +48,21 @@ def test_a_budget_of_time_is_used_up_by_the_machine_as_measured() -> None:
     used += choice.pause * ((c.steps - 1) // c.eval_every)
     assert used == pytest.approx(600, rel=0.03)
     assert len(choice.reasons) == 3
+
+
+def test_where_small_models_are_no_faster_than_larger_ones_the_larger_is_taken() -> None:
+    """A GPU takes as long for a little work as for more; what a small model reaches there is not what it can do."""
+
+    def seconds(config: TrainConfig, model: ModelConfig) -> float:
+        arithmetic = config.batch_size * config.context * flops_per_token(model, config.context)
+        return 0.002 + 0.0015 * model.num_hidden_layers + arithmetic / 3e14
+
+    def size(usual_rate: float) -> int:
+        gpu = Machine(seconds, compile_seconds=18, compile_saves=0.28, usual_rate=usual_rate, name="a GPU")
+        c = choose(TrainConfig(budget="30s"), (), BOOKS, gpu).config
+        return count_parameters(c.model.build(BOOKS.vocab_size, c.context)).total
+
+    assert size(5e13) > 1.5 * size(5e10)
 
 
 def test_a_long_validation_text_is_not_read_whole_where_that_would_take_the_time() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -278,6 +279,20 @@ def test_compiled_runs_resume_bit_for_bit(text: Path, tmp_path: Path) -> None:
     start(str(text), config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "copy", symlinks=True)
     out = interrupted_copy(tmp_path / "copy", tmp_path, 15)
+    resume(out)
+    assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "off"), ("bf16", "on")])
+def test_runs_on_a_gpu_resume_bit_for_bit(precision: Any, compiled: Any, text: Path, tmp_path: Path) -> None:
+    dropout = 0.0 if compiled == "on" else CONFIG.dropout
+    config = replace(
+        CONFIG, device="cuda", precision=precision, compile=compiled, dropout=dropout, steps=20, eval_every=10
+    )
+    start(str(text), config, tmp_path / "whole")
+    out = interrupted_copy(tmp_path / "whole", tmp_path, 15)
     resume(out)
     assert_same_run(tmp_path / "whole", out)
 

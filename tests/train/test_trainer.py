@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,18 @@ def test_metrics_hold_what_a_report_needs(text_file: Path, tmp_path: Path) -> No
     assert rows[-1]["lr"] < rows[0]["lr"]
 
 
+def test_speed_is_that_of_work_that_is_done(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is given its work long before it has done it."""
+    from gptsmith.train import trainer
+
+    monkeypatch.setattr(trainer, "synchronize", lambda device: time.sleep(0.2))
+    run = train(text_file, tmp_path / "run", replace(TINY, steps=4, eval_every=4, log_every=2))
+    rows = JsonLines(run / "metrics.jsonl").read()
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    assert max(speeds) < 2 * TINY.batch_size * TINY.context / 0.2
+    assert next(row["update_time"] for row in rows if "update_time" in row) > 0.6  # two lines and a checkpoint
+
+
 def test_no_validation_split(text_file: Path, tmp_path: Path) -> None:
     run = train(text_file, tmp_path / "run", replace(TINY, val_fraction=0.0))
     assert val_losses(run) == {}
@@ -182,3 +195,25 @@ def test_bf16_autocast_trains(text_file: Path, tmp_path: Path) -> None:
 def test_gpu_precisions_train(precision: Any, text_file: Path, tmp_path: Path) -> None:
     config = replace(TINY, device="cuda", precision=precision, steps=40, eval_every=40)
     assert val_losses(train(text_file, tmp_path / "run", config))[40] < 2.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_compiled_run_on_a_gpu_learns_as_one_that_is_not(optimizer: Any, text_file: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(name=optimizer, lr=0.02 if optimizer == "muon" else 0.01)
+    config = replace(TINY, device="cuda", precision="bf16", steps=40, eval_every=40, optim=optim)
+    plain = val_losses(train(text_file, tmp_path / "plain", config))[40]
+    compiled = train(text_file, tmp_path / "compiled", replace(config, compile="on"))
+    assert json.loads((compiled / "run.json").read_text())["compile"] is True
+    assert val_losses(compiled)[40] == pytest.approx(plain, abs=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fp8_trains_on_a_gpu_that_has_it(text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao.float8", reason="torchao is not installed (an extra: gptsmith[fp8])")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    config = replace(TINY, device="cuda", precision="fp8", compile="on", steps=40, eval_every=40)
+    assert val_losses(train(text_file, tmp_path / "run", config))[40] < 2.6

@@ -25,7 +25,7 @@ from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.model.transformer import Transformer
-from gptsmith.runtime import ChosenPrecision, autocast_dtype, compiler_available
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, compiler_available, synchronize
 from gptsmith.train.compiled import pays
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.memory import USABLE, available_memory
@@ -126,7 +126,7 @@ def _would_compile(config: TrainConfig, device: torch.device, passes: float) -> 
     """What the run itself will decide; passes: seconds of an update's forward and backward passes."""
     if config.compile != "auto" or not compiler_available(device):
         return config.compile == "on"
-    return config.steps >= 1000 if device.type == "cuda" else pays(passes * config.steps)
+    return pays(passes * config.steps)
 
 
 # What to time --------------------------------------------------------------------------------------------------------
@@ -249,8 +249,7 @@ class _Timer:
     def _timed(self, work: Callable[[], object]) -> float:
         began = time.perf_counter()
         work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter() - began
 
 
@@ -278,8 +277,7 @@ def _matrix_rate(device: torch.device, precision: ChosenPrecision) -> float:
         began = time.perf_counter()
         for _ in range(3):
             torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 0.5 * 3 * 2 * size**3 / best
 

@@ -44,6 +44,7 @@ USABLE = 0.92  # of what is available: a forecast errs, and other programs want 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
 RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
 COMPILER = 60 << 20  # what the compiler loads and keeps
+GPU_BUFFERS = 64 << 20  # of matrix products on a GPU: cuBLAS and cuBLASLt take 32 MB each on Hopper
 HOLES = 0.15  # of all tensors: space between blocks of the heap that fits nothing
 
 
@@ -52,8 +53,9 @@ class Memory:
     """Bytes by part at the moment when a run holds most."""
 
     parts: Mapping[str, int]
-    """weights, gradients, optimizer (its state and what a step needs), activations, logits (with their gradients); on a
-    CPU also heap (freed, but not given back to the system) and process (Python, torch and their buffers)."""
+    """weights, gradients, optimizer (its state and what a step needs), activations, logits (with their gradients) and
+    process (on a CPU Python, torch and their buffers; on a GPU the buffers of matrix products); on a CPU also heap
+    (freed, but not given back to the system)."""
     moment: str
     """When that is: update (forward and backward pass), optimizer (its step), evaluation or save (of a checkpoint)."""
 
@@ -67,7 +69,7 @@ class Forecaster:
 
     device: where the run would compute; it need not be there.
     compiled: whether blocks are compiled. They keep about as much for the backward pass; the compiler takes room.
-    process: bytes of the process itself (default: measured now, of this one; 0 on a GPU).
+    process: bytes of the process itself (default: measured now, of this one; on a GPU the buffers of its products).
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Forecaster:
     ) -> None:
         self.config, self.model_config, self.device, self.precision = config, model_config, device, precision
         self.on_heap = device.type != "cuda"
-        self.process = 0
+        self.process = GPU_BUFFERS
         if self.on_heap:
             self.process = RUNTIME + compiled * COMPILER + (process_memory() if process is None else process)
         self._known: dict[int, Memory] = {}
@@ -105,6 +107,7 @@ class Forecaster:
         peaks = self._peaks(micro_batch_size)
         if not self.on_heap:
             moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
+            parts = {**parts, "process": float(self.process)}
         else:
             # What is freed stays with the process, to be used again. But the large blocks that an optimizer's step asks
             # for do not fit into the holes that activations leave between gradients: they come on top.

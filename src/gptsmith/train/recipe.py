@@ -41,6 +41,9 @@ class Machine:
     """What `torch.compile` costs here once; infinite where it does not work."""
     compile_saves: float
     """The share of an update's time that it saves."""
+    usual_rate: float
+    """FLOP/s of updates on such machines: where the measuring begins. Rather too high: what is small is no faster on a
+    GPU than what is not, and would be taken for all that it can do."""
     name: str
     """What to call it: `2 cores`."""
 
@@ -181,7 +184,7 @@ def _by_time(
 
     def rate_of(model: ModelConfig) -> float:
         size = count_parameters(model).multiplied
-        return rates[min(rates, key=lambda known: abs(math.log(known / size)))] if rates else USUAL_RATE
+        return rates[min(rates, key=lambda known: abs(math.log(known / size)))] if rates else machine.usual_rate
 
     def affordable(model: ModelConfig, context: int) -> float:
         return max(1.0, plan(model, context, rate_of(model)).updates * rate_of(model) / flops_per_token(model, context))
@@ -241,7 +244,6 @@ class _Hours(NamedTuple):
 REPORT_SECONDS = 3.0
 SAMPLE_SECONDS = 0.0005  # a layer of a token of a preview, besides its arithmetic
 EVALUATED = 0.03  # at most so much of the time for one evaluation
-USUAL_RATE, USUAL_GPU_RATE = 5e10, 5e13  # FLOP/s, until something has been measured
 MOST_PAUSES = 5
 
 

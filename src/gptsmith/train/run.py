@@ -51,6 +51,7 @@ from gptsmith.runtime import (
     describe_machine,
     keep_freed_memory,
     out_of_memory,
+    synchronize,
 )
 from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
@@ -65,15 +66,13 @@ from gptsmith.train.pretrain import Pretrain
 from gptsmith.train.recipe import (
     LONG_TEXT,
     MOST_CHARACTERS,
-    USUAL_GPU_RATE,
-    USUAL_RATE,
     Text,
     choose,
     tokenizer_for,
 )
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.trainer import Outcome, Trainer
-from gptsmith.train.trial import optimizers_for, this_machine
+from gptsmith.train.trial import optimizers_for, this_machine, usual_rate
 
 SAMPLE_CHARACTERS = 2_000_000  # of a text, by which its alphabet is judged
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
@@ -181,7 +180,7 @@ def settle_tokenizer(config: TrainConfig, given: Collection[str], source: Source
         length += len(piece.text)
         if length >= LONG_TEXT:
             break
-    rate = USUAL_RATE if choose_device(config.device).type == "cpu" else USUAL_GPU_RATE
+    rate = usual_rate(choose_device(config.device))
     kind, size = tokenizer_for(length, len(alphabet), Budget.parse(config.budget), rate)
     if kind == "char":
         return config
@@ -455,8 +454,6 @@ class Session:
             return self.config.compile == "on"
         if not compiler_available(device):
             return False
-        if device.type == "cuda":
-            return self.config.steps >= 1000
         seconds = min(self._trial_pass() for _ in range(3))
         seconds *= self.config.batch_size // self.trainer.micro_batch_size
         return pays(seconds * (self.trainer.steps - self.trainer.step))
@@ -464,7 +461,7 @@ class Session:
     def _trial_pass(self) -> float:
         """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers, but
         smaller micro-batches where memory ran out."""
-        rng, device = torch.get_rng_state(), next(self.model.parameters()).device
+        random, device = self.trainer.random_state(), next(self.model.parameters()).device
         while True:
             ids = torch.zeros(self.trainer.micro_batch_size, self.config.context, dtype=torch.int64, device=device)
             began = time.perf_counter()
@@ -472,6 +469,7 @@ class Session:
                 with self.trainer.autocast():
                     loss = token_loss_sum(self.model.train(), ids, ids, None) / ids.numel()
                 torch.autograd.backward(loss)
+                synchronize(device)
                 return time.perf_counter() - began
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -479,7 +477,7 @@ class Session:
                 reason = str(error)
             finally:
                 self.model.zero_grad(set_to_none=True)
-                torch.set_rng_state(rng)
+                self.trainer.set_random_state(random)
             self.trainer.shrink(reason)
 
     # -- samples -------------------------------------------------------------------------------------------------------

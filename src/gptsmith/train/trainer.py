@@ -22,7 +22,7 @@ from gptsmith.log import JsonLines
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
-from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.deadline import Deadline
@@ -158,7 +158,7 @@ class Trainer:
         """Set the gradients of the loss over `batch`, and return the loss. Where memory runs out, the same batch is
         gone through again from its beginning, with the same random numbers, in smaller micro-batches."""
         while True:
-            random = self._random_state() if self.model.dropout else {}
+            random = self.random_state() if self.model.dropout else {}
             try:
                 return self._accumulate(batch, weight)
             except (RuntimeError, MemoryError) as error:
@@ -168,7 +168,7 @@ class Trainer:
             # Out of the handler: the error held on to every tensor of the failed pass.
             for p in self.model.parameters():
                 p.grad = None
-            self._set_random_state(random)
+            self.set_random_state(random)
             self.shrink(reason)
 
     def _accumulate(self, batch: Any, weight: float) -> Tensor:
@@ -216,13 +216,13 @@ class Trainer:
         steps = self.store.steps()
         return f" The checkpoint {self.store.path(steps[-1])} is intact." if steps else " There is no checkpoint yet."
 
-    def _random_state(self) -> dict[str, Tensor]:
+    def random_state(self) -> dict[str, Tensor]:
         state = {"rng/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
         if "rng/cpu" in state:
             torch.set_rng_state(state["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state:
@@ -274,7 +274,16 @@ class Trainer:
             every *= 2
         return every
 
+    def _wait(self) -> None:
+        """Let a GPU finish. The time is that of updates: so far it had only been told of them."""
+        began = time.perf_counter()
+        synchronize(self.device)
+        waited = time.perf_counter() - began
+        self.busy += waited
+        self.update_seconds += waited
+
     def _log(self, factor: float) -> None:
+        self._wait()
         losses = [float(loss) for loss, _ in self.pending]
         norms = [float(norm) for _, norm in self.pending]
         if self.device.type == "cuda":
@@ -335,6 +344,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step in self.store.steps():
             return
+        self._wait()
         losses = [(float(loss), float(norm)) for loss, norm in self.pending]
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             self._check(math.nan, math.nan)
@@ -353,7 +363,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
-        tensors |= self._random_state()
+        tensors |= self.random_state()
         state = TrainState(values, tensors)
         self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.keep_checkpoints)
 
@@ -367,7 +377,7 @@ class Trainer:
             self.optimizers.load_state_tensors(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
-            self._set_random_state(tensors)
+            self.set_random_state(tensors)
             self.step, self.steps, self.targets = int(values["step"]), int(values["steps"]), float(values["targets"])
             self.micro_batch_size = min(self.micro_batch_size, int(values["micro_batch_size"]))
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]

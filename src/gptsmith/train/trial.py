@@ -10,17 +10,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptsmith.errors import GptsmithError
 from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
-from gptsmith.runtime import ChosenPrecision, autocast_dtype, available_cores, compiler_available
+from gptsmith.runtime import (
+    ChosenPrecision,
+    autocast_dtype,
+    available_cores,
+    compiler_available,
+    out_of_memory,
+    synchronize,
+)
 from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_blocks
 from gptsmith.train.config import OptimConfig, TrainConfig
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.recipe import Machine
 
 TRIES, LONGEST = 4, 3.0  # updates to time, and the seconds after which no further one is begun
+MOST_TOKENS = 1 << 15  # in one pass: more are no faster
+USUAL_RATE, USUAL_GPU_RATE = 5e10, 5e13  # FLOP/s of updates, until something has been measured
 
 
 def optimizers_for(model: Transformer, optim: OptimConfig) -> Optimizers:
@@ -87,31 +98,49 @@ class Update:
 def seconds_per_update(
     config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: ChosenPrecision
 ) -> float:
-    """The fastest of a few updates, uncompiled, on tokens that mean nothing. Random numbers are left as they were."""
-    rng = torch.get_rng_state()
-    try:
-        update = Update(Transformer(model_config, dropout=config.dropout).to(device), config, precision)
-        size = config.micro_batch_size or config.batch_size
-        ids = torch.randint(model_config.vocab_size, (size, config.context), device=device)
+    """The fastest of a few updates, uncompiled, on tokens that mean nothing. Random numbers are left as they were.
 
-        def timed(part: Callable[[], None]) -> float:
-            began = time.perf_counter()
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - began
+    Of a large batch a part is timed, as large as memory allows; GptsmithError where that is not even one sequence.
+    """
+    rows = min(config.micro_batch_size or config.batch_size, max(1, MOST_TOKENS // config.context))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        while True:
+            try:
+                forward_backward, step = _fastest(config, model_config, device, precision, rows)
+                return forward_backward * config.batch_size / rows + step
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            if rows == 1:
+                size = count_parameters(model_config).total / 1e6
+                raise GptsmithError(
+                    f"there is no memory to try out the {size:,.0f}M parameters that suit this budget. "
+                    "Give a smaller --depth."
+                )
+            rows //= 2
 
+
+def _fastest(
+    config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: ChosenPrecision, rows: int
+) -> tuple[float, float]:
+    """Seconds of a forward and backward pass over so many sequences, and of an optimizer step."""
+    update = Update(Transformer(model_config, dropout=config.dropout).to(device), config, precision)
+    ids = torch.randint(model_config.vocab_size, (rows, config.context), device=device)
+
+    def timed(part: Callable[[], None]) -> float:
         began = time.perf_counter()
-        passes: list[float] = []
-        steps: list[float] = []
-        while len(passes) < TRIES and (not passes or time.perf_counter() - began < LONGEST):
-            passes.append(timed(lambda: update.accumulate(ids)))
-            steps.append(timed(update.apply))
-        # The first makes buffers and warms up: it counts only where there was no time for another.
-        fastest = [min(times[1:] or times) for times in (passes, steps)]
-        return fastest[0] * (config.batch_size // size) + fastest[1]
-    finally:
-        torch.set_rng_state(rng)
+        part()
+        synchronize(device)
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    passes: list[float] = []
+    steps: list[float] = []
+    while len(passes) < TRIES and (not passes or time.perf_counter() - began < LONGEST):
+        passes.append(timed(lambda: update.accumulate(ids)))
+        steps.append(timed(update.apply))
+    # The first makes buffers and warms up: it counts only where there was no time for another.
+    return min(passes[1:] or passes), min(steps[1:] or steps)
 
 
 def this_machine(device: torch.device, precision: ChosenPrecision, compile: str) -> Machine:
@@ -125,5 +154,11 @@ def this_machine(device: torch.device, precision: ChosenPrecision, compile: str)
         lambda config, model_config: seconds_per_update(config, model_config, device, precision),
         COMPILE_SECONDS if able else math.inf,
         COMPILE_SAVES,
+        usual_rate(device),
         name,
     )
+
+
+def usual_rate(device: torch.device) -> float:
+    """FLOP/s to expect of updates, before any has been made."""
+    return USUAL_RATE if device.type == "cpu" else USUAL_GPU_RATE
