@@ -14,6 +14,7 @@ from gptsmith.evaluate.loss import token_loss_sum
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.train import memory
+from gptsmith.train.compiled import compile_blocks, partitioned
 from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
 from gptsmith.train.memory import Forecaster, available_memory, fit, largest_micro_batch, run_without_storage
 
@@ -27,8 +28,8 @@ def model_of(config: TrainConfig, vocab_size: int = 50) -> Any:
     return config.model.build(vocab_size, config.context)
 
 
-def peaks(config: TrainConfig, rows: int = 12, device: str = "cpu", precision: Any = "fp32") -> Any:
-    return run_without_storage(config, model_of(config), rows, torch.device(device), precision)
+def peaks(config: TrainConfig, rows: int = 12, partition: bool = False) -> Any:
+    return run_without_storage(config, model_of(config), rows, CPU, "fp32", partition=partition)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,16 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(
     assert state <= found["save"]["optimizer"] <= state + 1000  # and AdamW's step counters
 
 
-@pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt3", "qwen3", "qwen3_moe"])
-def test_activations_are_those_that_autograd_keeps(family: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "partition"),
+    [(family, False) for family in ("gpt1", "gpt2", "gpt3", "qwen3", "qwen3_moe")] + [("gpt2", True), ("qwen3", True)],
+)
+def test_activations_are_those_that_autograd_keeps(family: Any, partition: bool) -> None:
     """Counted another way: by the storages that a real forward pass saves for its backward pass."""
     experts = 4 if family == "qwen3_moe" else None
-    config = replace(
-        CONFIG, model=replace(CONFIG.model, family=family, num_experts=experts, num_experts_per_tok=experts and 2)
-    )
+    layers = 8 if partition else 2  # what comes and goes within a layer counts for less
+    size = replace(CONFIG.model, family=family, num_hidden_layers=layers, num_experts=experts)
+    config = replace(CONFIG, model=replace(size, num_experts_per_tok=experts and 2))
     model = Transformer(model_of(config)).train()
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -69,12 +73,17 @@ def test_activations_are_those_that_autograd_keeps(family: Any) -> None:
             kept[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
+    if partition:
+        compile_blocks(model, partitioned())
     ids = torch.randint(50, (12, config.context))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_loss_sum(model, ids, ids, None)
     saved = sum(storage.nbytes() for storage in kept.values())
-    found = peaks(config)["update"]
+    found = peaks(config, partition=partition)["update"]
     assert found["activations"] + found["logits"] == pytest.approx(saved, rel=0.12)
+    if partition:
+        plain = peaks(config)["update"]
+        assert (found["activations"] < 0.75 * plain["activations"]) == (family == "qwen3")
 
 
 @pytest.mark.parametrize(("family", "layers"), [("qwen3", 9), ("gpt3", 10)])
@@ -107,15 +116,18 @@ def test_accumulation_keeps_gradients_beside_activations() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_a_gpu_allocates(precision: Any) -> None:
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_what_a_gpu_allocates(family: Any, precision: Any, compiled: bool) -> None:
     from gptsmith.train.trial import Update
 
-    config = replace(CONFIG, batch_size=64, model=replace(CONFIG.model, hidden_size=256, num_hidden_layers=4))
+    size = replace(CONFIG.model, family=family, hidden_size=512, num_hidden_layers=4, num_attention_heads=8)
+    config = replace(CONFIG, context=256, batch_size=64, model=size)
     device = torch.device("cuda")
-    found = Forecaster(config, model_of(config), device=device, precision=precision).at(64)
+    found = Forecaster(config, model_of(config), device=device, precision=precision, compiled=compiled).at(64)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    update = Update(Transformer(model_of(config)).to(device), config, precision)
+    update = Update(Transformer(model_of(config)).to(device), config, precision, compiled=compiled)
     ids = torch.randint(50, (64, config.context), device=device)
     for _ in range(3):
         update(ids)

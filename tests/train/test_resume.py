@@ -301,9 +301,10 @@ def test_without_a_working_compiler_training_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from gptsmith.errors import GptsmithError
+    from gptsmith.train import compiled
     from gptsmith.train import run as module
 
-    def broken(forward: object) -> object:
+    def broken(forward: object, **_: object) -> object:
         def fail(*_: object) -> None:
             raise RuntimeError("the compiler has no header\nand much more")
 
@@ -311,7 +312,7 @@ def test_without_a_working_compiler_training_goes_on(
 
     monkeypatch.setattr(module.torch, "compile", broken)
     monkeypatch.setattr(module, "compiler_available", lambda device: True)
-    monkeypatch.setattr("gptsmith.train.compiled.COMPILE_SECONDS", 0.0)
+    monkeypatch.setitem(compiled.COSTS, "cpu", (0.0, 0.28))
     config = replace(CONFIG, compile="auto", steps=10, eval_every=10)
     start(str(text), config, tmp_path / "auto")
     assert "compiling failed, going on without: the compiler has no header" in capfd.readouterr().err

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192  # columns at a time
+BLOCK = 4096  # columns at a time
 
 
 @triton.jit

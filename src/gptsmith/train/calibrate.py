@@ -126,7 +126,7 @@ def _would_compile(config: TrainConfig, device: torch.device, passes: float) -> 
     """What the run itself will decide; passes: seconds of an update's forward and backward passes."""
     if config.compile != "auto" or not compiler_available(device):
         return config.compile == "on"
-    return pays(passes * config.steps)
+    return pays(passes * config.steps, device)
 
 
 # What to time --------------------------------------------------------------------------------------------------------

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from gptsmith.model.transformer import Transformer
 
-COMPILE_SECONDS = 18.0  # to compile one block's forward and backward on a CPU; the other blocks share it
-COMPILE_SAVES = 0.28  # of an update's time
+# Seconds to compile one block's forward and backward (the other blocks share it), and the share of a pass it saves.
+COSTS = {"cpu": (18.0, 0.28), "cuda": (12.0, 0.4)}
 
 
-def pays(seconds: float) -> bool:
-    """Whether compiling is worth its time on a CPU, for a run whose passes take so many seconds without it."""
-    return seconds * COMPILE_SAVES > 1.5 * COMPILE_SECONDS
+def costs(device: torch.device) -> tuple[float, float]:
+    """What compiling takes on a kind of machine, in seconds, and the share of a pass's time that it saves."""
+    return COSTS.get(device.type, COSTS["cpu"])
 
 
-def compile_blocks(model: Transformer) -> None:
+def pays(seconds: float, device: torch.device) -> bool:
+    """Whether compiling is worth its time, for a run whose passes take so many seconds without it."""
+    takes, saves = costs(device)
+    return seconds * saves > 1.5 * takes
+
+
+def compile_blocks(model: Transformer, backend: Any = "inductor") -> None:
     """Compile one block; all share its code, so it costs the same whatever the depth."""
     # Dynamo looks at the block's input as if it were a parameter, and torch warns of that.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for layer in model.layers:
-        layer.forward = _compiled_while_training(layer)
+        layer.forward = _compiled_while_training(layer, backend)
 
 
 def undo_compile(model: Transformer) -> None:
@@ -32,9 +40,62 @@ def undo_compile(model: Transformer) -> None:
         del layer.forward
 
 
-def _compiled_while_training(module: torch.nn.Module) -> Callable[..., Any]:
+def _compiled_while_training(module: torch.nn.Module, backend: Any) -> Callable[..., Any]:
     """A forward that is compiled while `module` trains. Evaluation and generation come in other shapes, each of which
     would be compiled anew: they run as written."""
     eager = module.forward
-    compiled = torch.compile(eager)
+    compiled = torch.compile(eager, backend=backend)
     return lambda *arguments: (compiled if module.training else eager)(*arguments)
+
+
+def partitioned(unwritten: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext) -> Any:
+    """A backend that stops half way, for seeing what compiled code holds in memory: what is kept for the backward pass
+    is what the compiler would keep, and operations run one by one.
+
+    unwritten: entered around an operation whose result the compiled code would use on the spot.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx import GraphModule, Interpreter, Node
+
+    class OneByOne(Interpreter):
+        def __init__(self, graph: GraphModule) -> None:
+            super().__init__(graph)
+            self.fused = _fused(graph.graph.nodes)
+
+        def run_node(self, n: Node) -> Any:
+            with unwritten() if n in self.fused else contextlib.nullcontext():
+                return super().run_node(n)
+
+    def take(graph: GraphModule, inputs: Any) -> Any:
+        run: Any = lambda arguments: OneByOne(graph).boxed_run(arguments)  # noqa: E731
+        run._boxed_call = True  # the list is emptied as its tensors are done with
+        return run
+
+    make: Any = aot_autograd
+    return make(
+        fw_compiler=take,
+        bw_compiler=take,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
+
+
+def _fused(nodes: Iterable[Any]) -> set[Any]:
+    """Those of a graph's nodes whose results nothing reads but the same loop: pointwise operations and reductions that
+    no product, no attention and nothing outside takes."""
+
+    def is_view(node: Any) -> bool:
+        return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
+
+    def is_loop(node: Any) -> bool:
+        tags = {str(tag).rpartition(".")[2] for tag in getattr(node.target, "tags", ())}
+        return bool(tags & {"pointwise", "reduction"}) or node.target is torch.ops.aten.cat.default
+
+    fused: set[Any] = set()
+    for node in reversed(list(nodes)):
+        used_on_the_spot = all(user in fused if is_view(user) else is_loop(user) for user in node.users)
+        if used_on_the_spot and (is_loop(node) or is_view(node)):
+            fused.add(node)
+    return fused

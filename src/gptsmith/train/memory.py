@@ -11,6 +11,7 @@ On a CPU the forecast is of peak resident memory, on a GPU of allocated memory.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import re
 import weakref
@@ -30,7 +31,8 @@ from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
-from gptsmith.runtime import ChosenPrecision
+from gptsmith.runtime import ChosenPrecision, compiler_available
+from gptsmith.train.compiled import compile_blocks, partitioned, undo_compile
 from gptsmith.train.config import TrainConfig
 from gptsmith.train.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
 from gptsmith.train.trial import Update
@@ -68,7 +70,8 @@ class Forecaster:
     """Forecasts the memory of runs that differ in nothing but their micro-batch.
 
     device: where the run would compute; it need not be there.
-    compiled: whether blocks are compiled. They keep about as much for the backward pass; the compiler takes room.
+    compiled: whether blocks are compiled. On a CPU they keep about as much for the backward pass, and the compiler
+        takes room; on a GPU they keep less.
     process: bytes of the process itself (default: measured now, of this one; on a GPU the buffers of its products).
     """
 
@@ -83,6 +86,7 @@ class Forecaster:
         process: int | None = None,
     ) -> None:
         self.config, self.model_config, self.device, self.precision = config, model_config, device, precision
+        self.compiled = compiled
         self.on_heap = device.type != "cuda"
         self.process = GPU_BUFFERS
         if self.on_heap:
@@ -134,7 +138,10 @@ class Forecaster:
         }
 
     def _run(self, model_config: ModelConfig, micro_batch_size: int) -> dict[str, Parts]:
-        return run_without_storage(self.config, model_config, micro_batch_size, self.device, self.precision)
+        partition = self.compiled and not self.on_heap
+        return run_without_storage(
+            self.config, model_config, micro_batch_size, self.device, self.precision, partition=partition
+        )
 
 
 # A run without storage -----------------------------------------------------------------------------------------------
@@ -146,9 +153,12 @@ def run_without_storage(
     micro_batch_size: int,
     device: torch.device,
     precision: ChosenPrecision,
+    *,
+    partition: bool = False,
 ) -> dict[str, Parts]:
     """Bytes held, by part, at the peak of each moment of training from the second update on.
 
+    partition: keep for the backward pass what the compiler would.
     The backward pass comes in stages (`update/...`): the peak of each is a straight line in the depth, the highest of
     them is not.
     """
@@ -156,26 +166,37 @@ def run_without_storage(
 
     device = torch.device("cpu") if device.type == "mps" else device
     ledger = _Ledger()
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger, torch.device(device):
-        update = Update(Transformer(model_config, dropout=config.dropout, initialize=False), config, precision)
-        model = update.model
-        ledger.watch(model)
-        weights = ledger.total["weights"]
 
-        def tokens(rows: int) -> tuple[Tensor, Tensor | None]:
-            ids = torch.zeros(rows, config.context, dtype=torch.int64)
-            return ids, torch.zeros_like(ids, dtype=torch.int32) if config.mask_documents else None
+    def tokens(rows: int) -> tuple[Tensor, Tensor | None]:
+        ids = torch.zeros(rows, config.context, dtype=torch.int64)
+        return ids, torch.zeros_like(ids, dtype=torch.int32) if config.mask_documents else None
 
-        for _ in range(min(2, config.batch_size // micro_batch_size)):  # the second finds the gradients of the first
-            ledger.begin("update", "activations")
-            update.accumulate(*tokens(micro_batch_size))
-        ledger.begin("optimizer", "optimizer")
-        update.apply()
-        ledger.begin("evaluation", "activations")
-        state = ledger.total["optimizer"]
-        ids, documents = tokens(evaluation_rows(micro_batch_size, config.context))
-        with update.autocast(), torch.no_grad():
-            token_loss_sum(model.eval(), ids, ids, documents)
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
+        with ledger:
+            update = Update(Transformer(model_config, dropout=config.dropout, initialize=False), config, precision)
+            model = update.model
+            ledger.watch(model)
+            weights = ledger.total["weights"]
+        if partition:
+            compile_blocks(model, partitioned(ledger.looking_away))
+            try:
+                update.accumulate(*tokens(micro_batch_size))  # not noted: the compiler's own tensors come and go
+            except Exception:  # whatever a compiler cannot take: the run will do without, too
+                undo_compile(model)
+            model.zero_grad(set_to_none=True)
+        with ledger:
+            for _ in range(min(2, config.batch_size // micro_batch_size)):  # the second finds gradients of the first
+                ledger.begin("update", "activations")
+                update.accumulate(*tokens(micro_batch_size))
+            ledger.begin("optimizer", "optimizer")
+            update.apply()
+            ledger.begin("evaluation", "activations")
+            state = ledger.total["optimizer"]
+            ids, documents = tokens(evaluation_rows(micro_batch_size, config.context))
+            with update.autocast(), torch.no_grad():
+                token_loss_sum(model.eval(), ids, ids, documents)
+    if partition:
+        torch.compiler.reset()  # what was compiled is of no use
     peaks = ledger.peaks
     for moment, parts in peaks.items():
         if moment.startswith("update"):
@@ -196,6 +217,11 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages by part, and remembers them at the peak of each moment."""
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It changes nothing: compiled code runs under it, which torch otherwise would not let it do."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moment, self.part = "start", "weights"
@@ -203,10 +229,20 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total: Parts = dict.fromkeys(PARTS, 0.0)
         self.peaks: dict[str, Parts] = {}
         self.shares: Iterator[int] = iter(())
+        self.looks = True
 
     def begin(self, moment: str, part: str) -> None:
         """What happens from here on belongs to `moment`, what is new to `part`."""
         self.moment, self.part = moment, part
+
+    @contextlib.contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """What comes meanwhile is not counted."""
+        self.looks = False
+        try:
+            yield
+        finally:
+            self.looks = True
 
     def watch(self, model: Transformer) -> None:
         """Tell activations, logits and gradients apart as the model runs, and the stages of the backward pass."""
@@ -249,7 +285,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is torch.ops.aten._local_scalar_dense.default:
             return next(self.shares, 1)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in tree_leaves(result) if self.looks else ():
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
         return result
@@ -375,7 +411,10 @@ def fit(
     available = available_memory(device)
     if available is None or certainly_fits(config, model_config, asked, available):
         return asked
+    # A run so large on a GPU will be long enough to be compiled; where it is not, it finds out and takes less.
     compiled = config.compile == "on"
+    if config.compile == "auto" and device.type == "cuda":
+        compiled = compiler_available(device)
     forecaster = Forecaster(config, model_config, device=device, precision=precision, compiled=compiled)
     needed = forecaster.at(asked).total
     if needed <= USABLE * available:

@@ -456,7 +456,7 @@ class Session:
             return False
         seconds = min(self._trial_pass() for _ in range(3))
         seconds *= self.config.batch_size // self.trainer.micro_batch_size
-        return pays(seconds * (self.trainer.steps - self.trainer.step))
+        return pays(seconds * (self.trainer.steps - self.trainer.step), device)
 
     def _trial_pass(self) -> float:
         """Seconds of one micro-batch's forward and backward pass. Leaves no trace in gradients or random numbers, but

@@ -24,7 +24,7 @@ from gptsmith.runtime import (
     out_of_memory,
     synchronize,
 )
-from gptsmith.train.compiled import COMPILE_SAVES, COMPILE_SECONDS, compile_blocks
+from gptsmith.train.compiled import compile_blocks, costs
 from gptsmith.train.config import OptimConfig, TrainConfig
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.recipe import Machine
@@ -150,10 +150,11 @@ def this_machine(device: torch.device, precision: ChosenPrecision, compile: str)
     name = f"{cores} core{'s' if cores > 1 else ''}"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    seconds, saves = costs(device)
     return Machine(
         lambda config, model_config: seconds_per_update(config, model_config, device, precision),
-        COMPILE_SECONDS if able else math.inf,
-        COMPILE_SAVES,
+        seconds if able else math.inf,
+        saves,
         usual_rate(device),
         name,
     )
