@@ -33,7 +33,7 @@ from gptsmith.train.pretrain import evaluation_rows
 from gptsmith.train.recipe import REPORT_SECONDS
 from gptsmith.train.trial import Update
 
-PASS_SECONDS = 1.0  # what one timed pass may take, roughly
+PASS_SECONDS = 2.0  # what one timed pass may take, roughly
 TIMED_SECONDS = 1.5  # and all passes of one kind together
 FEWEST, MOST = 2, 12  # passes
 NARROWEST = 256  # a width below which matrix products run at another rate
