@@ -45,9 +45,9 @@ USABLE = 0.92  # of what is available: a forecast errs, and other programs want 
 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
 RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
-COMPILER = 60 << 20  # what the compiler loads and keeps
+COMPILER = 40 << 20  # what the compiler loads and keeps
 GPU_BUFFERS = 64 << 20  # of matrix products on a GPU: cuBLAS and cuBLASLt take 32 MB each on Hopper
-HOLES = 0.15  # of all tensors: space between blocks of the heap that fits nothing
+HOLES = 0.17  # of all tensors: space between blocks of the heap that fits nothing
 
 
 @dataclass(frozen=True)
