@@ -110,7 +110,7 @@ def _loss_and_error(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tens
     loss = ((log_sum - scores.gather(1, index))[:, 0] * counted).sum()
     if wanted:
         scores.sub_(log_sum).exp_().scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(counted[:, None])
-    return loss, scores.to(logits.dtype)
+    return loss, scores.to(logits.dtype) if wanted else scores
 
 
 @functools.cache

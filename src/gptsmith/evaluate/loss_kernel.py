@@ -51,7 +51,15 @@ def loss_and_error(logits: Tensor, targets: Tensor, ignored: int, wanted: bool) 
     rows, columns = logits.shape
     losses = torch.empty(rows, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(columns))
-    _loss_and_error[(rows,)](
-        logits, targets, losses, columns, ignored, wanted=wanted, block=block, num_warps=max(1, min(32, block // 512))
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _loss_and_error[(rows,)](
+            logits,
+            targets,
+            losses,
+            columns,
+            ignored,
+            wanted=wanted,
+            block=block,
+            num_warps=max(1, min(32, block // 512)),
+        )
     return losses.sum()
