@@ -52,7 +52,7 @@ def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, t
         [swiglu(x[0], *both) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
     )  # (N, E, C)
     expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
-    torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x)[0], expected, atol=5e-5, rtol=5e-5)
 
 
 @given(chosen=st.integers(1, 3), seed=st.integers(0, 50))
