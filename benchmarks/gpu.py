@@ -1,7 +1,7 @@
 """Training speed on a GPU: python benchmarks/gpu.py [--save]. Runs unattended, in under eight minutes.
 
 gpt2-124M and a 350M modern model, bf16, context 1,024: tokens per second and model FLOP utilization of ours (compiled
-blocks and loss, fused AdamW, a cross-entropy that never holds all logits) and of the same models in transformers (bf16
+blocks, fused AdamW, the loss by a kernel that never holds all logits) and of the same models in transformers (bf16
 autocast, SDPA, torch.compile, fused AdamW), in turns; of a modern model of 1.3B ours alone, to see what width does.
 Utilization is by the usual convention: 6 a multiplied parameter, attention over the whole context, over the card's
 dense bf16 peak. And the memory that ours takes, beside the forecast.

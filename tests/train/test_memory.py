@@ -178,6 +178,17 @@ def test_fit_lowers_the_micro_batch_and_says_so(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("device", "compile", "expected"),
+    [("cpu", "auto", False), ("cpu", "on", True), ("cuda", "auto", True), ("cuda", "off", False), ("cuda", "on", True)],
+)
+def test_what_fills_a_gpu_is_taken_for_compiled(
+    device: str, compile: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "compiler_available", lambda device: True)
+    assert memory.likely_compiled(replace(CONFIG, compile=compile), torch.device(device)) is expected
+
+
 def test_fit_leaves_alone_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(CONFIG, model_of(CONFIG), device=CPU, precision="fp32") == 12
     assert capsys.readouterr().err == ""

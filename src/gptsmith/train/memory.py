@@ -394,6 +394,14 @@ def certainly_fits(config: TrainConfig, model_config: ModelConfig, micro_batch_s
     return (2 << 30) + 2 * rough < available
 
 
+def likely_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to reckon with compiled blocks, before it is known. A run that fills a GPU will be long enough for them;
+    where it is not, it runs out of memory and goes on with smaller micro-batches."""
+    if config.compile == "auto" and device.type == "cuda":
+        return compiler_available(device)
+    return config.compile == "on"
+
+
 def fit(
     config: TrainConfig,
     model_config: ModelConfig,
@@ -411,11 +419,9 @@ def fit(
     available = available_memory(device)
     if available is None or certainly_fits(config, model_config, asked, available):
         return asked
-    # A run so large on a GPU will be long enough to be compiled; where it is not, it finds out and takes less.
-    compiled = config.compile == "on"
-    if config.compile == "auto" and device.type == "cuda":
-        compiled = compiler_available(device)
-    forecaster = Forecaster(config, model_config, device=device, precision=precision, compiled=compiled)
+    forecaster = Forecaster(
+        config, model_config, device=device, precision=precision, compiled=likely_compiled(config, device)
+    )
     needed = forecaster.at(asked).total
     if needed <= USABLE * available:
         return asked

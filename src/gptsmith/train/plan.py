@@ -13,7 +13,7 @@ from gptsmith.model.flops import Size, count_parameters, flops_per_token
 from gptsmith.runtime import ChosenPrecision, choose_precision
 from gptsmith.train.calibrate import Times, measure
 from gptsmith.train.config import TrainConfig
-from gptsmith.train.memory import Forecaster, Memory, available_memory, process_memory
+from gptsmith.train.memory import Forecaster, Memory, available_memory, likely_compiled, process_memory
 from gptsmith.train.recipe import Text
 
 
@@ -119,7 +119,7 @@ def forecast(
     def forecaster(compiled: bool) -> Forecaster:
         return Forecaster(config, model_config, device=device, precision=precision, compiled=compiled, process=own)
 
-    foreseen = forecaster(config.compile == "on")
+    foreseen = forecaster(likely_compiled(config, device))
     largest = None if available is None else foreseen.largest_fitting(available)
     times = measure(
         config,
