@@ -66,7 +66,7 @@ def open_page(browser: Any) -> Iterator[Open]:
         page = context.new_page()
         page.set_default_timeout(LONG)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("console", lambda m: complaints.append(complaint(m)) if m.type in ("error", "warning") else None)
         page.on(
             "request", lambda r: complaints.append(f"asked {r.url}") if not r.url.startswith((url, "blob:")) else None
         )
@@ -78,6 +78,11 @@ def open_page(browser: Any) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+def complaint(message: Any) -> str:
+    """What the browser says, and of which address: it names none where something could not be loaded."""
+    return f"{message.text} {message.location.get('url', '')}".strip()
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,29 @@ def go_on(page: Page) -> None:
 # Chat ---------------------------------------------------------------------------------------------------------------
 
 SHORT = {"sampling.chat": {"max_tokens": 12, "seed": 3}}
+
+
+@pytest.mark.parametrize("view", ["chat", "playground"])
+def test_what_is_asked_before_the_models_are_known_waits_for_them(site: Any, open_page: Open, view: str) -> None:
+    page = open_page(site.url, SHORT | PLAY | {"view": view, "model": "tiny"})
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    if view == "chat":
+        write(page, "the cat")
+        page.locator(".turn.assistant.waiting").wait_for()
+    else:
+        page.get_by_role("button", name="Continue", exact=True).click()
+        page.locator(".column.working").first.wait_for()
+    (route,) = held
+    route.continue_()
+    if view == "chat":
+        answered(page)
+        assert page.locator(".turn.assistant header").inner_text() == "tiny"
+    else:
+        page.locator(".columns:not(:has(.column.working))").wait_for()
+        assert page.locator(".column .token").count() > 0
+    assert page.locator(".failed").count() == 0
 
 
 def test_a_conversation(site: Any, open_page: Open) -> None:

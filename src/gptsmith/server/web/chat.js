@@ -148,8 +148,7 @@ export function mount(root, { go }) {
   }
 
   async function answer() {
-    const model = models.chosen();
-    const message = { role: "assistant", content: "", model };
+    const message = { role: "assistant", content: "", model: models.chosen() || undefined };
     keep(); // what was said is not lost, whatever becomes of the answer
     const asked = current.messages.map(({ role, content }) => ({ role, content }));
     if (current.system?.trim()) asked.unshift({ role: "system", content: current.system });
@@ -164,6 +163,7 @@ export function mount(root, { go }) {
     const began = performance.now();
     let first = null;
     try {
+      const model = (message.model = await models.choice());
       for await (const chunk of completion("v1/chat/completions", { model, messages: asked, ...sampling.fields() }, controller.signal)) {
         if (chunk.usage) message.usage = chunk.usage;
         const choice = chunk.choices?.[0];

@@ -5,12 +5,20 @@ import { h, toast } from "./dom.js";
 import { load, save } from "./store.js";
 
 let names = [];
+let fetching = null;
 const descriptions = new Map();
 const listeners = new Set();
 const select = document.getElementById("model");
 
 export const chosen = () => select.value;
 export const onChoice = (listener) => listeners.add(listener);
+
+// A promise of the chosen model's name: whoever writes before the server has said which there are waits for that.
+export async function choice() {
+  if (!select.value) await (fetching ?? fetchNames());
+  if (!select.value) throw new Error("The server has not said which models it has. Reload the page to ask again.");
+  return select.value;
+}
 
 // A promise of {name, parameters, layers, heads, context, vocabulary, tokens, chat, adapter}; the model is loaded for it.
 export function describe(name) {
@@ -32,7 +40,12 @@ export async function start() {
   await fetchNames();
 }
 
-async function fetchNames() {
+function fetchNames() {
+  fetching = takeNames().finally(() => { fetching = null; });
+  return fetching;
+}
+
+async function takeNames() {
   try {
     names = (await request("v1/models")).data.map((card) => card.id);
   } catch (error) {

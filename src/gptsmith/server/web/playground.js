@@ -87,7 +87,7 @@ export function mount(root) {
   async function colourPrompt(columns) {
     try {
       const answer = await request("v1/completions", {
-        body: { model: models.chosen(), prompt: prompt.value, max_tokens: 1, temperature: 0, echo: true, logprobs: ALTERNATIVES },
+        body: { model: await models.choice(), prompt: prompt.value, max_tokens: 1, temperature: 0, echo: true, logprobs: ALTERNATIVES },
       });
       const { logprobs } = answer.choices[0];
       for (const column of columns) column.echo(logprobs, prompt.value, answer.usage.prompt_tokens);
@@ -137,7 +137,7 @@ export function mount(root) {
       let ended = "";
       try {
         const body = {
-          model: models.chosen(), prompt: this.whole(), logprobs: ALTERNATIVES, overflow: "shift", ...sampling.fields(),
+          model: await models.choice(), prompt: this.whole(), logprobs: ALTERNATIVES, overflow: "shift", ...sampling.fields(),
           temperature: this.temperature,
         };
         for await (const chunk of completion("v1/completions", body, controller.signal)) {
