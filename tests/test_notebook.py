@@ -8,14 +8,19 @@ from __future__ import annotations
 import ast
 import os
 import re
+import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+import torch
 
 import gptsmith
 
@@ -30,7 +35,7 @@ PICTURES = {
     "temperature-picture",
     "attention-picture",
 }
-SECONDS = 120.0
+SECONDS, YARDSTICK = 120.0, 0.035  # what the notebook may take on a core that makes a yardstick in so many seconds
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -66,6 +71,42 @@ class Execution:
     notebook: Any
     wall_seconds: float
     cpu_seconds: float
+    slowness: float  # of the machine, while the notebook ran; at least 1
+
+
+def yardstick() -> float:
+    """Seconds of what a training step of the notebook is made of: narrow products, softmaxes and bends, both ways."""
+    x = torch.full((1024, 96), 0.5, requires_grad=True)
+    up = torch.full((96, 384), 0.01, requires_grad=True)
+    began = time.perf_counter()
+    for _ in range(3):
+        h = torch.nn.functional.gelu(x @ up, approximate="tanh") @ up.T
+        scores = torch.stack([h.view(64, 64, 24)] * 4)
+        (scores @ scores.mT).softmax(dim=-1).sum().backward()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def slowness() -> Iterator[list[float]]:
+    """How many times slower than it should be this machine was meanwhile: other work on it slows a core manyfold."""
+    values = [1.0]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(3.0):
+            values.append(yardstick() / YARDSTICK)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield values
+    finally:
+        ended.set()
+        watching.join()
+        torch.set_num_threads(threads)
+        values[:] = [max(1.0, statistics.fmean(values))]
 
 
 def execute(folder: Path) -> Execution:
@@ -97,13 +138,14 @@ def execute(folder: Path) -> Execution:
             resources={"metadata": {"path": str(workdir)}},
         )
         before, began = os.times(), time.monotonic()
-        client.execute(cleanup_kc=True)
+        with slowness() as slow:
+            client.execute(cleanup_kc=True)
         wall = time.monotonic() - began
     after = os.times()  # the kernel has ended and been waited for, so its seconds count as a child's
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     assert not list(workdir.iterdir()), "the notebook left files behind"
     notebook.metadata = nbformat.from_dict(METADATA)  # without the version of this Python
-    return Execution(notebook, wall, cpu)
+    return Execution(notebook, wall, cpu, slow[0])
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +168,7 @@ def test_runs_top_to_bottom_in_under_two_minutes(execution: Execution) -> None:
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     check_contents(execution.notebook)
     # The notebook computes on one thread: CPU seconds are what the wall clock shows on a machine that is not busy.
-    assert min(execution.wall_seconds, execution.cpu_seconds) < SECONDS
+    assert min(execution.wall_seconds, execution.cpu_seconds) < SECONDS * execution.slowness
     assert execution.cpu_seconds > 1.0, "the kernel's time was not counted"
 
 
