@@ -21,7 +21,7 @@ import machine
 
 RESULTS = machine.RESULTS / "recipes.json"
 GPTSMITH = (sys.executable, "-m", "gptsmith")
-SHAKESPEARE = ("tinyshakespeare", "--sample-tokens", "0", "--compile", "off")
+SHAKESPEARE = ("tinyshakespeare", "--optim.momentum", "0.95", "--sample-tokens", "0", "--compile", "off")
 LONG = (*SHAKESPEARE[:-1], "on")
 ENCYCLOPEDIA = ("enwik8-part.txt", "--val", "enwik8-end.txt", *SHAKESPEARE[1:])
 NO_DECAY = ("--optim.weight-decay", "0")
@@ -88,6 +88,13 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     made["vocabulary of tinyshakespeare at 1e13 FLOP"] = {
         f"{n}": (*SHAKESPEARE, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *MEDIUM) for n in (512, 1024, 2048)
     }
+    for budget in ("2.5e12flop", "1e13flop"):
+        made[f"momentum at {budget.replace('flop', ' FLOP')}"] = {
+            f"{m}, seed {seed}": (*_momentum(m, SHAKESPEARE), "--budget", budget, "--seed", f"{seed}")
+            for m in (0.95, 0.9, 0.85, 0.8)
+            for seed in (1, 3)
+        }
+    made["momentum over 15 passes of an eighth"] = {f"{m}": _momentum(m, _passes(8, 15)) for m in (0.95, 0.9)}
     made["dropout and weight decay at 6e13 FLOP, depth 4"] = {
         f"{p}, {d}": (*LONG, "--budget", "6e13flop", "--depth", "4", *_against_overfitting(p, d))
         for p, d in ((0.0, 0.05), (0.1, 0.05), (0.0, 0.2), (0.0, 0.4), (0.0, 0.8), (0.1, 0.4))
@@ -101,6 +108,12 @@ PARTS = {4: "a quarter", 8: "an eighth", 16: "a sixteenth"}
 
 def _against_overfitting(dropout: float, weight_decay: float) -> tuple[str, ...]:
     return ("--dropout", f"{dropout}", "--optim.weight-decay", f"{weight_decay}")
+
+
+def _momentum(momentum: float, command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command with that momentum: the sweeps before its own were made with 0.95."""
+    at = command.index("--optim.momentum") + 1
+    return (*command[:at], f"{momentum}", *command[at + 1 :])
 
 
 def _passes(share: int, passes: int) -> tuple[str, ...]:
@@ -151,6 +164,7 @@ def run(arguments: tuple[str, ...], texts: Path) -> dict[str, Any]:
         "lr": config["optim"]["lr"],
         "dropout": config["dropout"],
         "weight_decay": config["optim"]["weight_decay"],
+        "momentum": config["optim"]["momentum"],
         "date": datetime.date.today().isoformat(),
     }
 

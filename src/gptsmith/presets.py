@@ -34,7 +34,7 @@ def shakespeare_quick() -> TrainConfig:
         batch_size=16,
         steps=250,
         eval_every=250,
-        optim=OptimConfig(lr=0.02, embedding_lr=0.01, momentum=0.9, newton_schulz_steps=3, warmup_steps=5),
+        optim=OptimConfig(lr=0.02, embedding_lr=0.01, newton_schulz_steps=3, warmup_steps=5),
     )
 
 

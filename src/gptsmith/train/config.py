@@ -98,7 +98,7 @@ class OptimConfig:
     """With muon: AdamW's peak learning rate for embeddings, head and norms."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices and embeddings."""
-    momentum: float = 0.95
+    momentum: float = 0.9
     """Muon's momentum."""
     newton_schulz_steps: int = 5
     """Muon's iterations: fewer are faster and less exact."""
