@@ -88,9 +88,9 @@ def sweeps() -> dict[str, dict[str, tuple[str, ...]]]:
     made["vocabulary of tinyshakespeare at 1e13 FLOP"] = {
         f"{n}": (*SHAKESPEARE, *("--tokenizer", "bpe", "--vocab-size", f"{n}"), *MEDIUM) for n in (512, 1024, 2048)
     }
-    for budget in ("2.5e12flop", "1e13flop"):
-        made[f"momentum at {budget.replace('flop', ' FLOP')}"] = {
-            f"{m}, seed {seed}": (*_momentum(m, SHAKESPEARE), "--budget", budget, "--seed", f"{seed}")
+    for flops in ("2.5e12", "1e13"):
+        made[f"momentum at {flops} FLOP"] = {
+            f"{m}, seed {seed}": (*_momentum(m, SHAKESPEARE), "--budget", f"{flops}flop", "--seed", f"{seed}")
             for m in (0.95, 0.9, 0.85, 0.8)
             for seed in (1, 3)
         }
