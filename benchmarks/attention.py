@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptsmith.model.fused_attention import fused_attention, library
+from gptsmith.kernels.cpu_attention import fused_attention, library
 
 SHAPES = {"384 wide": (8, 6, 256, 64), "128 wide": (16, 4, 128, 32)}  # B, H, T, D
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from gptsmith.model.transformer import Transformer
 from gptsmith.presets import preset
-from gptsmith.train.compiled import compile_blocks
+from gptsmith.train.compile import compile_blocks
 
 ROUNDS, PASSES = 5, 20
 

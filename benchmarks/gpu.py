@@ -21,14 +21,14 @@ from typing import Any
 import machine
 import torch
 
+from gptsmith.formats.hf import config_to_hf
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import gpt2, qwen3
 from gptsmith.model.flops import count_parameters, flops_per_token
-from gptsmith.model.hf import config_to_hf
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import OptimConfig, TrainConfig
-from gptsmith.train.memory import Forecaster
-from gptsmith.train.trial import Update
+from gptsmith.train.forecast.memory import Forecaster
+from gptsmith.train.step import Update
 
 CONTEXT, VOCABULARY = 1024, 50304
 

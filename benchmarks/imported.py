@@ -44,7 +44,7 @@ def main() -> None:
 
     import gptsmith
     from gptsmith.data.corpora import corpus_path
-    from gptsmith.export import export_directory
+    from gptsmith.export.export import export_directory
 
     gptsmith.load(MODEL)  # fetched
     began = time.perf_counter()

@@ -132,7 +132,7 @@ def theirs_of(model: Any, directory: Path, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gptsmith.model.hf import save_model
+    from gptsmith.formats.hf import save_model
 
     save_model(model.float() if device == "cpu" else model, directory)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -215,7 +215,7 @@ def smollm2(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import gptsmith
-    from gptsmith.model_source import named_model_path
+    from gptsmith.formats.named import named_model_path
 
     model, tokenizer = gptsmith.load("smollm2-135m")
     engine = engine_of(model, vocab_size=tokenizer.vocab_size)

@@ -25,7 +25,7 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.presets import preset
 from gptsmith.runtime import keep_freed_memory
 from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
-from gptsmith.train.trial import Update
+from gptsmith.train.step import Update
 
 VOCABULARY = 65
 
@@ -49,7 +49,7 @@ def transformers_update(config: TrainConfig) -> Callable[[torch.Tensor], None]:
     """One AdamW update of the same model in transformers, as its documentation trains."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gptsmith.model.hf import config_to_hf
+    from gptsmith.formats.hf import config_to_hf
 
     values = config_to_hf(config.model.build(VOCABULARY, config.context))
     make: Any = AutoModelForCausalLM

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
+from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
+from gptsmith.formats.hub import find_model
+from gptsmith.formats.source import open_model
 from gptsmith.log import JsonLines, note
-from gptsmith.model.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
 from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
 from gptsmith.model.quantized import quantize as quantize_model
 from gptsmith.model.transformer import Transformer
-from gptsmith.model_source import find_model, open_model
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptsmith.checkpoint import load_model, save_checkpoint
-from gptsmith.export import export_directory, write_directory
+from gptsmith.export.export import export_directory, write_directory
+from gptsmith.formats.hf import LAYOUTS
 from gptsmith.model import families
-from gptsmith.model.hf import LAYOUTS
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptsmith.train import calibrate
+from gptsmith.train.forecast import timing as calibrate
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gptsmith
-from gptsmith.model_source import named_model_path
+from gptsmith.formats.named import named_model_path
 from gptsmith.tokenizer import Tokenizer
 
 PROMPTS = [

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import CheckpointError
+from gptsmith.formats.hf import LAYOUTS, load_weights, save_model, weights_to_hf
+from gptsmith.formats.peft import read_adapter
 from gptsmith.model import families
-from gptsmith.model.hf import LAYOUTS, load_weights, save_model, weights_to_hf
-from gptsmith.model.lora import applied, read_adapter
+from gptsmith.model.lora import applied
 from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
 

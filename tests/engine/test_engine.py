@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from gptsmith.engine.blocks import NO_BLOCK
+from gptsmith.engine.block_manager import NO_BLOCK
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled
@@ -274,7 +274,7 @@ def test_beam_search_equals_transformers(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from gptsmith.model.hf import save_model
+    from gptsmith.formats.hf import save_model
 
     model = make_model("gpt2", context=40)
     save_model(model, tmp_path)
@@ -320,7 +320,7 @@ def test_beam_search_with_adjustments_equals_transformers(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from gptsmith.model.hf import save_model
+    from gptsmith.formats.hf import save_model
 
     model = make_model("qwen3", context=40)
     save_model(model, tmp_path)

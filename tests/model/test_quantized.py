@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.errors import CheckpointError, UsageError
-from gptsmith.model import families, parallel, quantized
+from gptsmith.kernels import threads as kernel_threads
+from gptsmith.model import families, quantized
 from gptsmith.model.quantized import (
     Bits,
     Packed,
@@ -92,7 +93,7 @@ def test_four_bits_do_better_than_the_extremes_alone() -> None:
     assert relative(ours.flatten(1), weight) < 0.99 * relative(plain.flatten(1), weight)
 
 
-@pytest.mark.skipif(not parallel.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
+@pytest.mark.skipif(not kernel_threads.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 @pytest.mark.parametrize(("bits", "threads"), list(itertools.product(BITS, (1, 2))))
 def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
     """Inputs are rounded to 8 bits, so within a hundredth; of inputs that 8 bits can say, exactly."""
@@ -172,7 +173,7 @@ def test_made_plain_again(family: str, bits: Bits) -> None:
     assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
-@pytest.mark.skipif(not parallel.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
+@pytest.mark.skipif(not kernel_threads.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_finite_is_not_lost(bits: Bits) -> None:
     """Rounding inputs to 8 bits must not make numbers of NaN and infinity: the engine looks for them."""
@@ -192,7 +193,7 @@ def test_a_failure_in_a_thread_ends_the_others_waiting(
 ) -> None:
     """Ctrl-C may come just before a thread's program begins."""
     if not openmp:
-        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+        monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
     seen: list[tuple[int, int]] = []
 
     def program(thread: int, threads: int, counter: int) -> None:
@@ -207,7 +208,7 @@ def test_a_failure_in_a_thread_ends_the_others_waiting(
     torch.set_num_threads(threads)
     try:
         with pytest.raises(KeyboardInterrupt):
-            parallel.together(program)
+            kernel_threads.together(program)
     finally:
         torch.set_num_threads(before)
     assert sorted(seen) == [(i, threads) for i in range(threads)]

@@ -213,7 +213,7 @@ def test_configuration_is_grouped_and_whole(finished: Page) -> None:
 
 def test_attention_is_that_of_the_text_and_causal(tmp_path: Path) -> None:
     from gptsmith.report.page import _look_inside
-    from gptsmith.report.record import read_run
+    from gptsmith.run_directory import read_run
 
     for family in ("gpt2", "qwen3"):
         run = make_run(tmp_path / family, family=family)

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pipeline
 
-from gptsmith.engine.asynchronous import AsyncEngine
+from gptsmith.engine.async_engine import AsyncEngine
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
+from gptsmith.formats.hf import LAYOUTS, weights_to_hf
 from gptsmith.model import families
-from gptsmith.model.hf import LAYOUTS, weights_to_hf
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
 from gptsmith.server.listening import listen

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Pipeline
 from gptsmith.engine.grammar import Grammar
 from gptsmith.errors import UsageError
 from gptsmith.server.auth import Keys, RateLimiter, parse_rate, read_keys
+from gptsmith.server.concurrency import Gate
 from gptsmith.server.errors import ApiError
-from gptsmith.server.gate import Gate
 from gptsmith.server.models import Models, name_of
 from gptsmith.server.tools import Form, Reader, form_of
 from gptsmith.tokenizer import Tokenizer, train_bpe

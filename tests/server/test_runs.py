@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.log import JsonLines
-from gptsmith.server.pages import watch_app
 from gptsmith.server.runs import Follower, RunsDirectory, Tail, finite, thin
+from gptsmith.server.webapp import watch_app
 
 
 def make_run(directory: Path, rows: int = 3, **info: Any) -> Path:

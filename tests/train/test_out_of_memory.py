@@ -18,8 +18,8 @@ from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import TrainingError
 from gptsmith.log import JsonLines
 from gptsmith.runtime import out_of_memory
-from gptsmith.train import pretrain
 from gptsmith.train.config import ModelOptions, TrainConfig
+from gptsmith.train.objectives import pretrain
 from gptsmith.train.run import resume, start
 
 CONFIG = TrainConfig(
@@ -231,7 +231,7 @@ def test_a_real_limit(megabytes: int, code: int, text_file: Path, tmp_path: Path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_that_is_too_small(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real limit: the batch does not fit, half of it does, and the run ends with the same losses."""
-    from gptsmith.train import memory
+    from gptsmith.train.forecast import memory
 
     monkeypatch.setattr(memory, "certainly_fits", lambda *_: True)  # nobody foresaw it
     model = ModelOptions(num_hidden_layers=4, hidden_size=256, num_attention_heads=4)

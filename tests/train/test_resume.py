@@ -301,7 +301,7 @@ def test_without_a_working_compiler_training_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from gptsmith.errors import GptsmithError
-    from gptsmith.train import compiled
+    from gptsmith.train import compile as compiled
     from gptsmith.train import run as module
 
     def broken(forward: object, **_: object) -> object:

@@ -135,7 +135,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tm
 
 
 def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptsmith.train import pretrain
+    from gptsmith.train.objectives import pretrain
 
     original, calls = pretrain.token_loss_sum, [0]
 

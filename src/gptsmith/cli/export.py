@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptsmith.alter import Alteration
 from gptsmith.errors import UsageError
+from gptsmith.export.transforms import Alteration
 
 if TYPE_CHECKING:
-    from gptsmith.model.gguf import GgufType
+    from gptsmith.formats.gguf import GgufType
 
 _GGUF: dict[str, GgufType] = {
     "auto": "f16",
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise UsageError(f"--to hf has no --dtype {dtype}; there are fp32, bf16 and fp16 (quantized is --to gguf).")
 
-    from gptsmith.export import describe, export_directory
+    from gptsmith.export.export import describe, export_directory
 
     model, dtype = export_directory(
         chosen.model, chosen.out, dtype=dtype, licence=chosen.license, alteration=chosen.change
@@ -66,7 +66,7 @@ def _write_gguf(chosen: Export) -> int:
     if chosen.out.suffix.lower() != ".gguf":
         raise UsageError(f"--to gguf writes a file, whose name ends in .gguf; --out {chosen.out} does not.")
 
-    from gptsmith.export import describe, export_gguf
+    from gptsmith.export.export import describe, export_gguf
 
     model = export_gguf(chosen.model, chosen.out, dtype=dtype, alteration=chosen.change)
     print(describe(chosen.out, model, dtype))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptsmith.alter import Alteration
+from gptsmith.export.transforms import Alteration
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Import:
 def main(arguments: list[str]) -> int:
     chosen = tyro.cli(Import, prog="gptsmith import", args=arguments)
 
-    from gptsmith.export import describe, export_directory
+    from gptsmith.export.export import describe, export_directory
 
     model, dtype = export_directory(chosen.source, chosen.out, dtype=chosen.dtype, alteration=chosen.change)
     print(describe(chosen.out, model, dtype))

@@ -17,8 +17,8 @@ from gptsmith.presets import describe_presets
 from gptsmith.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from gptsmith.train.plan import Plan as Forecast
-    from gptsmith.train.recipe import Text
+    from gptsmith.train.budget.recipe import Text
+    from gptsmith.train.forecast.plan import Plan as Forecast
 
 CHARACTERS = 100  # of an alphabet nobody has seen yet
 ENDLESS = 10**15  # tokens, where there is no text to count
@@ -54,14 +54,14 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--price-per-hour must be 0 or more, not {chosen.price_per_hour}.")
     config, began = chosen.run, time.monotonic()
     if config.budget is not None:
-        from gptsmith.train.budget import Budget
+        from gptsmith.train.budget.parse import Budget
 
         Budget.parse(config.budget)
 
     from gptsmith.runtime import choose_device, choose_precision, keep_freed_memory
-    from gptsmith.train.plan import forecast
-    from gptsmith.train.recipe import Text, choose
-    from gptsmith.train.trial import this_machine
+    from gptsmith.train.budget.recipe import Text, choose
+    from gptsmith.train.forecast.plan import forecast
+    from gptsmith.train.step import this_machine
 
     device = choose_device(config.device)
     keep_freed_memory()
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read(data: str, config: TrainConfig, given: set[str]) -> Text:
-    from gptsmith.train.recipe import Text
+    from gptsmith.train.budget.recipe import Text
     from gptsmith.train.run import read_text
 
     tokenizer, dataset = read_text(data, config, given)
@@ -105,7 +105,7 @@ def _vocabulary(config: TrainConfig) -> int:
 
 def describe(plan: Forecast) -> str:
     """A page for people."""
-    from gptsmith.train.memory import gigabytes
+    from gptsmith.train.forecast.memory import gigabytes
 
     c, config = plan.model, plan.config
     accumulation = config.batch_size // plan.trained_micro_batch
@@ -149,7 +149,7 @@ def describe(plan: Forecast) -> str:
 
 
 def _fit(plan: Forecast, accumulation: int) -> str:
-    from gptsmith.train.memory import gigabytes
+    from gptsmith.train.forecast.memory import gigabytes
 
     if plan.available is None:
         return "how much is available is not known here"

@@ -12,7 +12,7 @@ import tyro
 from gptsmith.cli.train import base_and_given
 from gptsmith.errors import UsageError
 from gptsmith.log import note
-from gptsmith.train.budget import Budget
+from gptsmith.train.budget.parse import Budget
 from gptsmith.train.config import TrainConfig
 
 
@@ -129,7 +129,7 @@ def _conclude(rungs: list[dict[str, Any]], out: Path) -> str:
     """Fit, predict, draw, write; the table to print."""
     from gptsmith.report.plots import save_png, scaling_figure
     from gptsmith.storage import write_text
-    from gptsmith.train.scaling import fit, fit_with_floor
+    from gptsmith.train.budget.scaling import fit, fit_with_floor
 
     flops, losses = [rung["flops"] for rung in rungs], [rung["val_loss"] for rung in rungs]
     laws = [fit(flops, losses)]

@@ -84,12 +84,12 @@ def main(arguments: list[str]) -> int:
     except ImportError as error:
         raise UsageError(f"serving needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
     from gptsmith.checkpoint import resolve_model
+    from gptsmith.server.access_log import write_journal
     from gptsmith.server.auth import parse_rate, read_keys
-    from gptsmith.server.journal import write_journal
     from gptsmith.server.listening import LOOPBACK, is_loopback, listen
     from gptsmith.server.models import Models, load, name_of
+    from gptsmith.server.runner import serve
     from gptsmith.server.service import Settings
-    from gptsmith.server.serving import serve
 
     keys = [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
     if chosen.api_key_file is not None:

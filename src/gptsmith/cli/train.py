@@ -14,8 +14,8 @@ import tyro
 from gptsmith.config import from_dict
 from gptsmith.errors import UsageError
 from gptsmith.presets import describe_presets, preset
+from gptsmith.train.budget.recipe import settled
 from gptsmith.train.config import TrainConfig
-from gptsmith.train.recipe import settled
 
 BEGAN = time.monotonic()  # this module is loaded as the command starts: its budget of time runs from here
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     try:
         import uvicorn
 
-        from gptsmith.server.pages import watch_app
+        from gptsmith.server.webapp import watch_app
     except ImportError as error:
         raise UsageError(f"watching needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
     from gptsmith.server.listening import is_loopback, listen

@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 
 from gptsmith.engine.beam import Finished, Step, lengthen
-from gptsmith.engine.blocks import BlockManager
-from gptsmith.engine.fast import make_runner
+from gptsmith.engine.block_manager import BlockManager
+from gptsmith.engine.cpu_runner import make_runner
 from gptsmith.engine.runner import Rows
 from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
 from gptsmith.engine.scheduler import Scheduled, Scheduler
 from gptsmith.engine.sequence import Completion, Event, FinishReason, Request, Result, Sequence, TokenLogprob
 from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.formats.peft import read_adapter
 from gptsmith.log import note
 from gptsmith.model.cache import PagedCache, windows_of
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.lora import Adapter, read_adapter
+from gptsmith.model.lora import Adapter
 from gptsmith.model.transformer import Transformer
 
 if TYPE_CHECKING:

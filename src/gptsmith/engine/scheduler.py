@@ -14,7 +14,7 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
-from gptsmith.engine.blocks import BlockManager
+from gptsmith.engine.block_manager import BlockManager
 from gptsmith.engine.sequence import Sequence
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptsmith.model.fused_attention import fused_attention, suits
+from gptsmith.kernels.cpu_attention import fused_attention, suits
 from gptsmith.runtime import compiler_available
 
 

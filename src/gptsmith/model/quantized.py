@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.kernels.threads import kernels_available, packed_linear
 from gptsmith.model.moe import MixtureOfExperts
-from gptsmith.model.parallel import kernels_available, packed_linear
 from gptsmith.model.transformer import Transformer
 
 Bits = Literal[4, 8]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptsmith.errors import GptsmithError, TokenizerError
 from gptsmith.report import plots
-from gptsmith.report.record import Run, best_validation, last_number, number, read_run
+from gptsmith.run_directory import Run, best_validation, last_number, number, read_run
 from gptsmith.storage import write_text
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptsmith.report.record import Row, best_validation, number
+from gptsmith.run_directory import Row, best_validation, number
 from gptsmith.storage import atomic_file
 
 if TYPE_CHECKING:

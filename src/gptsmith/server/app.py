@@ -19,13 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gptsmith import __version__
-from gptsmith.server import chat, completions, documentation, embeddings, responses
+from gptsmith.server import api_docs, chat, completions, embeddings, responses
 from gptsmith.server.errors import ApiError, from_validation
-from gptsmith.server.front import Front
+from gptsmith.server.middleware import Front
 from gptsmith.server.models import Models
-from gptsmith.server.pages import add_pages
 from gptsmith.server.schema import Error, ModelCard, ModelList
 from gptsmith.server.service import Service, Settings, exchange_of, service_of
+from gptsmith.server.webapp import add_pages
 
 
 class _Application(FastAPI):
@@ -58,7 +58,7 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
         responses={code: {"model": Error} for code in (400, 401, 404, 408, 413, 429, 503, 504)},
     )
     app.state.models, app.state.service = models, service
-    for endpoints in (completions, chat, responses, embeddings, documentation):
+    for endpoints in (completions, chat, responses, embeddings, api_docs):
         app.include_router(endpoints.router)
     _add_state_of_the_server(app)
     _add_error_handlers(app)

@@ -15,7 +15,9 @@ from starlette.requests import Request
 from gptsmith.engine.text import TextToken, Writing
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
+from gptsmith.server.generation import Job, Work
 from gptsmith.server.models import Served
+from gptsmith.server.request_params import check_stream, constraint_of, encoded, sampling_params
 from gptsmith.server.schema import (
     AnswerMessage,
     AssistantMessage,
@@ -32,10 +34,8 @@ from gptsmith.server.schema import (
     TopLogprob,
 )
 from gptsmith.server.service import Service, check_length, service_of, usage_of
-from gptsmith.server.stream import DONE, event, event_stream
+from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.server.tools import CallPiece, Form, Reader
-from gptsmith.server.wishes import check_stream, constraint_of, encoded, sampling_params
-from gptsmith.server.work import Job, Work
 from gptsmith.tokenizer import Tokenizer
 
 router = APIRouter()

@@ -13,7 +13,9 @@ from starlette.requests import Request
 
 from gptsmith.engine.text import Piece, TextToken, Writing, encode_prompt
 from gptsmith.server.errors import ApiError
+from gptsmith.server.generation import Job, Work
 from gptsmith.server.models import Served
+from gptsmith.server.request_params import check_stream, constraint_of, encoded, sampling_params
 from gptsmith.server.schema import (
     Completion,
     CompletionChoice,
@@ -21,9 +23,7 @@ from gptsmith.server.schema import (
     CompletionRequest,
 )
 from gptsmith.server.service import check_length, service_of, usage_of
-from gptsmith.server.stream import DONE, event, event_stream
-from gptsmith.server.wishes import check_stream, constraint_of, encoded, sampling_params
-from gptsmith.server.work import Job, Work
+from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.tokenizer import Tokenizer
 
 router = APIRouter()

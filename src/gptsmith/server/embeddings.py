@@ -17,6 +17,7 @@ from gptsmith.errors import GptsmithError
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.chat import template_messages
 from gptsmith.server.errors import ApiError, from_engine
+from gptsmith.server.request_params import encoded
 from gptsmith.server.schema import (
     DetokenizeRequest,
     Embedding,
@@ -28,7 +29,6 @@ from gptsmith.server.schema import (
     Tokens,
 )
 from gptsmith.server.service import check_length, exchange_of, service_of
-from gptsmith.server.wishes import encoded
 
 router = APIRouter()
 MOST_TEXTS = 2048

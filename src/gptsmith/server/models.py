@@ -20,7 +20,7 @@ from gptsmith.server.errors import ApiError
 
 if TYPE_CHECKING:
     from gptsmith.checkpoint import Quantization
-    from gptsmith.engine.asynchronous import AsyncEngine
+    from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.model.transformer import Transformer
     from gptsmith.server.tools import Form
     from gptsmith.tokenizer import Tokenizer
@@ -222,7 +222,7 @@ def load(
 ) -> Loaded:
     """Load a model as `gptsmith.load` does, and start its engine. speculate: guess ahead from the prompt's words."""
     from gptsmith.checkpoint import load as load_model
-    from gptsmith.engine.asynchronous import AsyncEngine
+    from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.speculative import PromptLookup, Speculator
     from gptsmith.runtime import choose_device

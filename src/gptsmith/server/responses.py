@@ -28,7 +28,7 @@ from gptsmith.server.schema import (
     ResponsesRequest,
 )
 from gptsmith.server.service import service_of
-from gptsmith.server.stream import event, event_stream
+from gptsmith.server.sse import event, event_stream
 
 router = APIRouter()
 _SAME = (

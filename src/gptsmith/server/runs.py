@@ -20,7 +20,7 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError
-from gptsmith.report.record import (
+from gptsmith.run_directory import (
     best_validation,
     last_number,
     number,

@@ -10,13 +10,13 @@ from pathlib import Path
 from starlette.requests import Request
 
 from gptsmith.server.auth import RateLimiter
+from gptsmith.server.concurrency import Gate
 from gptsmith.server.errors import ApiError
-from gptsmith.server.exchange import Exchange
-from gptsmith.server.gate import Gate
+from gptsmith.server.generation import Job, Work
 from gptsmith.server.metrics import Metrics
 from gptsmith.server.models import Models, Served
+from gptsmith.server.request_context import Exchange
 from gptsmith.server.schema import CachedTokens, Usage
-from gptsmith.server.work import Job, Work
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ from gptsmith.errors import (
     UsageError,
     nearest,
 )
-from gptsmith.evaluate.loss import token_loss_sum
+from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.hf import load_model_weights, read_config
+from gptsmith.model.loss import token_loss_sum
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import (
     choose_device,
@@ -55,24 +55,24 @@ from gptsmith.runtime import (
 )
 from gptsmith.storage import explain_os_errors, remove_temporaries, write_text
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
-from gptsmith.train.budget import Budget
-from gptsmith.train.compiled import compile_blocks, pays, undo_compile
-from gptsmith.train.config import TrainConfig
-from gptsmith.train.deadline import Deadline
-from gptsmith.train.display import Display
-from gptsmith.train.fp8 import use_fp8
-from gptsmith.train.memory import fit
-from gptsmith.train.pretrain import Pretrain
-from gptsmith.train.recipe import (
+from gptsmith.train.budget.deadline import Deadline
+from gptsmith.train.budget.parse import Budget
+from gptsmith.train.budget.recipe import (
     LONG_TEXT,
     MOST_CHARACTERS,
     Text,
     choose,
     tokenizer_for,
 )
+from gptsmith.train.compile import compile_blocks, pays, undo_compile
+from gptsmith.train.config import TrainConfig
+from gptsmith.train.display import Display
+from gptsmith.train.forecast.memory import fit
+from gptsmith.train.fp8 import use_fp8
+from gptsmith.train.objectives.pretrain import Pretrain
 from gptsmith.train.signals import StopSignal
+from gptsmith.train.step import optimizers_for, this_machine, usual_rate
 from gptsmith.train.trainer import Outcome, Trainer
-from gptsmith.train.trial import optimizers_for, this_machine, usual_rate
 
 SAMPLE_CHARACTERS = 2_000_000  # of a text, by which its alphabet is judged
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
@@ -211,7 +211,7 @@ def start(
 ) -> Ended:
     """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
 
-    given: names of options that a budget leaves as they are (`gptsmith.train.recipe`).
+    given: names of options that a budget leaves as they are (`gptsmith.train.budget.recipe`).
     began: when a budget of time started (`time.monotonic()`); now, by default.
     Raises GptsmithError for anything wrong with the data, the options or the place; nothing is left behind then.
     """

@@ -24,10 +24,10 @@ from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
 from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.budget.deadline import Deadline
 from gptsmith.train.config import TrainConfig
-from gptsmith.train.deadline import Deadline
 from gptsmith.train.display import Display
-from gptsmith.train.objective import Objective
+from gptsmith.train.objectives.base import Objective
 
 Outcome = Literal["finished", "interrupted"]
 

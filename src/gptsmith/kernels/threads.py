@@ -1,0 +1,112 @@
+"""Threads for `model.kernels`: the same compiled program in each, over its own share of the work."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptsmith.log import note
+
+
+@functools.cache
+def kernels_available() -> bool:
+    """Whether numba is installed and this processor has the instructions that the kernels are written in."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    from gptsmith.kernels import cpu_decode as kernels
+
+    return kernels.available()
+
+
+@functools.cache
+def announce_compiling() -> None:
+    """Say so if the kernels have not been compiled on this machine yet: it takes a while, once."""
+    from gptsmith.kernels import cpu_decode as kernels
+
+    if not any(Path(str(kernels.forward.stats.cache_path)).glob("kernels.forward*.nbi")):
+        note("compiling kernels for this processor (once; it takes half a minute) ...")
+
+
+_lock = threading.Lock()  # one program at a time: two would only wait for each other's processors
+_pool: ThreadPoolExecutor | None = None
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP library that torch has loaded, if its threads can be asked to work; else None.
+
+    Threads of our own beside torch's would often find the processors taken: an OpenMP thread that has nothing to do
+    spins for milliseconds before it sleeps.
+    """
+    try:
+        maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        found = [path for path in maps if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so", path)]
+        path = min(found, key=lambda path: ("/torch" not in path, path))  # others may have brought one of their own
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return library if library.omp_get_thread_num() == 0 else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def together(program: Callable[..., None], *arguments: Any) -> None:
+    """Run `program(thread, threads, counter, *arguments)` in as many threads as torch uses. counter: the address of a
+    zero that they may count on."""
+    global _pool
+    threads = torch.get_num_threads()
+    counter = np.zeros(8, dtype=np.int64)
+    failures: list[BaseException] = []
+
+    def work(thread: int, threads: int) -> None:
+        try:
+            program(thread, threads, counter.ctypes.data, *arguments)
+        except BaseException as failure:  # above all Ctrl-C, which can come just before
+            counter[0] = 1 << 62  # nobody waits at a barrier for one that does not come
+            failures.append(failure)
+
+    library = _openmp() if threads > 1 else None
+    with _lock:
+        if threads == 1:
+            work(0, 1)
+        elif library is not None:
+            call = _Work(lambda _: work(library.omp_get_thread_num(), library.omp_get_num_threads()))
+            library.GOMP_parallel(ctypes.cast(call, ctypes.c_void_p), None, threads, 0)
+        else:
+            if _pool is None or _pool._max_workers < threads - 1:
+                _pool = ThreadPoolExecutor(threads - 1, "gptsmith-kernel")
+            others = [_pool.submit(work, i, threads) for i in range(1, threads)]
+            work(0, threads)
+            for other in others:
+                other.result()
+    if failures:
+        raise failures[0]
+
+
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, least: Tensor, rows: int, bits: int) -> Tensor:
+    """x (..., K) float32 times a packed matrix of `rows` rows (see `model.quantized.pack`): (..., rows)."""
+    from gptsmith.kernels import cpu_decode as kernels
+
+    K = x.shape[-1]
+    inputs = x.detach().reshape(-1, K).contiguous().numpy()
+    N, G = len(inputs), K // kernels.GROUP
+    width = -(-rows // kernels.ROWS) * kernels.ROWS
+    out = torch.empty(N, width)
+    if N:
+        codes, own, sums = np.empty(N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
+        addresses = (packed.data_ptr(), scales.data_ptr(), least.data_ptr() if bits == 4 else 0)
+        together(kernels.linear, bits, *addresses, rows, inputs, codes, own, sums, out.data_ptr(), width)
+    return out[:, :rows].reshape(*x.shape[:-1], rows)

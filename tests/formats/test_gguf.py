@@ -1,0 +1,601 @@
+"""GGUF files: what is written is read back, transformers and llama.cpp read the same, damaged files are refused."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.formats.gguf import read_gguf, write_gguf
+from gptsmith.formats.gguf_file import (
+    TENSOR_TYPES,
+    TYPES_BY_NAME,
+    PlannedTensor,
+    dequantize,
+    open_gguf,
+    write_gguf_file,
+)
+from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
+from gptsmith.formats.hf import config_from_hf, load_weights
+from gptsmith.formats.source import open_model
+from gptsmith.model import families
+from gptsmith.model.config import ModelConfig, RopeScaling
+from gptsmith.model.quantized import Packed
+from gptsmith.model.quantized import dequantize as make_plain
+from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+
+gguf = pytest.importorskip("gguf", reason="the optional package gguf is not installed")
+
+TEXT = "It was the best of times, it was the worst of times.\nIl était une fois — 12 rois, 34 reines… 你好!\n" * 3
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 96}
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "llama": lambda: families.llama(**GROUPED, tie_word_embeddings=True),
+    "llama-odd": lambda: families.llama(
+        **GROUPED | {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+    ),
+    "llama-biases": lambda: families.llama(**GROUPED, attention_bias=True, mlp_bias=True),
+    "llama-3": lambda: families.llama(
+        **GROUPED, rope_scaling=RopeScaling("llama3", 8.0, 32), rope_theta=1e4, tie_word_embeddings=False
+    ),
+    "llama-linear": lambda: families.llama(**GROUPED, rope_scaling=RopeScaling("linear", 4.0)),
+    "mistral": lambda: families.mistral(**GROUPED),
+    "qwen2": lambda: families.qwen2(**GROUPED, tie_word_embeddings=False),
+    "qwen3": lambda: families.qwen3(**GROUPED, head_dim=24),
+    "qwen3-yarn": lambda: families.qwen3(**GROUPED, rope_scaling=RopeScaling("yarn", 2.0, 32)),
+    "mixtral": lambda: families.mixtral(**GROUPED, num_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: families.qwen3_moe(
+        **GROUPED, head_dim=16, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True
+    ),
+    "qwen2_moe": lambda: families.qwen2_moe(
+        **GROUPED, num_experts=5, num_experts_per_tok=2, shared_expert_intermediate_size=160
+    ),
+    "qwen2_moe-tied": lambda: families.qwen2_moe(**GROUPED, num_experts=4, tie_word_embeddings=True),
+    "gpt2": lambda: families.gpt2(**SMALL),
+    "gpt2-untied": lambda: families.gpt2(**SMALL, tie_word_embeddings=False, intermediate_size=160),
+}
+QWEN_AND_LLAMA = [name for name in MODELS if name not in ("llama-3", "llama-linear", "qwen3-yarn", "mistral")]
+
+
+def make_model(name: str, **changes: Any) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(replace(MODELS[name](), **changes))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):  # ones and zeros would hide mistakes
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe([TEXT], 300)
+
+
+def write(model: Transformer, tokenizer: Tokenizer, path: Path, dtype: Any = "f32") -> Path:
+    write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), path, dtype)
+    return path
+
+
+def read(path: Path) -> Transformer:
+    file = read_gguf(path)
+    model = Transformer(config_from_hf(file.hf_config, str(path)))
+    load_weights(model, file.tensors, str(path))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Transformer, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids]))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact_in_f32(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model(name)
+    again = read(write(model, bpe, tmp_path / "model.gguf"))
+    expected = replace(model.config, model_type="llama") if name == "mistral" else model.config
+    lost = ("residual_init", "router_aux_loss_coef", "initializer_range", "sliding_window", "window_pattern")
+    assert again.config == replace(expected, **{field: getattr(again.config, field) for field in lost})
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    write(again, bpe, tmp_path / "again.gguf")
+    first, second = (read_gguf(tmp_path / f"{each}.gguf") for each in ("model", "again"))
+    assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+    assert first.tensors.shapes() == {key: tuple(value.shape) for key, value in first.tensors.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["llama", "llama-odd", "mixtral", "gpt2"])
+def test_smaller_types_lose_what_they_must(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model(name)
+    path = write(model, bpe, tmp_path / "model.gguf", dtype)
+    file, exact = open_gguf(path), open_gguf(write(model, bpe, tmp_path / "exact.gguf"))
+    largest = {"F32": 0.0, "F16": 2**-11, "Q8_0": 0.5 / 127 + 1e-3, "Q4_0": 1 / 8 + 1e-3}  # of a block's largest number
+    seen = set()
+    for key, info in file.tensors.items():
+        seen.add(info.type.name)
+        exact_ones = key in ("position_embd.weight", "blk.0.ffn_gate_inp.weight")
+        if len(info.shape) == 1 or exact_ones or info.shape[-1] % 32:
+            assert info.type.name == "F32"
+        blocks = exact.read(key).reshape(-1, info.type.block_size)
+        error = np.abs(file.read(key).reshape(blocks.shape) - blocks)
+        assert (error <= largest[info.type.name] * np.abs(blocks).max(axis=1, keepdims=True) + 1e-7).all()
+    assert dtype.upper() in seen or name == "llama-odd"
+    if dtype == "q4_0" and name != "llama-odd":
+        assert file.tensors["token_embd.weight"].type.name == "Q8_0"
+    assert path.stat().st_size < (tmp_path / "exact.gguf").stat().st_size
+    read(path)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-3", "mixtral", "qwen2_moe", "qwen3", "gpt2-untied"])
+def test_what_is_in_few_bits_stays_so(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    """The matrices say the very numbers that the file does, and no plain one is left that need not be."""
+    path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
+    plain, packed = open_model(path).model(), open_model(path).model(packed=True)
+    few = [module for module in packed.modules() if isinstance(module, Packed)]
+    assert {module.bits for module in few} == ({8} if dtype == "q8_0" else {4, 8})
+    left = {n for n, p in packed.named_parameters() if p.dim() > 1}
+    assert all("router" in n or "gate" in n or "positions" in n for n in left)
+    for (n, theirs), (m, ours) in zip(plain.state_dict().items(), make_plain(packed).state_dict().items(), strict=True):
+        assert n == m
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_other_blocks_are_rounded_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
+    """Here one of the three matrices that are read as one is of another type than the others."""
+    path = write(make_model("llama"), bpe, tmp_path / "model.gguf", "q4_0")
+    file = open_gguf(path)
+    types = {"blk.0.attn_k.weight": "Q4_1", "blk.1.attn_v.weight": "Q5_0", "blk.1.ffn_down.weight": "Q5_1"}
+    planned = [
+        PlannedTensor(key, info.shape, TYPES_BY_NAME[types.get(key, info.type.name)], functools.partial(file.read, key))
+        for key, info in file.tensors.items()
+    ]
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.chat_template"}
+    with open(tmp_path / "mixed.gguf", "wb") as out:
+        write_gguf_file(out, metadata, planned)
+    source = open_model(tmp_path / "mixed.gguf")
+    packed, plain = source.model(packed=True), source.model()
+    layers: Any = packed.layers
+    bits = [(layer.attention.qkv_proj.weight.bits, layer.mlp.down_proj.weight.bits) for layer in layers]
+    assert bits == [(4, 4), (8, 8)]
+    for ours, theirs in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.01 * float(theirs.detach().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("type", TENSOR_TYPES.values(), ids=lambda type: type.name)
+def test_every_type_is_unpacked_as_the_gguf_library_does(type: Any) -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (5000, type.block_bytes), dtype=np.uint8)  # more than is unpacked at a time
+    for at in (0, 2) if type.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (-2,) if type.name == "Q6_K" else (0,):
+        scales = rng.normal(size=5000).astype("<f2").view(np.uint8).reshape(-1, 2)
+        raw[:, range(at, at + 2) if at >= 0 else slice(-2, None)] = scales
+    if type.name == "F32":
+        raw = rng.normal(size=5000).astype("<f4").view(np.uint8).reshape(-1, 4)
+    numbers = dequantize(raw.reshape(-1), type)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type.number)).reshape(-1)
+    assert numbers.dtype == np.float32
+    np.testing.assert_array_equal(numbers, expected)
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type.number)] == (type.block_size, type.block_bytes)
+
+
+def test_the_gguf_library_reads_what_is_written(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model("qwen2")
+    path = write(model, bpe, tmp_path / "model.gguf", "q8_0")
+    reader, file = gguf.GGUFReader(path), open_gguf(path)
+    for key, value in file.metadata.items():
+        theirs = reader.get_field(key).contents()
+        assert theirs == (value.tolist() if isinstance(value, np.ndarray) else value), key
+    assert len(reader.tensors) == len(file.tensors)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(numbers, file.read(tensor.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 128}),  # it takes head_dim, experts' widths and (gpt2) the context from its defaults
+        ("qwen2_moe", {"intermediate_size": 1408, "shared_expert_intermediate_size": 5632}),
+        ("gpt2", {"max_position_embeddings": 1024}),
+    ],
+)
+def test_transformers_reads_the_same(name: str, changes: dict[str, Any], bpe: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with the package accelerate only")
+    model = make_model(name, **changes)
+    path = write(model, bpe, tmp_path / "model.gguf")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    ids = bpe.encode(TEXT)[:40]
+    with torch.no_grad():
+        torch.testing.assert_close(logits(read(path), ids), theirs(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+# llama.cpp
+
+
+def llama(path: Path, **options: Any) -> Any:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
+    options = {"n_ctx": 64, "logits_all": True, "n_threads": 1, "n_gpu_layers": 0, "verbose": False} | options
+    return llama_cpp.Llama(str(path), type_k=0, type_v=0, **options)  # keys and values in float32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_gives_the_same_logits_and_text(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model(name)
+    path = write(model, bpe, tmp_path / "model.gguf")
+    engine = llama(path)
+    ids = bpe.encode(TEXT)[:40]
+    assert engine.tokenize(TEXT.encode(), add_bos=True, special=False) == bpe.encode(TEXT)
+    engine.eval(ids)
+    ours = logits(read(path), ids)
+    theirs = torch.from_numpy(engine.scores[: len(ids)].copy())
+    tolerance = 2e-2 if name.startswith("gpt2") else 1e-3  # llama.cpp looks GELU up in a float16 table
+    torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+    for _ in range(12):  # greedy, from both
+        ids.append(int(logits(model, ids)[-1].argmax()))
+        engine.eval([int(np.argmax(engine.scores[engine.n_tokens - 1]))])
+        assert engine.input_ids[engine.n_tokens - 1] == ids[-1]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen2_moe", "qwen3_moe", "gpt2"])
+def test_llama_cpp_reads_the_smaller_types(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
+    engine, ids = llama(path), bpe.encode(TEXT)[:40]
+    for id in ids:  # one by one: some of its kernels for many tokens at once (AMX) are wrong for such small matrices
+        engine.eval([id])
+    ours, theirs = logits(read(path), ids), torch.from_numpy(engine.scores[: len(ids)].copy())
+    # it multiplies in float16, or with activations rounded to 8 bits; the least of that may turn a router's choice
+    closeness = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).median()
+    assert closeness > {"f16": 0.9999, "q8_0": 0.995, "q4_0": 0.99}[dtype]
+
+
+def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    for tokenizer in (train_char([TEXT]), train_char([TEXT], unknown=True)):
+        engine = llama(write(model, tokenizer, tmp_path / "model.gguf"))
+        ids = tokenizer.encode(TEXT)
+        assert engine.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
+        assert engine.detokenize(ids).decode() == TEXT
+        assert engine.token_eos() == tokenizer.eos_id
+        assert engine.tokenize(b"It~was", add_bos=True, special=False) == tokenizer.encode("Itwas")  # dropped
+        engine.close()
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gpt2", {"mlp": "gelu"}, "tanh form of GELU"),
+        ("qwen3", {"attention_bias": True}, "no attention biases"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("qwen2_moe", {"attention_bias": False}, "has biases of queries"),
+        ("qwen2", {"head_dim": 8}, "biases of the queries"),
+        ("qwen3", {"rope_scaling": RopeScaling("yarn", 2.0, 32, beta_fast=16.0)}, "YaRN"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise(
+    name: str, changes: dict[str, Any], message: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        write(make_model(name, **changes), bpe, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", [families.gpt1, families.gpt3])
+def test_families_without_an_architecture(family: Any, bpe: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"Supported: gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"
+    ):
+        write(Transformer(family(**SMALL)), bpe, tmp_path / "model.gguf")
+
+
+def test_an_unknown_type_and_numbers_too_large(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with pytest.raises(UsageError, match="q5_1"):
+        write(model, bpe, tmp_path / "model.gguf", "q5_1")
+    with torch.no_grad():
+        model.embed_tokens.weight[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match="too large for F16"):
+        write(model, bpe, tmp_path / "model.gguf", "f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_becomes_the_context(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_model("mistral", sliding_window=24, window_pattern=(True,))
+    again = read(write(model, bpe, tmp_path / "model.gguf"))
+    assert again.config.max_position_embeddings == 24
+    ids = bpe.encode(TEXT)[:24]
+    torch.testing.assert_close(logits(model, ids), logits(again, ids), atol=1e-5, rtol=1e-5)
+
+
+# damaged and hostile files
+
+
+def contents(tensors: dict[str, np.ndarray] | None = None, **metadata: Any) -> bytes:
+    """A small valid file (or what `metadata`, with __ for a dot, makes of it)."""
+    values: dict[str, Any] = {
+        "general.architecture": "qwen3",
+        "qwen3.block_count": 1,
+        "qwen3.context_length": 16,
+        "qwen3.embedding_length": 8,
+        "qwen3.feed_forward_length": 12,
+        "qwen3.attention.head_count": 2,
+        "qwen3.attention.head_count_kv": 1,
+        "qwen3.attention.key_length": 4,
+        "qwen3.attention.layer_norm_rms_epsilon": 1e-6,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["<|endoftext|>", "a", "b", "ab"],
+        "tokenizer.ggml.token_type": [3, 1, 1, 1],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    values |= {key.replace("__", "."): value for key, value in metadata.items()}
+    values = {key: value for key, value in values.items() if value is not None}
+    shapes = {
+        "token_embd.weight": (4, 8),
+        "output_norm.weight": (8,),
+        "blk.0.attn_norm.weight": (8,),
+        "blk.0.ffn_norm.weight": (8,),
+        "blk.0.attn_q.weight": (8, 8),
+        "blk.0.attn_k.weight": (4, 8),
+        "blk.0.attn_v.weight": (4, 8),
+        "blk.0.attn_output.weight": (8, 8),
+        "blk.0.attn_q_norm.weight": (4,),
+        "blk.0.attn_k_norm.weight": (4,),
+        "blk.0.ffn_gate.weight": (12, 8),
+        "blk.0.ffn_up.weight": (12, 8),
+        "blk.0.ffn_down.weight": (8, 12),
+    }
+    arrays = {name: np.full(shape, 0.5, dtype=np.float32) for name, shape in shapes.items()} | (tensors or {})
+    planned = [
+        PlannedTensor(name, array.shape, TYPES_BY_NAME["F32"], lambda array=array: array)  # type: ignore[misc]
+        for name, array in arrays.items()
+        if array.size
+    ]
+    file = io.BytesIO()
+    write_gguf_file(file, values, planned)
+    return file.getvalue()
+
+
+def contents_with_experts() -> bytes:
+    """A small valid file of three experts and a shared one."""
+    layer = {"attn_q.bias": (8,), "attn_k.bias": (4,), "attn_v.bias": (4,), "ffn_gate_inp.weight": (3, 8)}
+    layer |= {f"ffn_{part}_exps.weight": (3, 6, 8) for part in ("gate", "up")} | {"ffn_down_exps.weight": (3, 8, 6)}
+    layer |= {f"ffn_{part}_shexp.weight": (12, 8) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (8, 12)}
+    layer |= {"ffn_gate_inp_shexp.weight": (8,)}
+    tensors = {f"blk.0.{name}": np.full(shape, 0.5, dtype=np.float32) for name, shape in layer.items()}
+    unwanted = ("attn_q_norm", "attn_k_norm", "ffn_gate", "ffn_up", "ffn_down")
+    settings = {
+        "block_count": 1,
+        "context_length": 16,
+        "embedding_length": 8,
+        "feed_forward_length": 12,
+        "attention__head_count": 2,
+        "attention__head_count_kv": 1,
+        "attention__layer_norm_rms_epsilon": 1e-6,
+        "expert_count": 3,
+        "expert_used_count": 2,
+        "expert_shared_feed_forward_length": 12,
+    }
+    return contents(
+        tensors | {f"blk.0.{name}.weight": NOTHING for name in unwanted},
+        general__architecture="qwen2moe",
+        **{f"qwen2moe__{key}": value for key, value in settings.items()},
+    )
+
+
+def load(path: Path, data: bytes) -> None:
+    """Everything that is done with a file."""
+    path.write_bytes(data)
+    file = read_gguf(path)
+    tokenizer_from_gguf(file.metadata, str(path)).encode("abba")
+    for name in file.tensors:
+        file.tensors[name]
+
+
+@pytest.mark.parametrize("make", [contents, contents_with_experts])
+def test_the_small_files_are_valid(make: Callable[[], bytes], tmp_path: Path) -> None:
+    load(tmp_path / "model.gguf", make())
+    read(tmp_path / "model.gguf")
+
+
+NOTHING = np.zeros(0)
+BAD: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "cannot be read"),
+    "not gguf": (b"PK\x03\x04" + bytes(100), "does not begin with the letters GGUF"),
+    "version 1": (b"GGUF" + struct.pack("<I", 1) + bytes(100), "version is 1"),
+    "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(100), "big-endian"),
+    "cut in the header": (contents()[:700], "ends in the middle|more than the file has"),
+    "cut after the counts": (contents()[:200], "claims 13 tensors"),
+    "cut in the data": (contents()[:-200], "may have been cut short"),
+    "tensor count": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1,152,921,504,606,846,976 tensors"),
+    "entry count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 63) + bytes(64), "metadata entries"),
+    "string": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + bytes(64),
+        "claims 4,611,686,018,427,387,904 bytes, more than the file has",
+    ),
+    "array": (
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 61) + bytes(64),
+        "claims 2,305,843,009,213,693,952 elements",
+    ),
+    "array of arrays": (
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(64),
+        "elements of type 9",
+    ),
+    "value type": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77) + bytes(64), "unknown type 77"),
+    "key not UTF-8": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"\xff", 0) + bytes(64), "not UTF-8"),
+    "alignment": (contents(general__alignment=24), "alignment is 24"),
+    "alignment 0": (contents(general__alignment=0), "alignment is 0"),
+    "architecture": (contents(general__architecture="mamba"), "unknown architecture 'mamba'. Supported: gpt2, llama"),
+    "no architecture": (contents(general__architecture=None), "unknown architecture"),
+    "layers": (contents(qwen3__block_count=1_000_000_000), "says it has 1,000,000,000 layers"),
+    "context": (contents(qwen3__context_length=1 << 30), "a context of 1,073,741,824"),
+    "heads": (contents(qwen3__attention__head_count=1 << 30), "blk.0.attn_q.weight is [8, 8], expected"),
+    "no heads": (contents(qwen3__attention__head_count=0), "not a int of use"),
+    "kv heads": (contents(qwen3__attention__head_count_kv=3), "cannot share"),
+    "text for a number": (contents(qwen3__attention__head_count="2"), "not a int of use"),
+    "missing setting": (contents(qwen3__context_length=None), "qwen3.context_length is missing"),
+    "missing tensor": (contents({"blk.0.attn_k.weight": NOTHING}), "missing tensors: blk.0.attn_k.weight"),
+    "no embeddings": (contents({"token_embd.weight": NOTHING}), "token_embd.weight is missing"),
+    "extra tensor": (contents({"vision.weight": np.ones((2, 2))}), "unexpected tensors: vision.weight"),
+    "shape": (contents({"output_norm.weight": np.ones(9)}), "output_norm.weight is [9], expected [8]"),
+    "nan": (contents({"blk.0.ffn_up.weight": np.full((12, 8), np.nan)}), "'blk.0.ffn_up.weight' has numbers that are"),
+    "scaling": (contents(qwen3__rope__scaling__type="magic"), "scaling of type 'magic'"),
+    "divisors": (contents({"rope_freqs.weight": np.array([1.0, 3.0])}), "not those of Llama 3"),
+    "experts": (contents(qwen3__expert_count=4), "with experts is not supported"),
+    "no tokenizer": (contents(tokenizer__ggml__model=None), "has no tokenizer"),
+    "tokenizer kind": (contents(tokenizer__ggml__model="t5"), "of the kind 't5'"),
+    "pre-tokenizer": (contents(tokenizer__ggml__pre="klingon"), "pre-tokenizer 'klingon' is unknown"),
+    "tokens twice": (contents(tokenizer__ggml__tokens=["a", "a", "b", "ab"]), "a token twice"),
+    "token types": (contents(tokenizer__ggml__token_type=[1]), "4 tokens, but 1 types"),
+    "merges": (contents(tokenizer__ggml__merges=["a x"]), "no tokenizer can be built"),
+    "merge": (contents(tokenizer__ggml__merges=["ab"]), "not of two parts"),
+    "tokenizer.json": (contents(tokenizer__huggingface__json="{}"), "no tokenizer can be built"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_give_one_error_that_names_them(name: str, tmp_path: Path) -> None:
+    data, message = BAD[name]
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "model.gguf", data)
+    text = str(caught.value)
+    assert str(tmp_path / "model.gguf") in text
+    assert any(part in text for part in message.split("|")), text
+    assert "\n" not in text
+
+
+def test_tensors_that_lie_over_one_another_or_outside(tmp_path: Path) -> None:
+    good = contents()
+    at = good.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8 + 4  # its offset
+    (offset,) = struct.unpack_from("<Q", good, at)
+    for new, message in (
+        (0, "overlap"),
+        (offset + 1, "not a multiple of 32"),
+        (1 << 40, "cut short"),
+        ((1 << 64) - 32, "cut short"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "model.gguf", good[:at] + struct.pack("<Q", new) + good[at + 8 :])
+    at -= 12  # its only dimension
+    for new in (0, 1 << 62, (1 << 64) - 1):
+        with pytest.raises(CheckpointError, match="claims the size"):
+            load(tmp_path / "model.gguf", good[:at] + struct.pack("<Q", new) + good[at + 8 :])
+    for type, message in ((99, "number 99"), (10, "Q2_K"), (8, "not a multiple of Q8_0's 32")):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "model.gguf", good[: at + 8] + struct.pack("<I", type) + good[at + 12 :])
+
+
+def test_metadata_bombs_cost_no_memory(tmp_path: Path) -> None:
+    """A sparse file can claim gigabytes; none of them are read."""
+    path = tmp_path / "bomb.gguf"
+    bombs = [
+        struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 1 << 27),  # 134 million empty strings
+        struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 0, 1 << 30),  # a billion bytes
+        struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"k", 8, 1 << 30),  # a string of a billion letters
+        struct.pack("<IQQ", 3, 1 << 20, 0),  # a million tensors
+        struct.pack("<IQQ", 3, 0, 1 << 16),  # metadata without end
+    ]
+    tracemalloc.start()
+    try:
+        for bomb in bombs:
+            path.write_bytes(b"GGUF" + bomb)
+            os.truncate(path, 1 << 32)
+            with pytest.raises(CheckpointError):
+                read_gguf(path)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """A few random changes: bytes, whole numbers, pieces cut out, doubled or cut off."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(changed))
+        kind = rng.randrange(6)
+        if kind == 0:
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            width = rng.choice(["<I", "<Q"])
+            number = rng.choice([0, 1, 3, 1 << 31, (1 << 32) - 1, rng.randrange(1 << 32)])
+            piece = struct.pack(width, number if width == "<I" else number << rng.choice([0, 16, 31]))
+            changed[at : at + len(piece)] = piece
+        elif kind == 2:
+            del changed[at : at + rng.randrange(1, 64)]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + rng.randrange(1, 64)]
+        elif kind == 4:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif rng.random() < 0.3:
+            del changed[at:]
+        if not changed:
+            return b""
+    return bytes(changed)
+
+
+def fuzz(path: Path, seeds: range) -> int:
+    """How many of the damaged files are refused; any other exception than CheckpointError is a failure."""
+    bases = [
+        contents(),
+        contents(
+            tokenizer__ggml__model="llama",
+            tokenizer__ggml__tokens=["<unk>", "a", "b", "ab"],
+            tokenizer__ggml__token_type=[2, 1, 1, 1],
+            tokenizer__ggml__scores=[0.0, -1.0, -2.0, -3.0],
+        ),
+        contents_with_experts(),
+    ]
+    refused = 0
+    for seed in seeds:
+        try:
+            load(path, damage(bases[seed % 3], random.Random(seed)))
+        except CheckpointError as error:
+            refused += str(path) in str(error)
+    return refused
+
+
+def test_fuzzed_files(tmp_path: Path) -> None:
+    assert fuzz(tmp_path / "model.gguf", range(100)) > 30
+
+
+@pytest.mark.slow
+def test_many_fuzzed_files(tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        assert fuzz(tmp_path / "model.gguf", range(1000, 5000)) > 1200
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()

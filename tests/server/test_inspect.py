@@ -1,0 +1,116 @@
+"""What the page says of the inside of a model is what the model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptsmith.errors import TokenizerError, UsageError
+from gptsmith.model import families
+from gptsmith.model.transformer import Transformer
+from gptsmith.server.inspect import MOST_TOKENS, look_inside
+from gptsmith.tokenizer import Tokenizer, train_char
+
+ALPHABET = "abcdefgh .\n"
+TEXT = "abc. dead beef\nhead"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_char([ALPHABET])
+
+
+def model_of(family: str, tokenizer: Tokenizer, context: int = 128) -> Transformer:
+    torch.manual_seed(2)
+    options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 24}
+    if family == "gpt3":
+        options["sliding_window"] = 4
+    if family == "qwen3":
+        options["num_key_value_heads"] = 1
+    if family == "mixtral":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2}
+    config = families.FAMILIES[family](
+        vocab_size=tokenizer.vocab_size + 5,  # padded, as vocabularies are: no token has those ids
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+        **options,
+    )
+    return Transformer(config).eval()
+
+
+@pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt3", "qwen3", "mixtral"])
+def test_it_is_the_models_own(family: str, tokenizer: Tokenizer) -> None:
+    model = model_of(family, tokenizer)
+    ids = tokenizer.encode(TEXT)
+    expected: list[torch.Tensor] = []
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), weights=expected)[0, :, : tokenizer.vocab_size]
+    probabilities = logits.softmax(dim=-1)
+    found = {layer: look_inside(model, tokenizer, TEXT, layer=layer, top=4) for layer in range(3)}
+
+    for layer, look in found.items():
+        weights = torch.tensor(look["attention"]["weights"])
+        assert weights.shape == (2, len(ids), len(ids))
+        torch.testing.assert_close(weights, expected[layer][0], atol=6e-6, rtol=0)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, len(ids)), atol=2e-4, rtol=0)
+        assert not weights.triu(1).any()  # nobody sees the future
+        window = look["attention"]["window"]
+        assert window == model.config.window_of(layer)
+        if window is not None:
+            assert not weights.tril(-window).any()
+
+    look = found[0]
+    assert look["tokens"] == list(TEXT)
+    assert look["probabilities"][0] is None
+    for i, p in enumerate(look["probabilities"][1:]):
+        assert p == pytest.approx(probabilities[i, ids[i + 1]].item(), abs=1e-6)
+    for i, candidates in enumerate(look["next"]):
+        best = probabilities[i].topk(4)
+        assert [each["id"] for each in candidates] == best.indices.tolist()
+        assert [each["probability"] for each in candidates] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert len(look["lens"]["tokens"]) == 4  # the embeddings, and three layers
+    assert look["lens"]["tokens"][-1] == [tokenizer.token_text(int(id)) for id in logits.argmax(dim=-1)]
+    assert look["lens"]["probabilities"][-1] == pytest.approx(probabilities.amax(dim=-1).tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt1", "qwen3"])
+def test_the_residual_stream_ends_in_the_logits(family: str, tokenizer: Tokenizer) -> None:
+    model = model_of(family, tokenizer)
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        logits = model(ids, residuals=states)
+        assert len(states) == 4
+        assert torch.equal(model.lm_head(model.norm(states[-1])), logits)
+        one_less = model.layers[2](
+            states[2],
+            None,
+            (model.rope_cos[: ids.shape[1]], model.rope_sin[: ids.shape[1]]) if family == "qwen3" else None,
+            None,
+            None,
+            None,
+        )
+        torch.testing.assert_close(one_less, states[3])
+        assert torch.equal(model(ids), logits)  # looking changes nothing
+
+
+def test_only_what_is_asked_for(tokenizer: Tokenizer) -> None:
+    look = look_inside(model_of("qwen3", tokenizer), tokenizer, TEXT, parts=["lens"])
+    assert look["attention"] is None
+    assert look["next"] is None
+    assert look["lens"] is not None
+
+
+def test_what_cannot_be_looked_at(tokenizer: Tokenizer) -> None:
+    model = model_of("qwen3", tokenizer)
+    with pytest.raises(UsageError, match="has 3 layers"):
+        look_inside(model, tokenizer, TEXT, layer=3)
+    with pytest.raises(UsageError, match=f"1 to {MOST_TOKENS}"):
+        look_inside(model, tokenizer, "a" * (MOST_TOKENS + 1))
+    with pytest.raises(UsageError, match="1 to 8"):
+        look_inside(model_of("gpt2", tokenizer, context=8), tokenizer, "a" * 9)
+    with pytest.raises(TokenizerError, match="z"):
+        look_inside(model, tokenizer, "z")

@@ -1,0 +1,53 @@
+"""Timing a few updates before a run: what fits into memory is timed, and nothing else is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptsmith.errors import GptsmithError
+from gptsmith.train import step as trial
+from gptsmith.train.config import ModelOptions, TrainConfig
+
+CONFIG = TrainConfig(
+    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2), context=32, batch_size=12
+)
+MODEL = CONFIG.model.build(50, 32)
+CPU = torch.device("cpu")
+
+
+def test_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32") > 0
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("most", "fitting", "tried"), [(1 << 15, 12, [12]), (256, 12, [8]), (1 << 15, 4, [12, 6, 3])])
+def test_of_a_large_batch_a_part_is_timed(
+    most: int, fitting: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def fastest(config: Any, model: Any, device: Any, precision: Any, rows: int) -> tuple[float, float]:
+        seen.append(rows)
+        if rows > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return 0.5 * rows, 7.0
+
+    monkeypatch.setattr(trial, "MOST_TOKENS", most)
+    monkeypatch.setattr(trial, "_fastest", fastest)
+    assert trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32") == pytest.approx(0.5 * 12 + 7)
+    assert seen == tried
+
+
+def test_a_model_of_which_not_one_sequence_fits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fastest(*_: Any) -> tuple[float, float]:
+        raise MemoryError
+
+    monkeypatch.setattr(trial, "_fastest", fastest)
+    with pytest.raises(GptsmithError, match="no memory to try out .* Give a smaller --depth"):
+        trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32")
