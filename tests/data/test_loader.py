@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_a_batch_depends_on_seed_and_position_only() -> None:
 
 
 def test_the_cursor_survives_json() -> None:
-    options = {"batch_size": 4, "seq_len": 16, "seed": 5}
+    options: dict[str, Any] = {"batch_size": 4, "seq_len": 16, "seed": 5}
     loader = TokenLoader(counting(1000, fingerprint="abc"), **options)
     for _ in range(33):
         next(loader)
@@ -152,8 +153,8 @@ def test_the_cursor_survives_json() -> None:
         ({"mask_documents": True}, "the masking across documents has changed"),
     ],
 )
-def test_a_cursor_of_another_run_is_refused(change: dict[str, object], says: str) -> None:
-    def make(length: int = 1000, fingerprint: str = "abc", **options: object) -> TokenLoader:
+def test_a_cursor_of_another_run_is_refused(change: dict[str, Any], says: str) -> None:
+    def make(length: int = 1000, fingerprint: str = "abc", **options: Any) -> TokenLoader:
         return TokenLoader(
             counting(length, fingerprint=fingerprint), **{"batch_size": 4, "seq_len": 16, "seed": 5, **options}
         )
@@ -174,7 +175,7 @@ def test_a_damaged_cursor_is_refused(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"seq_len": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
-def test_impossible_shapes_are_refused(change: dict[str, int]) -> None:
+def test_impossible_shapes_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         TokenLoader(counting(100), **{"batch_size": 4, "seq_len": 16, "seed": 5, **change})
     with pytest.raises(UsageError):

@@ -173,13 +173,15 @@ def test_splits_share_nothing_and_lose_nothing(
     joined = "".join(texts)
     if documents:
         source = jsonl_file(directory, texts)
-        ids = list(itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text)))
+        ids: list[int | None] = list(
+            itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text))
+        )
     else:
         (directory / "input.txt").write_bytes(joined.encode())
         if not joined:
             return
         source = text_file(directory, joined)
-        ids = tokenizer.encode(joined)
+        ids = [*tokenizer.encode(joined)]
     target = int(len(ids) * (1 - fraction))
     if not joined.strip():
         with pytest.raises(DataError, match="nothing but white space"):
@@ -198,7 +200,7 @@ def test_splits_share_nothing_and_lose_nothing(
 
 def test_the_same_text_is_tokenized_once(tmp_path: Path) -> None:
     text = WORDS * 50
-    tokenizer = Counting(BPE)
+    tokenizer: Any = Counting(BPE)
     dataset = prepare(text_file(tmp_path, text), tokenizer)
     assert tokenizer.encoded == len(text)
     again = prepare(text_file(tmp_path, text, "a copy of it.txt"), tokenizer)
@@ -214,7 +216,7 @@ def test_the_same_text_is_tokenized_once(tmp_path: Path) -> None:
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     for vocab_size, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)):
-        tokenizer = Counting(CHAR, vocab_size=vocab_size, fingerprint=str(vocab_size))
+        tokenizer: Any = Counting(CHAR, vocab_size=vocab_size, fingerprint=str(vocab_size))
         dataset = prepare(text_file(tmp_path, "abc xyz " * 10), tokenizer)
         assert dataset.train.tokens().dtype == dtype
         assert dataset.vocab_size == vocab_size
@@ -277,7 +279,7 @@ def test_damaged_preparations_are_made_again(tmp_path: Path, damage: str, capsys
             path.unlink()
     with pytest.raises(DataError, match="Prepare the text again"):
         open_dataset(directory)
-    tokenizer = Counting(CHAR)
+    tokenizer: Any = Counting(CHAR)
     dataset = prepare(source, tokenizer)
     assert tokenizer.encoded == len(WORDS * 10)
     assert "preparing again" in capsys.readouterr().err
@@ -349,8 +351,9 @@ def test_text_that_changes_while_it_is_read(tmp_path: Path, cache: Path) -> None
                 file.write("more")
             return super().encode_array(text)
 
+    slow: Any = Slow(CHAR)
     with pytest.raises(DataError, match="was changed while it was read"):
-        prepare(source, Slow(CHAR))
+        prepare(source, slow)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
 
 
@@ -369,7 +372,7 @@ def test_text_that_changes_before_it_is_read(tmp_path: Path) -> None:
 
 def test_threads_at_the_same_time_do_the_work_once(tmp_path: Path) -> None:
     text = WORDS * 2000
-    tokenizer = Counting(BPE)
+    tokenizer: Any = Counting(BPE)
     found: list[Dataset] = []
     path = text_file(tmp_path, text).path
     threads = [threading.Thread(target=lambda: found.append(prepare(open_source(path), tokenizer))) for _ in range(4)]
@@ -396,8 +399,7 @@ print(prepare(source, tokenizer).directory)
 def test_processes_at_the_same_time_agree(tmp_path: Path, cache: Path) -> None:
     source = text_file(tmp_path, WORDS * 20_000)
     command = [sys.executable, "-c", SCRIPT, str(source.path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1

@@ -71,7 +71,7 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
         assert (ours - theirs).norm() <= (1e-5 if bits == 32 else 0.03) * theirs.norm()
         return ours
 
-    runner._logits = both  # type: ignore[method-assign]
+    runner._logits = both  # type: ignore[assignment, method-assign]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

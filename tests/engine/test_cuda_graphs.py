@@ -35,7 +35,7 @@ def compare(model: Transformer, captured: bool, tolerance: float) -> int:
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
         return ours
 
-    runner._logits = both  # type: ignore[method-assign]
+    runner._logits = both  # type: ignore[assignment, method-assign]
     engine.runner = runner
     results = engine.generate(PROMPTS, SamplingParams(max_tokens=9, temperature=0))
     assert [len(result.ids) for result in results] == [9] * len(PROMPTS)

@@ -78,7 +78,7 @@ def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str)
                     )
             return rows
 
-        engine.runner.run = note  # type: ignore[method-assign]
+        engine.runner.run = note  # type: ignore[assignment, method-assign]
         engine.generate(prompts(32), SamplingParams(max_tokens=5, temperature=0))
     assert len(seen) >= 100
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_storm(make_model: Any, family: str) -> None:
     class OfFamily(Storm):
         pass
 
-    OfFamily.model, OfFamily.expected = model, staticmethod(remembered)  # type: ignore[attr-defined]
+    OfFamily.model, OfFamily.expected = model, staticmethod(remembered)
     run_state_machine_as_test(OfFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None))
 
 
@@ -278,8 +278,12 @@ def test_beam_search_equals_transformers(
 
     model = make_model("gpt2", context=40)
     save_model(model, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for room in ({}, {"block_size": 4, "cache_tokens": 44, "max_batch": 4, "max_batch_tokens": 8}):
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    rooms: tuple[dict[str, Any], ...] = (
+        {},
+        {"block_size": 4, "cache_tokens": 44, "max_batch": 4, "max_batch_tokens": 8},
+    )
+    for room in rooms:
         engine = Engine(model, **room)
         given = [[1, 2, 3], [5], [9, 8, 7, 6]]
         params = SamplingParams(
@@ -324,7 +328,7 @@ def test_beam_search_with_adjustments_equals_transformers(
 
     model = make_model("qwen3", context=40)
     save_model(model, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     params = SamplingParams(max_tokens=10, temperature=0, beams=3, n=3, stop_ids=(7,), **wishes)
     bias = {(token,): value for token, value in wishes.get("logit_bias", {}).items()}
     for prompt in ([1, 2, 3], [5], [9, 8, 7, 6]):
@@ -577,7 +581,7 @@ def test_memory_short_where_samples_part_is_their_request_s_alone(
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no")
 
-    engine.runner.cache.copy = fail  # type: ignore[method-assign]
+    engine.runner.cache.copy = fail  # type: ignore[assignment, method-assign]
     bad, good = engine.generate([[1, 2, 3], [4]], [params, GREEDY])
     assert "memory" in str(bad.error)
     assert good.ids == naive(model, [4], 9)
@@ -607,7 +611,13 @@ def test_a_pass_that_fails_is_tried_for_each_alone(make_model: Any, naive: Any, 
 
 def test_engines_that_make_no_sense(make_model: Any) -> None:
     model = make_model("gpt2")
-    for wrong in ({"max_batch": 0}, {"block_size": 0}, {"cache_tokens": 0}, {"max_batch": 8, "max_batch_tokens": 4}):
+    impossible: tuple[dict[str, Any], ...] = (
+        {"max_batch": 0},
+        {"block_size": 0},
+        {"cache_tokens": 0},
+        {"max_batch": 8, "max_batch_tokens": 4},
+    )
+    for wrong in impossible:
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Engine(model, **wrong)
     with pytest.raises(UsageError, match="2 prompts and 1"):

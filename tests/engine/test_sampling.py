@@ -36,7 +36,7 @@ def reference(logits: Tensor, params: SamplingParams) -> Tensor:
         TypicalLogitsWarper,
     )
 
-    ids = torch.zeros(len(logits), 1, dtype=torch.int64)
+    ids: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
     logits = TemperatureLogitsWarper(params.temperature)(ids, logits)
     if params.top_k is not None:
         logits = TopKLogitsWarper(params.top_k)(ids, logits)
@@ -179,7 +179,7 @@ def test_a_copy_goes_its_own_way() -> None:
     two.push(9)
     assert one.counts is not None
     assert two.counts is not None
-    assert (one.counts[9], two.counts[9], two.counts[2], one.generated) == (0, 1, 1, 1)
+    assert [one.counts[9], two.counts[9], two.counts[2], one.generated] == [0, 1, 1, 1]
     assert one.uniform() != two.uniform()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import random
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Sequence
-from gptsmith.engine.speculative import DraftModel, PromptLookup, Speculator
+from gptsmith.engine.speculative import Drafter, DraftModel, PromptLookup, Speculator
 from gptsmith.errors import UsageError
 
 
@@ -61,7 +62,8 @@ def test_the_text_is_the_very_same(make_model: Any, family: str, data: st.DataOb
     plain = Engine(model).generate(prompts, wishes)
     texts = {tuple(p): r.ids for p, r in zip(prompts, plain, strict=True)}
     other = make_model(family, seed=4)
-    drafter = data.draw(st.sampled_from([PromptLookup(3, 1), Oracle(texts, 0.7), DraftModel(model), DraftModel(other)]))
+    drafters: list[Drafter] = [PromptLookup(3, 1), Oracle(texts, 0.7), DraftModel(model), DraftModel(other)]
+    drafter = data.draw(st.sampled_from(drafters))
     engine = Engine(
         model,
         block_size=data.draw(st.integers(1, 4)),
@@ -199,7 +201,7 @@ def test_prompt_lookup_finds_what_followed() -> None:
 
 def test_guessing_leaves_off_where_it_is_slow_and_begins_where_it_pays() -> None:
     class Nobody:
-        def guess(self, sequences: list[Sequence], count: int) -> list[list[int]]:
+        def guess(self, sequences: collections.abc.Sequence[Sequence], count: int) -> list[list[int]]:
             return []
 
     for cost, expected in ((3.0, False), (1.1, True)):
@@ -275,7 +277,7 @@ def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) ->
     two take turns; the best of three attempts counts, since other programs have their moments too."""
     model, other = make_model("qwen3", context=300), make_model("qwen3", context=300, seed=4)
     params = SamplingParams(max_tokens=250, temperature=2.0, seed=0)
-    speeds = []
+    speeds: list[float] = []
     while len(speeds) < 3 and max(speeds, default=0.0) < 0.9:
         plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
         spent = {plain: 0.0, guessing: 0.0}

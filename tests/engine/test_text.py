@@ -197,7 +197,8 @@ def test_tokens_are_told_with_the_text_they_begin_in(data: st.DataObject) -> Non
     prompt = tokenizer.encode("a mat") if data.draw(st.booleans()) else []
     params = SamplingParams(stop=stop, logprobs=0, echo=bool(prompt), prompt_logprobs=0 if prompt else None)
     writing = Writing(tokenizer, "a mat", params, prompt_length=len(prompt))
-    pieces, rest, first = [], [*prompt, *ids], len(prompt)
+    pieces: list[Piece] = []
+    rest, first = [*prompt, *ids], len(prompt)
     while rest and not (pieces and pieces[-1].finish_reason):
         size = first + data.draw(st.integers(1, 3))
         some, rest, first = rest[:size], rest[size:], 0

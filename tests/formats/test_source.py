@@ -739,9 +739,12 @@ def test_without_the_hub_package_the_way_to_get_it_is_told(monkeypatch: pytest.M
 def test_tensors_are_read_only_when_asked_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = SafetensorsFiles.__getitem__
-    monkeypatch.setattr(
-        SafetensorsFiles, "__getitem__", lambda self, name: (read.append(name), original(self, name))[1]
-    )
+
+    def get(self: SafetensorsFiles, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(SafetensorsFiles, "__getitem__", get)
     source = open_model(llama)
     assert source.stored_dtype() == torch.float32
     assert read == []

@@ -72,7 +72,7 @@ def test_flex_attention_on_a_gpu(compiled_block: bool, monkeypatch: pytest.Monke
 
     used = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noted(*arguments: Any) -> torch.Tensor:
         used.append(1)
         return attend_flex(*arguments)

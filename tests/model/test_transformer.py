@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_attention_weights_are_those_used(family: str) -> None:
     model = Transformer(config(family, num_hidden_layers=1)).eval()
     ids, weights = torch.randint(0, 31, (1, 9)), list[torch.Tensor]()
     captured: dict[str, torch.Tensor] = {}
-    attention = model.layers[0].attention
+    attention: Any = model.layers[0].attention
     attention.o_proj.register_forward_pre_hook(lambda _, inputs: captured.update(mixed=inputs[0]))
     attention.qkv_proj.register_forward_hook(lambda _, __, output: captured.update(qkv=output))
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
 
 def test_gpt2_starts_residual_projections_smaller() -> None:
     model = Transformer(config("gpt2", hidden_size=128, num_hidden_layers=8, initializer_range=0.02))
-    first = model.layers[0]
+    first: Any = model.layers[0]
     assert first.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert first.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
     assert first.attention.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)

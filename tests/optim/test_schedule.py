@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,9 @@ from gptsmith.optim.schedule import learning_rate_factor
     decay=st.floats(0, 1),
     final=st.floats(0, 1),
 )
-def test_stays_between_zero_and_one(steps: int, kind: str, warmup: int, decay: float, final: float) -> None:
+def test_stays_between_zero_and_one(
+    steps: int, kind: Literal["cosine", "wsd", "constant"], warmup: int, decay: float, final: float
+) -> None:
     for step in range(steps):
         factor = learning_rate_factor(
             step, steps=steps, kind=kind, warmup_steps=warmup, decay_fraction=decay, final_factor=final

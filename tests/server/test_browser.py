@@ -246,7 +246,12 @@ def test_an_answer_is_stopped(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"sampling.chat": {"max_tokens": 200, "seed": 11, "temperature": 1.5, "top_p": 1}})
     engine = site.models.loaded()["tiny"].engine
     step = engine.engine.step
-    engine.engine.step = lambda: (time.sleep(0.1), step())[1]  # as slow as a large model
+
+    def slow_step() -> Any:
+        time.sleep(0.1)  # as slow as a large model
+        return step()
+
+    engine.engine.step = slow_step
     try:
         write(page, "tell me everything")
         page.locator(".turn.assistant:not(.waiting)").wait_for()
@@ -431,9 +436,13 @@ def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
         path = page.locator(".series.s0 path").first
         before = len(path.get_attribute("d"))
         stop = threading.Event()
-        threading.Thread(
-            target=lambda: [write_row(live, 290 + 10 * i, 1000) or stop.wait(0.05) for i in range(1, 11)]
-        ).start()
+
+        def write() -> None:
+            for i in range(1, 11):
+                write_row(live, 290 + 10 * i, 1000)
+                stop.wait(0.05)
+
+        threading.Thread(target=write).start()
         step_shown(page, 390)
         stop.set()
         assert len(path.get_attribute("d")) > before

@@ -50,7 +50,7 @@ def test_keys(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     with live.client(api_key="second-secret") as client:
         assert client.completions.create(model="tiny", prompt="the", max_tokens=1).choices
     for wrong in ("second-secre", "second-secrets", "-", "x" * 5000, "sécond"):
-        answer = httpx.get(f"{live.url}/v1/models", headers={"authorization": f"Bearer {wrong}".encode()})
+        answer = httpx.get(f"{live.url}/v1/models", headers={b"authorization": f"Bearer {wrong}".encode()})
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["type"] == "authentication_error"
@@ -254,7 +254,8 @@ def test_request_ids(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     assert all(len(headers["x-request-id"]) == 32 for headers in made)
     httpx.post(f"{live.url}/v1/completions", json={"model": "tiny", "prompt": "the cat", "max_tokens": 3})
     assert live.settled(lambda: idle(live))
-    (fields,) = [r.fields for r in caplog.records if "first_token_ms" in getattr(r, "fields", {})]
+    logged: list[dict[str, Any]] = [getattr(record, "fields", {}) for record in caplog.records]
+    (fields,) = [fields for fields in logged if "first_token_ms" in fields]
     assert fields["status"] == 200
     assert (fields["model"], fields["completion_tokens"]) == ("tiny", 3)
     assert "the cat" not in str(fields)

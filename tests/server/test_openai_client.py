@@ -154,7 +154,7 @@ def test_logprobs_of_completions(live: Any, client: openai.OpenAI, echo: bool) -
     if echo:
         assert made.choices[0].text.startswith("the cat")
     chunks = list(client.completions.create(**options, extra_body={"ignore_eos": True}, stream=True))
-    streamed = [lp for chunk in chunks for lp in (chunk.choices[0].logprobs.tokens or [])]  # type: ignore[union-attr]
+    streamed = [lp for chunk in chunks for lp in (chunk.choices[0].logprobs.tokens or [])]
     assert streamed == logprobs.tokens
     assert "".join(chunk.choices[0].text for chunk in chunks) == made.choices[0].text
 
@@ -301,8 +301,8 @@ class Trip(pydantic.BaseModel):
 
 def test_answers_of_a_schema(client: openai.OpenAI) -> None:
     for seed in range(4):
-        made = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Trip, seed=seed)
-        assert isinstance(made.choices[0].message.parsed, Trip)
+        parsed = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Trip, seed=seed)
+        assert isinstance(parsed.choices[0].message.parsed, Trip)
     json_object: Any = {"type": "json_object"}
     made = client.chat.completions.create(
         model="tiny", messages=HELLO, response_format=json_object, seed=1, max_tokens=200
@@ -486,7 +486,7 @@ def test_responses_with_structure_and_tools(client: openai.OpenAI) -> None:
     spoken = client.responses.create(
         model="tiny", input="the cat", max_output_tokens=5, include=["message.output_text.logprobs"], top_logprobs=2
     )
-    assert spoken.output[0].content[0].logprobs  # type: ignore[union-attr]
+    assert spoken.output[0].content[0].logprobs  # type: ignore[union-attr, index]
 
 
 # embeddings -----------------------------------------------------------------------------------------------------------

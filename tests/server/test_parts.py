@@ -135,15 +135,16 @@ def test_names(tmp_path: Path) -> None:
 
     models = Models(["a", "b"], load, aliases={"c": "b"}, adapters={"d": ("a", tmp_path)})
     assert models.names == ["a", "b", "d", "c"]
-    for wrong in (
+    wrongs: tuple[dict[str, Any], ...] = (
         {"specs": ["a", "a"]},
         {"specs": []},
         {"specs": ["a"], "aliases": {"x": "b"}},
         {"specs": ["a"], "aliases": {"a": "a"}},
         {"specs": ["a"], "adapters": {"x": ("b", tmp_path)}},
-    ):
+    )
+    for wrong in wrongs:
         with pytest.raises(UsageError):
-            Models(load=load, **wrong)  # type: ignore[arg-type]
+            Models(load=load, **wrong)
 
 
 # tools ----------------------------------------------------------------------------------------------------------------

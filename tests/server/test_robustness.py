@@ -36,7 +36,8 @@ def test_no_request_breaks_the_server(start: Callable[..., Any]) -> None:
 
     live = start(Settings(timeout=60.0, max_body=1 << 18))
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    results: list[Any] = list(schema.get_all_operations())
+    operations = [result.ok() for result in results]
     statuses: dict[str, Counter[int]] = {operation.path: Counter() for operation in operations}
 
     def send(case: Any) -> None:
@@ -73,7 +74,15 @@ def test_no_request_breaks_the_server(start: Callable[..., Any]) -> None:
 @pytest.mark.timeout(1800)
 def test_many_clients_who_come_and_go() -> None:
     """Half a minute of the benchmark's load; the whole of it takes three."""
-    command = [sys.executable, ROOT / "benchmarks" / "serving.py", "load", "--seconds", "30", "--clients", "64"]
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "benchmarks" / "serving.py",
+        "load",
+        "--seconds",
+        "30",
+        "--clients",
+        "64",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)

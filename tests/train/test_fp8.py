@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,7 +27,8 @@ def test_layers_are_swapped_weights_keep_their_names_and_outputs_stay_near() -> 
     model, ids = Transformer(config), torch.randint(0, 40, (2, 16))
     expected, names = model(ids), set(model.state_dict())
     use_fp8(model, emulate=True)
-    assert type(model.layers[0].mlp.up_proj).__name__ == "Float8Linear"
+    mlp: Any = model.layers[0].mlp
+    assert type(mlp.up_proj).__name__ == "Float8Linear"
     assert type(model.lm_head) is torch.nn.Linear
     assert set(model.state_dict()) == names
     difference = (model(ids) - expected).abs().max() / expected.abs().max()

@@ -16,6 +16,7 @@ import torch
 
 from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import TrainingError
+from gptsmith.evaluate.loss import split_loss, token_loss_sum
 from gptsmith.log import JsonLines
 from gptsmith.runtime import out_of_memory
 from gptsmith.train.config import ModelOptions, TrainConfig
@@ -48,10 +49,10 @@ class Scarce:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, first: int = 1, eval_rows: int = 10**9) -> None:
         self.rows, self.first, self.eval_rows, self.passes = rows, first, eval_rows, 0
-        self.loss = pretrain.token_loss_sum
-        defaults = pretrain.Pretrain.__init__.__kwdefaults__
+        self.loss = token_loss_sum
+        defaults = pretrain.Pretrain.__init__.__kwdefaults__ or {}
         monkeypatch.setattr(pretrain.Pretrain.__init__, "__kwdefaults__", {**defaults, "loss": self.training})
-        monkeypatch.setattr(pretrain, "split_loss", self.evaluation(pretrain.split_loss))
+        monkeypatch.setattr(pretrain, "split_loss", self.evaluation(split_loss))
 
     def training(self, model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         loss = self.loss(model, ids, *rest)  # random numbers are drawn before it fails

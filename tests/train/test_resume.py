@@ -310,7 +310,7 @@ def test_without_a_working_compiler_training_goes_on(
 
         return fail
 
-    monkeypatch.setattr(module.torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(module, "compiler_available", lambda device: True)
     monkeypatch.setitem(compiled.COSTS, "cpu", (0.0, 0.28))
     config = replace(CONFIG, compile="auto", steps=10, eval_every=10)

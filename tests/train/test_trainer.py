@@ -137,16 +137,15 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tm
 def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptsmith.train.objectives import pretrain
 
-    original, calls = pretrain.token_loss_sum, [0]
+    defaults = pretrain.Pretrain.__init__.__kwdefaults__ or {}
+    original, calls = defaults["loss"], [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
         loss = original(*arguments)
         return loss * math.nan if calls[0] == 9 else loss
 
-    monkeypatch.setattr(
-        pretrain.Pretrain.__init__, "__kwdefaults__", {**pretrain.Pretrain.__init__.__kwdefaults__, "loss": poisoned}
-    )
+    monkeypatch.setattr(pretrain.Pretrain.__init__, "__kwdefaults__", {**defaults, "loss": poisoned})
     with pytest.raises(TrainingError, match="step 9: the loss is not a number.*step-00000008"):
         train(text_file, tmp_path / "run", replace(TINY, save_every=4))
     import gptsmith
