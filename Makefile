@@ -3,26 +3,48 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN ?= runs/demo
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations 20
 
-.PHONY: demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo format lint test test-fast test-all coverage build test-wheel bench clean
 
-demo: $(VENV)/.core
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.core ## set up, train a GPT on Shakespeare, write samples and a report
 	$(BIN)/gptsmith train tinyshakespeare --preset shakespeare-3min --out $(DEMO_RUN)
 	@echo "open $(DEMO_RUN)/report.html in a browser"
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadscope
+format: $(VENV)/.dev ## format the code and fix what the linter can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
-test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadscope -m "slow or not slow"
-
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
+test: $(VENV)/.dev ## run the tests
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev ## run the tests of a minute or two: no server, no training in another process
+	$(PYTEST) FAST
+
+test-all: $(VENV)/.dev ## run all tests, the slow ones too
+	$(PYTEST) -m "slow or not slow"
+
+coverage: $(VENV)/.dev ## run the tests, print the coverage of src and write htmlcov/index.html
+	$(PYTEST) --cov --cov-report=term --cov-report=html
+
+build: $(VENV)/.dev ## build the source distribution and, from it, the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+test-wheel: build ## use the built wheel in a clean environment
+	$(BIN)/python .ci/smoke_wheel.py dist/*.whl
+
+bench: $(VENV)/.dev ## run the benchmarks and save their results (takes hours)
 	$(BIN)/python benchmarks/demo.py --save
 	$(BIN)/python benchmarks/nanogpt_cpu.py --save
 	$(BIN)/python benchmarks/prepare_memory.py --save
@@ -31,8 +53,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/imported.py --save
 	$(BIN)/python benchmarks/startup.py --save
 
-clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+clean: ## remove the environment, caches and built files
+	rm -rf $(VENV) dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gptsmith needs Python 3.11 or newer, this is " + sys.version.split()[0])'
