@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN ?= runs/demo
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations 20
+SLOW_FOLDERS := cli e2e server train test_notebook.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo format lint test test-fast test-all coverage build test-wheel bench clean
@@ -28,8 +29,8 @@ lint: $(VENV)/.dev ## check style, types and the direction of imports
 test: $(VENV)/.dev ## run the tests
 	$(PYTEST)
 
-test-fast: $(VENV)/.dev ## run the tests of a minute or two: no server, no training in another process
-	$(PYTEST) FAST
+test-fast: $(VENV)/.dev ## run the tests of the parts, without those of the commands, the server and training
+	$(PYTEST) $(SLOW_FOLDERS:%=--ignore=tests/%)
 
 test-all: $(VENV)/.dev ## run all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"

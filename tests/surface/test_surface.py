@@ -188,18 +188,19 @@ def parser_of(command: str) -> Any:
 
 
 def describe_parser(parser: Any) -> dict[str, Any]:
-    positionals, options, subcommands = {}, {}, {}
+    positionals: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    subcommands: dict[str, Any] = {}
     for action in parser._actions:
         if getattr(action, "_name_parser_map", None):  # subcommands
             subcommands |= {name: describe_parser(sub) for name, sub in sorted(action.choices.items())}
             continue
         if "--help" in action.option_strings:
             continue
-        described = describe_action(action)
         if action.option_strings:
-            options[", ".join(action.option_strings)] = described
+            options[", ".join(action.option_strings)] = describe_action(action)
         else:
-            positionals[action.dest.rpartition(".")[2]] = described
+            positionals[action.dest.rpartition(".")[2]] = describe_action(action)
     described = {"positionals": positionals, "options": options, "subcommands": subcommands}
     return {kind: values for kind, values in described.items() if values}
 

@@ -16,8 +16,9 @@ import torch
 
 from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import TrainingError
-from gptsmith.evaluate.loss import split_loss, token_loss_sum
+from gptsmith.evaluate.validation import split_loss
 from gptsmith.log import JsonLines
+from gptsmith.model.loss import token_loss_sum
 from gptsmith.runtime import out_of_memory
 from gptsmith.train.config import ModelOptions, TrainConfig
 from gptsmith.train.objectives import pretrain
