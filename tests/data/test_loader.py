@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptsmith.data import TokenLoader, TokenSplit, whole_split_batches
+from gptsmith.data import TokenBatch, TokenLoader, TokenSplit, whole_split_batches
 from gptsmith.data.loader import IGNORED, permuted
 from gptsmith.errors import CheckpointError, DataError, UsageError
 
@@ -68,7 +69,7 @@ def test_an_epoch_sees_no_target_twice(length: int, seq_len: int, seed: int, epo
     assert len(np.unique(targets)) == n * seq_len
     batch = loader.batch_at(epoch * n)
     assert batch.ids.shape == batch.targets.shape == (3, seq_len)
-    assert batch.ids.dtype == batch.targets.dtype == np.int64
+    assert batch.ids.dtype == batch.targets.dtype == torch.int64
     assert batch.document_ids is None
     assert np.array_equal(batch.targets, batch.ids + 1)
 
@@ -124,7 +125,7 @@ def test_a_batch_depends_on_seed_and_position_only() -> None:
     assert np.array_equal(again.batch_at(4 * 17).ids, run[17])
     assert again.position == 0
     assert not np.array_equal(TokenLoader(counting(1000), batch_size=4, seq_len=16, seed=6).batch_at(0).ids, run[0])
-    assert len({ids.tobytes() for ids in run}) == 40
+    assert len({ids.numpy().tobytes() for ids in run}) == 40
 
 
 def test_the_cursor_survives_json() -> None:
@@ -196,7 +197,7 @@ def test_documents_are_told_apart(case: tuple[TokenSplit, tuple[int, ...]], seq_
     plain = TokenLoader(split, batch_size=5, seq_len=seq_len, seed=1).batch_at(position)
     assert np.array_equal(masked.ids, plain.ids)
     assert masked.document_ids is not None
-    assert masked.document_ids.dtype == np.int32
+    assert masked.document_ids.dtype == torch.int32
     for ids, targets, documents in zip(masked.ids, masked.targets, masked.document_ids, strict=True):
         owner = [max(start for start in starts if start <= at) for at in range(len(split))]
         for at, target, document in zip(ids, targets, documents, strict=True):
@@ -241,6 +242,26 @@ def test_the_whole_split_is_predicted_once(
         assert (batch.document_ids is not None) == mask_documents
     left_out = set(starts) if mask_documents else set()
     assert sorted(targets) == [at for at in range(1, length) if at not in left_out]
+
+
+def test_slices_of_a_batch_are_its_rows() -> None:
+    split = counting(100, (0, 13, 40, 63, 80, 91))
+    batch = TokenLoader(split, batch_size=5, seq_len=10, seed=1, mask_documents=True).batch_at(0)
+    assert batch.num_rows == 5
+    parts = [batch.slice(0, 2), batch.slice(2, 5)]
+    assert [part.num_rows for part in parts] == [2, 3]
+    for name in TokenBatch._fields:
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert sum(part.num_targets for part in parts) == batch.num_targets < batch.targets.numel()
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_a_batch_moves_to_a_device_as_a_whole(mask_documents: bool) -> None:
+    batch = TokenLoader(counting(50), batch_size=2, seq_len=8, seed=1, mask_documents=mask_documents).batch_at(0)
+    moved = batch.to(torch.device("meta"))
+    assert (moved.document_ids is not None) == mask_documents
+    assert all(part is None or part.is_meta for part in moved)
+    assert all(part is None or part.device.type == "cpu" for part in batch.to(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("length", [0, 1])

@@ -1,17 +1,20 @@
-"""From text to batches: sources of text, memory-mapped token shards, and a resumable loader. No torch in here."""
+"""From text to batches: sources of text, memory-mapped token shards, and a resumable loader.
+
+Importing this package does not import torch; only the batches themselves are made of its tensors.
+"""
 
 from __future__ import annotations
 
-from gptsmith.data.loader import Batch, TokenLoader, whole_split_batches
+from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset, TokenSplit, open_dataset
 from gptsmith.data.sources import Piece, Source, open_source
 
 __all__ = [
-    "Batch",
     "Dataset",
     "Piece",
     "Source",
+    "TokenBatch",
     "TokenLoader",
     "TokenSplit",
     "open_dataset",

@@ -12,14 +12,18 @@ Axes: B batch, T time, N windows of an epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptsmith.data.shards import TokenSplit
 from gptsmith.errors import CheckpointError, DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORED = -100  # a target that has no part in the loss
 ROUNDS = 12  # ranges of a few dozen need as many to look random
@@ -29,13 +33,41 @@ _STEP = _U64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
 _MASK = (1 << 64) - 1
 
 
-class Batch(NamedTuple):
-    """ids, targets: (B, T) int64, a target being the id that follows, or -100 for none;
-    document_ids: (B, T) int32, equal within a row exactly where two tokens share a document, or None."""
+class TokenBatch(NamedTuple):
+    """A batch of token windows.
 
-    ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    document_ids: NDArray[np.int32] | None
+    ids: (B, T) int64. targets: (B, T) int64, the id that follows each token, or -100 where there is no loss.
+    document_ids: (B, T) int32, equal within a row exactly where two tokens belong to the same document, or None.
+    The loader makes CPU tensors; the fields can be unpacked into a loss function: `loss(model, *batch)`.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    document_ids: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """B, the number of sequences."""
+        return self.ids.shape[0]
+
+    @property
+    def num_targets(self) -> int:
+        """The number of targets that count in the loss."""
+        return int((self.targets != IGNORED).sum())
+
+    def slice(self, start: int, stop: int) -> TokenBatch:
+        """Return rows [start, stop), without copying."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return the batch on `device`. A copy to a GPU goes through pinned memory and does not wait."""
+        if device.type == "cuda" and self.ids.device.type == "cpu":
+            return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        documents = None if self.document_ids is None else change(self.document_ids)
+        return TokenBatch(change(self.ids), change(self.targets), documents)
 
 
 class TokenLoader:
@@ -87,7 +119,7 @@ class TokenLoader:
         order = permuted(index, self.windows_per_epoch, key)
         return (offset + order * _U64(self.seq_len)).astype(np.int64)
 
-    def batch_at(self, position: int) -> Batch:
+    def batch_at(self, position: int) -> TokenBatch:
         """This rank's batch after `position` sequences were taken by all ranks. Pure."""
         first = position + self.rank * self.batch_size
         starts = self.window_starts(np.arange(first, first + self.batch_size))
@@ -95,10 +127,10 @@ class TokenLoader:
         ids, targets = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         return _batch(self.split, ids, targets, starts, self.mask_documents)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TokenBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> TokenBatch:
         batch = self.batch_at(self.position)
         self.position += self.world_size * self.batch_size
         return batch
@@ -141,7 +173,7 @@ def whole_split_batches(
     mask_documents: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[TokenBatch]:
     """Consecutive windows in which every token of the split but the first is a target exactly once.
 
     All batches have the shape (B, T); what reaches past the end has target -100. Ranks take turns and all get the same
@@ -159,7 +191,7 @@ def whole_split_batches(
 
 def _whole_split(
     split: TokenSplit, batch_size: int, seq_len: int, mask_documents: bool, rank: int, world_size: int
-) -> Iterator[Batch]:
+) -> Iterator[TokenBatch]:
     targets_left = len(split) - 1
     per_batch = batch_size * seq_len
     rounds = math.ceil(targets_left / (per_batch * world_size))
@@ -225,13 +257,16 @@ def _batch(
     targets: NDArray[np.int64],
     starts: NDArray[np.int64],
     mask_documents: bool,
-) -> Batch:
+) -> TokenBatch:
+    import torch  # here, so that commands that only list or prepare data start quickly
+
     if not mask_documents:
-        return Batch(ids, targets, None)
+        return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets))
     steps = np.arange(ids.shape[1] + 1)
     documents = split.documents_at(starts[:, None] + steps)
     targets[documents[:, :-1] != documents[:, 1:]] = IGNORED  # a document does not foretell the next one
-    return Batch(ids, targets, (documents[:, :-1] - documents[:, :1]).astype(np.int32))
+    document_ids = (documents[:, :-1] - documents[:, :1]).astype(np.int32)
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(document_ids))
 
 
 def _check_shape(batch_size: int, seq_len: int, rank: int, world_size: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptsmith.data.loader import IGNORED, Batch, TokenLoader, whole_split_batches
+from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
-from gptsmith.evaluate.validation import split_loss, to_device
+from gptsmith.evaluate.validation import split_loss
 from gptsmith.model.loss import LossFunction, token_loss_sum
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
@@ -55,18 +55,17 @@ class Pretrain:
     def has_validation(self) -> bool:
         return len(self.dataset.val) > 0
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> TokenBatch:
         return next(self.loader)
 
-    def slice(self, batch: Batch, start: int, stop: int) -> Batch:
-        documents = None if batch.document_ids is None else batch.document_ids[start:stop]
-        return Batch(batch.ids[start:stop], batch.targets[start:stop], documents)
+    def slice(self, batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+        return batch.slice(start, stop)
 
-    def weight(self, batch: Batch) -> float:
-        return float((batch.targets != IGNORED).sum())
+    def weight(self, batch: TokenBatch) -> float:
+        return float(batch.num_targets)
 
-    def loss(self, model: Transformer, batch: Batch) -> LossSum:
-        weight, inputs = self.weight(batch), to_device(batch, self.device)
+    def loss(self, model: Transformer, batch: TokenBatch) -> LossSum:
+        weight, inputs = self.weight(batch), batch.to(self.device)
         if not model.config.num_experts:
             return LossSum(self.token_loss(model, *inputs), weight)
         return self._loss_with_experts(model, *inputs, weight)
@@ -89,7 +88,7 @@ class Pretrain:
         }
         return LossSum(loss + weight * extra, weight, metrics)
 
-    def _validation_batches(self, size: int) -> Iterator[Batch]:
+    def _validation_batches(self, size: int) -> Iterator[TokenBatch]:
         batches = whole_split_batches(
             self.dataset.val, batch_size=size, seq_len=self.seq_len, mask_documents=self.mask_documents
         )
