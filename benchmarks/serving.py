@@ -412,7 +412,7 @@ def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gptsmith.checkpoint import resolve_model
+    from gptsmith.loading import resolve_model
 
     model = resolve_model(arguments.model)
     options = (arguments.clients, arguments.rounds, arguments.tokens)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import gptsmith
-from gptsmith.checkpoint import CheckpointStore, TrainState, load_model, load_train_state, save_checkpoint, verify
+from gptsmith.checkpoint import CheckpointStore, TrainState, load_train_state, save_checkpoint, verify
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
+from gptsmith.loading import load_model
 from gptsmith.log import JsonLines
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
@@ -115,7 +116,7 @@ def test_what_is_no_model_is_said(model: Transformer, tokenizer: Tokenizer, tmp_
         load_model(tmp_path)
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is not a model"):
         load_model(file)
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         load_train_state(tmp_path / "bard")

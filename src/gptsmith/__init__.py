@@ -16,19 +16,23 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "generate", "load"]
 
 if TYPE_CHECKING:
-    from gptsmith.checkpoint import load
     from gptsmith.engine.text import generate
+    from gptsmith.loading import load_model as load
 
-_WHERE = {"load": "gptsmith.checkpoint", "generate": "gptsmith.engine.text"}
+_EXPORTS = {  # name: module and attribute, imported on first use
+    "generate": ("gptsmith.engine.text", "generate"),
+    "load": ("gptsmith.loading", "load_model"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
+    if name in _EXPORTS:
         import importlib
 
-        return getattr(importlib.import_module(_WHERE[name]), name)
+        module, attribute = _EXPORTS[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'gptsmith' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted([*globals(), *_EXPORTS])

@@ -19,24 +19,18 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch  # loaded before training: a run short of memory must still be able to save
-import torch
 from torch import Tensor
 
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
+from gptsmith.errors import CheckpointError, GptsmithError
 from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
-from gptsmith.formats.hub import find_model
-from gptsmith.formats.source import open_model
 from gptsmith.log import JsonLines, note
-from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
-from gptsmith.model.quantized import quantize as quantize_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 
-Quantization = Literal["auto", "none", "int8", "int4"]
 MANIFEST = "manifest.json"
 
 
@@ -187,69 +181,6 @@ class CheckpointStore:
         raise CheckpointError(f"{self.run_directory} has no checkpoint yet.")
 
 
-def resolve_model(spec: str | Path) -> Path:
-    """The model directory or .gguf file that `spec` means.
-
-    A path that is here comes first: a model directory, a .gguf file, or a run (its best checkpoint, else its last).
-    Then a named model (`smollm2-135m`), then one of the hub (`org/name`, `org/name@revision`, `hf:name`), fetched if
-    need be.
-    Raises CheckpointError if there is none, naming what comes near.
-    """
-    path = Path(spec)
-    if (path / CONFIG_FILE).exists():
-        verify(path)
-        return path
-    store = CheckpointStore(path)
-    if store.directory.is_dir():
-        best, steps = store.best_step(), store.steps()[::-1]
-        return store.newest_intact([best, *(s for s in steps if s != best)] if best is not None else steps)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is neither a model directory (no config.json) nor a run (no checkpoints/).")
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{path} is a file, and not a .gguf; a model is such a file, or a directory with config.json and "
-            "model.safetensors."
-        )
-    return find_model(str(spec))
-
-
-def load_model(
-    spec: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    quantize: Quantization = "auto",
-) -> tuple[Transformer, Tokenizer]:
-    """Load a model and its tokenizer from whatever `resolve_model` understands. The model is in eval mode.
-
-    dtype: of the weights in memory, whatever they are stored in. quantize: int8 or int4 makes its matrices 8 or 4 bits;
-    auto leaves them as they are stored (in few bits by `gptsmith quantize` or in a GGUF file); none makes them `dtype`.
-    What is not in few bits is float32 beside what is, on a GPU bfloat16.
-    Raises CheckpointError (missing, damaged, unknown or misfit), TokenizerError, or UsageError for few bits on a GPU
-    without torchao.
-    """
-    source = open_model(resolve_model(spec))
-    asked: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
-    if torch.device(device).type == "cuda":
-        bits = asked or (source.bits if quantize == "auto" else None)
-        model = source.model(dtype=dtype if bits is None else torch.bfloat16).to(device)
-        if bits is not None:
-            quantize_on_gpu(model, bits)
-    else:
-        model = source.model(dtype=dtype, packed=quantize != "none")
-        if asked is not None and bits_of(model) != asked:
-            model = quantize_model(source.model(), asked)
-    tokenizer = source.tokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise TokenizerError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"the model only {model.config.vocab_size:,}."
-        )
-    return model.to(device), tokenizer
-
-
 def load_train_state(directory: Path) -> TrainState:
     """Read a checkpoint's `train/` folder. CheckpointError if it has none or cannot be read."""
     from safetensors import SafetensorError
@@ -263,6 +194,3 @@ def load_train_state(directory: Path) -> TrainState:
         raise CheckpointError(f"{directory} cannot be resumed: {error.filename} is missing.") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}.") from None
-
-
-load = load_model

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptsmith.checkpoint import load_model, save_checkpoint
+from gptsmith.checkpoint import save_checkpoint
 from gptsmith.export.export import export_directory, write_directory
 from gptsmith.formats.hf import LAYOUTS
+from gptsmith.loading import load_model
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe

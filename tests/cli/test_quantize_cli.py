@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptsmith.checkpoint import load_model, save_checkpoint
+from gptsmith.checkpoint import save_checkpoint
+from gptsmith.loading import load_model
 from gptsmith.model import families
 from gptsmith.model.quantized import bits_of
 from gptsmith.model.transformer import Transformer

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import gptsmith
-from gptsmith.checkpoint import load_model, resolve_model
 from gptsmith.download import PackageFile
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
 from gptsmith.formats import named as named_models
@@ -35,6 +34,7 @@ from gptsmith.formats.hub import is_hub_id
 from gptsmith.formats.named import NamedModel, named_model_path
 from gptsmith.formats.safetensors import SafetensorsFiles
 from gptsmith.formats.source import open_model
+from gptsmith.loading import load_model, resolve_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import sha256_file
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
@@ -760,7 +760,7 @@ def test_a_character_model_keeps_its_tokenizer(llama: Path) -> None:
 def test_loading_does_not_start_the_compiler(llama: Path) -> None:
     """It would take a second, more than the weights of a small model."""
     code = (
-        "import sys; from gptsmith.checkpoint import load_model; "
+        "import sys; from gptsmith.loading import load_model; "
         f"load_model({str(llama)!r}); sys.exit('torch._dynamo.convert_frame' in sys.modules or 'sympy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -88,12 +88,12 @@ def main(arguments: list[str]) -> int:
         seed=chosen.seed,
         adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
-    from gptsmith.checkpoint import load
     from gptsmith.cli.generate import speculator
     from gptsmith.engine.engine import Engine
+    from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
+    model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
     guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room, speculator=guessing)

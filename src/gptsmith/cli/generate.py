@@ -111,12 +111,12 @@ def main(arguments: list[str]) -> int:
         overflow=chosen.overflow,
         adapter=None if chosen.adapter is None else str(chosen.adapter),
     )
-    from gptsmith.checkpoint import load
     from gptsmith.engine.text import engine_for, stream
+    from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
-    model, tokenizer = load(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
+    model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
 
     params = replace(params, constraint=_constraint(chosen, tokenizer))
@@ -163,13 +163,13 @@ def speculator(tokenizer: Tokenizer, prompt_lookup: bool, draft_model: str | Non
         return None
     if prompt_lookup and draft_model is not None:
         raise UsageError("give --prompt-lookup or --draft-model, not both.")
-    from gptsmith.checkpoint import load
     from gptsmith.engine.speculative import DraftModel, PromptLookup, Speculator
+    from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 
     if draft_model is None:
         return Speculator(PromptLookup())
-    model, its = load(draft_model, device=choose_device(device))
+    model, its = load_model(draft_model, device=choose_device(device))
     same = its.vocab_size == tokenizer.vocab_size and all(
         its.token_bytes(id) == tokenizer.token_bytes(id) for id in range(its.vocab_size)
     )

@@ -38,10 +38,11 @@ def main(arguments: list[str]) -> int:
     if chosen.tokens < 0:
         raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
 
-    from gptsmith.checkpoint import load, save_checkpoint
+    from gptsmith.checkpoint import save_checkpoint
+    from gptsmith.loading import load_model
     from gptsmith.model.quantized import quantize
 
-    model, tokenizer = load(chosen.model, quantize="none")
+    model, tokenizer = load_model(chosen.model, quantize="none")
     ids: list[int] = []
     if chosen.tokens:
         from gptsmith.evaluate.perplexity import perplexity

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         from gptsmith.server.app import create_app
     except ImportError as error:
         raise UsageError(f"serving needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
-    from gptsmith.checkpoint import resolve_model
+    from gptsmith.loading import resolve_model
     from gptsmith.server.access_log import write_journal
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.listening import LOOPBACK, is_loopback, listen

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptsmith.checkpoint import explain_full_disk, resolve_model
+from gptsmith.checkpoint import explain_full_disk
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.export.model_card import About, licence_of, model_card, run_of
 from gptsmith.export.transforms import Alteration
@@ -26,6 +26,7 @@ from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, config_to_hf, weights
 from gptsmith.formats.named import NAMED_MODELS
 from gptsmith.formats.safetensors import INDEX_FILE
 from gptsmith.formats.source import GENERATION_FILE, ModelSource, open_model
+from gptsmith.loading import resolve_model
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_directory, write_text

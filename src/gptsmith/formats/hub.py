@@ -6,9 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from gptsmith.errors import CheckpointError, UsageError, nearest
+from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.formats.hf import WEIGHTS_FILE
-from gptsmith.formats.named import NAMED_MODELS, named_model_path
 from gptsmith.formats.safetensors import INDEX_FILE
 
 _HUB_ID = re.compile(
@@ -89,18 +88,3 @@ def hub_model_path(spec: str) -> Path:
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def find_model(spec: str) -> Path:
-    """The path of a model that is no path here: a named one, or one of the hub.
-
-    Raises CheckpointError if it is neither, naming what comes near.
-    """
-    if spec in NAMED_MODELS:
-        return named_model_path(spec)
-    if is_hub_id(spec):
-        return hub_model_path(spec)
-    path = Path(spec)
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, siblings) or nearest(spec, NAMED_MODELS)
-    raise CheckpointError(f"there is no model at {path}.{hint}")

@@ -80,7 +80,7 @@ def _look_inside(run: Run, text: str | None) -> Trained:
     """Load the best checkpoint and collect its attention over `text`."""
     if not any((run.directory / "checkpoints").glob("step-*")):
         return Trained(missing="No checkpoint had been saved yet, so there is no trained model to look into.")
-    from gptsmith.checkpoint import load_model  # brings torch
+    from gptsmith.loading import load_model  # brings torch
 
     try:
         model, tokenizer = load_model(run.directory)

@@ -19,8 +19,8 @@ from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from gptsmith.checkpoint import Quantization
     from gptsmith.engine.async_engine import AsyncEngine
+    from gptsmith.loading import Quantization
     from gptsmith.model.transformer import Transformer
     from gptsmith.server.tools import Form
     from gptsmith.tokenizer import Tokenizer
@@ -221,10 +221,10 @@ def load(
     speculate: bool = False,
 ) -> Loaded:
     """Load a model as `gptsmith.load` does, and start its engine. speculate: guess ahead from the prompt's words."""
-    from gptsmith.checkpoint import load as load_model
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.speculative import PromptLookup, Speculator
+    from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
 

@@ -1,0 +1,97 @@
+"""Load a model by its spec: a run, a model directory, a GGUF file, a named model, or a model on the Hugging Face hub.
+
+    model, tokenizer = load_model("runs/bard")
+
+This is `gptsmith.load`, and what every command that takes a MODEL calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gptsmith.checkpoint import CheckpointStore, verify
+from gptsmith.errors import CheckpointError, TokenizerError, nearest
+from gptsmith.formats.hf import CONFIG_FILE
+from gptsmith.formats.hub import hub_model_path, is_hub_id
+from gptsmith.formats.named import NAMED_MODELS, named_model_path
+from gptsmith.formats.source import open_model
+from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
+from gptsmith.model.quantized import quantize as quantize_model
+from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import Tokenizer
+
+Quantization = Literal["auto", "none", "int8", "int4"]
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization = "auto",
+) -> tuple[Transformer, Tokenizer]:
+    """Load a model, in eval mode, and its tokenizer from anything that `resolve_model` understands.
+
+    dtype: of the weights in memory, whatever they are stored in.
+    quantize: int8 or int4 quantizes the weight matrices. auto keeps matrices quantized that are stored so (by
+    `gptsmith quantize`, or in a GGUF file); none dequantizes them to `dtype`. In a quantized model the other weights
+    are float32, on a GPU bfloat16.
+
+    Raises CheckpointError if the model is missing, damaged or of an unknown kind, TokenizerError if its tokenizer does
+    not fit, and UsageError for quantized weights on a GPU without torchao.
+    """
+    source = open_model(resolve_model(spec))
+    requested: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
+    if torch.device(device).type == "cuda":
+        bits = requested or (source.bits if quantize == "auto" else None)
+        model = source.model(dtype=dtype if bits is None else torch.bfloat16).to(device)
+        if bits is not None:
+            quantize_on_gpu(model, bits)
+    else:
+        model = source.model(dtype=dtype, packed=quantize != "none")
+        if requested is not None and bits_of(model) != requested:
+            model = quantize_model(source.model(), requested)
+    tokenizer = source.tokenizer()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TokenizerError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"the model only {model.config.vocab_size:,}."
+        )
+    return model.to(device), tokenizer
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """Return the model directory or .gguf file that `spec` refers to.
+
+    An existing path comes first: a model directory, a .gguf file, or a run (its best checkpoint, else its last). Then
+    the named models (`smollm2-135m`), then the hub (`org/name`, `org/name@revision`, `hf:name`); these are downloaded
+    if they are not in the cache.
+
+    Raises CheckpointError if there is no such model, with a suggestion where a name is similar.
+    """
+    path = Path(spec)
+    if (path / CONFIG_FILE).exists():
+        verify(path)
+        return path
+    store = CheckpointStore(path)
+    if store.directory.is_dir():
+        best, steps = store.best_step(), store.steps()[::-1]
+        return store.newest_intact([best, *(s for s in steps if s != best)] if best is not None else steps)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is neither a model directory (no config.json) nor a run (no checkpoints/).")
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is not a model. A model is a .gguf file, or a directory with config.json and model.safetensors."
+        )
+    name = str(spec)
+    if name in NAMED_MODELS:
+        return named_model_path(name)
+    if is_hub_id(name):
+        return hub_model_path(name)
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise CheckpointError(f"there is no model at {path}.{nearest(path.name, siblings) or nearest(name, NAMED_MODELS)}")
