@@ -1,6 +1,6 @@
-"""The page in a real browser: Chromium, driven through Playwright. No complaint of the browser is let pass.
+"""The page in a real browser: Chromium, driven by Playwright. Any error or warning of the browser fails a test.
 
-GPTSMITH_SCREENSHOTS=DIRECTORY keeps the pictures that the tests take.
+GPTSMITH_SCREENSHOTS=DIRECTORY saves screenshots there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS = (
 )
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
-LONG = 120_000  # ms: the machine may be busy
+TIMEOUT = 120_000  # ms: the machine may be busy
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -50,7 +50,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """Open an address in a browser that has never been here. What the browser complains of fails the test."""
+    """Open an address in a fresh browser context. Errors, warnings and requests to other servers fail the test."""
     contexts, complaints = [], []
 
     def open_(url: str, storage: dict[str, Any] | None = None, **options: Any) -> Page:
@@ -64,11 +64,12 @@ def open_page(browser: Any) -> Iterator[Open]:
                 f"localStorage.getItem('gptsmith.{name}') ?? localStorage.setItem('gptsmith.{name}', {kept})"
             )
         page = context.new_page()
-        page.set_default_timeout(LONG)
+        page.set_default_timeout(TIMEOUT)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(complaint(m)) if m.type in ("error", "warning") else None)
         page.on(
-            "request", lambda r: complaints.append(f"asked {r.url}") if not r.url.startswith((url, "blob:")) else None
+            "request",
+            lambda r: complaints.append(f"requested {r.url}") if not r.url.startswith((url, "blob:")) else None,
         )
         page.goto(url)
         return page
@@ -81,13 +82,13 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 
 def complaint(message: Any) -> str:
-    """What the browser says, and of which address: it names none where something could not be loaded."""
+    """Return the message with the address that it is about; the message of a failed load does not name it."""
     return f"{message.text} {message.location.get('url', '')}".strip()
 
 
 @pytest.fixture(scope="module")
 def site(live_with_runs: tuple[Any, Path]) -> Any:
-    """A server with two small models - `tiny` talks, `plain` does not - and a directory of runs."""
+    """A server with two small models - `tiny` has a chat template, `plain` has none - and a directory of runs."""
     server, runs = live_with_runs
     write_run(runs / "bard", steps=400, rows=40)
     write_run(runs / "short", steps=200, rows=20)
@@ -105,7 +106,7 @@ def write_run(directory: Path, steps: int, rows: int, status: str = "finished") 
         "config": config,
         "model": {"num_hidden_layers": 4, "hidden_size": 128},
         "data": {"spec": "/texts/shakespeare.txt", "train_tokens": 1_000_000},
-        "choice": {"reasons": ["a test: no more than it needs"]},
+        "choice": {"reasons": ["a test of the plan"]},
     }
     (directory / "run.json").write_text(json.dumps(record))
     for i in range(1, rows + 1):
@@ -127,14 +128,14 @@ def write_row(directory: Path, step: int, steps: int) -> None:
     )  # fmt: skip
 
 
-def picture(page: Page, name: str) -> None:
+def screenshot(page: Page, name: str) -> None:
     directory = os.environ.get("GPTSMITH_SCREENSHOTS")
     if directory:
         page.screenshot(path=Path(directory) / f"{name}.png")
 
 
 def assert_accessible(page: Page) -> None:
-    """axe-core finds nothing that is serious."""
+    """Assert that axe-core finds no serious violation."""
     page.evaluate(f"() => {{ {AXE} }}")
     found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
     bad = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
@@ -142,9 +143,11 @@ def assert_accessible(page: Page) -> None:
 
 
 def assert_fits(page: Page) -> None:
-    """Nothing sticks out at the side."""
-    wide, room = page.evaluate("() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-    assert wide <= room
+    """Assert that the page does not scroll sideways."""
+    content, window = page.evaluate(
+        "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert content <= window
 
 
 def write(page: Page, text: str) -> None:
@@ -160,7 +163,7 @@ def step_shown(page: Page, step: int) -> None:
     page.locator(".tile dd", has_text=re.compile(f"^{step}of ")).wait_for()
 
 
-def go_on(page: Page) -> None:
+def continue_prompt(page: Page) -> None:
     page.get_by_role("button", name="Continue", exact=True).click()
     page.locator(".column .token").first.wait_for()
     page.locator(".columns:not(:has(.column.working))").wait_for()
@@ -172,7 +175,7 @@ SHORT = {"sampling.chat": {"max_tokens": 12, "seed": 3}}
 
 
 @pytest.mark.parametrize("view", ["chat", "playground"])
-def test_what_is_asked_before_the_models_are_known_waits_for_them(site: Any, open_page: Open, view: str) -> None:
+def test_a_request_waits_until_the_models_are_known(site: Any, open_page: Open, view: str) -> None:
     page = open_page(site.url, SHORT | PLAY | {"view": view, "model": "tiny"})
     held: list[Any] = []
     page.route("**/v1/models", lambda route: held.append(route))
@@ -212,7 +215,7 @@ def test_a_conversation(site: Any, open_page: Open) -> None:
 
     write(page, "and then")
     answered(page, 2)
-    page.locator(".turn.assistant").nth(1).get_by_label("Answer again").click()
+    page.locator(".turn.assistant").nth(1).get_by_label("Regenerate").click()
     answered(page, 2)
     assert page.locator(".turn").count() == 4
     page.locator(".turn.user").first.get_by_label("Edit").click()
@@ -242,7 +245,7 @@ def test_a_conversation(site: Any, open_page: Open) -> None:
     page.locator(".conversation").nth(1).wait_for(state="detached")
 
 
-def test_an_answer_is_stopped(site: Any, open_page: Open) -> None:
+def test_stopping_an_answer(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"sampling.chat": {"max_tokens": 200, "seed": 11, "temperature": 1.5, "top_p": 1}})
     engine = site.models.loaded()["tiny"].engine
     step = engine.engine.step
@@ -268,7 +271,7 @@ def test_an_answer_is_stopped(site: Any, open_page: Open) -> None:
         del engine.engine.step
 
 
-def test_markdown_of_a_stranger_is_rendered_and_harmless(site: Any, open_page: Open) -> None:
+def test_untrusted_markdown_is_rendered_safely(site: Any, open_page: Open) -> None:
     answer = "**bold** <img src=x onerror=alert(1)> [x](javascript:alert(1))\n\n```\ncode\n```\n\n| a |\n|---|\n| b |"
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer, "model": "tiny"}]
     page = open_page(site.url, {"conversations": [{"id": "1", "title": "hi", "updated": 1, "messages": said}]})
@@ -277,31 +280,33 @@ def test_markdown_of_a_stranger_is_rendered_and_harmless(site: Any, open_page: O
     assert body.locator("img, a").count() == 0
     assert "<img src=x" in body.inner_text()
     assert body.locator("td").inner_text() == "b"
-    page.get_by_label("Copy the code").wait_for()
+    page.get_by_label("Copy code").wait_for()
     assert_accessible(page)
 
 
-def test_a_model_that_does_not_talk(site: Any, open_page: Open) -> None:
+def test_a_base_model_leads_to_the_playground(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"model": "plain"})
-    page.get_by_text("plain has not been taught to talk.").wait_for()
+    page.get_by_text("plain is a base model: it continues text but does not follow instructions.").wait_for()
     assert not page.locator(".composer").is_visible()
     assert_accessible(page)
     page.get_by_role("button", name="Open the Playground").click()
     page.get_by_role("heading", name="Playground").wait_for()
 
 
-def test_a_server_with_keys(start: Callable[..., Any], open_page: Open) -> None:  # the page goes before the server
+def test_a_server_with_api_keys(
+    start: Callable[..., Any], open_page: Open
+) -> None:  # the page closes before the server
     server = start(Settings(keys=("open sesame",)))
     page = open_page(server.url, SHORT)
     page.get_by_label("Key", exact=True).fill("wrong")
     page.keyboard.press("Enter")
-    page.get_by_text("The server does not accept this key.").or_(page.get_by_text("that is not a key")).first.wait_for()
+    page.get_by_text(re.compile("server rejected this key|not a key of this server|Invalid API key")).first.wait_for()
     if not page.get_by_label("Key", exact=True).is_visible():
         page.get_by_label("API key").click()
     page.get_by_label("Key", exact=True).fill("open sesame")
     page.keyboard.press("Enter")
     page.locator("#model option").first.wait_for(state="attached")
-    page.get_by_text("What shall we talk about?").wait_for()
+    page.get_by_text("Start a conversation").wait_for()
     write(page, "the cat")
     answered(page)
     assert page.evaluate("() => [localStorage, sessionStorage].map((s) => JSON.stringify(s).includes('sesame'))") == [
@@ -324,9 +329,9 @@ PLAY = {
 }
 
 
-def test_tokens_are_coloured_and_another_is_chosen(site: Any, open_page: Open) -> None:
+def test_tokens_are_colored_and_an_alternative_is_chosen(site: Any, open_page: Open) -> None:
     page = open_page(site.url, PLAY)
-    go_on(page)
+    continue_prompt(page)
     columns = page.locator(".column")
     assert columns.count() == 2
     for column, temperature in ((columns.nth(0), 0.0), (columns.nth(1), 1.0)):
@@ -342,7 +347,7 @@ def test_tokens_are_coloured_and_another_is_chosen(site: Any, open_page: Open) -
     popover.wait_for()
     assert popover.locator("button").count() == 8
     assert_accessible(page)
-    picture(page, "playground")
+    screenshot(page, "playground")
     other = popover.locator("button:not([aria-current])").first
     text = other.locator("code").inner_text().replace("␣", " ").replace("⏎", "\n")
     other.click()
@@ -351,16 +356,16 @@ def test_tokens_are_coloured_and_another_is_chosen(site: Any, open_page: Open) -
     (rest,) = site.texts("abc" + "".join(before[:3]) + text, "plain", max_tokens=14, temperature=0.0, seed=5)
     made = first.locator(".token").evaluate_all("(all) => all.map((t) => t.textContent)")
     assert "".join(made) == "".join(before[:3]) + text + rest
-    first.get_by_label("Take the choice back").click()
+    first.get_by_label("Undo choice").click()
     assert first.locator(".token").all_inner_texts() == before
 
 
-def test_the_keyboard_alone(site: Any, open_page: Open) -> None:
+def test_keyboard_only(site: Any, open_page: Open) -> None:
     page = open_page(site.url, PLAY | {"temperatures": "0", "echo": True})
     page.locator("#prompt").focus()
     page.keyboard.press("Control+Enter")
-    page.locator(".columns:not(:has(.column.working)) .token:not([data-given])").nth(13).wait_for()
-    assert page.locator(".token[data-given]").all_inner_texts() == ["a", "b", "c"]
+    page.locator(".columns:not(:has(.column.working)) .token:not([data-from-prompt])").nth(13).wait_for()
+    assert page.locator(".token[data-from-prompt]").all_inner_texts() == ["a", "b", "c"]
     page.locator(".token").first.focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
@@ -378,7 +383,7 @@ def test_the_keyboard_alone(site: Any, open_page: Open) -> None:
     assert page.evaluate("() => document.activeElement.id") == "inside-text"
     page.locator("#tab-inside").focus()
     page.keyboard.press("?")
-    page.get_by_role("heading", name="Keyboard").wait_for()
+    page.get_by_role("heading", name="Keyboard shortcuts").wait_for()
     assert_accessible(page)
     page.keyboard.press("Escape")
 
@@ -386,25 +391,25 @@ def test_the_keyboard_alone(site: Any, open_page: Open) -> None:
 # Inside -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_heat_map(site: Any, open_page: Open) -> None:
+def test_the_attention_map(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"view": "inside", "model": "plain", "inside.text": "abcab cab."})
     page.get_by_role("heading", name="The logit lens").wait_for()
     assert page.locator(".strip .token").all_inner_texts() == list("abcab␣cab.")
     assert page.locator(".lens tbody tr").count() == 3  # the embeddings, two layers
     page.locator(".strip .token").nth(4).click()
-    assert "What b looks at" in page.locator("#looks-title").inner_text()
-    shares = page.locator("section:has(#looks-title) .number").all_inner_texts()
-    assert len(shares) == 5  # of itself and the past
-    # what is drawn: weights below the diagonal, the hatched future above it
+    assert page.locator("#attended-title").inner_text() == "What b attends to"
+    shares = page.locator("section:has(#attended-title) .number").all_inner_texts()
+    assert len(shares) == 5  # itself and the tokens before it
+    # weights below the diagonal, the mask above it
     map_ = page.locator("canvas.map")
     label = map_.get_attribute("aria-label")
-    assert label.startswith("Attention of layer 1, head 1 over 10 tokens. Token 5, b, looks most at")
+    assert label.startswith("Attention of layer 1, head 1 over 10 tokens. Token 5, b, attends most to")
     map_.focus()
     page.keyboard.press("ArrowUp")
     assert "Token 4" in map_.get_attribute("aria-label")
     box = map_.bounding_box()
     page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 40)
-    assert "in the future: masked" in page.locator(".tip").first.inner_text()
+    assert "masked (future token)" in page.locator(".tip").first.inner_text()
     page.mouse.move(box["x"] + 40, box["y"] + box["height"] - 8)
     assert re.search(r"\. → a [<\d.]+%", page.locator(".tip").first.inner_text())
     page.get_by_role("radio", name="Head 2").click()
@@ -414,8 +419,8 @@ def test_the_heat_map(site: Any, open_page: Open) -> None:
         page.keyboard.press("ArrowRight")
     page.locator("canvas.map[aria-label*='layer 2']").wait_for()
     assert_accessible(page)
-    picture(page, "inside")
-    page.get_by_label("A short text").fill("z" * 300 + "!")
+    screenshot(page, "inside")
+    page.get_by_label("Short text").fill("z" * 300 + "!")
     page.get_by_text("is not among").first.wait_for()
     open_page.complaints[:] = [c for c in open_page.complaints if "400" not in c]  # type: ignore[attr-defined]
 
@@ -423,7 +428,7 @@ def test_the_heat_map(site: Any, open_page: Open) -> None:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
+def test_a_run_is_followed_live(site: Any, open_page: Open) -> None:
     live = write_run(site.runs / "live", steps=1000, rows=5, status="running")
     (live / "metrics.jsonl").write_text("")
     try:
@@ -458,7 +463,7 @@ def test_a_run_is_watched_live(site: Any, open_page: Open) -> None:
         shutil.rmtree(live)
 
 
-def test_runs_over_one_another(site: Any, open_page: Open) -> None:
+def test_comparing_runs(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"view": "runs"})
     page.get_by_role("heading", name="bard").wait_for()
     page.get_by_text("<b>late</b> words").wait_for()
@@ -477,19 +482,19 @@ def test_runs_over_one_another(site: Any, open_page: Open) -> None:
     assert "step 10" in readings
     page.locator("label.segment", has_text="tokens").click()
     page.get_by_label("logarithmic").check()
-    page.get_by_text("a test: no more than it needs").wait_for()
+    page.get_by_text("a test of the plan").wait_for()
     page.get_by_text("All settings").click()
     page.get_by_text("optim.lr").wait_for()
     assert_accessible(page)
-    picture(page, "runs")
+    screenshot(page, "runs")
 
 
 SMALL = "--context 32 --batch-size 8 --steps 120 --eval-every 60 --sample-tokens 20 --compile off"
 SMALL += " --model.num-hidden-layers 1 --model.hidden-size 32 --model.num-attention-heads 2"
 
 
-def test_watch_follows_a_real_training(tmp_path: Path, text_file: Path, open_page: Open) -> None:
-    """`gptsmith watch` on an empty directory, and `gptsmith train` that fills it."""
+def test_watch_follows_a_real_training_run(tmp_path: Path, text_file: Path, open_page: Open) -> None:
+    """Start `gptsmith watch` on an empty directory, then `gptsmith train` in it."""
     runs = tmp_path / "runs"
     runs.mkdir()
     command = [sys.executable, "-m", "gptsmith"]
@@ -497,12 +502,12 @@ def test_watch_follows_a_real_training(tmp_path: Path, text_file: Path, open_pag
         try:
             assert watch.stderr is not None
             page = open_page(re.findall(r"http://127\.0\.0\.1:\d+/", watch.stderr.readline())[0])
-            page.get_by_text("No runs here yet.").wait_for()
+            page.get_by_text("No runs yet.").wait_for()
             assert page.locator(".tab:visible, #model:visible").count() == 0
             train = [*command, "train", str(text_file), "--out", str(runs / "words"), *SMALL.split()]
             with subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
-                page.get_by_role("heading", name="words").wait_for(timeout=4 * LONG)
-                page.locator(".headline .badge", has_text="finished").wait_for(timeout=4 * LONG)
+                page.get_by_role("heading", name="words").wait_for(timeout=4 * TIMEOUT)
+                page.locator(".headline .badge", has_text="finished").wait_for(timeout=4 * TIMEOUT)
             assert training.returncode == 0
             step_shown(page, 120)
             rows = JsonLines(runs / "words" / "metrics.jsonl").read()
@@ -524,9 +529,9 @@ def test_every_view_is_accessible(site: Any, open_page: Open, scheme: str) -> No
     write(page, "the cat")
     answered(page)
     assert_accessible(page)
-    picture(page, f"chat-{scheme}")
+    screenshot(page, f"chat-{scheme}")
     page.get_by_role("link", name="Playground").click()
-    go_on(page)
+    continue_prompt(page)
     assert_accessible(page)
     page.get_by_role("link", name="Inside").click()
     page.get_by_role("heading", name="The logit lens").wait_for()
@@ -534,8 +539,8 @@ def test_every_view_is_accessible(site: Any, open_page: Open, scheme: str) -> No
     page.get_by_role("link", name="Runs").click()
     page.locator(".headline").wait_for()
     assert_accessible(page)
-    picture(page, f"runs-{scheme}")
-    page.get_by_label(re.compile("Theme: as the system")).click()
+    screenshot(page, f"runs-{scheme}")
+    page.get_by_label(re.compile("Theme: system")).click()
     page.get_by_label(re.compile("Theme: light")).click()
     assert page.evaluate("() => document.documentElement.dataset.theme") == "dark"
     page.reload()
@@ -548,13 +553,13 @@ def test_on_a_phone(site: Any, open_page: Open) -> None:
     answered(page)
     assert_fits(page)
     assert_accessible(page)
-    picture(page, "phone-chat")
+    screenshot(page, "phone-chat")
     page.get_by_role("button", name="Settings", exact=True).tap()
     page.get_by_label("Temperature", exact=True).wait_for()
     assert_accessible(page)
-    page.get_by_role("button", name="Close the settings").tap()
+    page.get_by_role("button", name="Close settings").tap()
     page.get_by_role("link", name="Playground").tap()
-    go_on(page)
+    continue_prompt(page)
     page.locator(".token").nth(2).tap()
     page.get_by_role("dialog").wait_for()
     assert_fits(page)
@@ -562,7 +567,7 @@ def test_on_a_phone(site: Any, open_page: Open) -> None:
     page.get_by_role("link", name="Inside").tap()
     page.get_by_role("heading", name="The logit lens").wait_for()
     assert_fits(page)
-    picture(page, "phone-inside")
+    screenshot(page, "phone-inside")
     page.get_by_role("link", name="Runs").tap()
     page.locator(".headline").wait_for()
     page.get_by_label("Show short").check()

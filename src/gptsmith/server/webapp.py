@@ -42,7 +42,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "form-action 'none'",
         "frame-ancestors 'none'",
         "require-trusted-types-for 'script'",
-        "trusted-types sanitised-markdown",
+        "trusted-types sanitized-markdown",
     )
 )
 HEADERS = {

@@ -1,125 +1,140 @@
-// The shell: which view is shown, the theme, the keyboard.
+// The frame of the page: switching between views, the theme, keyboard shortcuts.
 
-import { askForKey, keyMatters } from "./api.js";
-import { ask, h, icon } from "./dom.js";
+import { needsKeyButton, promptForKey } from "./api.js";
+import { h, icon, showDialog } from "./dom.js";
 import * as models from "./models.js";
 import { load, save } from "./store.js";
-import { mount as chat } from "./chat.js";
-import { mount as inside } from "./inside.js";
-import { mount as playground } from "./playground.js";
-import { mount as runs } from "./runs.js";
+import { mount as mountChat } from "./chat.js";
+import { mount as mountInside } from "./inside.js";
+import { mount as mountPlayground } from "./playground.js";
+import { mount as mountRuns } from "./runs.js";
 
-const ALL = {
-  chat: { title: "Chat", icon: "chat", mount: chat },
-  playground: { title: "Playground", icon: "play", mount: playground },
-  inside: { title: "Inside", icon: "eye", mount: inside },
-  runs: { title: "Runs", icon: "chart", mount: runs },
+const VIEWS = {
+  chat: { title: "Chat", icon: "chat", mount: mountChat },
+  playground: { title: "Playground", icon: "play", mount: mountPlayground },
+  inside: { title: "Inside", icon: "eye", mount: mountInside },
+  runs: { title: "Runs", icon: "chart", mount: mountRuns },
 };
-const names = document.documentElement.dataset.views.split(" ").filter((name) => name in ALL);
+const viewNames = document.documentElement.dataset.views.split(" ").filter((view) => view in VIEWS);
 const main = document.getElementById("main");
 const tabs = document.getElementById("tabs");
-const views = {};
+const views = {}; // name -> {root, control}
 let current = null;
 
-for (const name of names) {
-  const { title, icon: sign } = ALL[name];
-  tabs.append(h("a.tab", { href: `#${name}`, id: `tab-${name}` }, icon(sign), h("span", {}, title)));
-  const root = h(`div.view.view-${name}`, { hidden: true });
+for (const view of viewNames) {
+  const { title, icon: iconName } = VIEWS[view];
+  tabs.append(h("a.tab", { href: `#${view}`, id: `tab-${view}` }, icon(iconName), h("span", {}, title)));
+  const root = h(`div.view.view-${view}`, { hidden: true });
   main.append(root);
-  views[name] = { root };
+  views[view] = { root };
 }
-tabs.hidden = names.length < 2;
+tabs.hidden = viewNames.length < 2;
 
-const go = (name) => { location.hash = name; };
+function goTo(view) {
+  location.hash = view;
+}
 
-function show() {
-  const wanted = location.hash.slice(1);
-  if (wanted === "main") return; // the skip link
-  const name = names.includes(wanted) ? wanted : names.includes(load("view", "")) ? load("view", "") : names[0];
-  if (name === current) return;
-  for (const [other, view] of Object.entries(views)) {
-    view.root.hidden = other !== name;
+function showView() {
+  const fromAddress = location.hash.slice(1);
+  if (fromAddress === "main") return; // the skip link
+  const view = [fromAddress, load("view", "")].find((candidate) => viewNames.includes(candidate)) ?? viewNames[0];
+  if (view === current) return;
+  for (const [other, { root }] of Object.entries(views)) {
+    root.hidden = other !== view;
     const tab = document.getElementById(`tab-${other}`);
-    if (other === name) tab.setAttribute("aria-current", "page");
+    if (other === view) tab.setAttribute("aria-current", "page");
     else tab.removeAttribute("aria-current");
   }
-  views[current]?.control.hidden?.();
-  current = name;
-  save("view", name);
-  document.title = `${ALL[name].title} · gptsmith`;
-  views[name].control.shown?.();
+  views[current]?.control.onHide?.();
+  current = view;
+  save("view", view);
+  document.title = `${VIEWS[view].title} · gptsmith`;
+  views[view].control.onShow?.();
 }
 
-for (const name of names) views[name].control = ALL[name].mount(views[name].root, { go });
-addEventListener("hashchange", show);
-show();
-if (names.includes("chat")) models.start();
+for (const view of viewNames) views[view].control = VIEWS[view].mount(views[view].root, { goTo });
+addEventListener("hashchange", showView);
+showView();
+if (viewNames.includes("chat")) models.start();
 
 // -- theme -------------------------------------------------------------------------------------------------------------
 
+const THEMES = {
+  auto: { label: "system", icon: "auto" },
+  light: { label: "light", icon: "sun" },
+  dark: { label: "dark", icon: "moon" },
+};
 const themeButton = document.getElementById("theme");
-const THEMES = { auto: "as the system has it", light: "light", dark: "dark" };
+const currentTheme = () => document.documentElement.dataset.theme ?? "auto";
 
 function drawTheme() {
-  const theme = document.documentElement.dataset.theme ?? "auto";
-  themeButton.replaceChildren(icon({ auto: "auto", light: "sun", dark: "moon" }[theme]));
-  themeButton.setAttribute("aria-label", `Theme: ${THEMES[theme]}`);
-  themeButton.title = `Theme: ${THEMES[theme]}`;
+  const theme = THEMES[currentTheme()];
+  themeButton.replaceChildren(icon(theme.icon));
+  themeButton.setAttribute("aria-label", `Theme: ${theme.label}`);
+  themeButton.title = `Theme: ${theme.label}`;
 }
 
 themeButton.addEventListener("click", () => {
   const order = Object.keys(THEMES);
-  const next = order[(order.indexOf(document.documentElement.dataset.theme ?? "auto") + 1) % order.length];
+  const next = order[(order.indexOf(currentTheme()) + 1) % order.length];
   try {
     if (next === "auto") {
       delete document.documentElement.dataset.theme;
       localStorage.removeItem("gptsmith.theme");
     } else {
       document.documentElement.dataset.theme = next;
-      localStorage.setItem("gptsmith.theme", next); // plain, as theme.js reads it
+      localStorage.setItem("gptsmith.theme", next); // not JSON: theme.js reads it
     }
   } catch {
-    // not kept, but shown
+    // no storage: the theme lasts until a reload
   }
   drawTheme();
   document.dispatchEvent(new CustomEvent("theme-changed"));
 });
 drawTheme();
 
-// -- key and keyboard --------------------------------------------------------------------------------------------------
+// -- API key and keyboard ----------------------------------------------------------------------------------------------
 
 const keyButton = document.getElementById("key");
+const updateKeyButton = () => {
+  keyButton.hidden = !needsKeyButton();
+};
 keyButton.append(icon("key"));
-keyButton.addEventListener("click", () => askForKey());
-keyButton.hidden = !keyMatters();
-document.addEventListener("key-changed", () => { keyButton.hidden = !keyMatters(); });
+keyButton.addEventListener("click", () => promptForKey());
+document.addEventListener("key-changed", updateKeyButton);
+updateKeyButton();
 
-const help = document.getElementById("help");
-help.append(icon("help"));
-help.addEventListener("click", showHelp);
+const helpButton = document.getElementById("help");
+helpButton.append(icon("help"));
+helpButton.addEventListener("click", showHelp);
+
+const SHORTCUTS = [
+  ["/", "focus the text field"],
+  ["Enter", "send a message (Shift+Enter: new line)"],
+  ["↑", "edit your last message (in an empty message field)"],
+  ["Ctrl+Enter", "continue the prompt in the Playground"],
+  ["Esc", "stop generating"],
+  ["← →", "move between tokens; Enter shows alternatives"],
+  ["Alt+1 … 4", "switch view"],
+  ["?", "show this list"],
+];
 
 function showHelp() {
-  const rows = [
-    ["/", "to the text field of the view"],
-    ["Enter", "send a message (Shift+Enter: a new line)"],
-    ["↑", "in an empty message: edit the last one"],
-    ["Ctrl+Enter", "continue the prompt in the Playground"],
-    ["Esc", "stop what is being written"],
-    ["← →", "from token to token; Enter opens what else was possible"],
-    ["Alt+1 … 4", "to the views"],
-    ["?", "this"],
-  ];
-  ask("Keyboard", h("table.keys", {}, h("tbody", {}, rows.map(([keys, what]) =>
-    h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, keys)), h("td", {}, what))))), [{ label: "Close", value: null, primary: true }]);
+  const rows = SHORTCUTS.map(([keys, action]) =>
+    h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, keys)), h("td", {}, action)),
+  );
+  const table = h("table.keys", {}, h("tbody", {}, rows));
+  showDialog("Keyboard shortcuts", table, [{ label: "Close", value: null, primary: true }]);
 }
 
 addEventListener("keydown", (event) => {
-  if (event.altKey && /^[1-9]$/.test(event.key) && names[event.key - 1]) {
+  if (event.altKey && /^[1-9]$/.test(event.key) && viewNames[event.key - 1]) {
     event.preventDefault();
-    go(names[event.key - 1]);
+    goTo(viewNames[event.key - 1]);
     return;
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, textarea, select") || document.querySelector("dialog[open]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input, textarea, select") || document.querySelector("dialog[open]")) return;
   if (event.key === "/") {
     event.preventDefault();
     views[current].control.focus?.();

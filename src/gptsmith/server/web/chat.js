@@ -1,10 +1,19 @@
-// Conversations: streamed, stopped, regenerated, edited, kept in this browser.
+// The chat view: conversations with a model. Answers are streamed, and can be stopped, regenerated and edited.
 
-import { completion } from "./api.js";
-import { announce, ask, copyText, download, h, icon, iconButton, toast } from "./dom.js";
-import { Rendering } from "./markdown.js";
+import { streamCompletion } from "./api.js";
+import {
+  apiMessages,
+  applyChunk,
+  decodingSpeed,
+  exportFile,
+  newConversation,
+  summarize,
+  titleOf,
+} from "./conversation.js";
+import { announce, copyText, download, h, icon, iconButton, showDialog, toast } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
 import * as models from "./models.js";
-import { Sampling } from "./sampling.js";
+import { SamplingControls } from "./sampling.js";
 import { load, save } from "./store.js";
 
 const SUGGESTIONS = [
@@ -12,67 +21,127 @@ const SUGGESTIONS = [
   "Write a short poem about the sea in winter.",
   "Give me three ideas for a quiet weekend.",
 ];
+const MAX_INPUT_HEIGHT = 240; // pixels
+const MAX_EDIT_ROWS = 12;
+const ANNOUNCED = 400; // characters of an answer that a screen reader is given
 
-export function mount(root, { go }) {
+export function mount(root, { goTo }) {
   let conversations = load("conversations", []);
   if (!Array.isArray(conversations)) conversations = [];
-  let current = null; // one that is not in the list until something is said in it
-  let running = null; // {controller, message}
-  const sampling = new Sampling("chat");
+  let current = null; // joins `conversations` with its first message
+  let running = null; // {controller, message} while an answer is generated
+  const sampling = new SamplingControls("chat");
 
   const list = h("ul.conversations", {});
-  const system = h("textarea", { id: "system", rows: 3, placeholder: "You are a helpful assistant.", oninput: () => {
-    current.system = system.value;
-    keep();
-  } });
+  const systemPrompt = h("textarea", {
+    id: "system",
+    rows: 3,
+    placeholder: "You are a helpful assistant.",
+    oninput: () => {
+      current.system = systemPrompt.value;
+      saveCurrent();
+    },
+  });
   const log = h("div.log", { role: "log", "aria-label": "Conversation", "aria-live": "off" });
   const input = h("textarea", {
-    id: "message", rows: 1, placeholder: "Say something", enterkeyhint: "send", oninput: fit, onkeydown: keys,
+    id: "message",
+    rows: 1,
+    placeholder: "Write a message",
+    enterkeyhint: "send",
+    oninput: resizeInput,
+    onkeydown: onInputKeyDown,
   });
-  const send = h("button.round.primary", { type: "submit", "aria-label": "Send", title: "Send (Enter)" }, icon("send"));
-  const composer = h("form.composer", { onsubmit: (event) => {
+  const sendButton = h(
+    "button.round.primary",
+    { type: "submit", "aria-label": "Send", title: "Send (Enter)" },
+    icon("send"),
+  );
+  const onSubmit = (event) => {
     event.preventDefault();
     if (running) stop();
-    else say(input.value);
-  } }, h("label.sr", { htmlFor: "message" }, "Message"), input, send);
-  const title = h("h1.sr", {}, "Chat");
-  const aside = h("aside.side.left", { id: "history", "aria-label": "Conversations" },
-    h("div.side-head", {}, h("h2", {}, "Conversations"),
-      iconButton("close", "Close the conversations", () => panel("history", false), { className: "icon-button only-narrow" })),
-    h("button.button.wide", { type: "button", onclick: () => { begin(); panel("history", false); input.focus(); } }, icon("plus"), "New conversation"),
-    list);
-  const settings = h("aside.side.right", { id: "settings", "aria-label": "Settings" },
-    h("div.side-head", {}, h("h2", {}, "Settings"),
-      iconButton("close", "Close the settings", () => panel("settings", false), { className: "icon-button only-narrow" })),
-    h("div.control", {}, h("div.control-head", {}, h("label", { htmlFor: "system" }, "System prompt")), system,
-      h("p.help", {}, "what the model is told before the conversation")),
+    else sendMessage(input.value);
+  };
+  const composer = h(
+    "form.composer",
+    { onsubmit: onSubmit },
+    h("label.visually-hidden", { htmlFor: "message" }, "Message"),
+    input,
+    sendButton,
+  );
+  const panelHead = (title, id) =>
+    h(
+      "div.side-head",
+      {},
+      h("h2", {}, title),
+      iconButton("close", `Close ${title.toLowerCase()}`, () => showPanel(id, false), {
+        className: "icon-button only-narrow",
+      }),
+    );
+  const onNew = () => {
+    startConversation();
+    showPanel("history", false);
+    input.focus();
+  };
+  const history = h(
+    "aside.side.left",
+    { id: "history", "aria-label": "Conversations" },
+    panelHead("Conversations", "history"),
+    h("button.button.wide", { type: "button", onclick: onNew }, icon("plus"), "New conversation"),
+    list,
+  );
+  const exportButton = (label, format) =>
+    h(
+      "button.button.quiet",
+      { type: "button", title: `Export as ${label}`, onclick: () => exportConversation(format) },
+      icon("download"),
+      label,
+    );
+  const settings = h(
+    "aside.side.right",
+    { id: "settings", "aria-label": "Settings" },
+    panelHead("Settings", "settings"),
+    h(
+      "div.control",
+      {},
+      h("div.control-head", {}, h("label", { htmlFor: "system" }, "System prompt")),
+      systemPrompt,
+      h("p.help", {}, "instructions that the model reads before the conversation"),
+    ),
     sampling.element,
-    h("div.buttons", {},
-      h("button.button.quiet", { type: "button", onclick: () => exportAs("markdown") }, icon("download"), "Markdown"),
-      h("button.button.quiet", { type: "button", onclick: () => exportAs("json") }, icon("download"), "JSON")));
-  const tools = h("div.view-tools.only-narrow", {},
-    iconButton("list", "Conversations", () => panel("history", true)),
-    iconButton("sliders", "Settings", () => panel("settings", true)));
+    h("div.buttons", {}, exportButton("Markdown", "markdown"), exportButton("JSON", "json")),
+  );
+  const tools = h(
+    "div.view-tools.only-narrow",
+    {},
+    iconButton("list", "Conversations", () => showPanel("history", true)),
+    iconButton("sliders", "Settings", () => showPanel("settings", true)),
+  );
   const notice = h("div.notice", { hidden: true });
   const scroller = h("div.scroller", {}, log);
-  root.append(title, aside, h("div.chat-main", {}, tools, scroller, notice, composer), settings);
+  const title = h("h1.visually-hidden", {}, "Chat");
+  root.append(title, history, h("div.chat-main", {}, tools, scroller, notice, composer), settings);
   root.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    if (root.querySelector(".side.open")) ["history", "settings"].forEach((id) => panel(id, false));
+    if (root.querySelector(".side.open")) ["history", "settings"].forEach((id) => showPanel(id, false));
     else if (running) stop();
   });
 
-  models.onChoice(async (name) => {
+  models.onSelect(async (name) => {
     try {
-      const about = await models.describe(name);
-      if (name !== models.chosen()) return;
-      notice.hidden = about.chat;
-      composer.hidden = !about.chat;
-      if (!about.chat) {
+      const model = await models.describe(name);
+      if (name !== models.selected()) return;
+      notice.hidden = model.chat;
+      composer.hidden = !model.chat;
+      if (!model.chat) {
         notice.replaceChildren(
-          h("p", {}, h("strong", {}, `${name} has not been taught to talk.`),
-            " It is a base model: it goes on with a text, and does not know what a question is. In the Playground it is in its element."),
-          h("button.button.primary", { type: "button", onclick: () => go("playground") }, "Open the Playground"));
+          h(
+            "p",
+            {},
+            h("strong", {}, `${name} is a base model`),
+            ": it continues text but does not follow instructions. Try it in the Playground.",
+          ),
+          h("button.button.primary", { type: "button", onclick: () => goTo("playground") }, "Open the Playground"),
+        );
       }
       if (!running) draw();
     } catch (error) {
@@ -82,165 +151,184 @@ export function mount(root, { go }) {
 
   // -- conversations ---------------------------------------------------------------------------------------------------
 
-  function begin() {
-    stop();
-    current = { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", updated: Date.now(), system: "", messages: [] };
-    system.value = "";
-    draw();
-    drawList();
+  function startConversation() {
+    openConversation(newConversation());
   }
 
-  function open(conversation) {
+  function openConversation(conversation) {
     stop();
     current = conversation;
-    system.value = conversation.system ?? "";
+    systemPrompt.value = conversation.system ?? "";
     draw();
     drawList();
   }
 
-  function keep() {
+  function saveCurrent() {
     if (!current.messages.length) return;
     if (!conversations.includes(current)) conversations.unshift(current);
     current.updated = Date.now();
-    current.title ||= current.messages[0].content.trim().replaceAll(/\s+/g, " ").slice(0, 60);
+    current.title ||= titleOf(current.messages[0].content);
     conversations.sort((a, b) => b.updated - a.updated);
     if (!save("conversations", conversations)) {
-      toast("The browser's storage is full or switched off: this conversation is not kept. Export it, or delete others.", "error");
+      toast(
+        "This conversation could not be saved: the browser's storage is full or disabled. " +
+          "Export the conversation, or delete older ones.",
+        "error",
+      );
     }
     drawList();
   }
 
-  async function remove(conversation) {
-    const yes = await ask("Delete this conversation?", h("p", {}, `“${conversation.title}” is kept in this browser alone.`),
-      [{ label: "Keep it", value: false }, { label: "Delete", value: true, danger: true }]);
-    if (!yes) return;
-    conversations = conversations.filter((each) => each !== conversation);
+  async function deleteConversation(conversation) {
+    const confirmed = await showDialog(
+      "Delete this conversation?",
+      h("p", {}, `“${conversation.title}” is stored only in this browser. It cannot be restored.`),
+      [
+        { label: "Cancel", value: false },
+        { label: "Delete", value: true, danger: true },
+      ],
+    );
+    if (!confirmed) return;
+    conversations = conversations.filter((other) => other !== conversation);
     save("conversations", conversations);
-    if (conversation === current) begin();
+    if (conversation === current) startConversation();
     drawList();
   }
 
   function drawList() {
-    list.replaceChildren(...conversations.map((conversation) =>
-      h("li", {}, h("button.conversation", {
-        type: "button", "aria-current": conversation === current ? "true" : undefined,
-        onclick: () => { open(conversation); panel("history", false); },
-      }, conversation.title || "…"), iconButton("trash", `Delete “${conversation.title}”`, () => remove(conversation)))));
-    if (!conversations.length) list.append(h("li.empty", {}, "Nothing yet. What you talk about stays in this browser."));
+    const rows = conversations.map((conversation) => {
+      const onclick = () => {
+        openConversation(conversation);
+        showPanel("history", false);
+      };
+      const active = conversation === current ? "true" : undefined;
+      const open = { type: "button", "aria-current": active, onclick };
+      return h(
+        "li",
+        {},
+        h("button.conversation", open, conversation.title || "…"),
+        iconButton("trash", `Delete “${conversation.title}”`, () => deleteConversation(conversation)),
+      );
+    });
+    const empty = h("li.empty", {}, "No conversations yet. They are stored only in this browser.");
+    list.replaceChildren(...(rows.length ? rows : [empty]));
   }
 
-  function panel(id, shown) {
-    const element = document.getElementById(id);
-    const was = element.classList.contains("open");
-    element.classList.toggle("open", shown);
-    if (shown) element.querySelector("button").focus();
-    else if (was) input.focus({ preventScroll: true });
+  // The side panels cover the conversation on a narrow screen.
+  function showPanel(id, shown) {
+    const panel = document.getElementById(id);
+    const wasShown = panel.classList.contains("open");
+    panel.classList.toggle("open", shown);
+    if (shown) panel.querySelector("button").focus();
+    else if (wasShown) input.focus({ preventScroll: true });
   }
 
-  // -- talking ---------------------------------------------------------------------------------------------------------
+  // -- messages --------------------------------------------------------------------------------------------------------
 
-  function say(text) {
+  function sendMessage(text) {
     if (!text.trim() || running) return;
     current.messages.push({ role: "user", content: text.trim() });
     input.value = "";
-    fit();
-    answer();
+    resizeInput();
+    generateAnswer();
   }
 
-  async function answer() {
-    const message = { role: "assistant", content: "", model: models.chosen() || undefined };
-    keep(); // what was said is not lost, whatever becomes of the answer
-    const asked = current.messages.map(({ role, content }) => ({ role, content }));
-    if (current.system?.trim()) asked.unshift({ role: "system", content: current.system });
-    current.messages.push(message);
+  async function generateAnswer() {
     const conversation = current;
+    saveCurrent(); // the question is kept even if the answer fails
+    const messages = apiMessages(conversation);
+    const message = { role: "assistant", content: "", model: models.selected() || undefined };
+    conversation.messages.push(message);
     const controller = new AbortController();
     running = { controller, message };
-    busy(true);
+    drawSendButton();
     draw();
     const element = log.lastElementChild;
-    const rendering = new Rendering(element.querySelector(".body"), following);
-    const began = performance.now();
-    let first = null;
+    const markdown = new MarkdownView(element.querySelector(".body"), keepScrolled);
+    const startTime = performance.now();
+    let firstTokenTime = null;
     try {
-      const model = (message.model = await models.choice());
-      for await (const chunk of completion("v1/chat/completions", { model, messages: asked, ...sampling.fields() }, controller.signal)) {
-        if (chunk.usage) message.usage = chunk.usage;
-        const choice = chunk.choices?.[0];
-        if (choice?.delta?.content) {
-          first ??= performance.now();
-          message.content += choice.delta.content;
-          element.classList.remove("waiting");
-          rendering.show(message.content);
-        }
-        if (choice?.finish_reason) message.finish = choice.finish_reason;
+      message.model = await models.waitForSelection();
+      const body = { model: message.model, messages, ...sampling.requestFields() };
+      for await (const chunk of streamCompletion("v1/chat/completions", body, controller.signal)) {
+        if (!applyChunk(message, chunk)) continue;
+        firstTokenTime ??= performance.now();
+        element.classList.remove("waiting");
+        markdown.show(message.content);
       }
     } catch (error) {
       if (error.name === "AbortError") message.finish = "stopped";
       else message.error = error.message;
     }
-    const ended = performance.now();
-    message.seconds = (ended - began) / 1000;
-    if (message.usage && first !== null && message.usage.completion_tokens > 1) {
-      message.speed = (message.usage.completion_tokens - 1) / ((ended - first) / 1000);
-    }
+    const endTime = performance.now();
+    message.seconds = (endTime - startTime) / 1000;
+    if (firstTokenTime !== null) message.speed = decodingSpeed(message.usage, (endTime - firstTokenTime) / 1000);
     if (running?.message === message) {
       running = null;
-      busy(false);
+      drawSendButton();
     }
-    if (conversation !== current) { // another was opened meanwhile: what had come of this one is kept
-      save("conversations", conversations);
+    if (conversation !== current) {
+      save("conversations", conversations); // another one was opened in the meantime
       return;
     }
-    keep();
-    following(() => element.replaceWith(turn(message, conversation.messages.length - 1)));
-    announce(message.error ? `Error: ${message.error}` : `Answer: ${message.content.slice(0, 400)}`);
+    saveCurrent();
+    keepScrolled(() => element.replaceWith(drawMessage(message, conversation.messages.length - 1)));
+    announce(message.error ? `Error: ${message.error}` : `Answer: ${message.content.slice(0, ANNOUNCED)}`);
   }
 
   function stop() {
     running?.controller.abort();
   }
 
-  function busy(yes) {
-    send.replaceChildren(icon(yes ? "stop" : "send"));
-    send.setAttribute("aria-label", yes ? "Stop" : "Send");
-    send.title = yes ? "Stop (Esc)" : "Send (Enter)";
+  function drawSendButton() {
+    sendButton.replaceChildren(icon(running ? "stop" : "send"));
+    sendButton.setAttribute("aria-label", running ? "Stop" : "Send");
+    sendButton.title = running ? "Stop (Esc)" : "Send (Enter)";
   }
 
-  function again(index) {
+  // Replace the answer at `index`. Later messages are removed.
+  function regenerate(index) {
     if (running) return;
-    current.messages.length = index; // the answer at `index`, and all that came after it
-    answer();
+    current.messages.length = index;
+    generateAnswer();
   }
 
   function edit(index) {
     if (running) return;
     const message = current.messages[index];
-    const user = message.role === "user";
-    const area = h("textarea.edit", { value: message.content, rows: Math.min(12, message.content.split("\n").length + 1),
-      "aria-label": user ? "Your message" : "The answer" });
-    const done = (send) => {
-      if (send) {
-        if (!area.value.trim()) return;
-        message.content = area.value.trim();
-        if (user) {
-          current.messages.length = index + 1;
-          answer();
-          return;
-        }
+    const isUser = message.role === "user";
+    const area = h("textarea.edit", {
+      value: message.content,
+      rows: Math.min(MAX_EDIT_ROWS, message.content.split("\n").length + 1),
+      "aria-label": isUser ? "Your message" : "Answer",
+    });
+    const apply = () => {
+      if (!area.value.trim()) return;
+      message.content = area.value.trim();
+      if (isUser) {
+        current.messages.length = index + 1;
+        generateAnswer();
+      } else {
         message.finish = "edited";
-        keep();
+        saveCurrent();
+        draw();
       }
-      draw();
     };
     area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") { event.stopPropagation(); done(false); }
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) done(true);
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        draw();
+      }
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) apply();
     });
-    log.children[index].querySelector(".body").replaceChildren(area, h("div.buttons", {},
-      h("button.button.primary", { type: "button", onclick: () => done(true) }, user ? "Send" : "Save"),
-      h("button.button", { type: "button", onclick: () => done(false) }, "Cancel"),
-      user && index < current.messages.length - 1 && h("span.help", {}, "what comes after it will be answered anew")));
+    const buttons = h(
+      "div.buttons",
+      {},
+      h("button.button.primary", { type: "button", onclick: apply }, isUser ? "Send" : "Save"),
+      h("button.button", { type: "button", onclick: draw }, "Cancel"),
+      isUser && index < current.messages.length - 1 && h("span.help", {}, "Later messages will be replaced."),
+    );
+    log.children[index].querySelector(".body").replaceChildren(area, buttons);
     area.focus();
   }
 
@@ -248,65 +336,66 @@ export function mount(root, { go }) {
 
   function draw() {
     if (!current) return;
-    log.replaceChildren(...current.messages.map(turn));
-    if (!current.messages.length) {
-      log.append(h("div.welcome", {}, notice.hidden
-        ? [h("p.hello", {}, "What shall we talk about?"), h("div.suggestions", {}, SUGGESTIONS.map((text) =>
-          h("button.suggestion", { type: "button", onclick: () => say(text) }, text)))]
-        : notice));
-    } else composer.before(notice);
-    toEnd();
+    log.replaceChildren(...current.messages.map(drawMessage));
+    if (!current.messages.length) log.append(h("div.welcome", {}, notice.hidden ? drawSuggestions() : notice));
+    else composer.before(notice);
+    scrollToEnd();
   }
 
-  function turn(message, index) {
-    const user = message.role === "user";
-    const waiting = running?.message === message && !message.content;
+  function drawSuggestions() {
+    const buttons = SUGGESTIONS.map((text) =>
+      h("button.suggestion", { type: "button", onclick: () => sendMessage(text) }, text),
+    );
+    return [h("p.hello", {}, "Start a conversation"), h("div.suggestions", {}, buttons)];
+  }
+
+  function drawMessage(message, index) {
+    const isUser = message.role === "user";
+    const isRunning = running?.message === message;
+    const waiting = isRunning && !message.content;
     const body = h("div.body");
-    if (user) body.textContent = message.content;
-    else if (message.content) new Rendering(body, following).finish(message.content);
-    const element = h(`article.turn.${message.role}${waiting ? ".waiting" : ""}`, { "aria-label": user ? "You" : message.model ?? "Answer" },
-      h("header", {}, user ? "You" : message.model ?? "Assistant"), body);
-    if (waiting) body.append(h("span.dots", { role: "img", "aria-label": "Waiting for the first token" }, h("i"), h("i"), h("i")));
-    if (running?.message === message) return element;
+    if (isUser) body.textContent = message.content;
+    else if (message.content) new MarkdownView(body, keepScrolled).finish(message.content);
+    if (waiting) {
+      const dots = { role: "img", "aria-label": "Waiting for the first token" };
+      body.append(h("span.dots", dots, h("i"), h("i"), h("i")));
+    }
+    const speaker = isUser ? "You" : (message.model ?? "Assistant");
+    const name = `article.turn.${message.role}${waiting ? ".waiting" : ""}`;
+    const element = h(name, { "aria-label": speaker }, h("header", {}, speaker), body);
+    if (isRunning) return element;
     if (message.error) element.append(h("p.failed", { role: "alert" }, message.error));
-    element.append(h("footer", {},
-      h("div.actions", {},
-        iconButton("copy", "Copy", () => copyText(message.content)),
-        iconButton("edit", "Edit", () => edit(index)),
-        !user && iconButton("again", "Answer again", () => again(index))),
-      !user && h("span.stats", {}, statistics(message))));
+    const actions = h(
+      "div.actions",
+      {},
+      iconButton("copy", "Copy", () => copyText(message.content)),
+      iconButton("edit", "Edit", () => edit(index)),
+      !isUser && iconButton("regenerate", "Regenerate", () => regenerate(index)),
+    );
+    element.append(h("footer", {}, actions, !isUser && h("span.stats", {}, summarize(message))));
     return element;
   }
 
-  function statistics(message) {
-    const parts = [];
-    if (message.finish === "stopped") parts.push("stopped");
-    if (message.finish === "length") parts.push("ended at the most tokens");
-    if (message.finish === "edited") parts.push("edited");
-    if (message.usage) parts.push(`${message.usage.completion_tokens} tokens`);
-    if (message.speed) parts.push(`${message.speed.toFixed(1)} tokens/s`);
-    return parts.join(" · ");
+  function scrollToEnd() {
+    scroller.scrollTop = scroller.scrollHeight;
   }
 
-  const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
-  const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
-
-  // Who reads the end goes on reading the end; who has scrolled up is left there.
-  function following(change) {
-    const follow = atEnd();
+  // Make a change of the page. If the end of the conversation was in view before, it is in view afterwards.
+  function keepScrolled(change) {
+    const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
     change();
-    if (follow) toEnd();
+    if (atEnd) scrollToEnd();
   }
 
-  function fit() {
+  function resizeInput() {
     input.style.height = "auto";
-    input.style.height = `${Math.min(input.scrollHeight, 240)}px`;
+    input.style.height = `${Math.min(input.scrollHeight, MAX_INPUT_HEIGHT)}px`;
   }
 
-  function keys(event) {
+  function onInputKeyDown(event) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      if (!running) say(input.value);
+      if (!running) sendMessage(input.value);
     }
     if (event.key === "ArrowUp" && !input.value && !running) {
       const last = current.messages.findLastIndex((message) => message.role === "user");
@@ -317,23 +406,21 @@ export function mount(root, { go }) {
     }
   }
 
-  function exportAs(kind) {
+  function exportConversation(format) {
     if (!current.messages.length) {
       toast("There is nothing to export yet.");
       return;
     }
-    const name = (current.title || "conversation").replaceAll(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).toLowerCase();
-    const messages = current.messages.map(({ role, content }) => ({ role, content }));
-    if (current.system?.trim()) messages.unshift({ role: "system", content: current.system });
-    if (kind === "json") download(`${name}.json`, `${JSON.stringify({ messages }, null, 1)}\n`, "application/json");
-    else {
-      const names = { system: "System", user: "You", assistant: "Assistant" };
-      const text = messages.map(({ role, content }) => `**${names[role]}**\n\n${content}\n`).join("\n");
-      download(`${name}.md`, `# ${current.title}\n\n${text}`, "text/markdown");
-    }
+    const file = exportFile(current, format);
+    download(file.name, file.text, file.type);
   }
 
-  if (conversations.length) open(conversations[0]);
-  else begin();
-  return { shown: () => { if (matchMedia("(pointer: fine)").matches) input.focus({ preventScroll: true }); }, focus: () => input.focus() };
+  if (conversations.length) openConversation(conversations[0]);
+  else startConversation();
+  return {
+    onShow: () => {
+      if (matchMedia("(pointer: fine)").matches) input.focus({ preventScroll: true });
+    },
+    focus: () => input.focus(),
+  };
 }

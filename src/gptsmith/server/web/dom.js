@@ -1,8 +1,8 @@
-// Elements from code, and the small things every view needs.
+// Building blocks of the page: elements, icons, dialogs, notices.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// h("button.primary", {type: "button", onclick: f, "aria-label": "Stop"}, "Stop", icon("stop"))
+// Create an HTML element: h("button.primary", {type: "button", onclick: f, "aria-label": "Stop"}, "Stop", icon("stop"))
 export function h(name, properties = {}, ...children) {
   const [tag, ...classes] = name.split(".");
   const element = document.createElement(tag);
@@ -18,7 +18,8 @@ export function h(name, properties = {}, ...children) {
   return element;
 }
 
-export function s(tag, attributes = {}, ...children) {
+// Create an SVG element.
+export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (value !== undefined && value !== null) element.setAttribute(key, value);
@@ -33,8 +34,8 @@ function append(element, children) {
   }
 }
 
-// Children anew; what is undefined, null or false is left out.
-export function fill(element, ...children) {
+// Replace the children of an element. Children that are undefined, null or false are left out.
+export function setChildren(element, ...children) {
   element.replaceChildren();
   append(element, children);
   return element;
@@ -43,13 +44,14 @@ export function fill(element, ...children) {
 const ICONS = {
   send: "M4 12 20 4l-5 16-3.5-6.5L4 12Zm7.5 1.5L20 4",
   stop: "M7 7h10v10H7z",
-  again: "M5 12a7 7 0 1 0 2.2-5.1M5 4v4h4",
+  regenerate: "M5 12a7 7 0 1 0 2.2-5.1M5 4v4h4",
   edit: "M4 20h4L19 9l-4-4L4 16v4Zm9-13 4 4",
   copy: "M9 9h10v11H9zM5 15V4h10",
   trash: "M5 7h14M10 7V4h4v3m-7 0 1 13h8l1-13m-7 4v5m4-5v5",
   plus: "M12 5v14M5 12h14",
   download: "M12 4v11m-5-5 5 5 5-5M5 20h14",
-  sliders: "M5 7h8m4 0h2M5 12h2m4 0h8M5 17h10m4 0h0M13 7a2 2 0 1 0 4 0 2 2 0 1 0-4 0M7 12a2 2 0 1 0 4 0 2 2 0 1 0-4 0M15 17a2 2 0 1 0 4 0 2 2 0 1 0-4 0",
+  sliders:
+    "M5 7h8m4 0h2M5 12h2m4 0h8M5 17h10m4 0h0M13 7a2 2 0 1 0 4 0 2 2 0 1 0-4 0M7 12a2 2 0 1 0 4 0 2 2 0 1 0-4 0M15 17a2 2 0 1 0 4 0 2 2 0 1 0-4 0",
   list: "M5 6h14M5 12h14M5 18h9",
   close: "M6 6l12 12M18 6 6 18",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8ZM12 3v2m0 14v2M3 12h2m14 0h2M5.6 5.6 7 7m10 10 1.4 1.4M5.6 18.4 7 17M17 7l1.4-1.4",
@@ -65,15 +67,25 @@ const ICONS = {
 };
 
 export function icon(name) {
-  return s("svg", { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true", focusable: "false" },
-    s("path", { d: ICONS[name] }));
+  return svg(
+    "svg",
+    { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true", focusable: "false" },
+    svg("path", { d: ICONS[name] }),
+  );
 }
 
 export function iconButton(name, label, onclick, properties = {}) {
-  return h("button.icon-button", { type: "button", "aria-label": label, title: label, onclick, ...properties }, icon(name));
+  return h(
+    "button.icon-button",
+    { type: "button", "aria-label": label, title: label, onclick, ...properties },
+    icon(name),
+  );
 }
 
-export const wait = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+export const sleep = (milliseconds) =>
+  new Promise((resolve) => {
+    setTimeout(resolve, milliseconds);
+  });
 
 export function debounce(action, milliseconds) {
   let timer;
@@ -83,7 +95,7 @@ export function debounce(action, milliseconds) {
   };
 }
 
-// Said to people who listen to the page; not shown.
+// Tell users of screen readers. Nothing is shown.
 export function announce(text) {
   document.getElementById("live").textContent = text;
 }
@@ -98,7 +110,7 @@ export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    const area = h("textarea.sr", { value: text, "aria-hidden": "true" }); // no clipboard over plain http
+    const area = h("textarea.sr", { value: text, "aria-hidden": "true" }); // there is no clipboard API over plain HTTP
     document.body.append(area);
     area.select();
     document.execCommand("copy");
@@ -110,22 +122,42 @@ export async function copyText(text) {
 export function download(name, text, type) {
   const url = URL.createObjectURL(new Blob([text], { type }));
   h("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  setTimeout(() => URL.revokeObjectURL(url), 10_000); // after the download has started
 }
 
-// A question with buttons; resolves to the value of the one that was chosen, or null.
-export function ask(title, body, buttons) {
+// Show a modal dialog with buttons. Resolve to the value of the chosen button, or to null if it is dismissed. A value that
+// is a function is called when the button is pressed.
+export function showDialog(title, body, buttons) {
   return new Promise((resolve) => {
     let answer = null;
     const titleId = `dialog-${Math.random().toString(36).slice(2)}`;
-    const dialog = h("dialog.dialog", { "aria-labelledby": titleId },
-      h("h2", { id: titleId }, title), body,
-      h("div.buttons", {}, buttons.map(({ label, value, primary, danger }) =>
-        h(`button.button${primary ? ".primary" : ""}${danger ? ".danger" : ""}`, {
-          type: "button",
-          onclick: () => { answer = typeof value === "function" ? value() : value; dialog.close(); },
-        }, label))));
-    dialog.addEventListener("close", () => { dialog.remove(); resolve(answer); });
+    const dialog = h(
+      "dialog.dialog",
+      { "aria-labelledby": titleId },
+      h("h2", { id: titleId }, title),
+      body,
+      h(
+        "div.buttons",
+        {},
+        buttons.map(({ label, value, primary, danger }) =>
+          h(
+            `button.button${primary ? ".primary" : ""}${danger ? ".danger" : ""}`,
+            {
+              type: "button",
+              onclick: () => {
+                answer = typeof value === "function" ? value() : value;
+                dialog.close();
+              },
+            },
+            label,
+          ),
+        ),
+      ),
+    );
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(answer);
+    });
     dialog.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && event.target.tagName === "INPUT") {
         event.preventDefault();
@@ -135,27 +167,4 @@ export function ask(title, body, buttons) {
     document.body.append(dialog);
     dialog.showModal();
   });
-}
-
-export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)}%` : p >= 0.00095 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
-
-export function compact(n) {
-  if (n === null || n === undefined) return "–";
-  const sizes = [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
-  for (const [size, letter] of sizes) if (Math.abs(n) >= size) return `${(n / size).toFixed(n / size < 10 ? 1 : 0)}${letter}`;
-  return `${Math.round(n)}`;
-}
-
-export function duration(seconds) {
-  if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
-  const whole = Math.max(0, Math.round(seconds));
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${String(whole % 60).padStart(2, "0")} s`;
-  return `${Math.floor(whole / 3600)} h ${String(Math.floor(whole / 60) % 60).padStart(2, "0")} min`;
-}
-
-// A token as it is shown where it stands alone: what cannot be seen is made visible.
-export function visible(text) {
-  if (text === "") return "∅";
-  return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 }

@@ -1,152 +1,230 @@
-// What happens inside, for a short text: attention, the logit lens, what comes next.
+// The view of a model's inside for a short text: attention weights, the logit lens, the next-token distribution.
 
 import { request } from "./api.js";
-import { debounce, h, percent, visible } from "./dom.js";
+import { lensLevel, maskReason, maskRectangles, strongestKeys, weightColor } from "./attention.js";
+import { debounce, h } from "./dom.js";
+import { percent, printable } from "./format.js";
 import * as models from "./models.js";
 import { load, save } from "./store.js";
-import { bar, shade } from "./tokens.js";
+import { probabilityBar, probabilityLevel } from "./tokens.js";
 
-const TOP = 12;
+const NEXT_TOKENS = 12; // candidates for the next token that are shown
+const STRONGEST = 8; // attended tokens that are listed
+const LABEL_LENGTH = 9; // characters of a token beside the attention map
+const LENS_LENGTH = 10; // characters of a token in the logit lens
+const MIN_LABELED_CELL = 7; // pixels; smaller cells of the attention map have no labels
+const MASKED = { future: "masked (future token)", window: "masked (outside the sliding window)" };
 
 export function mount(root) {
-  let found = null; // the answer to the last question
-  let about = null; // the model
+  let result = null; // the server's last answer
+  let model = null; // the description of the selected model
   let layer = 0;
   let head = 0;
-  let row = 0; // the token whose view is shown
-  let asked = 0;
+  let row = 0; // index of the selected token
+  let requests = 0;
   let controller = null;
 
-  const text = h("input", { id: "inside-text", type: "text", maxLength: 400, spellcheck: false, autocomplete: "off",
-    value: load("inside.text", "The cat sat on the mat and the dog sat on the"), oninput: () => { save("inside.text", text.value); lookSoon(); } });
+  const inspectSoon = debounce(inspect, 400);
+  const inspectLayerSoon = debounce(inspectLayer, 60);
+  const layerLabel = () => `${layer + 1} of ${model?.layers ?? "…"}`;
+
+  const textInput = h("input", {
+    id: "inside-text",
+    type: "text",
+    maxLength: 400,
+    spellcheck: false,
+    autocomplete: "off",
+    value: load("inside.text", "The cat sat on the mat and the dog sat on the"),
+    oninput: () => {
+      save("inside.text", textInput.value);
+      inspectSoon();
+    },
+  });
   const status = h("p.help", { role: "status" });
-  const strip = h("div.strip", { role: "listbox", "aria-label": "Tokens; choose the one whose view is shown", onkeydown: stripKeys });
-  const layerInput = h("input", { id: "layer", type: "range", min: 0, max: 0, step: 1, value: 0, oninput: () => {
-    layer = Number(layerInput.value);
-    layerOut.textContent = layerName();
-    layerSoon();
-  } });
-  const layerOut = h("output", { htmlFor: "layer" });
-  const heads = h("div.heads", { role: "radiogroup", "aria-label": "Head", onkeydown: headKeys });
-  const map = h("canvas.map", { tabIndex: 0, role: "img", onpointermove: (event) => point(event, false), onpointerdown: (event) => point(event, true),
-    onpointerleave: () => tip.hidden = true, onkeydown: mapKeys });
+  const strip = h("div.strip", {
+    role: "listbox",
+    "aria-label": "Tokens: select one to inspect",
+    onkeydown: onStripKeyDown,
+  });
+  const layerInput = h("input", {
+    id: "layer",
+    type: "range",
+    min: 0,
+    max: 0,
+    step: 1,
+    value: 0,
+    oninput: () => {
+      layer = Number(layerInput.value);
+      layerOutput.textContent = layerLabel();
+      inspectLayerSoon();
+    },
+  });
+  const layerOutput = h("output", { htmlFor: "layer" });
+  const heads = h("div.heads", { role: "radiogroup", "aria-label": "Head", onkeydown: onHeadKeyDown });
+  const map = h("canvas.map", {
+    tabIndex: 0,
+    role: "img",
+    onpointermove: (event) => onMapPointer(event, false),
+    onpointerdown: (event) => onMapPointer(event, true),
+    onpointerleave: () => {
+      tip.hidden = true;
+    },
+    onkeydown: onMapKeyDown,
+  });
   const mapBox = h("div.map-box", {}, map);
-  const probe = h("span", { hidden: true });
+  const colorProbe = h("span", { hidden: true });
   const tip = h("div.tip", { hidden: true, "aria-hidden": "true" });
   const attended = h("ol.bars", {});
-  const attendedTitle = h("h3", {});
+  const attendedTitle = h("h3", { id: "attended-title" });
   const next = h("ol.bars", {});
-  const nextTitle = h("h3", {});
+  const nextTitle = h("h3", { id: "next-title" });
   const lens = h("div.lens", { tabIndex: 0, role: "region", "aria-label": "The logit lens" });
-  const form = h("form.card.stack", { onsubmit: (event) => { event.preventDefault(); look(); } },
-    h("label.title", { htmlFor: "inside-text" }, "A short text"),
-    h("div.row", {}, text, h("button.button.primary", { type: "submit" }, "Look inside")),
-    strip, status);
-  const results = h("div.inside-grid", { hidden: true },
-    h("section.card.attention", { "aria-labelledby": "attention-title" },
-      h("h2", { id: "attention-title" }, "Attention"),
-      h("p.help", {}, "Each row is a token that looks, each column one it may look at: itself and the past. What is hatched lies in the future, and the causal mask hides it."),
-      h("div.control.layer-control", {}, h("div.control-head", {}, h("label", { htmlFor: "layer" }, "Layer"), layerOut), layerInput),
-      heads, mapBox, h("div.map-legend", { "aria-hidden": "true" }, h("span.ramp", {}), h("span", {}, "0% to 100%"), h("span.hatch", {}), h("span", {}, "masked"))),
-    h("div.stack", {},
-      h("section.card", { "aria-labelledby": "looks-title" }, Object.assign(attendedTitle, { id: "looks-title" }), attended),
-      h("section.card", { "aria-labelledby": "next-title" }, Object.assign(nextTitle, { id: "next-title" }), next)),
-    h("section.card.lens-card", { "aria-labelledby": "lens-title" },
+  const onSubmit = (event) => {
+    event.preventDefault();
+    inspect();
+  };
+  const form = h(
+    "form.card.stack",
+    { onsubmit: onSubmit },
+    h("label.title", { htmlFor: "inside-text" }, "Short text"),
+    h("div.row", {}, textInput, h("button.button.primary", { type: "submit" }, "Look inside")),
+    strip,
+    status,
+  );
+  const attentionHelp =
+    "Each row is a token, and each column a token that it can attend to: itself and earlier ones. " +
+    "The hatched area is hidden by the causal mask.";
+  const attentionCard = h(
+    "section.card.attention",
+    { "aria-labelledby": "attention-title" },
+    h("h2", { id: "attention-title" }, "Attention"),
+    h("p.help", {}, attentionHelp),
+    h(
+      "div.control.layer-control",
+      {},
+      h("div.control-head", {}, h("label", { htmlFor: "layer" }, "Layer"), layerOutput),
+      layerInput,
+    ),
+    heads,
+    mapBox,
+    h(
+      "div.map-legend",
+      { "aria-hidden": "true" },
+      h("span.ramp", {}),
+      h("span", {}, "0% to 100%"),
+      h("span.hatch", {}),
+      h("span", {}, "masked"),
+    ),
+  );
+  const lensHelp =
+    "What each layer would predict if it were the last. " +
+    "Read a column from the bottom up to see the prediction take shape. Framed: correct.";
+  const results = h(
+    "div.inside-grid",
+    { hidden: true },
+    attentionCard,
+    h(
+      "div.stack",
+      {},
+      h("section.card", { "aria-labelledby": "attended-title" }, attendedTitle, attended),
+      h("section.card", { "aria-labelledby": "next-title" }, nextTitle, next),
+    ),
+    h(
+      "section.card.lens-card",
+      { "aria-labelledby": "lens-title" },
       h("h2", { id: "lens-title" }, "The logit lens"),
-      h("p.help", {}, "What each layer would say comes next, were it the last one. Read a column from below: the guess forms on its way up. A frame marks a right guess."),
-      lens));
-  root.append(
-    h("div.view-head", {}, h("h1", {}, "Inside"),
-      h("p.lead", {}, "A GPT reads from left to right. See whom each token looks at, and how a guess at the next one takes shape from layer to layer.")),
-    form, results, tip, probe);
-  new ResizeObserver(() => { if (found) drawMap(); }).observe(mapBox);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  document.addEventListener("theme-changed", redraw);
+      h("p.help", {}, lensHelp),
+      lens,
+    ),
+  );
+  const lead =
+    "A GPT reads from left to right. See which tokens each token attends to, " +
+    "and how the prediction of the next token forms from layer to layer.";
+  root.append(h("div.view-head", {}, h("h1", {}, "Inside"), h("p.lead", {}, lead)), form, results, tip, colorProbe);
+  new ResizeObserver(() => {
+    if (result) drawMap();
+  }).observe(mapBox);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawColors);
+  document.addEventListener("theme-changed", redrawColors);
 
-  models.onChoice(async (name) => {
-    status.textContent = `Loading ${name} …`;
+  models.onSelect(async (name) => {
+    status.textContent = `Loading ${name}…`;
     try {
-      about = await models.describe(name);
-      layerInput.max = about.layers - 1;
-      layer = Math.min(layer, about.layers - 1);
+      model = await models.describe(name);
+      layerInput.max = model.layers - 1;
+      layer = Math.min(layer, model.layers - 1);
       layerInput.value = layer;
-      head = Math.min(head, about.heads - 1);
-      layerOut.textContent = layerName();
-      if (!root.hidden) look();
-      else found = null;
+      head = Math.min(head, model.heads - 1);
+      layerOutput.textContent = layerLabel();
+      if (!root.hidden) inspect();
+      else result = null;
     } catch (error) {
-      fail(error);
+      showError(error);
     }
   });
 
-  const lookSoon = debounce(look, 400);
-  const layerSoon = debounce(lookAtLayer, 60);
-  const layerName = () => `${layer + 1} of ${about?.layers ?? "…"}`;
+  // -- requests --------------------------------------------------------------------------------------------------------
 
-  async function ask(parts) {
-    const number = ++asked;
+  // Resolve to the server's answer, or to null if a later request has replaced this one.
+  async function fetchParts(parts) {
+    const number = ++requests;
     controller?.abort();
     controller = new AbortController();
-    const answer = await request("api/inside", {
-      body: { model: models.chosen(), text: text.value, layer, top: TOP, parts }, signal: controller.signal,
-    });
-    return number === asked ? answer : null;
+    const body = { model: models.selected(), text: textInput.value, layer, top: NEXT_TOKENS, parts };
+    const answer = await request("api/inside", { body, signal: controller.signal });
+    return number === requests ? answer : null;
   }
 
-  async function look() {
-    if (!about) return;
-    if (!text.value) {
-      status.textContent = "Write a few words.";
+  async function inspect() {
+    if (!model) return;
+    if (!textInput.value) {
+      status.textContent = "Enter a few words.";
       return;
     }
     results.classList.add("working");
     try {
-      const answer = await ask(["attention", "lens", "next"]);
+      const answer = await fetchParts(["attention", "lens", "next"]);
       if (!answer) return;
-      found = answer;
-      row = found.tokens.length - 1;
-      head = Math.min(head, found.heads - 1);
+      result = answer;
+      row = result.tokens.length - 1;
+      head = Math.min(head, result.heads - 1);
       results.hidden = false;
-      status.textContent = `${found.tokens.length} tokens · ${found.layers} layers with ${found.heads} heads each`;
-      draw();
+      status.textContent = `${result.tokens.length} tokens · ${result.layers} layers · ${result.heads} heads per layer`;
+      drawStrip();
+      drawAttention();
+      drawLens();
+      drawNext();
     } catch (error) {
-      fail(error);
+      showError(error);
     } finally {
       results.classList.remove("working");
     }
   }
 
-  async function lookAtLayer() {
-    if (!found) return;
+  async function inspectLayer() {
+    if (!result) return;
     try {
-      const answer = await ask(["attention"]);
+      const answer = await fetchParts(["attention"]);
       if (!answer) return;
-      found.attention = answer.attention;
+      result.attention = answer.attention;
       drawAttention();
     } catch (error) {
-      fail(error);
+      showError(error);
     }
   }
 
-  function fail(error) {
+  function showError(error) {
     if (error.name !== "AbortError") status.textContent = error.message;
   }
 
-  // -- drawing ---------------------------------------------------------------------------------------------------------
+  // -- the tokens ------------------------------------------------------------------------------------------------------
 
-  function draw() {
-    drawStrip();
-    drawAttention();
-    drawLens();
-    drawNext();
+  function redrawColors() {
+    if (result) requestAnimationFrame(drawAttention);
   }
 
-  function redraw() {
-    if (found) requestAnimationFrame(drawAttention);
-  }
-
-  function choose(index, focus = false) {
-    row = Math.max(0, Math.min(found.tokens.length - 1, index));
+  function select(index, focus = false) {
+    row = Math.max(0, Math.min(result.tokens.length - 1, index));
     [...strip.children].forEach((child, i) => {
       child.setAttribute("aria-selected", String(i === row));
       child.tabIndex = i === row ? 0 : -1;
@@ -156,27 +234,43 @@ export function mount(root) {
     drawMap();
     drawAttended();
     drawNext();
-    for (const cell of lens.querySelectorAll("[data-column]")) cell.classList.toggle("chosen", Number(cell.dataset.column) === row);
+    for (const cell of lens.querySelectorAll("[data-column]")) {
+      cell.classList.toggle("chosen", Number(cell.dataset.column) === row);
+    }
   }
 
   function drawStrip() {
-    strip.replaceChildren(...found.tokens.map((token, i) => {
-      const p = found.probabilities[i];
-      return h("span.token", {
-        role: "option", tabIndex: i === row ? 0 : -1, "aria-selected": String(i === row), dataset: { p: shade(p) },
-        "aria-label": `${visible(token)}${p === null ? "" : `, probability ${percent(p)}`}`,
-        title: p === null ? "the first token: nothing comes before it" : `${percent(p)} probable, after what comes before it`,
-        onclick: () => choose(i),
-      }, visible(token));
-    }));
+    strip.replaceChildren(
+      ...result.tokens.map((token, i) => {
+        const p = result.probabilities[i];
+        return h(
+          "span.token",
+          {
+            role: "option",
+            tabIndex: i === row ? 0 : -1,
+            "aria-selected": String(i === row),
+            dataset: { p: probabilityLevel(p) },
+            "aria-label": `${printable(token)}${p === null ? "" : `, probability ${percent(p)}`}`,
+            title:
+              p === null
+                ? "the first token has no prediction"
+                : `probability ${percent(p)}, given the tokens before it`,
+            onclick: () => select(i),
+          },
+          printable(token),
+        );
+      }),
+    );
   }
 
-  function stripKeys(event) {
+  function onStripKeyDown(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
-    if (step === undefined || !found) return;
+    if (step === undefined || !result) return;
     event.preventDefault();
-    choose(row + step, true);
+    select(row + step, true);
   }
+
+  // -- attention -------------------------------------------------------------------------------------------------------
 
   function drawAttention() {
     drawHeads();
@@ -185,194 +279,274 @@ export function mount(root) {
   }
 
   function drawHeads() {
-    const had = heads.contains(document.activeElement);
-    heads.replaceChildren(...found.attention.weights.map((weights, i) => {
-      const picture = h("canvas", { width: weights.length, height: weights.length, "aria-hidden": "true" });
-      paint(picture.getContext("2d"), weights, 1);
-      return h("button.head", {
-        type: "button", role: "radio", "aria-checked": String(i === head), tabIndex: i === head ? 0 : -1, "aria-label": `Head ${i + 1}`,
-        onclick: () => { head = i; drawAttention(); },
-      }, picture, h("span", {}, String(i + 1)));
-    }));
-    if (had) heads.children[head].focus();
+    const hadFocus = heads.contains(document.activeElement);
+    heads.replaceChildren(
+      ...result.attention.weights.map((weights, i) => {
+        const thumbnail = h("canvas", { width: weights.length, height: weights.length, "aria-hidden": "true" });
+        paintWeights(thumbnail.getContext("2d"), weights);
+        return h(
+          "button.head",
+          {
+            type: "button",
+            role: "radio",
+            "aria-checked": String(i === head),
+            tabIndex: i === head ? 0 : -1,
+            "aria-label": `Head ${i + 1}`,
+            onclick: () => {
+              head = i;
+              drawAttention();
+            },
+          },
+          thumbnail,
+          h("span", {}, String(i + 1)),
+        );
+      }),
+    );
+    if (hadFocus) heads.children[head].focus();
   }
 
-  function headKeys(event) {
+  function onHeadKeyDown(event) {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step === undefined) return;
     event.preventDefault();
-    head = (head + step + found.heads) % found.heads;
+    head = (head + step + result.heads) % result.heads;
     drawAttention();
     heads.children[head].focus();
   }
 
-  // A colour of the style sheet as the theme has it now; a canvas knows nothing of variables.
-  function colour(name) {
-    probe.style.color = `var(${name})`;
-    return getComputedStyle(probe).color;
+  // The value of a color variable in the current theme. A canvas cannot use variables of the style sheet.
+  function themeColor(variable) {
+    colorProbe.style.color = `var(${variable})`;
+    return getComputedStyle(colorProbe).color;
   }
 
-  const channels = (name) => colour(name).match(/[\d.]+/g).slice(0, 3).map(Number);
+  const themeChannels = (variable) =>
+    themeColor(variable)
+      .match(/[\d.]+/g)
+      .slice(0, 3)
+      .map(Number);
 
-  // One cell a weight. The square root lets small weights be seen.
-  function paint(context, weights, size) {
-    const [low, high] = [channels("--map-low"), channels("--map-high")];
-    for (let i = 0; i < weights.length; i++) {
-      for (let j = 0; j <= i; j++) {
-        const t = Math.sqrt(weights[i][j]);
-        context.fillStyle = `rgb(${low.map((from, c) => Math.round(from + (high[c] - from) * t)).join(" ")})`;
-        context.fillRect(j * size, i * size, size, size);
+  // Paint one pixel per weight.
+  function paintWeights(context, weights) {
+    const [low, high] = [themeChannels("--map-low"), themeChannels("--map-high")];
+    for (let query = 0; query < weights.length; query++) {
+      for (let key = 0; key <= query; key++) {
+        context.fillStyle = weightColor(weights[query][key], low, high);
+        context.fillRect(key, query, 1, 1);
       }
     }
   }
 
-  let scale = { cell: 0, left: 0, top: 0 }; // of the picture, in CSS pixels
+  let layout = { cell: 0, offset: 0 }; // of the attention map, in CSS pixels
 
   function drawMap() {
-    const weights = found.attention.weights[head];
-    const T = weights.length;
-    const width = mapBox.clientWidth;
-    const ratio = devicePixelRatio || 1;
-    const font = `${T > 48 || width < 400 ? 9 : 12}px ui-monospace, "DejaVu Sans Mono", monospace`;
+    const weights = result.attention.weights[head];
+    const size = weights.length;
+    const boxWidth = mapBox.clientWidth;
     const context = map.getContext("2d");
+    const font = `${size > 48 || boxWidth < 400 ? 9 : 12}px ui-monospace, "DejaVu Sans Mono", monospace`;
     context.font = font;
-    const names = found.tokens.map((token) => visible(token).slice(0, 9));
-    const labels = Math.min(90, 12 + Math.max(...names.map((name) => context.measureText(name).width)));
-    const cell = Math.max(4, Math.min(36, (width - labels - 2) / T));
-    const labelled = cell >= 7;
-    const left = labelled ? labels : 2;
-    const side = left + cell * T + 1;
-    map.width = Math.round(side * ratio);
-    map.height = Math.round(side * ratio);
-    map.style.width = `${side}px`;
-    map.style.height = `${side}px`;
-    context.scale(ratio, ratio);
+    const labels = result.tokens.map((token) => printable(token).slice(0, LABEL_LENGTH));
+    const labelWidth = Math.min(90, 12 + Math.max(...labels.map((label) => context.measureText(label).width)));
+    const cell = Math.max(4, Math.min(36, (boxWidth - labelWidth - 2) / size));
+    const labeled = cell >= MIN_LABELED_CELL;
+    const offset = labeled ? labelWidth : 2;
+    layout = { cell, offset };
+    resizeCanvas(offset + cell * size + 1);
     context.font = font;
-    scale = { cell, left, top: left };
-    context.translate(left, left);
-    const grid = document.createElement("canvas"); // whole pixels, then scaled without smoothing: no seams
-    grid.width = grid.height = T;
-    paint(grid.getContext("2d"), weights, 1);
-    context.imageSmoothingEnabled = false;
-    context.drawImage(grid, 0, 0, cell * T, cell * T);
+    context.translate(offset, offset);
 
-    // the future, and what a band does not reach
+    const pixels = document.createElement("canvas"); // scaled without smoothing: no seams between the cells
+    pixels.width = pixels.height = size;
+    paintWeights(pixels.getContext("2d"), weights);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(pixels, 0, 0, cell * size, cell * size);
+
+    drawMask(context, size, cell);
+    context.strokeStyle = themeColor("--accent");
+    context.lineWidth = 2;
+    context.strokeRect(1, row * cell + 1, (row + 1) * cell - 2, cell - 2);
+    if (labeled) drawLabels(context, labels, cell);
+    map.setAttribute("aria-label", describeMap());
+  }
+
+  // A canvas has device pixels; all drawing is in CSS pixels.
+  function resizeCanvas(side) {
+    const ratio = devicePixelRatio || 1;
+    map.width = map.height = Math.round(side * ratio);
+    map.style.width = map.style.height = `${side}px`;
+    map.getContext("2d").scale(ratio, ratio);
+  }
+
+  function drawMask(context, size, cell) {
     const mask = new Path2D();
-    const window = found.attention.window ?? Infinity;
-    for (let i = 0; i < T; i++) {
-      mask.rect((i + 1) * cell, i * cell, (T - i - 1) * cell, cell);
-      if (i - window >= 0) mask.rect(0, i * cell, (i - window + 1) * cell, cell);
+    for (const { x, y, width } of maskRectangles(size, result.attention.window)) {
+      mask.rect(x * cell, y * cell, width * cell, cell);
     }
+    const side = cell * size;
     context.save();
     context.clip(mask);
-    context.fillStyle = colour("--mask-paper");
-    context.fillRect(0, 0, cell * T, cell * T);
-    context.strokeStyle = colour("--mask-line");
+    context.fillStyle = themeColor("--mask-paper");
+    context.fillRect(0, 0, side, side);
+    context.strokeStyle = themeColor("--mask-line");
     context.lineWidth = 1;
     context.beginPath();
-    for (let x = -cell * T; x < cell * T; x += 7) {
-      context.moveTo(x, cell * T);
-      context.lineTo(x + cell * T, 0);
+    for (let x = -side; x < side; x += 7) {
+      context.moveTo(x, side);
+      context.lineTo(x + side, 0);
     }
     context.stroke();
     context.restore();
-
-    // the chosen row
-    context.strokeStyle = colour("--accent");
-    context.lineWidth = 2;
-    context.strokeRect(1, row * cell + 1, (row + 1) * cell - 2, cell - 2);
-    if (labelled) {
-      const [ink, muted] = [colour("--ink"), colour("--muted")];
-      context.textBaseline = "middle";
-      for (let i = 0; i < T; i++) {
-        context.fillStyle = i === row ? ink : muted;
-        context.textAlign = "right";
-        context.fillText(names[i], -5, (i + 0.5) * cell);
-        context.save();
-        context.translate((i + 0.5) * cell, -5);
-        context.rotate(-Math.PI / 2);
-        context.textAlign = "left";
-        context.fillText(names[i], 0, 0);
-        context.restore();
-      }
-    }
-    map.setAttribute("aria-label", `Attention of layer ${found.attention.layer + 1}, head ${head + 1} over ${T} tokens. ${describeRow()} Arrow keys choose another token.`);
   }
 
-  function strongest() {
-    return found.attention.weights[head][row].slice(0, row + 1).map((weight, j) => ({ weight, j }))
-      .sort((a, b) => b.weight - a.weight).slice(0, 8);
+  function drawLabels(context, labels, cell) {
+    const [ink, muted] = [themeColor("--ink"), themeColor("--muted")];
+    context.textBaseline = "middle";
+    labels.forEach((label, i) => {
+      const center = (i + 0.5) * cell;
+      context.fillStyle = i === row ? ink : muted;
+      context.textAlign = "right";
+      context.fillText(label, -5, center);
+      context.save();
+      context.translate(center, -5);
+      context.rotate(-Math.PI / 2);
+      context.textAlign = "left";
+      context.fillText(label, 0, 0);
+      context.restore();
+    });
   }
 
-  function describeRow() {
-    const [first] = strongest();
-    return `Token ${row + 1}, ${visible(found.tokens[row])}, looks most at ${visible(found.tokens[first.j])}: ${percent(first.weight)}.`;
+  function describeMap() {
+    const weights = result.attention.weights[head];
+    const [first] = strongestKeys(weights, row, 1);
+    return (
+      `Attention of layer ${result.attention.layer + 1}, head ${head + 1} over ${weights.length} tokens. ` +
+      `Token ${row + 1}, ${printable(result.tokens[row])}, attends most to ` +
+      `${printable(result.tokens[first.index])}: ${percent(first.weight)}. Use the arrow keys to select another token.`
+    );
   }
 
+  // The cell of the map under the pointer; a negative key is a label. null outside of the map.
   function cellAt(event) {
     const box = map.getBoundingClientRect();
-    const i = Math.floor((event.clientY - box.top - scale.top) / scale.cell);
-    const j = Math.floor((event.clientX - box.left - scale.left) / scale.cell);
-    const T = found.tokens.length;
-    return i >= 0 && i < T && j < T ? { i, j } : null;
+    const query = Math.floor((event.clientY - box.top - layout.offset) / layout.cell);
+    const key = Math.floor((event.clientX - box.left - layout.offset) / layout.cell);
+    const size = result.tokens.length;
+    return query >= 0 && query < size && key < size ? { query, key } : null;
   }
 
-  function point(event, press) {
-    if (!found) return;
+  function onMapPointer(event, pressed) {
+    if (!result) return;
     const cell = cellAt(event);
-    if (press && cell) choose(cell.i);
-    tip.hidden = !cell || cell.j < 0;
+    if (pressed && cell) select(cell.query);
+    tip.hidden = !cell || cell.key < 0;
     if (tip.hidden) return;
-    const { i, j } = cell;
-    const window = found.attention.window ?? Infinity;
-    const hidden = j > i ? "in the future: masked" : i - j >= window ? "beyond the band: masked" : percent(found.attention.weights[head][i][j]);
-    tip.replaceChildren(h("code", {}, visible(found.tokens[i])), " → ", h("code", {}, visible(found.tokens[j])), ` ${hidden}`);
+    const { query, key } = cell;
+    const masked = maskReason(query, key, result.attention.window);
+    const value = masked ? MASKED[masked] : percent(result.attention.weights[head][query][key]);
+    const [from, to] = [result.tokens[query], result.tokens[key]];
+    tip.replaceChildren(h("code", {}, printable(from)), " → ", h("code", {}, printable(to)), ` ${value}`);
     const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
     tip.style.left = `${left}px`;
     tip.style.top = `${event.clientY + 14}px`;
   }
 
-  function mapKeys(event) {
-    const step = { ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
-    if (step === undefined || !found) return;
+  function onMapKeyDown(event) {
+    const steps = { ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
+    const step = steps[event.key];
+    if (step === undefined || !result) return;
     event.preventDefault();
-    choose(row + step);
+    select(row + step);
   }
 
   function drawAttended() {
-    attendedTitle.replaceChildren("What ", h("code", {}, visible(found.tokens[row])), " looks at");
-    attended.replaceChildren(...strongest().map(({ weight, j }) =>
-      h("li", {}, h("code", {}, visible(found.tokens[j])), h("span.sr", {}, ` (token ${j + 1}) `), bar(weight), h("span.number", {}, percent(weight)))));
+    attendedTitle.replaceChildren("What ", h("code", {}, printable(result.tokens[row])), " attends to");
+    attended.replaceChildren(
+      ...strongestKeys(result.attention.weights[head], row, STRONGEST).map(({ weight, index }) =>
+        h(
+          "li",
+          {},
+          h("code", {}, printable(result.tokens[index])),
+          h("span.visually-hidden", {}, ` (token ${index + 1}) `),
+          probabilityBar(weight),
+          h("span.number", {}, percent(weight)),
+        ),
+      ),
+    );
   }
 
+  // -- predictions -----------------------------------------------------------------------------------------------------
+
   function drawNext() {
-    const follows = found.tokens[row + 1];
-    nextTitle.replaceChildren("What comes after ", h("code", {}, visible(found.tokens[row])));
-    next.replaceChildren(...found.next[row].map(({ text, probability }) =>
-      h("li", { className: text === follows ? "right" : "" }, h("code", {}, visible(text)), bar(probability),
-        h("span.number", {}, percent(probability), text === follows && h("span.sr", {}, ", which does come next")))));
+    const actual = result.tokens[row + 1];
+    nextTitle.replaceChildren("Predictions after ", h("code", {}, printable(result.tokens[row])));
+    next.replaceChildren(
+      ...result.next[row].map(({ text, probability }) => {
+        const correct = text === actual;
+        return h(
+          "li",
+          { className: correct ? "correct" : "" },
+          h("code", {}, printable(text)),
+          probabilityBar(probability),
+          h(
+            "span.number",
+            {},
+            percent(probability),
+            correct && h("span.visually-hidden", {}, ", the actual next token"),
+          ),
+        );
+      }),
+    );
   }
 
   function drawLens() {
-    const { tokens, probabilities } = found.lens;
-    const levels = tokens.length;
-    const body = [];
-    for (let level = levels - 1; level >= 0; level--) {
-      body.push(h("tr", {}, h("th", { scope: "row" }, level === 0 ? "embedding" : `layer ${level}`),
-        tokens[level].map((token, i) => {
-          const right = token === found.tokens[i + 1];
-          const cell = h("td", { dataset: { column: i, p: lensShade(probabilities[level][i]) }, className: `${right ? "right" : ""}${i === row ? " chosen" : ""}`,
-            title: `${visible(token)} ${percent(probabilities[level][i])}`, onclick: () => choose(i) }, visible(token).slice(0, 10));
-          return cell;
-        })));
-    }
-    lens.replaceChildren(h("table", {}, h("caption.sr", {}, "The most probable next token after each token, by layer, the last layer on top"),
-      h("thead", {}, h("tr", {}, h("td", {}), found.tokens.map((token, i) =>
-        h("th", { scope: "col", dataset: { column: i }, className: i === row ? "chosen" : "" }, visible(token).slice(0, 10))))),
-      h("tbody", {}, body)));
+    const levels = result.lens.tokens.map((_, level) => level).reverse(); // the last layer on top
+    const columns = result.tokens.map((token, i) =>
+      h(
+        "th",
+        { scope: "col", dataset: { column: i }, className: i === row ? "chosen" : "" },
+        printable(token).slice(0, LENS_LENGTH),
+      ),
+    );
+    const rows = levels.map((level) =>
+      h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, level === 0 ? "embedding" : `layer ${level}`),
+        result.lens.tokens[level].map((token, i) => drawLensCell(token, result.lens.probabilities[level][i], i)),
+      ),
+    );
+    const caption = "The most likely next token after each token, by layer. The last layer is at the top.";
+    lens.replaceChildren(
+      h(
+        "table",
+        {},
+        h("caption.visually-hidden", {}, caption),
+        h("thead", {}, h("tr", {}, h("td", {}), columns)),
+        h("tbody", {}, rows),
+      ),
+    );
   }
 
-  const lensShade = (p) => String(Math.min(5, Math.floor(p * 6)));
+  function drawLensCell(token, probability, i) {
+    const correct = token === result.tokens[i + 1];
+    return h(
+      "td",
+      {
+        dataset: { column: i, p: lensLevel(probability) },
+        className: `${correct ? "correct" : ""}${i === row ? " chosen" : ""}`,
+        title: `${printable(token)} ${percent(probability)}`,
+        onclick: () => select(i),
+      },
+      printable(token).slice(0, LENS_LENGTH),
+    );
+  }
 
-  return { shown: () => { if (about && !found) look(); else if (found) drawMap(); }, focus: () => text.focus() };
+  return {
+    onShow: () => {
+      if (model && !result) inspect();
+      else if (result) drawMap();
+    },
+    focus: () => textInput.focus(),
+  };
 }

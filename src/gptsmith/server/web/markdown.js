@@ -1,73 +1,77 @@
-// Text of a model as Markdown. The server parses and sanitises; this only puts the result into the page.
+// Markdown in a model's answers. The server parses and sanitizes it; this module only puts the result into the page.
 
 import { request } from "./api.js";
-import { copyText, h, icon, wait } from "./dom.js";
+import { copyText, h, icon, sleep } from "./dom.js";
 
-const policy = globalThis.trustedTypes?.createPolicy("sanitised-markdown", { createHTML: (html) => html })
-  ?? { createHTML: (html) => html };
-const PAUSE = 150; // ms between two renderings of a text that grows
-const known = new Map(); // text -> HTML
+const policy = globalThis.trustedTypes?.createPolicy("sanitized-markdown", { createHTML: (html) => html }) ?? {
+  createHTML: (html) => html,
+};
+const PAUSE = 150; // milliseconds between two renderings of a growing text
+const CACHE_SIZE = 200;
+const cache = new Map(); // Markdown -> HTML
 
-// Shows a text that grows in `element`. around(change): makes the change, and what has to be done before and after it.
-export class Rendering {
-  constructor(element, around = (change) => change()) {
+// Renders a growing text into `element`. Every change of the page goes through wrap(change), which may do something
+// before and after it.
+export class MarkdownView {
+  constructor(element, wrap = (change) => change()) {
     this.element = element;
-    this.around = around;
+    this.wrap = wrap;
     this.wanted = this.shown = null;
-    this.working = null;
+    this.running = null; // a promise while the server renders
   }
 
   show(text) {
     this.wanted = text;
-    if (known.has(text)) this.render(text, known.get(text));
-    else if (this.shown === null) this.plain(text); // until the first rendering has come
+    if (cache.has(text)) this.showHtml(text, cache.get(text));
+    else if (this.shown === null) this.showPlain(text); // until the first rendering arrives
     this.start();
   }
 
   async finish(text) {
     this.show(text);
-    while (this.working) await this.working;
+    while (this.running) await this.running;
     for (const block of this.element.querySelectorAll("pre")) {
-      block.tabIndex = 0; // it may be wider than the page: the keyboard can scroll it
-      block.append(h("button.copy-code", { type: "button", "aria-label": "Copy the code", title: "Copy the code",
-        onclick: () => copyText(block.querySelector("code")?.textContent ?? "") }, icon("copy")));
+      block.tabIndex = 0; // a wide block can be scrolled with the keyboard
+      const copy = () => copyText(block.querySelector("code")?.textContent ?? "");
+      const attributes = { type: "button", "aria-label": "Copy code", title: "Copy code", onclick: copy };
+      block.append(h("button.copy-code", attributes, icon("copy")));
     }
   }
 
   start() {
-    if (this.working || this.wanted === this.shown) return;
-    this.working = this.work().finally(() => {
-      this.working = null;
-      this.start(); // for what has come in between
+    if (this.running || this.wanted === this.shown) return;
+    this.running = this.render().finally(() => {
+      this.running = null;
+      this.start(); // the text may have grown in the meantime
     });
   }
 
-  async work() {
+  async render() {
     while (this.wanted !== this.shown) {
       const text = this.wanted;
       try {
         const { html } = await request("api/markdown", { body: { text } });
-        known.set(text, html);
-        if (known.size > 200) known.delete(known.keys().next().value);
-        this.render(text, html);
+        cache.set(text, html);
+        if (cache.size > CACHE_SIZE) cache.delete(cache.keys().next().value);
+        this.showHtml(text, html);
       } catch {
-        this.plain(text); // plain text is better than none
+        this.showPlain(text); // better than nothing
         this.shown = text;
       }
-      if (this.wanted !== text) await wait(PAUSE);
+      if (this.wanted !== text) await sleep(PAUSE);
     }
   }
 
-  render(text, html) {
-    this.around(() => {
+  showHtml(text, html) {
+    this.wrap(() => {
       this.element.classList.remove("plain");
       this.element.innerHTML = policy.createHTML(html);
     });
     this.shown = text;
   }
 
-  plain(text) {
-    this.around(() => {
+  showPlain(text) {
+    this.wrap(() => {
       this.element.classList.add("plain");
       this.element.textContent = text;
     });

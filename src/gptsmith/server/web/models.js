@@ -1,30 +1,29 @@
-// Which models there are, which is chosen, and what is known of it.
+// The models that the server offers, which of them is selected, and what is known about each.
 
 import { request } from "./api.js";
 import { h, toast } from "./dom.js";
 import { load, save } from "./store.js";
 
-let names = [];
-let fetching = null;
+let loading = null; // a promise while the list of models is being fetched
 const descriptions = new Map();
 const listeners = new Set();
-const select = document.getElementById("model");
+const menu = () => document.getElementById("model");
 
-export const chosen = () => select.value;
-export const onChoice = (listener) => listeners.add(listener);
+export const selected = () => menu().value;
+export const onSelect = (listener) => listeners.add(listener);
 
-// A promise of the chosen model's name: whoever writes before the server has said which there are waits for that.
-export async function choice() {
-  if (!select.value) await (fetching ?? fetchNames());
-  if (!select.value) throw new Error("The server has not said which models it has. Reload the page to ask again.");
-  return select.value;
+// Resolve to the name of the selected model, as soon as the list of models is known.
+export async function waitForSelection() {
+  if (!selected()) await (loading ?? fetchNames());
+  if (!selected()) throw new Error("The list of models could not be loaded. Reload the page to try again.");
+  return selected();
 }
 
-// A promise of {name, parameters, layers, heads, context, vocabulary, tokens, chat, adapter}; the model is loaded for it.
+// Resolve to {name, parameters, layers, heads, context, vocabulary, tokens, chat, adapter}. The server loads the model.
 export function describe(name) {
   if (!descriptions.has(name)) {
     const promise = request(`api/models/${name.split("/").map(encodeURIComponent).join("/")}`);
-    promise.catch(() => descriptions.delete(name));
+    promise.catch(() => descriptions.delete(name)); // the next call tries again
     descriptions.set(name, promise);
   }
   return descriptions.get(name);
@@ -32,32 +31,37 @@ export function describe(name) {
 
 export async function start() {
   document.getElementById("model-choice").hidden = false;
-  select.addEventListener("change", () => {
-    save("model", select.value);
-    tell();
+  menu().addEventListener("change", () => {
+    save("model", selected());
+    notify();
   });
-  document.addEventListener("key-changed", (event) => { if (event.detail) fetchNames(); });
+  document.addEventListener("key-changed", (event) => {
+    if (event.detail) fetchNames();
+  });
   await fetchNames();
 }
 
 function fetchNames() {
-  fetching = takeNames().finally(() => { fetching = null; });
-  return fetching;
+  loading = loadNames().finally(() => {
+    loading = null;
+  });
+  return loading;
 }
 
-async function takeNames() {
+async function loadNames() {
+  let names;
   try {
     names = (await request("v1/models")).data.map((card) => card.id);
   } catch (error) {
     toast(error.message, "error");
     return;
   }
-  const before = select.value || load("model", "");
-  select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
-  if (names.includes(before)) select.value = before;
-  tell();
+  const previous = selected() || load("model", "");
+  menu().replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+  if (names.includes(previous)) menu().value = previous;
+  notify();
 }
 
-function tell() {
-  if (select.value) for (const listener of listeners) listener(select.value);
+function notify() {
+  if (selected()) for (const listener of listeners) listener(selected());
 }

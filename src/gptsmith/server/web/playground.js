@@ -1,22 +1,30 @@
-// A prompt, and what the model makes of it at several temperatures, each token coloured by its probability.
+// The playground: a prompt and its continuations at several temperatures, with tokens colored by their probability.
 
-import { completion, request } from "./api.js";
+import { request, streamCompletion } from "./api.js";
 import { announce, copyText, h, icon, iconButton, toast } from "./dom.js";
+import { MAX_ALTERNATIVES, meanSurprise, parseTemperatures, tokensFromLogprobs } from "./logprobs.js";
 import * as models from "./models.js";
-import { Sampling } from "./sampling.js";
+import { SamplingControls } from "./sampling.js";
 import { load, save } from "./store.js";
 import { legend, TokenText } from "./tokens.js";
 
-const ALTERNATIVES = 8;
-const MOST_COLUMNS = 4;
+const MAX_COLUMNS = 4;
+const FINISH = { stop: " · end of text", stopped: " · stopped" };
 
 export function mount(root) {
-  const sampling = new Sampling("playground", { without: ["temperature"], defaults: { max_tokens: 80, top_p: 1 } });
+  const sampling = new SamplingControls("playground", {
+    without: ["temperature"],
+    defaults: { max_tokens: 80, top_p: 1 },
+  });
   let columns = [];
+  let activeColumns = 0; // columns whose continuation is being generated
 
-  const prompt = h("textarea.prompt", {
-    id: "prompt", rows: 4, spellcheck: false, value: load("prompt", "Once upon a time"),
-    oninput: () => save("prompt", prompt.value),
+  const promptInput = h("textarea.prompt", {
+    id: "prompt",
+    rows: 4,
+    spellcheck: false,
+    value: load("prompt", "Once upon a time"),
+    oninput: () => save("prompt", promptInput.value),
     onkeydown: (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
         event.preventDefault();
@@ -25,105 +33,164 @@ export function mount(root) {
     },
   });
   const temperatures = h("input", {
-    id: "temperatures", type: "text", inputMode: "decimal", value: load("temperatures", "0, 0.8, 1.2"), spellcheck: false, autocomplete: "off",
-    "aria-describedby": "temperatures-help", oninput: () => save("temperatures", temperatures.value),
+    id: "temperatures",
+    type: "text",
+    inputMode: "decimal",
+    value: load("temperatures", "0, 0.8, 1.2"),
+    spellcheck: false,
+    autocomplete: "off",
+    "aria-describedby": "temperatures-help",
+    oninput: () => save("temperatures", temperatures.value),
   });
-  const echo = h("input", { id: "echo", type: "checkbox", checked: load("echo", false), onchange: () => save("echo", echo.checked) });
-  const start = h("button.button.primary", { type: "submit" }, icon("play"), "Continue");
-  const halt = h("button.button", { type: "button", hidden: true, onclick: () => columns.forEach((column) => column.stop()) }, icon("stop"), "Stop");
+  const echo = h("input", {
+    id: "echo",
+    type: "checkbox",
+    checked: load("echo", false),
+    onchange: () => save("echo", echo.checked),
+  });
+  const continueButton = h("button.button.primary", { type: "submit" }, icon("play"), "Continue");
+  const stopButton = h("button.button", { type: "button", hidden: true, onclick: stopAll }, icon("stop"), "Stop");
   const output = h("div.columns", {});
-  const form = h("form.card.stack", { onsubmit: (event) => { event.preventDefault(); run(); } },
-    h("label.title", { htmlFor: "prompt" }, "Prompt"), prompt,
-    h("div.row", {},
+  const onSubmit = (event) => {
+    event.preventDefault();
+    run();
+  };
+  const form = h(
+    "form.card.stack",
+    { onsubmit: onSubmit },
+    h("label.title", { htmlFor: "prompt" }, "Prompt"),
+    promptInput,
+    h(
+      "div.row",
+      {},
       h("div.field", {}, h("label", { htmlFor: "temperatures" }, "Temperatures"), temperatures),
-      h("label.check", {}, echo, " colour the prompt, too"),
+      h("label.check", {}, echo, " color the prompt too"),
       h("div.grow", {}),
-      halt, start),
-    h("p.help", { id: "temperatures-help" }, `One to ${MOST_COLUMNS} temperatures, with commas: the same prompt side by side. Ctrl+Enter continues.`),
-    h("details", {}, h("summary", {}, "More settings"), sampling.element));
+      stopButton,
+      continueButton,
+    ),
+    h(
+      "p.help",
+      { id: "temperatures-help" },
+      `Up to ${MAX_COLUMNS} temperatures, separated by commas, are shown side by side. Press Ctrl+Enter to continue.`,
+    ),
+    h("details", {}, h("summary", {}, "More settings"), sampling.element),
+  );
+  const lead =
+    "The model continues your text. Each token is colored by how likely the model thought it was. " +
+    "Point at a token to see the alternatives, and choose one to continue from there.";
   root.append(
-    h("div.view-head", {}, h("h1", {}, "Playground"),
-      h("p.lead", {}, "The model goes on with your text. Each token is coloured by how probable the model found it; point at one to see what else it considered, and choose another to go on from there.")),
-    form, h("div.row.legend-row", {}, legend()), output);
+    h("div.view-head", {}, h("h1", {}, "Playground"), h("p.lead", {}, lead)),
+    form,
+    h("div.row.legend-row", {}, legend()),
+    output,
+  );
   root.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") columns.forEach((column) => column.stop());
+    if (event.key === "Escape") stopAll();
   });
-  models.onChoice(async (name) => {
+  models.onSelect(async (name) => {
     try {
-      const about = await models.describe(name);
+      const model = await models.describe(name);
       const field = sampling.element.querySelector("#playground-max_tokens");
-      if (field) field.max = about.context;
+      if (field) field.max = model.context;
     } catch (error) {
       toast(error.message, "error");
     }
   });
 
-  function chosenTemperatures() {
-    const values = temperatures.value.split(/[,;\s]+/).filter(Boolean).map(Number);
-    const good = values.length >= 1 && values.length <= MOST_COLUMNS && values.every((value) => value >= 0 && value <= 2);
-    temperatures.toggleAttribute("aria-invalid", !good);
-    if (!good) {
-      temperatures.setAttribute("aria-invalid", "true");
-      toast(`One to ${MOST_COLUMNS} temperatures from 0 to 2, please, with commas between them.`, "error");
-      temperatures.focus();
-      return null;
+  function stopAll() {
+    columns.forEach((column) => column.stop());
+  }
+
+  function readTemperatures() {
+    const values = parseTemperatures(temperatures.value, MAX_COLUMNS);
+    if (values) {
+      temperatures.removeAttribute("aria-invalid");
+      return values;
     }
-    return values;
+    temperatures.setAttribute("aria-invalid", "true");
+    toast(`Enter one to ${MAX_COLUMNS} temperatures between 0 and 2, separated by commas.`, "error");
+    temperatures.focus();
+    return null;
   }
 
   async function run() {
-    const values = chosenTemperatures();
+    const values = readTemperatures();
     if (!values) return;
-    columns.forEach((column) => column.stop());
-    columns = values.map((temperature) => new Column(temperature, prompt.value));
+    stopAll();
+    columns = values.map((temperature) => new Column(temperature, promptInput.value));
     output.replaceChildren(...columns.map((column) => column.element));
     output.dataset.count = String(columns.length);
-    if (echo.checked && prompt.value) await colourPrompt(columns);
+    if (echo.checked && promptInput.value) await showPromptTokens(promptInput.value, columns);
     await Promise.all(columns.map((column) => column.generate()));
-    announce("All continuations are there.");
+    announce("All continuations are complete.");
   }
 
-  // The prompt's own tokens, with what the model thought of each: asked for once, shown in every column.
-  async function colourPrompt(columns) {
+  // Show the probabilities of the prompt's own tokens. One request serves all columns.
+  async function showPromptTokens(prompt, targets) {
     try {
       const answer = await request("v1/completions", {
-        body: { model: await models.choice(), prompt: prompt.value, max_tokens: 1, temperature: 0, echo: true, logprobs: ALTERNATIVES },
+        body: {
+          model: await models.waitForSelection(),
+          prompt,
+          max_tokens: 1,
+          temperature: 0,
+          echo: true,
+          logprobs: MAX_ALTERNATIVES,
+        },
       });
       const { logprobs } = answer.choices[0];
-      for (const column of columns) column.echo(logprobs, prompt.value, answer.usage.prompt_tokens);
+      for (const column of targets) column.showPrompt(logprobs, prompt, answer.usage.prompt_tokens);
     } catch (error) {
       toast(error.message, "error");
     }
   }
 
-  // Its text is `base`, then `made`, which the tokens stand for. Places are counted in code points, as the server does.
+  // One continuation. Its text is `prefix` followed by `codePoints`; the tokens cover codePoints. The API counts offsets
+  // in code points, not in the UTF-16 units of JavaScript's strings.
   class Column {
     constructor(temperature, prompt) {
       this.temperature = temperature;
-      this.base = prompt;
-      this.made = [];
-      this.past = [];
+      this.prefix = prompt;
+      this.codePoints = [];
+      this.history = []; // states before each choice
+      this.controller = null; // while generating
       this.text = new TokenText({
-        label: `Continuation at temperature ${temperature}`, onpick: (index, alternative) => this.pick(index, alternative),
+        label: `Continuation at temperature ${temperature}`,
+        onChoose: (index, alternative) => this.choose(index, alternative),
       });
       this.status = h("span.stats", {});
-      this.back = iconButton("undo", "Take the choice back", () => this.takeBack(), { hidden: true });
-      this.element = h("section.card.column", { "aria-label": `Temperature ${temperature}` },
-        h("header.column-head", {}, h("h2", {}, temperature === 0 ? "Temperature 0, greedy" : `Temperature ${temperature}`),
-          h("div.actions", {}, this.back,
-            iconButton("copy", "Copy", () => copyText(this.whole())),
-            iconButton("plus", "Take this text for the prompt", () => usePrompt(this.whole())))),
-        this.text.element, h("footer", {}, this.status));
+      this.undoButton = iconButton("undo", "Undo choice", () => this.undo(), { hidden: true });
+      this.element = h(
+        "section.card.column",
+        { "aria-label": `Temperature ${temperature}` },
+        h(
+          "header.column-head",
+          {},
+          h("h2", {}, temperature === 0 ? "Temperature 0 (greedy)" : `Temperature ${temperature}`),
+          h(
+            "div.actions",
+            {},
+            this.undoButton,
+            iconButton("copy", "Copy", () => copyText(this.fullText())),
+            iconButton("plus", "Use as prompt", () => setPrompt(this.fullText())),
+          ),
+        ),
+        this.text.element,
+        h("footer", {}, this.status),
+      );
     }
 
-    whole() {
-      return this.base + this.made.join("");
+    fullText() {
+      return this.prefix + this.codePoints.join("");
     }
 
-    echo(logprobs, prompt, count) {
-      this.base = "";
-      this.made = [...prompt];
-      tokensOf(logprobs, this.made, 0).slice(0, count).forEach((token) => this.text.push({ ...token, given: true }));
+    showPrompt(logprobs, prompt, count) {
+      this.prefix = "";
+      this.codePoints = [...prompt];
+      for (const token of tokensFromLogprobs(logprobs, this.codePoints, 0).slice(0, count)) {
+        this.text.push({ ...token, fromPrompt: true });
+      }
     }
 
     async generate() {
@@ -131,109 +198,97 @@ export function mount(root) {
       const controller = (this.controller = new AbortController());
       this.element.classList.remove("failed");
       this.element.classList.add("working");
-      working(1);
+      countActive(1);
       this.status.textContent = "…";
-      const start = this.made.length;
-      let ended = "";
+      const start = this.codePoints.length;
+      let finish = "";
       try {
         const body = {
-          model: await models.choice(), prompt: this.whole(), logprobs: ALTERNATIVES, overflow: "shift", ...sampling.fields(),
+          model: await models.waitForSelection(),
+          prompt: this.fullText(),
+          logprobs: MAX_ALTERNATIVES,
+          overflow: "shift",
+          ...sampling.requestFields(),
           temperature: this.temperature,
         };
-        for await (const chunk of completion("v1/completions", body, controller.signal)) {
+        for await (const chunk of streamCompletion("v1/completions", body, controller.signal)) {
           const choice = chunk.choices?.[0];
           if (!choice) continue;
           if (controller.signal.aborted) break;
-          this.made.push(...choice.text);
-          if (choice.logprobs) tokensOf(choice.logprobs, this.made, start).forEach((token) => this.text.push(token));
-          if (choice.finish_reason) ended = choice.finish_reason;
+          this.codePoints.push(...choice.text);
+          const tokens = choice.logprobs ? tokensFromLogprobs(choice.logprobs, this.codePoints, start) : [];
+          tokens.forEach((token) => this.text.push(token));
+          if (choice.finish_reason) finish = choice.finish_reason;
         }
       } catch (error) {
-        ended = error.name === "AbortError" ? "stopped" : "";
-        if (!ended) {
+        finish = error.name === "AbortError" ? "stopped" : "";
+        if (!finish) {
           this.status.textContent = error.message;
           this.element.classList.add("failed");
         }
       }
-      working(-1);
-      if (this.controller !== controller) return;
+      countActive(-1);
+      if (this.controller !== controller) return; // generate() was called again
       this.controller = null;
       this.element.classList.remove("working");
-      if (ended) this.status.textContent = this.summary(ended);
+      if (finish) this.status.textContent = this.summary(finish);
     }
 
-    summary(ended) {
-      const made = this.text.tokens.filter((token) => !token.given && token.probability !== null);
-      const bits = made.reduce((sum, token) => sum - Math.log2(Math.max(token.probability, 1e-12)), 0) / Math.max(1, made.length);
-      const why = { stop: " · the text ended", stopped: " · stopped" }[ended] ?? "";
-      return `${made.length} tokens · ${bits.toFixed(2)} bits of surprise a token${why}`;
+    summary(finish) {
+      const { count, bits } = meanSurprise(this.text.tokens);
+      return `${count} tokens · ${bits.toFixed(2)} bits of surprise per token${FINISH[finish] ?? ""}`;
     }
 
     stop() {
       this.controller?.abort();
     }
 
-    async pick(index, alternative) {
+    // Replace the token at `index` and all that follows it by `alternative` and what the model writes after it.
+    async choose(index, alternative) {
       this.stop();
-      this.past.push({ base: this.base, made: [...this.made], tokens: this.text.tokens.map((token) => ({ ...token })) });
-      this.back.hidden = false;
+      this.history.push({
+        prefix: this.prefix,
+        codePoints: [...this.codePoints],
+        tokens: this.text.tokens.map((token) => ({ ...token })),
+      });
+      this.undoButton.hidden = false;
       const token = this.text.tokens[index];
-      this.made.length = token.start;
-      this.text.cut(index);
-      if (alternative.special) { // it stands for no text: here the text ends
+      this.codePoints.length = token.start;
+      this.text.truncate(index);
+      if (alternative.special) {
+        // it has no text: the text ends here
         this.status.textContent = this.summary("stop");
         return;
       }
-      this.made.push(...alternative.text);
-      this.text.push({ ...token, text: alternative.text, probability: alternative.probability, picked: true, given: false });
+      this.codePoints.push(...alternative.text);
+      const { text, probability } = alternative;
+      this.text.push({ ...token, text, probability, picked: true, fromPrompt: false });
       await this.generate();
     }
 
-    takeBack() {
+    undo() {
       this.stop();
-      const { base, made, tokens } = this.past.pop();
-      this.back.hidden = this.past.length === 0;
-      this.base = base;
-      this.made = made;
-      this.text.cut(0);
+      const { prefix, codePoints, tokens } = this.history.pop();
+      this.undoButton.hidden = this.history.length === 0;
+      this.prefix = prefix;
+      this.codePoints = codePoints;
+      this.text.truncate(0);
       tokens.forEach((token) => this.text.push(token));
       this.status.textContent = this.summary("");
     }
   }
 
-  let atWork = 0;
-  function working(change) {
-    atWork += change;
-    halt.hidden = atWork === 0;
+  function countActive(change) {
+    activeColumns += change;
+    stopButton.hidden = activeColumns === 0;
   }
 
-  function usePrompt(text) {
-    prompt.value = text;
+  function setPrompt(text) {
+    promptInput.value = text;
     save("prompt", text);
-    prompt.focus();
-    prompt.scrollIntoView({ block: "center" });
+    promptInput.focus();
+    promptInput.scrollIntoView({ block: "center" });
   }
 
-  return { shown: () => {}, focus: () => prompt.focus() };
+  return { focus: () => promptInput.focus() };
 }
-
-const BYTES = /\\x[89a-f][0-9a-f]/; // of a character that takes several tokens
-const SPECIAL = /^(<\|.*\|>|<\/?s>|<eos>)$/;
-
-// Logprobs of the completions API as tokens. made: the text so far; the offsets count from its place `start`.
-function tokensOf(logprobs, made, start) {
-  const starts = logprobs.text_offset.map((offset) => start + offset);
-  return logprobs.tokens.map((name, i) => ({
-    text: BYTES.test(name) ? made.slice(starts[i], starts[i + 1]).join("") || "·" : shown(name),
-    start: starts[i],
-    probability: logprobs.token_logprobs[i] === null ? null : Math.exp(logprobs.token_logprobs[i]),
-    alternatives: Object.entries(logprobs.top_logprobs?.[i] ?? {})
-      .map(([name, logprob]) => ({
-        text: shown(name), probability: Math.exp(logprob), special: SPECIAL.test(name), partial: BYTES.test(name),
-      }))
-      .sort((a, b) => b.probability - a.probability)
-      .slice(0, ALTERNATIVES),
-  }));
-}
-
-const shown = (name) => name.replaceAll("▁", " "); // how some tokenizers write a space

@@ -1,4 +1,4 @@
-// What the browser keeps: plain JSON under names that begin with "gptsmith.". Nothing of it is sent anywhere.
+// What the browser keeps: JSON in its local storage, under names that begin with "gptsmith.". None of it is sent anywhere.
 
 export function load(name, fallback) {
   try {
@@ -9,7 +9,7 @@ export function load(name, fallback) {
   }
 }
 
-// Whether it was kept: storage may be full, or switched off.
+// Return whether the value was stored: the storage may be full or disabled.
 export function save(name, value) {
   try {
     localStorage.setItem(`gptsmith.${name}`, JSON.stringify(value));

@@ -1,8 +1,8 @@
-// Before anything is painted: the theme that was chosen, if one was. Without a choice the system's is used.
+// Apply the chosen theme before the first paint. Without a choice the page follows the system's theme.
 "use strict";
 try {
   const theme = localStorage.getItem("gptsmith.theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  // storage is switched off: the system's theme
+  // storage is disabled: the system's theme
 }
