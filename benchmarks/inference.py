@@ -82,7 +82,7 @@ def ours(engine: Any, prompt: list[int], count: int) -> dict[str, float]:
     """Seconds to the first token, tokens a second in all, and after the first."""
     from gptsmith.engine.sampling import SamplingParams
 
-    engine.weights_changed()  # nothing is known of the prompt
+    engine.on_weights_updated()  # nothing is known of the prompt
     began, first = time.perf_counter(), 0.0
     for _ in engine.stream(prompt, SamplingParams(max_tokens=count, temperature=0)):
         first = first or time.perf_counter()
@@ -272,7 +272,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         engine = engine_of(each, max_batch=32, cache_tokens=8192)
 
         def run(engine: Any = engine) -> dict[str, float]:
-            engine.weights_changed()
+            engine.on_weights_updated()
             began = time.perf_counter()
             results = engine.generate(prompts, wishes)
             seconds = time.perf_counter() - began
@@ -308,7 +308,7 @@ def latency(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def run() -> dict[str, float]:
         idle = ours(engine, list(range(64)), 1)["first_token_seconds"]
-        engine.weights_changed()
+        engine.on_weights_updated()
         long = engine.add_request(list(range(1000)), params)
         for _ in range(2):
             engine.step()

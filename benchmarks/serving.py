@@ -384,7 +384,7 @@ def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
     results = {}
     for measured in (False, True):
         rounds = arguments.rounds if measured else 1
-        engine.weights_changed()
+        engine.on_weights_updated()
         first: list[float] = []
         under_way: dict[int, tuple[int, int, float]] = {}
 

@@ -129,7 +129,7 @@ def test_an_engine_that_breaks_says_so(make_model: Any) -> None:
             asyncio.run(engine.generate([1], GREEDY))
 
 
-def test_what_is_called_between_passes(engine: AsyncEngine) -> None:
+def test_what_is_called_between_steps(engine: AsyncEngine) -> None:
     """It runs in the engine's thread while requests do, and its errors are the caller's."""
 
     async def scene() -> tuple[list[Any], Any]:

@@ -22,7 +22,7 @@ def compute(manager: BlockManager, sequence: Sequence, count: int) -> bool:
     if not manager.extend(sequence, count):
         return False
     sequence.computed += count
-    manager.computed(sequence)
+    manager.commit(sequence)
     return True
 
 
@@ -54,8 +54,8 @@ def test_adapters_do_not_share() -> None:
 def test_the_longest_unused_is_given_up_first() -> None:
     pool = BlockPool(2)
     a, b = pool.take(), pool.take()
-    pool.name(a, b"a")
-    pool.name(b, b"b")
+    pool.register(a, b"a")
+    pool.register(b, b"b")
     pool.release(b)
     pool.release(a)
     assert pool.take() == b
@@ -125,7 +125,7 @@ class Storm(RuleBasedStateMachine):
             for i in range(before // Z, -(-(before + count) // Z)):
                 self.contents[g, table[i]] = tuple(sequence.tokens[: min((i + 1) * Z, before + count)])
         sequence.computed += count
-        self.manager.computed(sequence)
+        self.manager.commit(sequence)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptsmith.engine import cpu_runner as fast
-from gptsmith.engine.cpu_runner import FastRunner, serves
+from gptsmith.engine.cpu_runner import CpuRunner, is_supported
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.runner import Runner
 from gptsmith.engine.sampling import SamplingParams
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="needs numba and
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(fast, "MIN_PARAMETERS", 0)
 
 
 def make_model(family: str, **overrides: Any) -> Transformer:
@@ -59,7 +59,7 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
         quantize(model, bits)  # type: ignore[arg-type]
     engine = Engine(model, block_size=4, max_batch=6, max_batch_tokens=8 if bits == 32 else 30)
     runner = engine.runner
-    assert isinstance(runner, FastRunner)
+    assert isinstance(runner, CpuRunner)
     passes = 0
     program = runner._logits
 
@@ -97,9 +97,9 @@ def test_greedy_equals_the_naive_loop(family: str, bits: int, naive: Any) -> Non
 
 def test_what_is_not_served_goes_the_other_way() -> None:
     for family in families.FAMILIES:
-        assert serves(make_model(family)) is (family not in ("gpt1", "mixtral", "qwen2_moe", "qwen3_moe"))
-    assert not serves(make_model("gpt2", hidden_size=40))
-    assert not serves(make_model("gpt2").to(torch.bfloat16))
+        assert is_supported(make_model(family)) is (family not in ("gpt1", "mixtral", "qwen2_moe", "qwen3_moe"))
+    assert not is_supported(make_model("gpt2", hidden_size=40))
+    assert not is_supported(make_model("gpt2").to(torch.bfloat16))
     engine = Engine(make_model("gpt2").to(torch.bfloat16))
     assert len(engine.generate([[1]], SamplingParams(max_tokens=3))[0].ids) == 3
 

@@ -43,12 +43,12 @@ def compare(model: Transformer, captured: bool, tolerance: float) -> int:
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_equals_plain_passes(family: str, make_model: MakeModel) -> None:
+def test_equals_plain_steps(family: str, make_model: MakeModel) -> None:
     assert compare(make_model(family), captured=False, tolerance=1e-4) > 10
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["gpt2", "gpt3", "llama", "qwen3"])
-def test_graphs_equal_plain_passes(family: str, make_model: MakeModel) -> None:
+def test_graphs_equal_plain_steps(family: str, make_model: MakeModel) -> None:
     assert compare(make_model(family).to("cuda"), captured=True, tolerance=1e-3) > 10

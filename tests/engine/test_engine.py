@@ -133,7 +133,7 @@ class Storm(RuleBasedStateMachine):
     )
     def begin(self, block_size: int, extra: int, batch: int, budget: int, caching: bool, guessing: bool) -> None:
         speculator = Speculator(PromptLookup(2, 1), 2)
-        speculator.worthwhile = lambda batch: True  # type: ignore[method-assign]
+        speculator.should_speculate = lambda batch: True  # type: ignore[method-assign]
         self.engine = Engine(
             self.model,  # type: ignore[attr-defined]
             block_size=block_size,
@@ -168,7 +168,11 @@ class Storm(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.asked)))
         before = number not in self.results
         self.engine.abort(number)
-        held = [*self.engine.scheduler.running, *self.engine.scheduler.waiting, *self.engine.scheduler.parked]
+        held = [
+            *self.engine.scheduler.running,
+            *self.engine.scheduler.waiting,
+            *self.engine.scheduler.waiting_for_beams,
+        ]
         assert all(s.request.number != number for s in held)  # gone at once, and its blocks with it
         blocks = {(g, block) for s in held for g, table in enumerate(s.tables) for block in table if block != NO_BLOCK}
         assert self.engine.blocks.used() == len(blocks)
@@ -647,7 +651,7 @@ def test_a_shared_beginning_is_computed_once(make_model: Any) -> None:
     model.hidden_states = hidden_states
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.mul_(-1)
-    engine.weights_changed()
+    engine.on_weights_updated()
     assert (
         engine.generate([[*beginning, 21]], GREEDY)[0].ids == Engine(model).generate([[*beginning, 21]], GREEDY)[0].ids
     )

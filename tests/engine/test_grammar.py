@@ -11,7 +11,7 @@ import pytest
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.grammar import Grammar, choices, grammar, json_schema, regex
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.engine.text import Writing, encode_prompt
+from gptsmith.engine.text import Detokenizer, encode_prompt
 from gptsmith.errors import UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -47,7 +47,7 @@ def texts(engine: Engine, tokenizer: Tokenizer, constraint: Grammar, count: int 
     """Texts of as many seeds, together, and why they ended."""
     wishes: dict[str, Any] = {"max_tokens": 120, "temperature": 1.5} | options
     params = SamplingParams(constraint=constraint, n=count, seed=0, **wishes)
-    writing = Writing(tokenizer, "", params)
+    writing = Detokenizer(tokenizer, "", params)
     (result,) = engine.generate([encode_prompt(tokenizer, "")], writing.engine_params)
     if result.error is not None:
         raise result.error

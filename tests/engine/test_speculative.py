@@ -20,7 +20,7 @@ from gptsmith.errors import UsageError
 
 
 class Always(Speculator):
-    def worthwhile(self, batch: int) -> bool:
+    def should_speculate(self, batch: int) -> bool:
         return True
 
 
@@ -30,7 +30,7 @@ class Oracle:
     def __init__(self, texts: dict[tuple[int, ...], list[int]], right: float) -> None:
         self.texts, self.right, self.rng = texts, right, random.Random(0)
 
-    def guess(self, sequences: Any, count: int) -> list[list[int]]:
+    def propose(self, sequences: Any, count: int) -> list[list[int]]:
         guesses = []
         for s in sequences:
             after = self.texts[tuple(s.request.prompt)][len(s.generated) :][:count]
@@ -96,14 +96,14 @@ def test_samples_that_part_where_guesses_are_checked(make_model: Any, family: st
         assert engine.stats.drafted > 0
 
 
-def test_right_guesses_save_passes(make_model: Any) -> None:
+def test_right_guesses_save_steps(make_model: Any) -> None:
     model = make_model("qwen3", context=80)
     params = SamplingParams(max_tokens=50, temperature=1.0, seed=0)
     (plain,) = Engine(model).generate([[1]], params)
     for drafter in (Oracle({(1,): plain.ids}, 1.0), DraftModel(model)):  # the model itself guesses rightly
         engine = Engine(model, speculator=Always(drafter, 4))
         assert engine.generate([[1]], params)[0].ids == plain.ids
-        assert engine.stats.passes <= 12
+        assert engine.stats.steps <= 12
         assert engine.stats.acceptance_rate == 1.0
     never = Engine(model, speculator=Always(Oracle({(1,): plain.ids}, 0.0), 4))
     assert never.generate([[1]], params)[0].ids == plain.ids
@@ -133,7 +133,7 @@ def test_a_guess_that_the_model_makes_no_numbers_of_is_only_wrong(make_model: An
         model.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.nan_to_num())
 
     class Damaged:
-        def guess(self, sequences: Any, count: int) -> list[list[int]]:
+        def propose(self, sequences: Any, count: int) -> list[list[int]]:
             return [[damaged] * count for _ in sequences]
 
     for block_size in (1, 4):
@@ -147,7 +147,7 @@ def test_a_guess_that_the_model_makes_no_numbers_of_is_only_wrong(make_model: An
 
 def test_a_drafter_that_fails_is_done_without(make_model: Any, naive: Any, capsys: Any) -> None:
     class Failing:
-        def guess(self, sequences: Any, count: int) -> list[list[int]]:
+        def propose(self, sequences: Any, count: int) -> list[list[int]]:
             raise MemoryError("no room")
 
     model = make_model("qwen3")
@@ -190,27 +190,27 @@ def test_prompt_lookup_finds_what_followed() -> None:
         tokens = [1, 2, 3, 4, 9, 2, 3, 5, 7, 2, 3]  # noqa: RUF012
 
     lookup, fake = PromptLookup(3, 2), Fake()
-    assert lookup.guess([fake], 3) == [[5, 7, 2]]  # type: ignore[list-item]
+    assert lookup.propose([fake], 3) == [[5, 7, 2]]  # type: ignore[list-item]
     fake.tokens = [*fake.tokens, 4, 9]
-    assert lookup.guess([fake], 2) == [[2, 3]]  # type: ignore[list-item]
+    assert lookup.propose([fake], 2) == [[2, 3]]  # type: ignore[list-item]
     fake.tokens = [*fake.tokens, 0]
-    assert lookup.guess([fake], 2) == [[]]  # type: ignore[list-item]
+    assert lookup.propose([fake], 2) == [[]]  # type: ignore[list-item]
     with pytest.raises(UsageError):
         PromptLookup(1, 2)
 
 
 def test_guessing_leaves_off_where_it_is_slow_and_begins_where_it_pays() -> None:
     class Nobody:
-        def guess(self, sequences: collections.abc.Sequence[Sequence], count: int) -> list[list[int]]:
+        def propose(self, sequences: collections.abc.Sequence[Sequence], count: int) -> list[list[int]]:
             return []
 
     for cost, expected in ((3.0, False), (1.1, True)):
         speculator, guessed, seconds = Speculator(Nobody()), 0, 0.0
         tokens = 0
         for _ in range(2000):
-            guess = speculator.worthwhile(1)
+            guess = speculator.should_speculate(1)
             made = 2 if guess else 1
-            speculator.learn(1, guess, cost if guess else 1.0, made)
+            speculator.record(1, guess, cost if guess else 1.0, made)
             seconds += cost if guess else 1.0
             tokens += made
             guessed += guess
@@ -248,9 +248,9 @@ def test_never_slower_than_nine_tenths_of_plain(
     texts = {tuple(p): r.ids for p, r in zip(prompts, plain.generate(prompts, wishes), strict=True)}
 
     class Slow(Oracle):
-        def guess(self, sequences: Any, count: int) -> list[list[int]]:
+        def propose(self, sequences: Any, count: int) -> list[list[int]]:
             clock.now += drafting
-            return super().guess(sequences, count)
+            return super().propose(sequences, count)
 
     engine = Engine(model, max_batch=2, max_batch_tokens=64, speculator=Speculator(Slow(texts, right), 4))
     run = engine.runner.run

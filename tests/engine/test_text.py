@@ -12,7 +12,7 @@ import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, TokenLogprob
-from gptsmith.engine.text import Piece, StopText, Writing, encode_prompt, generate_texts, stream
+from gptsmith.engine.text import Detokenizer, StopText, TextChunk, encode_prompt, generate_texts, stream
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -27,7 +27,7 @@ def engine(make_model: Any, tokenizer: Tokenizer) -> Engine:
     return Engine(make_model("qwen3", tokenizer.vocab_size, context=64))
 
 
-def joined(pieces: list[Piece], index: int = 0) -> str:
+def joined(pieces: list[TextChunk], index: int = 0) -> str:
     return "".join(piece.text for piece in pieces if piece.index == index)
 
 
@@ -110,7 +110,7 @@ def test_stop_strings_count_where_the_best_is_chosen(engine: Engine, tokenizer: 
     beams = SamplingParams(max_tokens=20, temperature=0, beams=4, n=4)
     whole = generate_texts(engine, tokenizer, ["a"], beams)[0]
     stop = whole[0][5:7]
-    writing = Writing(tokenizer, "a", replace(beams, stop=(stop,)))
+    writing = Detokenizer(tokenizer, "a", replace(beams, stop=(stop,)))
     (result,) = engine.generate([tokenizer.encode("a")], writing.engine_params)
     for completion in result.completions:
         text = tokenizer.decode(completion.ids)
@@ -196,8 +196,8 @@ def test_tokens_are_told_with_the_text_they_begin_in(data: st.DataObject) -> Non
     stop = data.draw(st.sampled_from([(), ("t",), ("ca", "é"), ("日日",)]))
     prompt = tokenizer.encode("a mat") if data.draw(st.booleans()) else []
     params = SamplingParams(stop=stop, logprobs=0, echo=bool(prompt), prompt_logprobs=0 if prompt else None)
-    writing = Writing(tokenizer, "a mat", params, prompt_length=len(prompt))
-    pieces: list[Piece] = []
+    writing = Detokenizer(tokenizer, "a mat", params, prompt_length=len(prompt))
+    pieces: list[TextChunk] = []
     rest, first = [*prompt, *ids], len(prompt)
     while rest and not (pieces and pieces[-1].finish_reason):
         size = first + data.draw(st.integers(1, 3))

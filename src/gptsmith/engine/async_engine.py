@@ -73,11 +73,11 @@ class AsyncEngine:
             await stream.aclose()  # type: ignore[attr-defined]
         raise GptsmithError("the engine ended a request without a result.")  # pragma: no cover
 
-    def submit(self, prompt: Items[int], params: SamplingParams, deliver: Deliver) -> Ticket:
+    def submit(self, prompt: Items[int], params: SamplingParams, deliver: Deliver) -> RequestHandle:
         """Continue a prompt; `deliver(event)` is called in the engine's thread: it must be quick, and not fail. It gets
         an exception instead if the request cannot be served; that is then the last it gets, as is an event with a
         result."""
-        ticket = Ticket(self)
+        ticket = RequestHandle(self)
 
         def begin() -> None:
             if ticket.cancelled:
@@ -85,12 +85,12 @@ class AsyncEngine:
             try:
                 ticket.request = self.engine.add_request(prompt, params)
             except Exception as failure:  # whatever is wrong with it, the others go on
-                _hand(deliver, as_error(failure))
+                _deliver(deliver, as_error(failure))
             else:
                 self._readers[ticket.request] = deliver
 
         if self._closing or self._broken is not None:
-            _hand(deliver, self._broken or GptsmithError("the engine is closed."))
+            _deliver(deliver, self._broken or GptsmithError("the engine is closed."))
         else:
             self._orders.put(begin)
         return ticket
@@ -131,9 +131,9 @@ class AsyncEngine:
         """See `Engine.remove_adapter`."""
         self._orders.put(lambda: self.engine.remove_adapter(name))
 
-    def weights_changed(self) -> None:
-        """See `Engine.weights_changed`."""
-        self._orders.put(self.engine.weights_changed)
+    def on_weights_updated(self) -> None:
+        """See `Engine.on_weights_updated`."""
+        self._orders.put(self.engine.on_weights_updated)
 
     @property
     def stats(self) -> EngineStats:
@@ -165,15 +165,15 @@ class AsyncEngine:
                     deliver = self._readers.get(event.request)
                     if event.result is not None:
                         self._readers.pop(event.request, None)
-                    if deliver is not None and not _hand(deliver, event):
+                    if deliver is not None and not _deliver(deliver, event):
                         self.engine.abort(event.request)
         except Exception as failure:  # a mistake of this package: said to all who wait, and to who comes after
             self._broken = GptsmithError(f"the engine has failed: {type(failure).__name__}: {failure}.")
             for deliver in self._readers.values():
-                _hand(deliver, self._broken)
+                _deliver(deliver, self._broken)
 
 
-class Ticket:
+class RequestHandle:
     """A submitted request. request: its number, once the engine has taken it."""
 
     def __init__(self, owner: AsyncEngine) -> None:
@@ -186,7 +186,7 @@ class Ticket:
         self._owner._orders.put(lambda: None if self.request is None else self._owner.engine.abort(self.request))
 
 
-def _hand(deliver: Deliver, item: Event | Exception) -> bool:
+def _deliver(deliver: Deliver, item: Event | Exception) -> bool:
     """Whether it was taken: an event loop that is closed takes nothing."""
     try:
         deliver(item)

@@ -1,4 +1,4 @@
-"""Beam search: keep the k most probable texts, lengthen each by every token, keep the k most probable again.
+"""Beam search: keep the k most probable texts, extend_beams each by every token, keep the k most probable again.
 
 Compares and ends as transformers does: finished texts by log-probability over length to the power of `length_penalty`.
 """
@@ -13,7 +13,7 @@ from gptsmith.engine.sequence import FinishReason, Sequence, TokenLogprob
 
 @dataclass(frozen=True)
 class Step:
-    """A beam and the token to lengthen it by; total: the log-probability then."""
+    """A beam and the token to extend_beams it by; total: the log-probability then."""
 
     parent: Sequence
     token: TokenLogprob
@@ -51,7 +51,7 @@ class Finished:
         return self.early_stopping or self.best[-1][0] >= self.score(best_live, length)
 
 
-def lengthen(beams: list[Sequence], finished: Finished) -> list[Step]:
+def extend_beams(beams: list[Sequence], finished: Finished) -> list[Step]:
     """The beams' candidates, best first: those that end among the first k are added to `finished`, the k best others
     are returned. Each beam's `candidates` are (total, token id, log-probability of the token)."""
     candidates = sorted(

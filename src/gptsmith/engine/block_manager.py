@@ -23,7 +23,7 @@ class BlockPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._empty = list(range(size))[::-1]  # a stack: the lowest first, so that little memory is ever touched
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * size
         self._hash: list[bytes | None] = [None] * size
         self._by_hash: dict[bytes, int] = {}
@@ -31,20 +31,20 @@ class BlockPool:
     @property
     def available(self) -> int:
         """How many blocks can be taken."""
-        return len(self._empty) + len(self._kept)
+        return len(self._empty) + len(self._cached)
 
     @property
-    def kept(self) -> int:
+    def cached(self) -> int:
         """How many blocks nobody holds, but which can be found again."""
-        return len(self._kept)
+        return len(self._cached)
 
     def take(self) -> int:
         """A block for one holder, its contents undefined. IndexError if none is available."""
         if self._empty:
             block = self._empty.pop()
-        elif self._kept:
-            block, _ = self._kept.popitem(last=False)
-            self.forget(block)
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            self.evict(block)
         else:
             raise IndexError("no block is available")
         self._holders[block] = 1
@@ -52,7 +52,7 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """One more holder of a block that is held or kept."""
-        self._kept.pop(block, None)
+        self._cached.pop(block, None)
         self._holders[block] += 1
 
     def release(self, block: int) -> None:
@@ -64,13 +64,13 @@ class BlockPool:
             if self._hash[block] is None:
                 self._empty.append(block)
             else:
-                self._kept[block] = None
+                self._cached[block] = None
 
     def find(self, key: bytes) -> int | None:
         """The block with these contents."""
         return self._by_hash.get(key)
 
-    def name(self, block: int, key: bytes) -> None:
+    def register(self, block: int, key: bytes) -> None:
         """Make a held block, now full, known by its contents (unless another with the same already is)."""
         if self._hash[block] is None and key not in self._by_hash:
             self._hash[block], self._by_hash[key] = key, block
@@ -78,17 +78,17 @@ class BlockPool:
     def holders(self, block: int) -> int:
         return self._holders[block]
 
-    def forget(self, block: int) -> None:
+    def evict(self, block: int) -> None:
         """A held block's contents are not to be found any more."""
         key = self._hash[block]
         if key is not None:
             del self._by_hash[key]
             self._hash[block] = None
 
-    def forget_all(self) -> None:
+    def evict_all(self) -> None:
         """Nothing computed so far is to be found any more (the weights have changed)."""
-        self._empty.extend(reversed(self._kept))
-        self._kept.clear()
+        self._empty.extend(reversed(self._cached))
+        self._cached.clear()
         self._by_hash.clear()
         self._hash = [None] * self.size
 
@@ -136,7 +136,7 @@ class BlockManager:
         if first_time:
             self.prefix_tokens += sequence.length
         candidates = (sequence.length - 1) // Z
-        keys = self._keys(sequence, candidates)
+        keys = self._hashes(sequence, candidates)
         found = [[pool.find(key) for key in keys] for pool in self.pools]
         for n in range(candidates, 0, -1):
             firsts = [0 if window is None else max(0, n * Z - window + 1) // Z for window in self.windows]
@@ -164,17 +164,17 @@ class BlockManager:
             table.extend(pool.take() for _ in range(n))
         return True
 
-    def computed(self, sequence: Sequence) -> None:
+    def commit(self, sequence: Sequence) -> None:
         """After a pass: make full blocks known, let go of those behind the window."""
         if self.prefix_caching:
             full = sequence.computed // self.block_size
-            if full > sequence.named:
-                keys = self._keys(sequence, full)
+            if full > sequence.num_hashed_blocks:
+                keys = self._hashes(sequence, full)
                 for pool, table in zip(self.pools, sequence.tables, strict=True):
-                    for i in range(sequence.named, full):
+                    for i in range(sequence.num_hashed_blocks, full):
                         if table[i] != NO_BLOCK:
-                            pool.name(table[i], keys[i])
-                sequence.named = full
+                            pool.register(table[i], keys[i])
+                sequence.num_hashed_blocks = full
         for pool, window, table in zip(self.pools, self.windows, sequence.tables, strict=True):
             if window is not None:
                 behind = max(0, sequence.computed - window + 1) // self.block_size
@@ -197,7 +197,7 @@ class BlockManager:
             for block in new:
                 if block != NO_BLOCK:
                     pool.share(block)
-        child.computed, child.named = full * self.block_size, min(parent.named, full)
+        child.computed, child.num_hashed_blocks = full * self.block_size, min(parent.num_hashed_blocks, full)
         if rest and all(pool.available for pool in self.pools):
             for g, pool in enumerate(self.pools):
                 block = pool.take()
@@ -221,21 +221,21 @@ class BlockManager:
                 if block != NO_BLOCK:
                     pool.release(block)
             table.clear()
-        sequence.computed = sequence.named = 0
+        sequence.computed = sequence.num_hashed_blocks = 0
 
-    def forget(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
+    def evict(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
         """Let nobody find what a sequence computed (it is no number); the blocks to clear, by group."""
         own = []
         for g, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
             blocks = [block for block in table if block != NO_BLOCK and pool.holders(block) == 1]
             for block in blocks:
-                pool.forget(block)
+                pool.evict(block)
             own.append((g, blocks))
         return own
 
-    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
         """Hashes of the sequence's first `count` blocks: of their tokens, all those before, and the adapter's name."""
-        keys, Z = sequence.keys, self.block_size
+        keys, Z = sequence.block_hashes, self.block_size
         while len(keys) < count:
             previous = keys[-1] if keys else sequence.salt
             begin = sequence.start + len(keys) * Z

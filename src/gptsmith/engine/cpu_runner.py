@@ -20,11 +20,11 @@ from gptsmith.model.quantized import Packed, QuantizedLinear, bits_of
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
-LEAST_WEIGHTS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
-MOST_TOKENS = 64  # of a float32 model's pass: beyond it PyTorch's own matrix products are faster
+MIN_PARAMETERS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
+MAX_TOKENS = 64  # of a float32 model's pass: beyond it PyTorch's own matrix products are faster
 
 
-def serves(model: Transformer) -> bool:
+def is_supported(model: Transformer) -> bool:
     """Whether the program can run this model on this machine."""
     c = model.config
     weight: Any = model.lm_head.weight
@@ -43,14 +43,14 @@ def serves(model: Transformer) -> bool:
     )
 
 
-class FastRunner(Runner):
+class CpuRunner(Runner):
     """A `Runner` that gives small passes to `kernels.forward`."""
 
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
         super().__init__(model, cache, vocab_size)
         announce_compiling()
         self._stamp: Any = None
-        self.most_tokens = MOST_TOKENS if bits_of(model) is None else 1 << 30
+        self.most_tokens = MAX_TOKENS if bits_of(model) is None else 1 << 30
         self._room: tuple[np.ndarray, ...] = ()
         self._room_of = (0, 0)  # tokens, threads
 
@@ -173,7 +173,7 @@ def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runne
     """The runner for this model on this machine."""
     if cache.keys[0].is_cuda and not model.config.num_experts:  # experts ask how many tokens each has: no graph
         return GraphRunner(model, cache, vocab_size)
-    pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= LEAST_WEIGHTS
-    if pays and serves(model) and cache.keys[0].dtype == torch.float32:
-        return FastRunner(model, cache, vocab_size)
+    pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
+    if pays and is_supported(model) and cache.keys[0].dtype == torch.float32:
+        return CpuRunner(model, cache, vocab_size)
     return Runner(model, cache, vocab_size)

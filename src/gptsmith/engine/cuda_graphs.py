@@ -1,7 +1,7 @@
 """Decoding on a GPU as CUDA graphs: hundreds of small kernels a token, started by one call.
 
 A graph runs the same kernels on the same memory each time, so a pass that is one reads its ids, positions and block
-tables from tensors that stay where they are (`StaticPass`). There is a graph for each power of two of sequences and of
+tables from tensors that stay where they are (`StaticBatch`). There is a graph for each power of two of sequences and of
 blocks; what is left over repeats the first sequence, which computes and stores the same numbers twice.
 
 Axis letters: B sequences · W blocks of each · S = W · Z tokens · H heads · K key/value heads · D head_dim · Z tokens of
@@ -24,7 +24,7 @@ from gptsmith.model.transformer import Transformer
 _LEAST_BLOCKS = 8
 
 
-class StaticPass:
+class StaticBatch:
     """One new token of each of B sequences, over up to W blocks: a `Cache` whose tensors are filled, never replaced."""
 
     def __init__(self, cache: PagedCache, batch: int, blocks: int) -> None:
@@ -82,7 +82,7 @@ class GraphRunner(Runner):
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int, *, captured: bool = True) -> None:
         super().__init__(model, cache, vocab_size)
         self.captured = captured
-        self._passes: dict[tuple[int, int], tuple[StaticPass, Any, Tensor]] = {}
+        self._steps: dict[tuple[int, int], tuple[StaticBatch, Any, Tensor]] = {}
         self._stamp: Any = None
         self._pool: Any = None
 
@@ -93,31 +93,31 @@ class GraphRunner(Runner):
         parameters = self.model.parameters()  # of torchao's kinds they have no address of their own
         stamp = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
         if stamp != self._stamp:  # the weights lie elsewhere now
-            self._passes.clear()
+            self._steps.clear()
             self._stamp = stamp
         Z = self.cache.block_size
         batch = 1 << (len(ids) - 1).bit_length()
         blocks = max(_LEAST_BLOCKS, 1 << (-(-longest // Z) - 1).bit_length())
-        known = self._passes.get((batch, blocks))
-        static = StaticPass(self.cache, batch, blocks) if known is None else known[0]
+        known = self._steps.get((batch, blocks))
+        static = StaticBatch(self.cache, batch, blocks) if known is None else known[0]
         static.fill(ids, chunks)
         if not self.captured:
             logits = self._compute(static)
         elif known is None:
             graph, logits = self._capture(static)
-            self._passes[batch, blocks] = static, graph, logits
+            self._steps[batch, blocks] = static, graph, logits
         else:
             _, graph, logits = known
             graph.replay()
         return logits[: len(ids)].clone()
 
-    def _compute(self, static: StaticPass) -> Tensor:
+    def _compute(self, static: StaticBatch) -> Tensor:
         with self._evaluating():
             hidden = self.model.hidden_states(static.ids, cache=static)[0]
             logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]
         return logits
 
-    def _capture(self, static: StaticPass) -> tuple[Any, Tensor]:
+    def _capture(self, static: StaticBatch) -> tuple[Any, Tensor]:
         """The graph of a pass that has been filled: running it more than once stores the same keys and values."""
         aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptsmith.engine.beam import Finished, Step, lengthen
+from gptsmith.engine.beam import Finished, Step, extend_beams
 from gptsmith.engine.block_manager import BlockManager
 from gptsmith.engine.cpu_runner import make_runner
 from gptsmith.engine.runner import Rows
@@ -53,7 +53,7 @@ class EngineStats:
     requests: int
     prompt_tokens: int
     generated_tokens: int
-    passes: int
+    steps: int
     preemptions: int
     prefix_tokens: int
     """Prompt tokens that were looked for among known ones."""
@@ -92,7 +92,7 @@ class Engine:
     speculator: guesses ahead where that is faster (`engine.speculative`); what is generated stays the same.
     Raises UsageError for values that make no sense together.
 
-    If the model's weights change, call `weights_changed`.
+    If the model's weights change, call `on_weights_updated`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Engine:
         self.runner = make_runner(model, cache, self.vocab_size)
         self._requests: dict[int, Request] = {}
         self._beams: dict[int, Finished] = {}
-        self._count = self._passes = self._prompt_tokens = self._generated_tokens = 0
+        self._count = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._undelivered: list[Event] = []
         self._streams: dict[int, deque[Event]] = {}
         self._adapters: dict[str, tuple[bytes, Adapter]] = {}
@@ -153,7 +153,7 @@ class Engine:
         sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)
         sequence = Sequence(request, 0, sampler, len(self.blocks.pools))
         if len(prompt) > self.context:
-            sequence.shift(self._kept)
+            sequence.shift(self._shifted_length)
         request.live.append(sequence)
         return request
 
@@ -209,11 +209,11 @@ class Engine:
             requests=self._count,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            passes=self._passes,
+            steps=self._steps,
             preemptions=self.scheduler.preemptions,
             prefix_tokens=self.blocks.prefix_tokens,
             prefix_hits=self.blocks.prefix_hits,
-            running=len(self.scheduler.running) + len(self.scheduler.parked),
+            running=len(self.scheduler.running) + len(self.scheduler.waiting_for_beams),
             waiting=len(self.scheduler.waiting),
             blocks_used=self.blocks.used(),
             blocks=sum(pool.size for pool in self.blocks.pools),
@@ -221,12 +221,12 @@ class Engine:
             accepted=self.speculator.accepted if self.speculator is not None else 0,
         )
 
-    def weights_changed(self) -> None:
+    def on_weights_updated(self) -> None:
         """Forget what was computed with the weights as they were; running requests go on with the new ones."""
         for pool in self.blocks.pools:
-            pool.forget_all()
-        for sequence in [*self.scheduler.running, *self.scheduler.parked]:
-            sequence.named = 0
+            pool.evict_all()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting_for_beams]:
+            sequence.num_hashed_blocks = 0
             self.blocks.release(sequence)
 
     # generation -------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class Engine:
         events = self._compute(batch)
         if batch and decoding:
             made = self._generated_tokens - generated
-            speculator.learn(len(batch), drafted, time.perf_counter() - began, made, guessing=guessed - began)
+            speculator.record(len(batch), drafted, time.perf_counter() - began, made, guessing=guessed - began)
         return events
 
     def _guess(self, speculator: Speculator) -> None:
@@ -330,11 +330,11 @@ class Engine:
         running = self.scheduler.running
         if self.scheduler.waiting or not all(s.remaining == 1 for s in running):
             return
-        able = [s for s in running if s.guessable and s.request.params.draws_plainly]
-        if not able or speculator.failure is not None or not speculator.worthwhile(len(running)):
+        able = [s for s in running if s.speculation_enabled and s.request.params.uses_raw_logits]
+        if not able or speculator.failure is not None or not speculator.should_speculate(len(running)):
             return
         try:
-            guesses = speculator.drafter.guess(able, speculator.most)
+            guesses = speculator.drafter.propose(able, speculator.most)
         except Exception as failure:  # a drafter's, which nobody needs: all goes on without
             speculator.failure = failure
             note(f"note: guessing ahead failed and is off from now on: {type(failure).__name__}: {failure}")
@@ -348,7 +348,7 @@ class Engine:
     def _compute(self, batch: list[Scheduled]) -> list[Event]:
         if not batch:
             return []
-        self._passes += 1
+        self._steps += 1
         ready: list[tuple[Sequence, Tensor]] = []
         touched: dict[int, Request] = {}
         for rows in self._run(batch):
@@ -368,7 +368,7 @@ class Engine:
             if sequence.remaining == 0:
                 ready.append((sequence, rows.logits[-1 - len(sequence.drafts) :]))
             else:
-                self.blocks.computed(sequence)
+                self.blocks.commit(sequence)
         self._sample(ready)
         events = []
         for request in touched.values():
@@ -459,14 +459,14 @@ class Engine:
                 if drafts[i] != token:
                     break
                 sequence.computed += 1  # the draft was right: what was computed of it holds
-        self.blocks.computed(sequence)
+        self.blocks.commit(sequence)
         self._shift(sequence)
 
     def _shift(self, sequence: Sequence) -> None:
         """Where the context is full, read the last of it again."""
         if sequence.length > self.context:
             self.blocks.release(sequence)
-            sequence.shift(self._kept)
+            sequence.shift(self._shifted_length)
 
     def _siblings(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a prompt that has just been read to its end; they share its blocks."""
@@ -483,7 +483,7 @@ class Engine:
         parent.request.live.append(child)  # first: should copying fail, its blocks go with the request
         for group, source, target in self.blocks.fork(parent, child):
             self.runner.cache.copy(group, source, target)
-        self.scheduler.enter(child)
+        self.scheduler.admit(child)
 
     def _forget_guesses(self, sequence: Sequence) -> None:
         """A pass with guesses gave no numbers: it is computed again without them, for it may be their fault.
@@ -492,7 +492,7 @@ class Engine:
         """
         if self.speculator is not None:
             self.speculator.drafted += len(sequence.drafts)
-        Z, sequence.drafts, sequence.guessable = self.blocks.block_size, [], False
+        Z, sequence.drafts, sequence.speculation_enabled = self.blocks.block_size, [], False
         for group, table in enumerate(sequence.tables):
             self.runner.cache.clear(group, table[sequence.computed // Z :])
         sequence.computed = sequence.computed // Z * Z
@@ -511,7 +511,7 @@ class Engine:
 
     def _refuse_nothing(self, adjusted: Tensor, sequences: list[Sequence]) -> None:
         """Raise if a row forbids every token."""
-        if all(s.sampler.params.draws_plainly for s in sequences):
+        if all(s.sampler.params.uses_raw_logits for s in sequences):
             return
         if bool((adjusted.amax(dim=-1) == -torch.inf).any()):
             raise GptsmithError(_NOTHING_ALLOWED)
@@ -528,7 +528,7 @@ class Engine:
     # beam search ------------------------------------------------------------------------------------------------------
 
     def _beam_search(self, ready: list[tuple[Sequence, Tensor]]) -> None:
-        """Note the candidates of beams of one request; once all its beams have theirs, lengthen them."""
+        """Note the candidates of beams of one request; once all its beams have theirs, extend_beams them."""
         # What is adjusted are log-probabilities, as in transformers: there is nothing to draw that must add up to 1.
         logprobs = torch.cat([logits for _, logits in ready]).log_softmax(dim=-1)
         logprobs = adjust(logprobs, [s.sampler for s, _ in ready])
@@ -541,15 +541,15 @@ class Engine:
                 (sequence.cumulative_logprob + value, id, TokenLogprob(id, value, top[: params.logprobs or 0]))
                 for id, value in top
             ]
-            self.blocks.computed(sequence)
-            self.scheduler.park(sequence)
+            self.blocks.commit(sequence)
+            self.scheduler.hold_beam(sequence)
         request = ready[0][0].request
         if all(s.candidates is not None for s in request.live):
-            self._lengthen_beams(request)
+            self._extend_beams(request)
 
-    def _lengthen_beams(self, request: Request) -> None:
+    def _extend_beams(self, request: Request) -> None:
         params, finished = request.params, self._beams[request.number]
-        steps = lengthen(request.live, finished)
+        steps = extend_beams(request.live, finished)
         if not steps and not finished.best:
             raise GptsmithError(_NOTHING_ALLOWED)
         length = len(request.live[0].generated) + 1
@@ -580,7 +580,7 @@ class Engine:
                 child.push(step.token.id, step.token)
                 self._enter(parent, child)
             parent.push(its_steps[0].token.id, its_steps[0].token)
-            self.scheduler.unpark(parent)
+            self.scheduler.resume_beam(parent)
         for sequence in request.live:
             self._shift(sequence)
 
@@ -605,7 +605,7 @@ class Engine:
         self.scheduler.remove(sequence)
 
     def _fail_damaged(self, sequence: Sequence) -> None:
-        for group, blocks in self.blocks.forget(sequence):
+        for group, blocks in self.blocks.evict(sequence):
             self.runner.cache.clear(group, blocks)
         self._fail(
             sequence.request,
@@ -630,7 +630,7 @@ class Engine:
         params = request.params
         ended = not request.live
         events = []
-        if not params.told_at_the_end:
+        if not params.returns_only_at_end:
             for sequence in sorted([*request.live, *request.finished], key=lambda s: s.index):
                 event = self._event(sequence, sequence.index)
                 if event is not None:
@@ -649,7 +649,7 @@ class Engine:
             min(request.cached_tokens, len(request.prompt)),
             request.error,
         )
-        if params.told_at_the_end:
+        if params.returns_only_at_end:
             events = [Event(request.number, c.index, c.ids, c.logprobs, c.finish_reason) for c in result.completions]
         if not events:
             events = [
@@ -662,9 +662,9 @@ class Engine:
 
     def _event(self, sequence: Sequence, index: int) -> Event | None:
         """What is new of a sequence; None if nothing is."""
-        request, params, first = sequence.request, sequence.request.params, sequence.told
+        request, params, first = sequence.request, sequence.request.params, sequence.emitted
         made = sequence.sampler.generated
-        if sequence.told_end or (first == made and sequence.finish_reason is None):
+        if sequence.emitted_end or (first == made and sequence.finish_reason is None):
             return None
         ids = sequence.tokens[len(request.prompt) + first :]
         logprobs: list[TokenLogprob | None] | None = None
@@ -674,7 +674,7 @@ class Engine:
             ids = [*request.prompt, *ids]
             if logprobs is not None:
                 logprobs = [*self._echoed(request), *logprobs]
-        sequence.told, sequence.told_end = made, sequence.finish_reason is not None
+        sequence.emitted, sequence.emitted_end = made, sequence.finish_reason is not None
         return Event(request.number, index, ids, logprobs, sequence.finish_reason)
 
     def _completion(self, sequence: Sequence, index: int) -> Completion:
@@ -699,7 +699,7 @@ class Engine:
     # checks -----------------------------------------------------------------------------------------------------------
 
     @property
-    def _kept(self) -> int:
+    def _shifted_length(self) -> int:
         """How many tokens are read again when the context is full and shifts."""
         return max(1, self.context * 3 // 4)
 

@@ -33,11 +33,11 @@ class Grammar:
     def __init__(self, tokenizer: Tokenizer, source: str, end_ids: Sequence[int] = ()) -> None:
         self.tokenizer, self.source, self.end_ids = tokenizer, source, tuple(end_ids)
 
-    def start(self) -> Place:
+    def start(self) -> GrammarState:
         """The beginning of a text. Raises UsageError for a language that is damaged, too complex or empty."""
         ll, tokens = _llguidance(), _tokens(self.tokenizer)
         matcher = ll.LLMatcher(tokens, self.source, log_level=0)
-        place = Place(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
+        place = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
         if place.matcher.is_error():
             raise UsageError(f"the grammar cannot be followed: {_reason(place.matcher)}.")
         try:
@@ -49,7 +49,7 @@ class Grammar:
         return place
 
 
-class Place:
+class GrammarState:
     """Where a text stands in a language."""
 
     def __init__(
@@ -84,8 +84,8 @@ class Place:
         if self.matcher.is_error():
             raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
 
-    def copy(self) -> Place:
-        return Place(self.matcher.deep_copy(), self.vocab_size, self.eos_id, self.end_ids)
+    def copy(self) -> GrammarState:
+        return GrammarState(self.matcher.deep_copy(), self.vocab_size, self.eos_id, self.end_ids)
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Grammar:

@@ -188,12 +188,12 @@ class SamplingParams:
         return self.best_of or self.n
 
     @property
-    def told_at_the_end(self) -> bool:
+    def returns_only_at_end(self) -> bool:
         """Whether only the end decides which texts there are."""
         return self.beams > 1 or self.samples > self.n
 
     @property
-    def draws_plainly(self) -> bool:
+    def uses_raw_logits(self) -> bool:
         """Whether tokens depend on the logits alone: no penalty, bias, grammar or least length."""
         return not (
             self.repetition_penalty != 1

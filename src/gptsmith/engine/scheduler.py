@@ -33,7 +33,7 @@ class Scheduler:
         self.blocks, self.max_batch, self.max_batch_tokens = blocks, max_batch, max_batch_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.parked: list[Sequence] = []
+        self.waiting_for_beams: list[Sequence] = []
         """Beams that wait for their siblings; they compute nothing, but may hold blocks."""
         self.preemptions = 0
 
@@ -44,7 +44,7 @@ class Scheduler:
         else:
             self.waiting.append(sequence)
 
-    def enter(self, sequence: Sequence) -> None:
+    def admit(self, sequence: Sequence) -> None:
         """Run a sequence that holds blocks at once, if there is a place; else it gives them up and is queued."""
         if len(self.running) < self.max_batch:
             insort(self.running, sequence, key=lambda s: s.order)
@@ -54,25 +54,25 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks are free."""
-        for place in (self.running, self.parked, self.waiting):
+        for place in (self.running, self.waiting_for_beams, self.waiting):
             if sequence in place:
                 place.remove(sequence)
         self.blocks.release(sequence)
 
-    def park(self, sequence: Sequence) -> None:
+    def hold_beam(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.parked.append(sequence)
+        self.waiting_for_beams.append(sequence)
 
-    def unpark(self, sequence: Sequence) -> None:
+    def resume_beam(self, sequence: Sequence) -> None:
         """Back to work, or to the queue if its blocks were taken away meanwhile."""
-        if sequence in self.parked:
-            self.parked.remove(sequence)
-            self.enter(sequence)
+        if sequence in self.waiting_for_beams:
+            self.waiting_for_beams.remove(sequence)
+            self.admit(sequence)
         else:
             self.add(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next pass; at least one token, if there is any sequence that is not parked."""
+        """The next pass; at least one token, if there is any sequence that is not waiting_for_beams."""
         chosen: dict[Sequence, int] = {}
         budget = self.max_batch_tokens
         decoding = [s for s in self.running if s.remaining == 1]
@@ -87,7 +87,7 @@ class Scheduler:
                 chosen[sequence] = count
                 budget -= count
         if budget > 0:
-            self._admit()
+            self._admit_waiting()
         prompts = [s for s in self.running if s not in chosen]
         shares = dict.fromkeys(prompts, 0)
         if prompts:
@@ -105,7 +105,7 @@ class Scheduler:
                 chosen[sequence] = count
         return [Scheduled(sequence, count) for sequence, count in chosen.items()]
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:
             head = self.waiting[0]
             if self.running and not self._fits(head):
@@ -124,7 +124,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> bool:
         """Blocks for `count` more tokens, if need be from younger sequences; False if the sequence had to give way."""
         while not self.blocks.extend(sequence, count):
-            idle = [s for s in self.parked if s.computed]
+            idle = [s for s in self.waiting_for_beams if s.computed]
             younger = [s for s in [*self.running, *idle] if s.order > sequence.order]
             victim = max(younger or idle or [sequence], key=lambda s: s.order)
             chosen.pop(victim, None)
@@ -138,8 +138,8 @@ class Scheduler:
         sequence.preemptions += 1
         sequence.drafts = []
         self.blocks.release(sequence)
-        if sequence in self.parked:
-            self.parked.remove(sequence)  # it comes back through `unpark`
+        if sequence in self.waiting_for_beams:
+            self.waiting_for_beams.remove(sequence)  # it comes back through `resume_beam`
         else:
             self.running.remove(sequence)
             self.add(sequence)

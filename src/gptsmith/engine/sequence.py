@@ -112,26 +112,26 @@ class Request:
 class Sequence:
     """Tokens that are being continued.
 
-    tokens: the prompt and what was made. start: those before it are beyond the context. computed: for how many from
-    `start` on keys and values are in the blocks of `tables` (one table for each group of layers). named, keys: how many
-    full blocks are known by their contents, and the hashes. drafts: guesses at what follows, to be checked in one pass.
-    guessable: whether there may be any. candidates: of a beam that waits for its siblings. `computed` falls back to 0
-    when blocks are taken away.
+    tokens: the prompt and the generated tokens; those before `start` are outside the context. computed: for how many
+    tokens from `start` on `tables` (one block table per group of layers) holds keys and values; 0 again after the
+    blocks are taken away. num_hashed_blocks: how many full blocks are registered for prefix caching, under `block_hashes`.
+    drafts: speculative tokens to be checked in the next step. speculation_enabled: whether drafts are allowed.
+    candidates: of a beam that waits for the other beams of its request.
     """
 
     def __init__(self, request: Request, index: int, sampler: SamplerState, groups: int) -> None:
         self.request, self.index, self.sampler = request, index, sampler
         self.tokens = list(request.prompt)
-        self.start = self.computed = self.named = self.preemptions = 0
+        self.start = self.computed = self.num_hashed_blocks = self.preemptions = 0
         self.tables: list[list[int]] = [[] for _ in range(groups)]
-        self.keys: list[bytes] = []
+        self.block_hashes: list[bytes] = []
         self.drafts: list[int] = []
-        self.guessable = True
+        self.speculation_enabled = True
         self.logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.candidates: list[tuple[float, int, TokenLogprob]] | None = None
         self.finish_reason: FinishReason | None = None
-        self.told, self.told_end = 0, False
+        self.emitted, self.emitted_end = 0, False
         """How many generated tokens events have told of, and whether of the end."""
 
     @property
@@ -168,7 +168,7 @@ class Sequence:
     def fork(self, index: int, seed: int) -> Sequence:
         """A copy that goes its own way, without blocks."""
         child = Sequence(self.request, index, self.sampler.fork(seed), len(self.tables))
-        child.tokens, child.start, child.keys = list(self.tokens), self.start, list(self.keys)
+        child.tokens, child.start, child.block_hashes = list(self.tokens), self.start, list(self.block_hashes)
         child.logprobs, child.cumulative_logprob = list(self.logprobs), self.cumulative_logprob
         child.preemptions = self.preemptions
         return child
@@ -176,4 +176,4 @@ class Sequence:
     def shift(self, kept: int) -> None:
         """Forget all but the last `kept` tokens; they stand at the beginning of the context then."""
         self.start = len(self.tokens) - kept
-        self.keys.clear()
+        self.block_hashes.clear()

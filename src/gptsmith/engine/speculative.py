@@ -27,7 +27,7 @@ from gptsmith.model.transformer import Transformer
 class Drafter(Protocol):
     """Guesses what follows."""
 
-    def guess(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
+    def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
         """For each sequence up to `count` tokens that may come next."""
 
 
@@ -40,7 +40,7 @@ class PromptLookup:
         self.longest, self.shortest = longest, shortest
         self._places: WeakKeyDictionary[Sequence, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
-    def guess(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
+    def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
         guesses = []
         for sequence in sequences:
             upto, places = self._places.get(sequence, (0, {}))
@@ -70,7 +70,7 @@ class DraftModel:
         budget = max(256, max_batch)
         self.engine = Engine(model, vocab_size=vocab_size, max_batch=max_batch, max_batch_tokens=budget, block_size=8)
 
-    def guess(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
+    def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
         context = self.engine.context
         wishes, prompts, places = [], [], []
         for i, sequence in enumerate(sequences):
@@ -121,7 +121,7 @@ class Speculator:
         self.drafted = self.accepted = 0
         self.failure: Exception | None = None
         """What the drafter raised; there are no guesses from then on."""
-        self._known: dict[int, _Experience] = {}
+        self._known: dict[int, _ModeStats] = {}
         self._allowance = 0.0
 
     @property
@@ -129,15 +129,15 @@ class Speculator:
         """The share of guesses that were right."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def worthwhile(self, batch: int) -> bool:
+    def should_speculate(self, batch: int) -> bool:
         """Whether to guess in the next pass, of `batch` sequences."""
         known = self._known.get(batch)
         return known is not None and known.wants_to_guess() and self._allowance >= known.loss
 
-    def learn(self, batch: int, guessed: bool, seconds: float, tokens: int, guessing: float = 0.0) -> None:
+    def record(self, batch: int, guessed: bool, seconds: float, tokens: int, guessing: float = 0.0) -> None:
         """A pass of `batch` sequences took so long and yielded so many tokens; `guessing`: how much of the time went to
         the drafter, whether it had a guess or not."""
-        known = self._known.setdefault(batch, _Experience())
+        known = self._known.setdefault(batch, _ModeStats())
         known.since += 1
         if guessed:
             gain = tokens * known.plain.seconds_a_token - seconds
@@ -149,7 +149,7 @@ class Speculator:
         self._allowance = max(-most, min(most, self._allowance + gain))
 
 
-class _Experience:
+class _ModeStats:
     """What is known of passes with one number of sequences."""
 
     TRIAL = 4  # passes of a kind to learn from
@@ -157,7 +157,7 @@ class _Experience:
     RARELY = 1024
 
     def __init__(self) -> None:
-        self.guessing, self.plain = _Recent(), _Recent()
+        self.guessing, self.plain = _RunningStats(), _RunningStats()
         self.since, self.until = 0, self.EVERY
         """Passes since the other kind was tried, and how many there are to be."""
 
@@ -179,18 +179,18 @@ class _Experience:
         return max(0.0, self.guessing.seconds - self.guessing.tokens * self.plain.seconds_a_token)
 
 
-class _Recent:
+class _RunningStats:
     """The last passes of a kind: the median of their seconds, the mean of their tokens. count: of all there were."""
 
     def __init__(self) -> None:
         self.count, self.seconds, self.tokens = 0, 0.0, 0.0
-        self._passes = deque[tuple[float, int]](maxlen=16)
+        self._steps = deque[tuple[float, int]](maxlen=16)
 
     def add(self, seconds: float, tokens: int) -> None:
-        self._passes.append((seconds, tokens))
+        self._steps.append((seconds, tokens))
         self.count += 1
-        self.seconds = sorted(seconds for seconds, _ in self._passes)[len(self._passes) // 2]
-        self.tokens = sum(tokens for _, tokens in self._passes) / len(self._passes)
+        self.seconds = sorted(seconds for seconds, _ in self._steps)[len(self._steps) // 2]
+        self.tokens = sum(tokens for _, tokens in self._steps) / len(self._steps)
 
     @property
     def seconds_a_token(self) -> float:

@@ -64,7 +64,7 @@ class TextToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextChunk:
     """New text of one sample, and why it ended, if it did. error: of the request, with its last piece.
 
     tokens: those whose text has begun and not been told of before, if log-probabilities were asked for.
@@ -77,7 +77,7 @@ class Piece:
     tokens: tuple[TextToken, ...] = ()
 
 
-class Writing:
+class Detokenizer:
     """A request's events as text. Feed it events; where it has found a stop string, `engine.stop` the sample.
 
     engine_params: what to give the engine for `params`: it ends at the tokenizer's end of text (unless `ignore_eos`)
@@ -100,11 +100,11 @@ class Writing:
         self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
         ends = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
         stop_ids = tuple(dict.fromkeys((*params.stop_ids, *ends)))
-        ending = _Ending(self) if params.stop and params.told_at_the_end else params.ending
+        ending = _Ending(self) if params.stop and params.returns_only_at_end else params.ending
         self.engine_params = replace(params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, ending=ending)
         self._samples: dict[int, _Sample] = {}
 
-    def push(self, event: Event) -> tuple[Piece | None, bool]:
+    def push(self, event: Event) -> tuple[TextChunk | None, bool]:
         """The piece that an event makes, if any, and whether the engine should stop the sample: a stop string came."""
         sample = self._samples.get(event.index)
         if sample is None:
@@ -121,12 +121,12 @@ class Writing:
         error = event.result.error if event.result is not None else None
         if not text and reason is None:
             return None, False
-        piece = Piece(event.index, text, reason, error, sample.told(len(text)))
+        piece = TextChunk(event.index, text, reason, error, sample.told(len(text)))
         return piece, reason is not None and event.finish_reason is None
 
 
 class _Sample:
-    def __init__(self, writing: Writing) -> None:
+    def __init__(self, writing: Detokenizer) -> None:
         self.params, self.stop_ids = writing.params, frozenset(writing.engine_params.stop_ids)
         self.decoder = writing.tokenizer.stream(skip_special_tokens=writing.skip_special_tokens)
         self.stopped, self.echoed = StopText(writing.params.stop), writing.echoed
@@ -183,7 +183,7 @@ class _Sample:
 class _Ending:
     """Stop strings, for the engine to find where it tells of a text only once it has ended."""
 
-    writing: Writing
+    writing: Detokenizer
 
     def start(self) -> _Reader:
         sample = _Sample(self.writing)
@@ -222,7 +222,7 @@ def stream(
     *,
     ignore_eos: bool = False,
     on_shift: Callable[[], None] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextChunk]:
     """Continuations of a prompt (a text, or its ids) as they are made, in pieces of whole characters.
 
     on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
@@ -231,13 +231,13 @@ def stream(
     """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids) if params.echo else ""
-    writing = Writing(tokenizer, text, params, ignore_eos=ignore_eos)
+    writing = Detokenizer(tokenizer, text, params, ignore_eos=ignore_eos)
     return _pieces(engine, engine.stream(ids, writing.engine_params), writing, len(ids), on_shift)
 
 
 def _pieces(
-    engine: Engine, events: Generator[Event], writing: Writing, length: int, on_shift: Callable[[], None] | None
-) -> Iterator[Piece]:
+    engine: Engine, events: Generator[Event], writing: Detokenizer, length: int, on_shift: Callable[[], None] | None
+) -> Iterator[TextChunk]:
     made: dict[int, int] = {}
     if on_shift is not None and engine.cut(length, writing.params):
         on_shift()
@@ -268,11 +268,11 @@ def generate_texts(
 
     Raises the first error of any.
     """
-    writings: dict[int, Writing] = {}
+    writings: dict[int, Detokenizer] = {}
     texts: dict[int, list[str]] = {}
     try:
         for prompt in prompts:
-            writing = Writing(tokenizer, prompt, params)
+            writing = Detokenizer(tokenizer, prompt, params)
             number = engine.add_request(encode_prompt(tokenizer, prompt), writing.engine_params)
             writings[number], texts[number] = writing, [""] * params.n
         unfinished = set(writings)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from gptsmith.engine.text import TextToken, Writing
+from gptsmith.engine.text import Detokenizer, TextToken
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Job, Work
@@ -212,7 +212,9 @@ async def begin_answer(service: Service, request: Request, body: ChatRequest) ->
         more_stop=template.stop,
         more_stop_ids=() if body.ignore_eos else ends,
     )
-    writing = Writing(served.tokenizer, "", params, ignore_eos=bool(body.ignore_eos), skip_special_tokens=form is None)
+    writing = Detokenizer(
+        served.tokenizer, "", params, ignore_eos=bool(body.ignore_eos), skip_special_tokens=form is None
+    )
     work = await service.begin(request, served, [Job(ids, writing)])
     return Answer(served, work, form, logprobs=bool(body.logprobs))
 

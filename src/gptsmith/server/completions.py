@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from gptsmith.engine.text import Piece, TextToken, Writing, encode_prompt
+from gptsmith.engine.text import Detokenizer, TextChunk, TextToken, encode_prompt
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Job, Work
 from gptsmith.server.models import Served
@@ -52,7 +52,7 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
     for prompt in _prompts(body):
         text, ids = await _encoded(served, prompt)
         check_length(served, ids, body.overflow)
-        writing = Writing(served.tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
+        writing = Detokenizer(served.tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
         jobs.append(Job(ids, writing))
     work = await service.begin(request, served, jobs)
     frame: dict[str, Any] = {
@@ -108,13 +108,13 @@ class _Text:
     tokens: list[TextToken] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: TextChunk) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason or self.finish_reason
 
 
-def merged(pieces: Sequence[tuple[int, Piece]]) -> dict[int, _Text]:
+def merged(pieces: Sequence[tuple[int, TextChunk]]) -> dict[int, _Text]:
     """What has come of each choice, in one."""
     texts: dict[int, _Text] = {}
     for choice, piece in pieces:

@@ -1,7 +1,7 @@
 """One API request on its way through the engine: its prompts, their samples, the text that comes of them.
 
     work = Work(served, [Job(ids, writing), ...], deadline)
-    async for pieces in work.pieces(): ...        # [(choice, Piece), ...], all that is new
+    async for pieces in work.pieces(): ...        # [(choice, TextChunk), ...], all that is new
 
 A choice's number is its prompt's times n plus its sample's.
 
@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from gptsmith.engine.sequence import Event, Result
-from gptsmith.engine.text import Piece, Writing
+from gptsmith.engine.text import Detokenizer, TextChunk
 from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.models import Served
@@ -29,7 +29,7 @@ class Job:
     """A prompt and how its continuations become text. result: once it is finished."""
 
     ids: Sequence[int]
-    writing: Writing
+    writing: Detokenizer
     result: Result | None = None
 
 
@@ -66,7 +66,7 @@ class Work:
         self._arrived, self._announced = asyncio.Event(), False
         self._unfinished, self._ended = len(jobs), False
         self._last: dict[int, float] = {}
-        self._held: list[tuple[int, Piece]] | None = None
+        self._held: list[tuple[int, TextChunk]] | None = None
         self._alarm = None if deadline is None else self._loop.call_at(deadline, self._expire)
         self._tickets = [
             served.engine.submit(job.ids, job.writing.engine_params, self._deliver(i)) for i, job in enumerate(jobs)
@@ -113,7 +113,7 @@ class Work:
         self._held = await self._next()
         return self
 
-    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+    async def pieces(self) -> AsyncIterator[list[tuple[int, TextChunk]]]:
         """All that is new, again and again until the end. Raises ApiError."""
         try:
             if self._held is not None:
@@ -126,8 +126,8 @@ class Work:
         finally:
             self.close()
 
-    async def _next(self) -> list[tuple[int, Piece]]:
-        pieces: list[tuple[int, Piece]] = []
+    async def _next(self) -> list[tuple[int, TextChunk]]:
+        pieces: list[tuple[int, TextChunk]] = []
         while not pieces and any(job.result is None for job in self.jobs):
             await self._arrived.wait()
             self._arrived.clear()

@@ -113,7 +113,7 @@ class _State(Collector):
                 "kv_cache_blocks": stats.blocks,
                 "prefix_hit_rate": stats.prefix_hit_rate,
                 "speculation_acceptance": stats.acceptance_rate,
-                "passes": stats.passes,
+                "passes": stats.steps,
                 "preemptions": stats.preemptions,
                 "prefix_tokens": stats.prefix_tokens,
                 "prefix_hits": stats.prefix_hits,
