@@ -112,9 +112,10 @@ class Request:
 class Sequence:
     """Tokens that are being continued.
 
-    tokens: the prompt and the generated tokens; those before `start` are outside the context. computed: for how many
-    tokens from `start` on `tables` (one block table per group of layers) holds keys and values; 0 again after the
-    blocks are taken away. num_hashed_blocks: how many full blocks are registered for prefix caching, under `block_hashes`.
+    tokens: the prompt and the generated tokens; those before `start` are outside the context.
+    computed: for how many tokens from `start` on `tables` (one block table per group of layers) holds keys and values;
+    0 again after the blocks are taken away.
+    num_hashed_blocks: how many full blocks are registered for prefix caching, under `block_hashes`.
     drafts: speculative tokens to be checked in the next step. speculation_enabled: whether drafts are allowed.
     candidates: of a beam that waits for the other beams of its request.
     """
