@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -145,6 +146,7 @@ def test_a_machine_that_becomes_slower_ends_on_time_all_the_same(text_file: Path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
 def test_a_stopped_run_of_a_budget_goes_on_to_its_time(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptsmith", "train"]
     run = tmp_path / "run"

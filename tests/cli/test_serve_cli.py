@@ -63,6 +63,7 @@ class Process:
         return [json.loads(line) for line in self.said if line.startswith("{")]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
 def test_a_signal_cuts_nobody_off(finished: Path, tmp_path: Path) -> None:
     """SIGTERM while eight answers are under way: all come to their end, new ones are refused, and it leaves with 0."""
     (tmp_path / "keys").write_text("# the key\nthe-secret\n")
@@ -104,6 +105,7 @@ def test_a_signal_cuts_nobody_off(finished: Path, tmp_path: Path) -> None:
     assert "secret" not in "".join(server.said)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
 def test_a_second_signal_cuts(finished: Path) -> None:
     with Process(str(finished)) as server:
         body = {"model": "run", "prompt": "ba", "max_tokens": 10**8, "overflow": "shift", "stream": True}

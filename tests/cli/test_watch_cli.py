@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 RunCli = Callable[..., tuple[int, str, str]]
 
@@ -33,6 +35,7 @@ def test_a_port_that_is_none_and_one_that_is_taken(run_cli: RunCli, tmp_path: Pa
     assert "cannot listen" in error
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
 def test_it_answers_and_ends_well_while_somebody_listens(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

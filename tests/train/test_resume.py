@@ -26,6 +26,7 @@ from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
 from gptsmith.train.run import resume, start
 
 # Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
+KILLED = 1 if os.name == "nt" else -signal.SIGKILL  # the exit status of a killed process
 CONFIG = TrainConfig(
     model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
     context=32,
@@ -133,7 +134,7 @@ def test_killed_at_random_steps(seed: int, text: Path, uninterrupted: Path, tmp_
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()
-        kills += process.returncode == -signal.SIGKILL
+        kills += process.returncode == KILLED
         process = launch(text, out, resuming=True)
     assert process.wait(timeout=120) == 0, errors_of(out).read_text()
     assert kills >= 1
@@ -152,7 +153,7 @@ def test_killed_during_a_save(text: Path, uninterrupted: Path, tmp_path: Path) -
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == KILLED
     assert list(store.directory.glob(".tmp-*")), "the kill missed the save"
     process = launch(text, out, resuming=True)
     assert process.wait(timeout=120) == 0, errors_of(out).read_text()
@@ -250,8 +251,7 @@ def test_what_cannot_be_resumed(uninterrupted: Path, text: Path, tmp_path: Path)
 
 
 def test_two_processes_cannot_train_one_run(uninterrupted: Path, tmp_path: Path) -> None:
-    import fcntl
-
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
     out = interrupted_copy(uninterrupted, tmp_path, 55)
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
