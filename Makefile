@@ -1,8 +1,10 @@
-# Everything below works on a fresh machine with Python 3.11 or newer; it installs into .venv and nowhere else.
+# Everything below works on a fresh machine with Python 3.11 or newer; it installs into .venv (and, where
+# there is npm, the linter of the page's JavaScript into node_modules) and nowhere else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN ?= runs/demo
+NODE_MODULES := $(if $(shell command -v npm || true),node_modules/.package-lock.json)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations 20
 SLOW_FOLDERS := cli e2e server train test_notebook.py
 
@@ -16,15 +18,17 @@ demo: $(VENV)/.core ## set up, train a GPT on Shakespeare, write samples and a r
 	$(BIN)/gptsmith train tinyshakespeare --preset shakespeare-3min --out $(DEMO_RUN)
 	@echo "open $(DEMO_RUN)/report.html in a browser"
 
-format: $(VENV)/.dev ## format the code and fix what the linter can fix
-	$(BIN)/ruff format .
+format: $(VENV)/.dev $(NODE_MODULES) ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(NODE_MODULES),npm run --silent format)
 
-lint: $(VENV)/.dev ## check style, types and the direction of imports
+lint: $(VENV)/.dev $(NODE_MODULES) ## check style, types, the direction of imports and, with Node, the page's JavaScript
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(if $(NODE_MODULES),npm run --silent lint,@echo "no npm here: the page's JavaScript is not checked")
 
 test: $(VENV)/.dev ## run the tests
 	$(PYTEST)
@@ -55,7 +59,7 @@ bench: $(VENV)/.dev ## run the benchmarks and save their results (takes hours)
 	$(BIN)/python benchmarks/startup.py --save
 
 clean: ## remove the environment, caches and built files
-	rm -rf $(VENV) dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) node_modules dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gptsmith needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -68,3 +72,7 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.core
+
+node_modules/.package-lock.json: package.json package-lock.json
+	npm ci --loglevel=error --no-audit --no-fund
+	@touch $@
