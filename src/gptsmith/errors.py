@@ -1,23 +1,23 @@
-"""Errors that are the user's to mend: one complete message, no traceback.
+"""Errors that the user can fix. They are shown as one message without a traceback.
 
 The command line prints `str(error)` and exits with `error.exit_code`: 2 for bad usage, 1 for everything else.
-A message names what is wrong, where, and what to do about it.
+A message says what is wrong, where, and what to do about it.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 
 class GptsmithError(Exception):
-    """Something outside the program is wrong (a file, the network, the disk). Exit code 1."""
+    """Something outside the program is wrong: a file, the network, the disk. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(GptsmithError):
-    """The request itself is wrong (an option, a value, a name). Exit code 2."""
+    """The request itself is wrong: an option, a value, a name. Exit code 2."""
 
     exit_code = 2
 
@@ -27,22 +27,65 @@ class DataError(GptsmithError):
 
 
 class TokenizerError(GptsmithError):
-    """A tokenizer cannot be built, loaded, or cannot encode a text."""
+    """A tokenizer cannot be built or loaded, or cannot encode a text."""
 
 
 class CheckpointError(GptsmithError):
-    """A model directory or checkpoint is missing, damaged or does not fit."""
+    """A model directory or checkpoint is missing or damaged, or does not fit."""
 
 
 class TrainingError(GptsmithError):
-    """Training had to stop (a checkpoint could not be saved); the last good checkpoint is named."""
+    """Training had to stop, for example because a checkpoint could not be saved. Names the last good checkpoint."""
 
 
 class DivergedError(TrainingError):
-    """The loss is no number or has risen far above where it began; the last good checkpoint is named."""
+    """The loss is NaN or infinite, or has risen far above its start. Names the last good checkpoint."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the choice nearest to `name`, or an empty string."""
-    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    """Return `" Did you mean 'x'?"` for the choice that `name` is probably a misspelling of, or an empty string.
+
+    A choice is suggested if it differs only in case or separators, if one of the two names begins with the other (at
+    least 3 characters) or contains it (at least 4), or if few typing errors lie between them: at most one for every
+    three characters.
+    """
+    spelled = _normalize(name)
+    matches: list[tuple[int, str]] = []
+    for choice in choices:
+        other = _normalize(choice)
+        short, long = sorted((spelled, other), key=len)
+        errors = _typing_errors(short, long, limit=len(long) // 3)
+        if errors is not None:
+            matches.append((errors, choice))
+        elif (len(short) >= 3 and long.startswith(short)) or (len(short) >= 4 and short in long):
+            matches.append((len(long) - len(short), choice))
+    return f" Did you mean {min(matches)[1]!r}?" if matches else ""
+
+
+def first_few(names: Sequence[str], limit: int = 8) -> str:
+    """Join names with commas; of more than `limit`, only the first and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _normalize(name: str) -> str:
+    return re.sub(r"[\W_]+", "-", name.casefold())
+
+
+def _typing_errors(a: str, b: str, limit: int) -> int | None:
+    """Count the insertions, deletions, substitutions and swaps of neighbors from `a` to `b`; None if above `limit`.
+
+    This is the restricted Damerau-Levenshtein distance.
+    """
+    if abs(len(a) - len(b)) > limit:
+        return None
+    before_last: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        row = [i]
+        for j, other in enumerate(b, start=1):
+            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                cost = min(cost, before_last[j - 2] + 1)
+            row.append(cost)
+        before_last, last = last, row
+    return last[-1] if last[-1] <= limit else None
