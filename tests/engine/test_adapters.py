@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf import LAYOUTS, load_weights, save_model, weights_to_hf
+from gptsmith.formats.hf import load_weights, save_model, weight_mappings, weights_to_hf
 from gptsmith.formats.peft import read_adapter
 from gptsmith.model import families
 from gptsmith.model.lora import applied
@@ -50,17 +50,17 @@ def write(
     """An adapter of random numbers for every projection, as PEFT writes it; what it adds to each of their weights."""
     torch.manual_seed(seed)
     tensors, added = {}, {}
-    for entry in LAYOUTS[model.config.model_type].entries(model.config):
-        if "proj.weight" not in entry.ours:
+    for mapping in weight_mappings(model.config):
+        if "proj.weight" not in mapping.local:
             continue
-        for name in entry.theirs:
+        for name in mapping.hf:
             weight = weights_to_hf(model)[name]
-            rows, columns = weight.shape[::-1] if entry.transposed else weight.shape
+            rows, columns = weight.shape[::-1] if mapping.transposed else weight.shape
             A, B = torch.randn(rank, columns) * 0.1, torch.randn(rows, rank) * 0.1
             base = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{base}.lora_A.weight"], tensors[f"{base}.lora_B.weight"] = A, B
             delta = 8 / rank * B @ A
-            added[name] = delta.T if entry.transposed else delta
+            added[name] = delta.T if mapping.transposed else delta
     directory.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", "target_modules": ["x"], **changes}
     (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -133,7 +133,7 @@ def test_what_is_no_adapter_or_another_models(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "not a LoRA"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "biases"),
-        ({"r": 0}, "r and lora_alpha"),
+        ({"r": 0}, "r a positive integer"),
         ({"r": 5}, "another model"),
     ):
         write(tmp_path, model)
@@ -142,7 +142,7 @@ def test_what_is_no_adapter_or_another_models(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=expected):
             read_adapter(tmp_path, model)
     write(tmp_path, model)
-    with pytest.raises(CheckpointError, match="not adapted here"):
+    with pytest.raises(CheckpointError, match="is not supported"):
         read_adapter(tmp_path, make_model("gpt2"))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -165,13 +165,13 @@ def test_not_finite_or_of_experts(tmp_path: Path) -> None:
     tensors = load_file(file)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name] * float("nan")}, file)
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
         read_adapter(tmp_path, model)
     mixtral = make_model("mixtral")
     base = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
     tensors = {f"{base}.lora_A.weight": torch.zeros(4, 64), f"{base}.lora_B.weight": torch.zeros(96, 4)}
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"experts\.0.*not adapted here"):
+    with pytest.raises(CheckpointError, match=r"adapting .*experts\.0.*not supported"):
         read_adapter(tmp_path, mixtral)
 
 

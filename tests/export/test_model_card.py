@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptsmith.export.model_card import About, escape, fence, licence_of, model_card, run_of
+from gptsmith.export.model_card import About, escape, fence, license_of, model_card, run_of
 from gptsmith.model import families
 from gptsmith.run_directory import read_run
 
@@ -104,12 +104,12 @@ def test_the_run_of_a_checkpoint_is_found(run_directory: Path, tmp_path: Path) -
         ("", None),
     ],
 )
-def test_the_licence_of_a_card_is_read(readme: str, expected: str | None) -> None:
-    assert licence_of(readme) == expected
+def test_the_license_of_a_card_is_read(readme: str, expected: str | None) -> None:
+    assert license_of(readme) == expected
 
 
-def test_a_card_reads_its_own_licence() -> None:
-    assert licence_of(model_card(ABOUT, CONFIG, 5)) == "mit"
+def test_a_card_reads_its_own_license() -> None:
+    assert license_of(model_card(ABOUT, CONFIG, 5)) == "mit"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_no_text_breaks_out(text: str) -> None:
     (cell + fence(text)).encode("utf-8")
 
 
-@given(title=st.text(st.characters(categories=None), max_size=40), licence=st.text(max_size=20))
-def test_the_front_matter_stays_what_it_is(title: str, licence: str) -> None:
-    card = model_card(About(title, licence, "fp32", title), CONFIG, 5)
-    assert front_matter(card)["license"] == licence
+@given(title=st.text(st.characters(categories=None), max_size=40), license=st.text(max_size=20))
+def test_the_front_matter_stays_what_it_is(title: str, license: str) -> None:
+    card = model_card(About(title, license, "fp32", title), CONFIG, 5)
+    assert front_matter(card)["license"] == license
     card.encode("utf-8")

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 import gptsmith
 from gptsmith.download import PackageFile
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
+from gptsmith.formats import hf
 from gptsmith.formats import named as named_models
-from gptsmith.formats import safetensors as safetensors_files
 from gptsmith.formats.hf import LAYOUTS, read_config
 from gptsmith.formats.hub import is_hub_id
 from gptsmith.formats.named import NamedModel, named_model_path
@@ -309,7 +309,7 @@ def shard_index(directory: Path, weight_map: Any) -> None:
 def test_shards_outside_the_directory_are_refused(name: Any, llama: Path) -> None:
     (llama.parent / "secret.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     shard_index(llama, {"model.norm.weight": name})
-    with pytest.raises(CheckpointError, match="not a plain name"):
+    with pytest.raises(CheckpointError, match="not the plain name"):
         load_model(llama)
 
 
@@ -327,7 +327,7 @@ def test_an_index_and_its_shards_must_agree(llama: Path) -> None:
     save_file(tensors, llama / "a.safetensors")
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, llama / "b.safetensors")
     shard_index(llama, {**dict.fromkeys(tensors, "a.safetensors"), "model.surplus": "a.safetensors"})
-    with pytest.raises(CheckpointError, match="shards do not hold: model.surplus"):
+    with pytest.raises(CheckpointError, match="shards do not contain: model.surplus"):
         load_model(llama)
     index = {"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), "model.norm.weight": "b.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -343,9 +343,9 @@ def test_a_broken_index_is_named(contents: str, llama: Path) -> None:
         load_model(llama)
 
 
-def test_an_absurdly_large_configuration_is_not_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_files, "_LARGEST_JSON", 100)
-    with pytest.raises(CheckpointError, match="absurdly large"):
+def test_an_implausibly_large_json_file_is_rejected(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "_MAX_JSON_BYTES", 100)
+    with pytest.raises(CheckpointError, match="implausibly large"):
         load_model(llama)
 
 
@@ -382,7 +382,7 @@ def test_configurations_that_claim_too_much_cost_nothing(values: dict[str, Any],
 
 def test_quantized_weights_are_refused(llama: Path) -> None:
     change(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match="quantized \\(gptq\\)"):
+    with pytest.raises(CheckpointError, match="quantized with gptq"):
         load_model(llama)
 
 
@@ -609,7 +609,7 @@ def test_a_named_model_of_other_content_is_not_kept(named: NamedModel, monkeypat
     import dataclasses
 
     monkeypatch.setitem(named_models.NAMED_MODELS, "tiny", dataclasses.replace(named, sha256="0" * 64))
-    with pytest.raises(CheckpointError, match="not the file"):
+    with pytest.raises(CheckpointError, match="not the expected file"):
         named_model_path("tiny")
     assert not named.path.exists()
     assert list(named.path.parent.iterdir()) == []
@@ -721,7 +721,7 @@ def test_a_model_of_the_hub_is_fetched_cached_and_used_offline(hub: str, tmp_pat
 def test_what_the_hub_cannot_give_is_said(hub: str, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     code, _, err = run_with_hub(hub, home, "import", "org/unknown", "--out", out)
-    assert (code, "the hub knows no org/unknown" in err) == (1, True), err
+    assert (code, "the hub has no model org/unknown" in err) == (1, True), err
     code, _, err = run_with_hub(hub, home, "import", "org/tiny", "--out", out, HF_HUB_OFFLINE="1")
     assert (code, "HF_HUB_OFFLINE is set" in err, "Traceback" in err) == (1, True, False), err
     code, _, err = run_with_hub("http://127.0.0.1:9", home, "import", "org/tiny", "--out", out)

@@ -21,7 +21,7 @@ from gptsmith.engine.async_engine import AsyncEngine
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
-from gptsmith.formats.hf import LAYOUTS, weights_to_hf
+from gptsmith.formats.hf import weight_mappings, weights_to_hf
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
@@ -78,9 +78,9 @@ def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
     """A LoRA adapter of random numbers in PEFT's layout, large enough to change what is written."""
     torch.manual_seed(5)
     tensors = {}
-    for entry in LAYOUTS[model.config.model_type].entries(model.config):
-        if "q_proj.weight" in entry.ours or "v_proj.weight" in entry.ours:
-            for name in entry.theirs:
+    for mapping in weight_mappings(model.config):
+        if "q_proj.weight" in mapping.local or "v_proj.weight" in mapping.local:
+            for name in mapping.hf:
                 rows, columns = weights_to_hf(model)[name].shape
                 base = f"base_model.model.{name.removesuffix('.weight')}"
                 tensors[f"{base}.lora_A.weight"] = torch.randn(rank, columns)

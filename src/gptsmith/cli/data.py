@@ -15,7 +15,7 @@ from gptsmith.storage import atomic_file
 
 @dataclass(frozen=True)
 class List:
-    """List the named corpora: what they are, how large, under which licence."""
+    """List the named corpora: what they are, how large, under which license."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         for corpus in CORPORA.values():
             state = "cached" if corpus.cached else "not fetched yet"
             size = f"{corpus.size / 1e6:,.1f} MB"
-            print(f"{corpus.name:16} {size:>9}  {state:16} {corpus.description} Licence: {corpus.licence}.")
+            print(f"{corpus.name:16} {size:>9}  {state:16} {corpus.description} License: {corpus.license}.")
         return 0
     assert isinstance(chosen, Get)
     if chosen.out is not None and chosen.out.exists():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptsmith.errors import UsageError
-from gptsmith.export.transforms import Alteration
+from gptsmith.export.transforms import ModelTransform
 
 if TYPE_CHECKING:
     from gptsmith.formats.gguf import GgufType
@@ -39,7 +39,7 @@ class Export:
     """hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16, q8_0 or q4_0 (auto: f16)."""
     license: str | None = None
     """For the model card: an identifier such as mit or apache-2.0 (default: the model's own, where it is known)."""
-    change: Annotated[Alteration, tyro.conf.arg(name="")] = field(default_factory=Alteration)
+    change: Annotated[ModelTransform, tyro.conf.arg(name="")] = field(default_factory=ModelTransform)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.export.export import describe, export_directory
 
     model, dtype = export_directory(
-        chosen.model, chosen.out, dtype=dtype, licence=chosen.license, alteration=chosen.change
+        chosen.model, chosen.out, dtype=dtype, license=chosen.license, transform=chosen.change
     )
     print(describe(chosen.out, model, dtype))
     return 0
@@ -68,6 +68,6 @@ def _write_gguf(chosen: Export) -> int:
 
     from gptsmith.export.export import describe, export_gguf
 
-    model = export_gguf(chosen.model, chosen.out, dtype=dtype, alteration=chosen.change)
+    model = export_gguf(chosen.model, chosen.out, dtype=dtype, transform=chosen.change)
     print(describe(chosen.out, model, dtype))
     return 0

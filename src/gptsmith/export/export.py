@@ -20,12 +20,12 @@ from torch import Tensor
 
 from gptsmith.checkpoint import explain_full_disk
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
-from gptsmith.export.model_card import About, licence_of, model_card, run_of
-from gptsmith.export.transforms import Alteration
-from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, config_to_hf, weights_to_hf
+from gptsmith.export.model_card import About, license_of, model_card, run_of
+from gptsmith.export.transforms import ModelTransform
+from gptsmith.formats.hf import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, config_to_hf, weights_to_hf
 from gptsmith.formats.named import NAMED_MODELS
 from gptsmith.formats.safetensors import INDEX_FILE
-from gptsmith.formats.source import GENERATION_FILE, ModelSource, open_model
+from gptsmith.formats.source import ModelSource, open_model
 from gptsmith.loading import resolve_model
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
@@ -35,13 +35,13 @@ from gptsmith.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gptsmith.formats.gguf import GgufType
 
-UNCHANGED = Alteration()
+UNCHANGED = ModelTransform()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARD_FILE = "README.md"
 SHARD_BYTES = 5_000_000_000  # larger models are cut into files of at most this
 
 _KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LARGEST_KEPT_FILE = 1 << 20  # bytes, of a card or licence that goes along
+_LARGEST_KEPT_FILE = 1 << 20  # bytes, of a card or license that goes along
 
 
 def export_directory(
@@ -49,33 +49,33 @@ def export_directory(
     out: Path,
     *,
     dtype: str = "auto",
-    licence: str | None = None,
-    alteration: Alteration = UNCHANGED,
+    license: str | None = None,
+    transform: ModelTransform = UNCHANGED,
 ) -> tuple[Transformer, str]:
     """Write the model that `spec` means (see `resolve_model`) as a Hugging Face directory with a model card.
 
-    dtype: fp32, bf16, fp16, or auto: as it is stored there. licence: for the card, instead of the model's own.
-    alteration: what is changed in the model before.
+    dtype: fp32, bf16, fp16, or auto: as it is stored there. license: for the card, instead of the model's own.
+    transform: what is changed in the model before.
     Returns the model and the type its weights were stored in. Raises as `read_complete` and `write_directory` do.
     """
     refuse_existing(out)
-    if licence is not None and not re.fullmatch(r"[\w.\-+]{1,64}", licence):
-        raise UsageError(f"--license {licence!r} is no identifier of a licence, such as mit or apache-2.0.")
+    if license is not None and not re.fullmatch(r"[\w.\-+]{1,64}", license):
+        raise UsageError(f"--license {license!r} is no identifier of a license, such as mit or apache-2.0.")
     source = open_model(resolve_model(spec))
     stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
     model, tokenizer = read_complete(source)
-    model = alteration.apply(model)
-    card = _card(spec, source, model, dtype_name(stored), licence, alteration.describe())
+    model = transform.apply(model)
+    card = _card(spec, source, model, dtype_name(stored), license, transform.describe())
     write_directory(out, model, tokenizer, dtype=stored, source=source, card=card)
     return model, dtype_name(stored)
 
 
 def export_gguf(
-    spec: str | Path, out: Path, *, dtype: GgufType = "f16", alteration: Alteration = UNCHANGED
+    spec: str | Path, out: Path, *, dtype: GgufType = "f16", transform: ModelTransform = UNCHANGED
 ) -> Transformer:
     """Write the model that `spec` means as one GGUF file, for llama.cpp and its kin; returns the model.
 
-    dtype: f32, f16, q8_0 or q4_0. alteration: what is changed in the model before. Raises UsageError for a family or
+    dtype: f32, f16, q8_0 or q4_0. transform: what is changed in the model before. Raises UsageError for a family or
     setting that llama.cpp does not have, and as `read_complete` does.
     """
     from gptsmith.formats.gguf import write_gguf
@@ -83,7 +83,7 @@ def export_gguf(
 
     refuse_existing(out)
     model, tokenizer = read_complete(open_model(resolve_model(spec)))
-    model = alteration.apply(model)
+    model = transform.apply(model)
     write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
     return model
 
@@ -137,7 +137,7 @@ def write_directory(
 ) -> None:
     """Write a Hugging Face model directory that transformers loads: configuration, weights, tokenizer, card.
 
-    source: where the model came from; its special token ids, generation settings and licence file go along.
+    source: where the model came from; its special token ids, generation settings and license file go along.
     Raises UsageError if `out` exists, CheckpointError if weights do not fit into `dtype`, GptsmithError for a full
     disk.
     """
@@ -151,7 +151,7 @@ def write_directory(
         _write_weights(directory, weights, shard_bytes)
         tokenizer.save(directory)
         if source is not None:
-            for path in _licence_files(source.path):
+            for path in _license_files(source.path):
                 shutil.copyfile(path, directory / path.name)
         if card is not None:
             write_text(directory / CARD_FILE, card)
@@ -170,21 +170,21 @@ def _refuse_not_finite(weights: Mapping[str, Tensor], what: str) -> None:
 
 
 def _card(
-    spec: str | Path, source: ModelSource, model: Transformer, dtype: str, licence: str | None, changes: str
+    spec: str | Path, source: ModelSource, model: Transformer, dtype: str, license: str | None, changes: str
 ) -> str:
     """The card to write: the model's own where it has one that still holds and is not of a run here, else one made of
     what is known."""
     run = run_of(source.path)
     own = _own_card(source.path / CARD_FILE)
-    if own is not None and run is None and not changes and licence in (None, licence_of(own)):
+    if own is not None and run is None and not changes and license in (None, license_of(own)):
         return own
     named = NAMED_MODELS.get(str(spec))
-    licence = licence or (own and licence_of(own)) or (named and named.licence) or "unknown"
+    license = license or (own and license_of(own)) or (named and named.license) or "unknown"
     title = run.name if run is not None else Path(spec).name
     origin: str | None = None
     if run is None:
         origin = named.description if named is not None else Path(spec).name if Path(spec).exists() else str(spec)
-    return model_card(About(title, licence, dtype, origin, changes), model.config, model.num_parameters(), run)
+    return model_card(About(title, license, dtype, origin, changes), model.config, model.num_parameters(), run)
 
 
 def _own_card(path: Path) -> str | None:
@@ -244,8 +244,8 @@ def _split(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str
     yield shard
 
 
-def _licence_files(path: Path) -> list[Path]:
-    """The licence and notice files beside a model; they go where it goes."""
+def _license_files(path: Path) -> list[Path]:
+    """The license and notice files beside a model; they go where it goes."""
     if not path.is_dir():
         return []
     names = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")

@@ -1,6 +1,6 @@
 """The model card: README.md of a model directory, with what is known of data, recipe and results.
 
-Its front matter is what model hubs read (licence, library, kind of model). All that comes from elsewhere — names,
+Its front matter is what model hubs read (license, library, kind of model). All that comes from elsewhere — names,
 settings, samples — is escaped: it stays text, whatever characters it has.
 """
 
@@ -26,10 +26,10 @@ _TAGS = ["gptsmith"]
 
 @dataclass(frozen=True)
 class About:
-    """What the card says that neither the model nor its run knows. licence: an identifier such as `mit`."""
+    """What the card says that neither the model nor its run knows. license: an identifier such as `mit`."""
 
     title: str
-    licence: str
+    license: str
     dtype: str
     origin: str | None = None
     """Where a model came from that was not trained here."""
@@ -40,7 +40,7 @@ class About:
 def model_card(about: About, config: ModelConfig, parameters: int, run: Run | None = None) -> str:
     """The text of README.md. run: the one that trained the model, if it is known."""
     front = {
-        "license": about.licence,
+        "license": about.license,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [*_TAGS, config.model_type],
@@ -82,8 +82,8 @@ def run_of(directory: Path) -> Run | None:
     return None
 
 
-def licence_of(readme: str) -> str | None:
-    """The licence that a card's front matter gives, None if it gives none."""
+def license_of(readme: str) -> str | None:
+    """The license that a card's front matter gives, None if it gives none."""
     matter = re.match(r"---\r?\n(.*?)\r?\n---\s", readme, re.DOTALL)
     line = (
         re.search(r"^license:[ \t]*[\"']?([\w.\-+]{1,64})[\"']?[ \t]*\r?$", matter[1], re.MULTILINE) if matter else None

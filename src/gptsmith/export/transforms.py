@@ -1,7 +1,7 @@
 """Changes to a finished model on its way out: a longer context, a mixture of experts. Plain data; torch only to apply.
 
-Alteration(context=32768, rope_scaling="yarn").apply(model)
-Alteration(upcycle=8).apply(model)
+ModelTransform(context=32768, rope_scaling="yarn").apply(model)
+ModelTransform(upcycle=8).apply(model)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LONGEST_CONTEXT = 1 << 21  # what is read again
 
 
 @dataclass(frozen=True)
-class Alteration:
+class ModelTransform:
     """What is changed; by default nothing."""
 
     context: int | None = None

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, fetched through `huggingface_hub` into its cache."""
+"""Models on the Hugging Face hub, downloaded through `huggingface_hub` into its cache."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "tokenizer.model
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether `spec` can be the name of a model on the hub: `org/name`, `org/name@revision`, or anything after `hf:`.
+    """Return whether `spec` can name a model on the hub: `org/name`, `org/name@revision`, or any name after `hf:`.
 
-    Something in a folder that is here (`runs/bard`) is a path, unless `hf:` says otherwise.
+    Without `hf:`, a name in an existing folder (`runs/bard`) is a path and not a hub id.
     """
     match = _HUB_ID.fullmatch(spec)
     if match is None:
@@ -28,22 +28,22 @@ def is_hub_id(spec: str) -> bool:
 
 
 def hub_model_path(spec: str) -> Path:
-    """The directory of a hub model in `huggingface_hub`'s cache, fetched (or what is missing of it) if need be.
+    """Return a hub model's directory in the cache of `huggingface_hub`, downloading the files that are missing.
 
-    Only configuration, tokenizer and weights are fetched; safetensors where there are, else the legacy file.
-    HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured.
-    Raises UsageError without `huggingface_hub`, CheckpointError if the model cannot be had.
+    Only configuration, tokenizer and weights are downloaded: safetensors where they exist, else the legacy file.
+    HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are respected.
+    Raises UsageError without `huggingface_hub`, CheckpointError if the model does not exist or cannot be downloaded.
     """
     match = _HUB_ID.fullmatch(spec)
     if match is None:
-        raise UsageError(f"{spec!r} is not a name on the hub: org/name, or org/name@revision.")
+        raise UsageError(f"{spec!r} is not a hub id. Use org/name or org/name@revision.")
     name, revision = match["id"], match["revision"]
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
         raise UsageError(
-            f"there is no model at {spec} here, and fetching {name} from the hub needs a package: "
+            f"there is no model at {spec}, and downloading {name} from the hub requires huggingface_hub: "
             "pip install 'gptsmith[hub]'."
         ) from None
 
@@ -59,11 +59,11 @@ def hub_model_path(spec: str) -> Path:
             directory = fetch("model*.safetensors", "pytorch_model*.bin")
     except errors.GatedRepoError:
         raise CheckpointError(
-            f"{name} is gated: accept its terms on its page of the hub, then log in with `hf auth login`."
+            f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login`."
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"there is no model at {spec} here, and the hub knows no {name} (or it is private: `hf auth login`)."
+            f"there is no model at {spec}, and the hub has no model {name} (if it is private, log in: `hf auth login`)."
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{name} on the hub has no revision {revision!r}.") from None
@@ -73,15 +73,15 @@ def hub_model_path(spec: str) -> Path:
         else:
             reason = "the hub cannot be reached. Check the network connection"
         raise CheckpointError(
-            f"there is no model at {spec} here, {name} is not (wholly) in the cache of the hub's files, and {reason}; "
-            f"or fetch it on another machine (`hf download {name} --local-dir DIR`) and give that directory."
+            f"there is no model at {spec}, the hub cache has no complete copy of {name}, and {reason}, or download the "
+            f"model on another machine (`hf download {name} --local-dir DIR`) and pass that directory."
         ) from None
     except errors.HFValidationError as error:
-        raise UsageError(f"{spec!r} is not a name on the hub: {error}") from None
-    except Exception as error:  # of whatever the network library is
+        raise UsageError(f"{spec!r} is not a hub id: {error}") from None
+    except Exception as error:  # any error of the network library in use
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"{name} could not be fetched from the hub: {reason}. Try again: what has arrived is kept."
+            f"{name} could not be downloaded from the hub: {reason}. Try again; finished files are kept."
         ) from None
     return directory
 

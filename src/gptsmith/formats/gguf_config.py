@@ -1,0 +1,340 @@
+"""A GGUF file's metadata as the Hugging Face configuration of its model, and back.
+
+The settings are named `{architecture}.{key}`; llama.cpp's src/llama-arch.cpp lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.formats.gguf_file import GgufFile
+from gptsmith.formats.gguf_weights import ARCHITECTURES
+
+_MAX_CONTEXT = 1 << 24  # tokens; RoPE tables are as long as the context
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def metadata_to_config(file: GgufFile) -> dict[str, Any]:
+    """Return the Hugging Face configuration of the model in a GGUF file.
+
+    Raises CheckpointError for an unknown architecture and for settings that are missing, damaged or not supported.
+    """
+    return _ConfigReader(file).read()
+
+
+class _ConfigReader:
+    def __init__(self, file: GgufFile) -> None:
+        self.file, self.tensors = file, file.tensors
+        self.arch = str(file.metadata.get("general.architecture"))
+
+    def fail(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.file.path}: {problem}.")
+
+    def get(self, key: str, kind: type[int] | type[float] = int, default: Any = None) -> Any:
+        """Return a setting of the architecture; of one given per layer, the value that all layers share."""
+        value = self.file.metadata.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise self.fail(f"the setting {self.arch}.{key} is missing")
+        if isinstance(value, np.ndarray):
+            distinct = set(value.tolist())
+            if len(distinct) != 1:
+                raise self.fail(f"the setting {self.arch}.{key} differs between layers, which is not supported")
+            (value,) = distinct
+        if kind is float and type(value) in (int, float):
+            value = _shortest_decimal(float(value))
+            if not (math.isfinite(value) and value > 0):
+                raise self.fail(f"the setting {self.arch}.{key} is {value}, not a positive number")
+        elif type(value) is not kind or not 0 < value < 1 << 31:
+            raise self.fail(f"the setting {self.arch}.{key} is {value!r:.80}, not a positive integer")
+        return value
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """Return the shape of a tensor that must exist."""
+        if name not in self.tensors:
+            raise self.fail(f"the tensor {name} is missing")
+        shape = self.tensors[name].shape
+        if len(shape) != dimensions:
+            raise self.fail(f"the tensor {name} has {len(shape)} dimensions, expected {dimensions}")
+        return shape
+
+    def token_id(self, name: str) -> int | None:
+        value = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return value if type(value) is int else None
+
+    def read(self) -> dict[str, Any]:
+        known = sorted({each.gguf for each in ARCHITECTURES.values()})
+        if self.arch not in known:
+            raise self.fail(f"unknown architecture {self.arch!r:.80}. Supported: {', '.join(known)}")
+        has_experts = self.file.metadata.get(f"{self.arch}.expert_count", 0) != 0
+        candidates = [a for a in ARCHITECTURES.values() if a.gguf == self.arch and bool(a.experts) == has_experts]
+        if not candidates:
+            raise self.fail(f"a {self.arch} model {'with' if has_experts else 'without'} experts is not supported")
+        arch = candidates[0]
+        vocab_size, hidden_size = self.shape("token_embd.weight", 2)
+        layers = self.get("block_count")
+        blocks = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
+        if layers != len(blocks):
+            raise self.fail(f"block_count is {layers:,}, but the file has tensors of {len(blocks):,} layers")
+        context = self.get("context_length")
+        if context > _MAX_CONTEXT:
+            raise self.fail(f"a context of {context:,} tokens is more than the supported {_MAX_CONTEXT:,}")
+        if self.get("embedding_length") != hidden_size:
+            raise self.fail(f"{self.arch}.embedding_length is not {hidden_size}, the width of token_embd.weight")
+        common = {
+            "architectures": [arch.hf_class],
+            "model_type": arch.hf,
+            "vocab_size": vocab_size,
+            "tie_word_embeddings": self.embeddings_are_tied(),
+            "initializer_range": 0.02,
+            "bos_token_id": self.token_id("bos"),
+            "eos_token_id": self.token_id("eos"),
+            "dtype": "float32",
+        }
+        if arch.hf == "gpt2":
+            return common | self.gpt2_config(hidden_size, layers, context)
+        return common | self.llama_config(arch.hf, has_experts, hidden_size, layers, context)
+
+    def embeddings_are_tied(self) -> bool:
+        """Return whether there is no output matrix, or only a copy of the embeddings, as some writers store it."""
+        if "output.weight" not in self.tensors:
+            return True
+        a, b = self.tensors["output.weight"], self.tensors["token_embd.weight"]
+        if (a.type, a.shape) != (b.type, b.shape):
+            return False
+        data = np.frombuffer(self.file.data, dtype=np.uint8)
+        start = min(a.num_bytes, 1 << 16)  # matrices that differ nearly always differ in the first bytes
+        return all(
+            np.array_equal(data[a.offset : a.offset + size], data[b.offset : b.offset + size])
+            for size in (start, a.num_bytes)
+        )
+
+    def gpt2_config(self, hidden_size: int, layers: int, context: int) -> dict[str, Any]:
+        heads = self.get("attention.head_count")
+        if hidden_size % heads:
+            raise self.fail(f"the hidden size {hidden_size} is not a multiple of the number of heads, {heads}")
+        return {
+            "n_positions": context,
+            "n_embd": hidden_size,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_inner": self.shape("blk.0.ffn_up.weight", 2)[0],
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": self.get("attention.layer_norm_epsilon", float),
+        }
+
+    def llama_config(
+        self, model_type: str, has_experts: bool, hidden_size: int, layers: int, context: int
+    ) -> dict[str, Any]:
+        heads = self.get("attention.head_count")
+        kv_heads = self.get("attention.head_count_kv", default=heads)
+        head_dim = self.get("attention.key_length", default=max(1, hidden_size // heads))
+        if self.get("attention.value_length", default=head_dim) != head_dim:
+            raise self.fail("keys and values of different widths are not supported")
+        if self.get("rope.dimension_count", default=head_dim) != head_dim or head_dim % 2:
+            raise self.fail(f"RoPE over a part of a head, or over heads of odd width ({head_dim}), is not supported")
+        if heads % kv_heads:
+            raise self.fail(f"{heads} heads cannot share {kv_heads} key-value heads evenly")
+        theta = self.get("rope.freq_base", float, 10000.0)
+        rope = self.rope_scaling(theta, head_dim)
+        config = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": self.get("feed_forward_length", default=1 if has_experts else None),
+            "hidden_act": "silu",
+            "max_position_embeddings": context,
+            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon", float),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta, **rope},
+        }
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = rope
+        if model_type == "llama":
+            config["attention_bias"] = "blk.0.attn_q.bias" in self.tensors
+            config["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
+        elif model_type == "qwen2":
+            config["use_sliding_window"] = False
+        elif model_type == "qwen3":
+            config |= {"attention_bias": False, "use_sliding_window": False}
+        elif has_experts:
+            config |= self.expert_config(model_type)
+        return config
+
+    def expert_config(self, model_type: str) -> dict[str, Any]:
+        experts, used = self.get("expert_count"), self.get("expert_used_count")
+        if used > experts:
+            raise self.fail(f"expert_used_count is {used}, more than the {experts} experts")
+        stacked, inner, _ = self.shape("blk.0.ffn_gate_exps.weight", 3)
+        if experts != stacked:
+            raise self.fail(f"expert_count is {experts}, but blk.0.ffn_gate_exps.weight has {stacked} experts")
+        config: dict[str, Any] = {"num_experts_per_tok": used}
+        if model_type == "mixtral":
+            return config | {"num_local_experts": experts, "sliding_window": None}
+        config |= {
+            "num_experts": experts,
+            "moe_intermediate_size": inner,
+            "norm_topk_prob": model_type == "qwen3_moe",  # fixed per architecture in llama.cpp
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "attention_bias": False,
+            "use_sliding_window": False,
+        }
+        if model_type == "qwen2_moe":
+            shared = self.shape("blk.0.ffn_gate_shexp.weight", 2)[0]
+            config |= {"qkv_bias": True, "shared_expert_intermediate_size": shared}
+        return config
+
+    def rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Return Hugging Face's `rope_parameters` without the base."""
+        if "rope_freqs.weight" in self.tensors:
+            return self.llama3_scaling(theta, head_dim)
+        metadata = self.file.metadata
+        kind = metadata.get(f"{self.arch}.rope.scaling.type", "none")
+        if kind == "none" and f"{self.arch}.rope.scale_linear" in metadata:  # older files
+            kind, factor = "linear", self.get("rope.scale_linear", float)
+        elif kind in ("linear", "yarn"):
+            factor = self.get("rope.scaling.factor", float)
+        elif kind == "none":
+            factor = 1.0
+        else:
+            raise self.fail(f"RoPE scaling of type {kind!r:.80} is not supported")
+        if kind == "linear" and factor > 1:
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn":
+            original = self.get("rope.scaling.original_context_length")
+            return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        return {"rope_type": "default"}
+
+    def llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Recover Llama 3.1's settings from the divisors that were computed from them (usually 1, 4 and 8192)."""
+        if self.shape("rope_freqs.weight", 1) != (head_dim // 2,):
+            raise self.fail(f"the tensor rope_freqs.weight does not have {head_dim // 2} numbers, one per RoPE pair")
+        divisors = self.file.read("rope_freqs.weight")
+        factor = _shortest_decimal(float(divisors.max()))
+        if factor == 1.0 and (divisors == 1).all():
+            return {"rope_type": "default"}
+        original = self.get("rope.scaling.original_context_length", default=8192)
+        settings = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+        for context in (original, 8192):
+            settings["original_max_position_embeddings"] = context
+            if factor > 1 and np.allclose(divisors, llama3_divisors(theta, head_dim, settings), rtol=1e-3):
+                return settings
+        raise self.fail("the RoPE divisors in rope_freqs.weight are not those of Llama 3's scaling; not supported")
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Return what each RoPE pair's frequency is divided by: 1 for short wavelengths, up to `factor` for long ones.
+
+    (D/2,) float32. Llama 3's scaling is stored in GGUF as this tensor.
+    """
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    smooth = np.clip(smooth, 0, 1)
+    divisors: np.ndarray = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return divisors.astype(np.float32)
+
+
+def _shortest_decimal(value: float) -> float:
+    """Return the shortest decimal number that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if abs(value) < 3e38 else value
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings for a Hugging Face configuration. Raise UsageError for what llama.cpp does not compute."""
+    arch = ARCHITECTURES[c["model_type"]]
+    if arch.hf == "gpt2":
+        if c["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise UsageError("llama.cpp's gpt2 uses tanh GELU; this model uses exact GELU.")
+        settings: dict[str, Any] = {
+            "context_length": c["n_positions"],
+            "embedding_length": c["n_embd"],
+            "feed_forward_length": c.get("n_inner") or 4 * c["n_embd"],
+            "block_count": c["n_layer"],
+            "attention.head_count": c["n_head"],
+            "attention.head_count_kv": c["n_head"],
+            "attention.layer_norm_epsilon": float(c["layer_norm_epsilon"]),
+        }
+        return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
+
+    if c.get("attention_bias") and arch.gguf != "llama":
+        raise UsageError(f"llama.cpp's {arch.gguf} has no attention biases; this model has them.")
+    if (arch.qkv_bias or c.get("attention_bias")) and c["num_attention_heads"] * c["head_dim"] != c["hidden_size"]:
+        raise UsageError("llama.cpp supports query biases only if heads x head_dim equals the hidden size.")
+    if arch.hf == "qwen3_moe" and not c["norm_topk_prob"]:
+        raise UsageError("llama.cpp's qwen3moe normalizes the weights of the chosen experts; norm_topk_prob is false.")
+    if arch.hf == "qwen2_moe" and c["norm_topk_prob"]:
+        raise UsageError("llama.cpp's qwen2moe does not normalize the chosen experts' weights; norm_topk_prob is true.")
+    if arch.hf == "qwen2_moe" and not c["qkv_bias"]:
+        raise UsageError("llama.cpp's qwen2moe requires biases of queries, keys and values; this model has none.")
+    context, window = c["max_position_embeddings"], c.get("sliding_window")
+    if window and c.get("use_sliding_window", True):
+        # llama.cpp has no sliding window in these architectures; within one window both compute the same.
+        context = min(context, window)
+    settings = {
+        "vocab_size": c["vocab_size"],
+        "context_length": context,
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "block_count": c["num_hidden_layers"],
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.key_length": c["head_dim"],
+        "attention.value_length": c["head_dim"],
+        "attention.layer_norm_rms_epsilon": float(c["rms_norm_eps"]),
+        "rope.dimension_count": c["head_dim"],
+        "rope.freq_base": float(c["rope_theta"]),
+        **_rope_metadata(c.get("rope_parameters") or {}),
+    }
+    if arch.experts:
+        settings["expert_count"] = c.get("num_local_experts") or c["num_experts"]
+        settings["expert_used_count"] = c["num_experts_per_tok"]
+        if "moe_intermediate_size" in c:
+            settings["expert_feed_forward_length"] = c["moe_intermediate_size"]
+        if "shared_expert_intermediate_size" in c:
+            settings["expert_shared_feed_forward_length"] = c["shared_expert_intermediate_size"]
+    return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
+
+
+def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    original = rope.get("original_max_position_embeddings")
+    if kind == "llama3":
+        return {"rope.scaling.original_context_length": original}
+    if kind == "yarn":
+        default = 0.1 * math.log(rope["factor"]) + 1
+        if (
+            not math.isclose(rope.get("attention_factor") or default, default, rel_tol=1e-6)
+            or rope.get("beta_fast") not in (None, 32)
+            or rope.get("beta_slow") not in (None, 1)
+        ):
+            raise UsageError(
+                "llama.cpp's YaRN supports only beta_fast=32, beta_slow=1 and the default attention_factor."
+            )
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": original,
+        }
+    raise UsageError(f"GGUF has no RoPE scaling of type {kind!r}.")

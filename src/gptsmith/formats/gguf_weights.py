@@ -1,0 +1,158 @@
+"""Architectures of llama.cpp and their tensors: which GGUF tensor holds which Hugging Face tensor, and in what form.
+
+Three things differ between the two. llama.cpp's `llama` architecture rotates neighboring numbers (2i, 2i + 1) where
+Hugging Face rotates halves (i, i + D/2), so the rows of query and key weights are in another order. All experts of a
+layer are one tensor. GPT-2's projections are transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One Hugging Face `model_type` and the llama.cpp architecture that runs it."""
+
+    gguf: str
+    hf: str
+    hf_class: str
+    experts: str = ""
+    """Prefix of the mixture of experts in a layer's Hugging Face names, if it has one."""
+    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    permuted: bool = False
+    """RoPE pairs are neighbors instead of halves."""
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    requires_output: bool = False
+    """llama.cpp requires an output matrix even where it equals the embeddings."""
+
+
+ARCHITECTURES = {
+    each.hf: each
+    for each in (
+        Architecture("llama", "llama", "LlamaForCausalLM", permuted=True),
+        Architecture("llama", "mistral", "MistralForCausalLM", permuted=True),
+        Architecture("llama", "mixtral", "MixtralForCausalLM", "block_sparse_moe.", ("w1", "w3", "w2"), permuted=True),
+        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm=True),
+        Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", "mlp.", qkv_bias=True, requires_output=True),
+        Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", "mlp.", qk_norm=True),
+        Architecture("gpt2", "gpt2", "GPT2LMHeadModel"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TensorMapping:
+    """A Hugging Face tensor and where a GGUF file stores it."""
+
+    hf: str
+    gguf: str
+    shape: tuple[int, ...]
+    """Of the Hugging Face tensor."""
+    expert: int | None = None
+    """Its index in a tensor of all experts."""
+    transposed: bool = False
+    permuted_heads: int = 0
+    """Number of heads whose rows llama.cpp reorders; 0: none."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in the file: transposed, and for a gate of one row without that dimension."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return shape[1:] if self.gguf.endswith("ffn_gate_inp_shexp.weight") else shape
+
+
+def tensor_mappings(config: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    """Yield the mapping of every tensor of a model with this Hugging Face configuration."""
+    yield from _gpt2_mappings(config) if config["model_type"] == "gpt2" else _llama_mappings(config)
+    if not config["tie_word_embeddings"]:
+        width = config.get("hidden_size") or config["n_embd"]
+        yield TensorMapping("lm_head.weight", "output.weight", (config["vocab_size"], width))
+
+
+def _llama_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    arch = ARCHITECTURES[c["model_type"]]
+    width, inner, head_dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    yield TensorMapping("model.embed_tokens.weight", "token_embd.weight", (c["vocab_size"], width))
+    yield TensorMapping("model.norm.weight", "output_norm.weight", (width,))
+    for i in range(c["num_hidden_layers"]):
+        hf, gguf = f"model.layers.{i}.", f"blk.{i}."
+        yield TensorMapping(f"{hf}input_layernorm.weight", f"{gguf}attn_norm.weight", (width,))
+        yield TensorMapping(f"{hf}post_attention_layernorm.weight", f"{gguf}ffn_norm.weight", (width,))
+        for letter, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            hf_name, gguf_name = f"{hf}self_attn.{letter}_proj.", f"{gguf}attn_{letter}."
+            rows, permuted = count * head_dim, count if arch.permuted and letter != "v" else 0
+            yield TensorMapping(f"{hf_name}weight", f"{gguf_name}weight", (rows, width), permuted_heads=permuted)
+            if arch.qkv_bias or c.get("attention_bias"):
+                yield TensorMapping(f"{hf_name}bias", f"{gguf_name}bias", (rows,), permuted_heads=permuted)
+        yield TensorMapping(f"{hf}self_attn.o_proj.weight", f"{gguf}attn_output.weight", (width, heads * head_dim))
+        if c.get("attention_bias"):
+            yield TensorMapping(f"{hf}self_attn.o_proj.bias", f"{gguf}attn_output.bias", (width,))
+        if arch.qk_norm:
+            for letter in "qk":
+                hf_name, gguf_name = f"{hf}self_attn.{letter}_norm.weight", f"{gguf}attn_{letter}_norm.weight"
+                yield TensorMapping(hf_name, gguf_name, (head_dim,))
+        if arch.experts:
+            yield from _expert_mappings(c, f"{hf}{arch.experts}", gguf)
+            continue
+        for part in ("gate", "up", "down"):
+            rows, columns = (width, inner) if part == "down" else (inner, width)
+            yield TensorMapping(f"{hf}mlp.{part}_proj.weight", f"{gguf}ffn_{part}.weight", (rows, columns))
+            if c.get("mlp_bias"):
+                yield TensorMapping(f"{hf}mlp.{part}_proj.bias", f"{gguf}ffn_{part}.bias", (rows,))
+
+
+def _expert_mappings(c: Mapping[str, Any], hf: str, gguf: str) -> Iterator[TensorMapping]:
+    """The mixture of experts of one layer; hf, gguf: the prefixes of its names."""
+    arch, width = ARCHITECTURES[c["model_type"]], c["hidden_size"]
+    experts = c.get("num_local_experts") or c["num_experts"]
+    inner = c.get("moe_intermediate_size") or c["intermediate_size"]
+    yield TensorMapping(f"{hf}gate.weight", f"{gguf}ffn_gate_inp.weight", (experts, width))
+    for expert in range(experts):
+        for hf_part, part in zip(arch.expert_parts, ("gate", "up", "down"), strict=True):
+            shape = (width, inner) if part == "down" else (inner, width)
+            hf_name = f"{hf}experts.{expert}.{hf_part}.weight"
+            yield TensorMapping(hf_name, f"{gguf}ffn_{part}_exps.weight", shape, expert=expert)
+    if shared := c.get("shared_expert_intermediate_size"):
+        yield TensorMapping(f"{hf}shared_expert_gate.weight", f"{gguf}ffn_gate_inp_shexp.weight", (1, width))
+        for part in ("gate", "up", "down"):
+            shape = (width, shared) if part == "down" else (shared, width)
+            yield TensorMapping(f"{hf}shared_expert.{part}_proj.weight", f"{gguf}ffn_{part}_shexp.weight", shape)
+
+
+def _gpt2_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    width, inner = c["n_embd"], c.get("n_inner") or 4 * c["n_embd"]
+    yield TensorMapping("transformer.wte.weight", "token_embd.weight", (c["vocab_size"], width))
+    yield TensorMapping("transformer.wpe.weight", "position_embd.weight", (c["n_positions"], width))
+    for i in range(c["n_layer"]):
+        hf, gguf = f"transformer.h.{i}.", f"blk.{i}."
+        for hf_name, gguf_name, shape in (
+            ("attn.c_attn", "attn_qkv", (width, 3 * width)),
+            ("attn.c_proj", "attn_output", (width, width)),
+            ("mlp.c_fc", "ffn_up", (width, inner)),
+            ("mlp.c_proj", "ffn_down", (inner, width)),
+        ):
+            yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape, transposed=True)
+            yield TensorMapping(f"{hf}{hf_name}.bias", f"{gguf}{gguf_name}.bias", shape[1:])
+        for hf_name, gguf_name in (("ln_1", "attn_norm"), ("ln_2", "ffn_norm")):
+            for part in ("weight", "bias"):
+                yield TensorMapping(f"{hf}{hf_name}.{part}", f"{gguf}{gguf_name}.{part}", (width,))
+    for part in ("weight", "bias"):
+        yield TensorMapping(f"transformer.ln_f.{part}", f"output_norm.{part}", (width,))
+
+
+def neighbors_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of `heads` heads from llama.cpp's RoPE pairs (neighbors) to Hugging Face's (halves)."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def halves_to_neighbors(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `neighbors_to_halves`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
