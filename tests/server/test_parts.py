@@ -219,7 +219,7 @@ def test_a_form_is_what_the_template_writes(source: str, trigger: str, special: 
 
     def accepts(text: str, mode: str) -> bool:
         place = Grammar(tokenizer, form.grammar(TOOLS, mode)).start()
-        for id in chat._whole(text) if text else []:
+        for id in chat._encode_whole(text) if text else []:
             if not place.allowed()[id]:
                 return False
             place.push(id)

@@ -1,27 +1,30 @@
-"""Conversations as tokens: the tokenizer's chat template (Jinja, as Hugging Face has them), in a sandbox.
+"""Conversations as token ids: the tokenizer's chat template (Jinja, as in transformers), rendered in a sandbox.
 
     template = ChatTemplate(tokenizer)
-    ids = template.encode([{"role": "user", "content": "Hello"}])        # ends where the assistant is to speak
+    ids = template.encode([{"role": "user", "content": "Hello"}])   # a prompt: ends where the assistant is to answer
+    ids, mask = template.encode(conversation, return_mask=True)     # for training: mask marks the assistant's tokens
 
-What a template writes may be special tokens; what a message says is always text: a user who types "<|im_end|>" has
-typed ten characters. A tokenizer without a template gets a plain one (`plain`), with names before what is said.
+A template may write special tokens. The text of a message never becomes one: a user who types "<|im_end|>" gets the
+tokens of those ten characters. A tokenizer without a template gets a plain one that names the speaker of each turn.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from gptsmith.errors import TokenizerError
-from gptsmith.tokenizer.tokenizer import Tokenizer
+from gptsmith.errors import TokenizerError, UsageError
+from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
     import tokenizers
 
 Message = Mapping[str, Any]
+Encode = Callable[[Sequence[Message], bool], list[int]]  # messages, add_generation_prompt -> ids
 
 PLAIN = """\
 {% for message in messages %}\
@@ -32,31 +35,39 @@ PLAIN = """\
 
 
 class ChatTemplate:
-    """How a tokenizer writes conversations. Raises TokenizerError for a template that is no Jinja.
+    """The chat template of a tokenizer.
 
-    plain: the tokenizer has none, and this is this package's. stop: texts that end an answer (of the plain one).
+    name: whose template it is, for error messages. plain: whether the tokenizer has no template, so that the one of
+    this package is used. stop: texts that end an answer (only the plain template has any).
+    Raises TokenizerError if the template is not valid Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, name: str | None = None) -> None:
         config = tokenizer.config()
         source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
+        if isinstance(source, list):  # several templates, each with a name
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
             source = named.get("default")
         self.tokenizer = tokenizer
+        self.name = name
         self.plain = not isinstance(source, str) or not source.strip()
         self.source: str = PLAIN if self.plain else str(source)
         self.stop = ("\nUser:",) if self.plain else ()
-        self._tokens = {
+        self._named_tokens = {
             role: _content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
+        self._special = {text: id for id, text in tokenizer.special_tokens().items()}
+        self._special_ids = frozenset(self._special.values())
+        self._end_of_turn_ids = {self._special[token] for token in END_TOKENS if token in self._special}
+        if tokenizer.eos_id is not None:
+            self._end_of_turn_ids.add(tokenizer.eos_id)
         self._template = _compile(self.source)
         self._pipeline: tokenizers.Tokenizer | None = None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as text. variables: more for the template (`tools`, `documents`, ...).
+        """Return the conversation as text. variables: further variables of the template (`tools`, `documents`, ...).
 
-        Raises TokenizerError where the template refuses: roles that do not alternate, for example.
+        Raises TokenizerError if the template refuses the conversation, for example because roles do not alternate.
         """
         import jinja2
 
@@ -64,26 +75,85 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **self._tokens, **variables},
+                **{"tools": None, "documents": None, **self._named_tokens, **variables},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             raise TokenizerError(f"the chat template cannot write this conversation: {error}.") from None
 
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """The conversation as ids. Raises TokenizerError as `render` and `Tokenizer.encode` do."""
-        special = {text: id for id, text in self.tokenizer.special_tokens().items()}
-        mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in json.dumps(messages, ensure_ascii=False))
-        defused = [_defused(message, special, mark) for message in messages]
-        text = self.render(defused, add_generation_prompt=add_generation_prompt, **variables)
-        if mark not in text and self.tokenizer.kind == "other":
-            return self._whole(text)  # such tokenizers may treat the beginning of a text in their own way
-        ids: list[int] = []
-        for part in _split(text, special):
-            ids += [special[part]] if part in special else self.tokenizer.encode(part.replace(mark, ""))
-        return ids
+    @overload
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        return_mask: Literal[False] = False,
+        **variables: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        return_mask: Literal[True],
+        train_on: Literal["all", "last"] = "all",
+        **variables: Any,
+    ) -> tuple[list[int], list[bool]]: ...
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        return_mask: bool = False,
+        train_on: Literal["all", "last"] = "all",
+        **variables: Any,
+    ) -> list[int] | tuple[list[int], list[bool]]:
+        """Return the ids of a conversation, and with `return_mask` also which of them the assistant wrote.
+
+        add_generation_prompt: end with the beginning of an answer; by default, unless a mask is asked for.
+        train_on: mark every turn of the assistant, or only the last one.
+        variables: further variables of the template (`tools`, `documents`, ...).
+
+        The mask is computed from the ids alone, so templates need no `{% generation %}` tags. It marks what a model
+        has to generate when it is served the messages before the turn: everything after the generation prompt, up to
+        and including the end-of-turn token. Ids and prompts are the same in training and serving.
+
+        Raises TokenizerError as `render` and `Tokenizer.encode` do; with `return_mask` also if the prompt for a turn
+        is not a prefix of the conversation's ids, as with templates that remove earlier thinking, or if the turn has
+        no message before it.
+        """
+        if train_on not in ("all", "last"):
+            raise UsageError(f"train_on must be 'all' or 'last', not {train_on!r}.")
+        if add_generation_prompt is None:
+            add_generation_prompt = not return_mask
+        characters = json.dumps(messages, ensure_ascii=False)
+        marker = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in characters)
+        escaped = [_escaped(message, self._special, marker) for message in messages]
+        text = self.render(escaped, add_generation_prompt=add_generation_prompt, **variables)
+        # Tokenizers of kind "other" may treat the beginning of a text differently, so they get it whole.
+        whole = marker not in text and self.tokenizer.kind == "other"
+
+        def encode_text(text: str) -> list[int]:
+            return self._encode_whole(text) if whole else self._encode_parts(text, marker)
+
+        ids = encode_text(text)
+        if not return_mask:
+            return ids
+
+        def encode_prefix(messages: Sequence[Message], prompt: bool) -> list[int]:
+            return encode_text(self.render(messages, add_generation_prompt=prompt, **variables))
+
+        turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        mask = [False] * len(ids)
+        for index in turns if train_on == "all" else turns[-1:]:
+            start, end = self._turn(index, ids, escaped, encode_prefix)
+            mask[start:end] = [True] * (end - start)
+        return ids, mask
 
     def end_ids(self) -> tuple[int, ...]:
-        """The special token that the template puts after an answer, if it does; it is where answers end."""
+        """Return the id of the special token that the template writes after an answer, or () if there is none."""
         answer = "an answer"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
         try:
@@ -91,10 +161,82 @@ class ChatTemplate:
         except TokenizerError:
             return ()
         after = text.rpartition(answer)[2].lstrip()
-        special = {text: id for id, text in self.tokenizer.special_tokens().items()}
-        return tuple(special[token] for token in sorted(special, key=len, reverse=True) if after.startswith(token))[:1]
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return tuple(self._special[token] for token in longest_first if after.startswith(token))[:1]
 
-    def _whole(self, text: str) -> list[int]:
+    # where the assistant's turns are
+
+    def _turn(self, index: int, ids: list[int], messages: Sequence[Message], encode: Encode) -> tuple[int, int]:
+        """Return the range of `ids`, those of all `messages`, that message `index` (of the assistant) takes up."""
+        if index == 0:
+            raise TokenizerError(
+                "message 1 is from the assistant, so there is no prompt that it answers. Remove it, or put a system "
+                "or user message before it."
+            )
+        prompt, through = encode(messages[:index], True), encode(messages[: index + 1], False)
+        start = len(prompt)
+        if _num_common(prompt, through) < start:
+            raise self._unstable(index, prompt, through)
+        end = max((at for at in range(start, len(through)) if through[at] in self._special_ids), default=-1) + 1
+        if not end or not self._is_blank(through[end:]):
+            end = len(through)
+            self._check_ending(index, through, messages, encode)
+        common = _num_common(through, ids)
+        if common >= end:
+            return start, end
+        if common < start or not self._is_blank(through[common:end]):
+            raise self._unstable(index, through, ids)
+        # White space at the end of the turn is tokenized differently when messages follow: find it by its text.
+        turn, end = self._text(through[start:end]), common
+        while end < len(ids) and turn.startswith(self._text(ids[start : end + 1])):
+            end += 1
+        return start, end
+
+    def _check_ending(self, index: int, through: list[int], messages: Sequence[Message], encode: Encode) -> None:
+        """Raise TokenizerError if the end-of-turn token of message `index` is only written with the next message."""
+        try:
+            longer = encode([*messages[: index + 1], {"role": "user", "content": "x"}], False)
+        except TokenizerError:
+            return  # no user message can follow here
+        following = next((id for id in longer[len(through) :] if not self._is_blank([id])), None)
+        if following in self._end_of_turn_ids:
+            raise self._unstable(index, through, longer)
+
+    def _unstable(self, index: int, prefix: list[int], ids: list[int]) -> TokenizerError:
+        """The error for a turn whose tokens differ between a prefix of the conversation and all of it."""
+        common = _num_common(prefix, ids)
+        before, now = (self._text(part[common : common + 12]) for part in (prefix, ids))
+        of = f" of {self.name}" if self.name else ""
+        if self._text(ids).startswith(self._text(prefix)) and common < len(prefix):
+            return TokenizerError(
+                f"message {index + 1} cannot be trained on: the tokenizer{of} joins its beginning with the end of the "
+                f"prompt ({before!r} becomes {now!r}), so a served model would see other tokens. Remove white space at "
+                "the beginning of the message, or use a chat template in which a special token or a single line break "
+                "comes before it."
+            )
+        return TokenizerError(
+            f"the chat template{of} cannot be used to train on message {index + 1}: it writes the beginning of a "
+            f"conversation differently when more follows ({before!r} becomes {now!r}), so the assistant's tokens are "
+            "not the ones that a served model generates. Use a template that always writes a message the same way. If "
+            "only earlier turns change (their thinking is removed, for example), train on the last turn only."
+        )
+
+    def _is_blank(self, ids: list[int]) -> bool:
+        return not self._text(ids).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    # text to ids
+
+    def _encode_parts(self, text: str, marker: str) -> list[int]:
+        """Encode the text between special tokens part by part, without the marker."""
+        ids: list[int] = []
+        for part in _split(text, self._special):
+            ids += [self._special[part]] if part in self._special else self.tokenizer.encode(part.replace(marker, ""))
+        return ids
+
+    def _encode_whole(self, text: str) -> list[int]:
         if self._pipeline is None:
             from tokenizers import Tokenizer as Pipeline
 
@@ -105,19 +247,24 @@ class ChatTemplate:
         return ids
 
 
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of ids at the beginning that both have in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _content(token: object) -> str:
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
 
 
 def _compile(source: str) -> jinja2.Template:
-    """The template in an environment like transformers', in which it can neither change nor reach anything."""
+    """Compile the template in a sandbox like that of transformers, in which it cannot change or reach anything."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: what the assistant says, marked for training; here it is what it holds."""
+        """`{% generation %}` … `{% endgeneration %}`, which mark what the assistant says: rendered as their content."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -125,7 +272,7 @@ def _compile(source: str) -> jinja2.Template:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
@@ -135,32 +282,30 @@ def _compile(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(source)
     except (jinja2.TemplateError, RecursionError) as error:
-        raise TokenizerError(f"the tokenizer's chat template is damaged: {error}.") from None
+        raise TokenizerError(f"the tokenizer's chat template is not valid Jinja: {error}.") from None
 
 
-def _defused(value: Any, special: Mapping[str, int], mark: str) -> Any:
-    """`value` with a mark inside all that looks like a special token in its texts."""
+def _escaped(value: Any, special: Mapping[str, int], marker: str) -> Any:
+    """Return `value` with the marker inside everything in its texts that looks like a special token."""
     if isinstance(value, str):
         for token in special:
             if token in value:
-                value = value.replace(token, token[:1] + mark + token[1:])
+                value = value.replace(token, token[:1] + marker + token[1:])
         return value
     if isinstance(value, Mapping):
-        return {key: _defused(each, special, mark) for key, each in value.items()}
+        return {key: _escaped(each, special, marker) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_defused(each, special, mark) for each in value]
+        return [_escaped(each, special, marker) for each in value]
     return value
 
 
 def _split(text: str, special: Mapping[str, int]) -> list[str]:
-    """The text cut at special tokens, which are parts of their own; empty parts are left out."""
-    import re
-
+    """Cut the text at special tokens, which become parts of their own. Leave out empty parts."""
     if not special:
         return [text] if text else []
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))

@@ -34,7 +34,7 @@ UNKNOWN = "<|unk|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
-_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_ID = np.uint32(0xFFFFFFFF)
 
@@ -86,7 +86,7 @@ class Tokenizer:
         self.eos_id = _token_id(vocabulary, self._config.get("eos_token"))
         if self.eos_id is None:
             contents = set(self._special.values())
-            self.eos_id = next((vocabulary[token] for token in _END_TOKENS if token in contents), None)
+            self.eos_id = next((vocabulary[token] for token in END_TOKENS if token in contents), None)
         unknown = description["model"].get("unk_token")
         self.unk_id = _token_id(vocabulary, unknown if isinstance(unknown, str) else self._config.get("unk_token"))
         if self.kind == "char":
