@@ -97,7 +97,7 @@ def test_commands(say: Any, tmp_path: Path) -> None:
     assert "Did you mean 'temperature'?" in err
     assert "needs a number, not 'x'" in err
     assert "/save needs a file" in err
-    assert "must be 0 (greedy) or above" in err
+    assert "must be at least 0" in err
     assert str(tmp_path / "a") in err
     assert json.loads((tmp_path / "c").read_text()) == {"messages": [{"role": "system", "content": "be brief"}]}
 

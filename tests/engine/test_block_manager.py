@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gptsmith.engine.block_manager import NO_BLOCK, BlockManager, BlockPool
-from gptsmith.engine.sampling import SamplerState, SamplingParams
+from gptsmith.engine.sampler import SamplerState
+from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Request, Sequence
 
 

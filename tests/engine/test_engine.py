@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from gptsmith.engine.block_manager import NO_BLOCK
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
+from gptsmith.engine.sampler import SamplerState, adjust, choose
+from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.engine.speculative import PromptLookup, Speculator

@@ -1,186 +1,15 @@
-"""Choosing tokens: parity with transformers' processors, distributions, and rows that do not look at each other."""
+"""The sampling options: validation, and the two command lines that derive from them."""
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
+from dataclasses import fields
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose, draw, filter_logits
+from gptsmith.engine.sampling import SAMPLING_OPTIONS, GenerationOptions, Range, SamplingOptions, SamplingParams
 from gptsmith.errors import UsageError
-
-V = 50
-
-WISHES = st.fixed_dictionaries(
-    {
-        "temperature": st.floats(0.1, 3),
-        "top_k": st.none() | st.integers(1, 60),
-        "top_p": st.none() | st.floats(0.05, 0.999),
-        "min_p": st.none() | st.floats(0.001, 0.9),
-        "typical_p": st.none() | st.floats(0.05, 0.999),
-    }
-)
-
-
-def reference(logits: Tensor, params: SamplingParams) -> Tensor:
-    """transformers' own processors, in the order it applies them."""
-    from transformers import (
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-        TypicalLogitsWarper,
-    )
-
-    ids: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
-    logits = TemperatureLogitsWarper(params.temperature)(ids, logits)
-    if params.top_k is not None:
-        logits = TopKLogitsWarper(params.top_k)(ids, logits)
-    if params.top_p is not None:
-        logits = TopPLogitsWarper(params.top_p)(ids, logits)
-    if params.min_p is not None:
-        logits = MinPLogitsWarper(params.min_p)(ids, logits)
-    if params.typical_p is not None:
-        logits = TypicalLogitsWarper(params.typical_p)(ids, logits)
-    return logits
-
-
-@settings(max_examples=80, deadline=None)
-@given(wishes=st.lists(WISHES, min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_filters_equal_transformers(wishes: list[dict[str, Any]], seed: int) -> None:
-    """Each row by its own parameters, in one batch."""
-    torch.manual_seed(seed)
-    params = [SamplingParams(**each) for each in wishes]
-    logits = torch.randn(len(params), V) * 3
-    ours = filter_logits(logits, params).softmax(-1)
-    for row, one in enumerate(params):
-        theirs = reference(logits[row : row + 1], one).softmax(-1)[0]
-        torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-4)
-
-
-def test_a_flat_nucleus_over_a_large_vocabulary() -> None:
-    """The nucleus reaches beyond the most probable thousand: all are sorted then."""
-    torch.manual_seed(0)
-    logits = torch.randn(3, 5000) * 0.01
-    logits[1, :3] += 12
-    params = [SamplingParams(temperature=1.0, top_p=p) for p in (0.9, 0.5, 0.3)]
-    ours = filter_logits(logits, params)
-    for row, one in enumerate(params):
-        theirs = reference(logits[row : row + 1], one)[0]
-        assert abs(int(torch.isfinite(ours[row]).sum()) - int(torch.isfinite(theirs).sum())) <= 1  # a sum's last bit
-    assert torch.isfinite(ours[1]).sum() <= 3
-
-
-def state(prompt: list[int], made: list[int], seed: int = 0, **params: Any) -> SamplerState:
-    made_so_far = SamplerState(SamplingParams(**params), seed, prompt, V)
-    for token in made:
-        made_so_far.push(token)
-    return made_so_far
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_adjustments_equal_transformers(data: st.DataObject) -> None:
-    """Repetition penalty, bias and least length, each row by its own; presence and frequency by OpenAI's formula."""
-    from transformers import (
-        MinNewTokensLengthLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-        SequenceBiasLogitsProcessor,
-    )
-
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
-    states, expected = [], []
-    logits = torch.randn(data.draw(st.integers(1, 4)), V)
-    for row in logits:
-        prompt, made = data.draw(ids), data.draw(st.just([]) | ids)
-        penalty = data.draw(st.just(1.0) | st.floats(0.5, 3))
-        presence, frequency = data.draw(st.just(0.0) | st.floats(-2, 2)), data.draw(st.just(0.0) | st.floats(-2, 2))
-        bias = data.draw(st.dictionaries(st.integers(0, V - 1), st.floats(-5, 5), max_size=3))
-        least = data.draw(st.integers(0, 8))
-        states.append(
-            state(
-                prompt,
-                made,
-                repetition_penalty=penalty,
-                presence_penalty=presence,
-                frequency_penalty=frequency,
-                logit_bias=bias,
-                min_tokens=least,
-                stop_ids=(3, 4),
-            )
-        )
-        so_far, want = torch.tensor([prompt + made]), row[None].clone()
-        if penalty != 1:
-            want = RepetitionPenaltyLogitsProcessor(penalty)(so_far, want)
-        for token in set(made):
-            want[0, token] -= presence + frequency * made.count(token)
-        if bias:
-            want = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])(so_far, want)
-        if least:
-            want = MinNewTokensLengthLogitsProcessor(len(prompt), least, [3, 4], device="cpu")(so_far, want)
-        expected.append(want[0])
-    torch.testing.assert_close(adjust(logits, states), torch.stack(expected), atol=1e-5, rtol=1e-5)
-
-
-def test_draws_follow_the_distribution() -> None:
-    """Chi-squared over 20,000 draws (6 degrees of freedom: 22.5 is the 0.1 % point), and against transformers' filters
-    over the same logits."""
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0])
-    n = 20_000
-    for wishes in ({"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8, "top_k": 5}):
-        params = SamplingParams(**wishes)  # type: ignore[arg-type]
-        states = [SamplerState(params, seed, [0], 7) for seed in range(n)]
-        drawn = choose(logits.expand(n, 7), states)
-        counts = torch.bincount(drawn, minlength=7).float()
-        expected = reference(logits[None], params).softmax(-1)[0] * n
-        likely = expected > 0
-        assert counts[~likely].sum() == 0
-        assert ((counts - expected)[likely] ** 2 / expected[likely]).sum() < 22.5
-
-
-def test_numbers_of_a_seed_are_independent_and_even() -> None:
-    """Uniform over tokens, places ahead and purposes: the mean and the lag-one correlation of 10,000 of each."""
-    one = SamplerState(SamplingParams(), 7, [0], 7)
-    for purpose in (0, 1):
-        numbers = torch.tensor([one.uniform(ahead, purpose) for ahead in range(10_000)], dtype=torch.float64)
-        assert abs(numbers.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100
-        centred = numbers - 0.5
-        assert abs((centred[1:] * centred[:-1]).mean() * 12) < 0.04
-        assert ((numbers >= 0) & (numbers < 1)).all()
-    expected = one.uniform(2)
-    one.push(0)
-    one.push(0)
-    assert one.uniform() == expected
-    assert one.uniform(purpose=1) != expected
-
-
-def test_rows_draw_for_themselves() -> None:
-    logits = torch.randn(3, V)
-    kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 9}]
-    states = [state([1], [2], seed, **kind) for seed, kind in enumerate(kinds)]
-    together = choose(logits, states).tolist()
-    assert together == [choose(logits[i : i + 1], states[i : i + 1]).item() for i in range(3)]
-    assert together[0] == logits[0].argmax()
-
-
-def test_the_ends_of_the_distribution() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]] * 3)
-    assert draw(logits, [0.0, 0.5, 1 - 2**-53]).tolist() == [1, 3, 3]  # what is impossible is never drawn
-
-
-def test_a_copy_goes_its_own_way() -> None:
-    one = state([1], [2], 5, presence_penalty=1.0, repetition_penalty=1.2)
-    two = one.fork(6)
-    two.push(9)
-    assert one.counts is not None
-    assert two.counts is not None
-    assert [one.counts[9], two.counts[9], two.counts[2], one.generated] == [0, 1, 1, 1]
-    assert one.uniform() != two.uniform()
 
 
 @pytest.mark.parametrize(
@@ -229,3 +58,42 @@ def test_a_copy_goes_its_own_way() -> None:
 def test_values_out_of_range_or_contradictory_are_usage_errors(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_infinite_and_nan_numbers_are_named_as_such() -> None:
+    with pytest.raises(UsageError, match="--temperature must be a finite number, not inf"):
+        SamplingParams(temperature=float("inf"))
+    with pytest.raises(UsageError, match="--top-p must be above 0 and at most 1, not 2.0"):
+        SamplingParams(top_p=2.0)
+
+
+def test_params_from_options() -> None:
+    options = GenerationOptions(temperature=0.5, top_k=3, stop=("x",))
+    params = SamplingParams.from_options(options, n=2, seed=7)
+    assert params == SamplingParams(temperature=0.5, top_k=3, stop=("x",), n=2, seed=7)
+    assert SamplingParams.from_options(SamplingOptions()) == SamplingParams()
+    with pytest.raises(UsageError, match="top-k"):
+        SamplingParams.from_options(SamplingOptions(top_k=0))
+
+
+def test_every_option_has_a_help_text_and_a_default_within_its_ranges() -> None:
+    others = {"constraint", "stop_condition"}  # objects, for programs
+    assert SAMPLING_OPTIONS.keys() | others == {each.name for each in fields(SamplingParams)}
+    for name, option in SAMPLING_OPTIONS.items():
+        assert option.help.endswith("."), name
+        value = getattr(SamplingParams(), name)
+        if isinstance(value, int | float):
+            assert value in option.range, name
+            assert value in option.request_range, name
+
+
+def test_ranges() -> None:
+    unit = Range(gt=0, le=1)
+    assert [value in unit for value in (0, 0.5, 1, 1.1)] == [False, True, True, False]
+    assert unit.limits() == {"gt": 0, "le": 1}
+    assert [str(each) for each in (unit, Range(ge=1), Range())] == ["above 0 and at most 1", "at least 1", "a number"]
+
+
+def test_options_can_be_read_without_torch() -> None:
+    code = "import sys, gptsmith.engine.sampling; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,18 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from gptsmith.engine.sampling import SamplingOptions, SamplingParams
 from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.log import note
 
 if TYPE_CHECKING:
     from gptsmith.engine.engine import Engine
-    from gptsmith.engine.sampling import SamplingParams
     from gptsmith.tokenizer import Tokenizer
 
 HELP = """\
@@ -43,20 +43,9 @@ class Chat:
     """A run (its best checkpoint), a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
     system: str = ""
     """What the model is told before the conversation."""
-    max_tokens: int = 1000
-    """Most tokens of an answer."""
-    temperature: float = 0.7
-    """0: always the most probable token. Below 1 safer, above 1 wilder."""
-    top_k: int | None = None
-    """Choose among the k most probable tokens."""
-    top_p: float | None = 0.95
-    """Choose among the fewest tokens whose probabilities add up to p."""
-    min_p: float | None = None
-    """Drop tokens less probable than this share of the most probable one."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely."""
-    seed: int | None = None
-    """The same seed gives the same answers."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(
+        default=SamplingOptions(max_tokens=1000, temperature=0.7, top_p=0.95)
+    )
     overflow: Overflow = "truncate"
     """When the context is full: leave out the oldest turns and end the answer there, let the answer go on as the window
     shifts, or refuse to go on."""
@@ -76,18 +65,8 @@ class Chat:
 def main(arguments: list[str]) -> int:
     chosen = tyro.cli(Chat, prog="gptsmith chat", args=arguments)
 
-    from gptsmith.engine.sampling import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=chosen.max_tokens,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
-        min_p=chosen.min_p,
-        repetition_penalty=chosen.repetition_penalty,
-        seed=chosen.seed,
-        adapter=None if chosen.adapter is None else str(chosen.adapter),
-    )
+    adapter = None if chosen.adapter is None else str(chosen.adapter)
+    params = SamplingParams.from_options(chosen.sampling, adapter=adapter)
     from gptsmith.cli.generate import speculator
     from gptsmith.engine.engine import Engine
     from gptsmith.loading import load_model

@@ -6,10 +6,11 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from gptsmith.engine.sampling import GenerationOptions, SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
 
@@ -28,41 +29,14 @@ class Generate:
     """A run (its best checkpoint), a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
     prompt: str = "\n"
     """The text to continue; - reads it from standard input."""
-    max_tokens: int = 200
-    """Most tokens to generate."""
-    min_tokens: int = 0
-    """Do not stop before this many."""
-    temperature: float = 0.8
-    """0: always the most probable token. Below 1 safer, above 1 wilder."""
-    top_k: int | None = None
-    """Choose among the k most probable tokens."""
-    top_p: float | None = None
-    """Choose among the fewest tokens whose probabilities add up to p."""
-    min_p: float | None = None
-    """Drop tokens less probable than this share of the most probable one."""
-    typical_p: float | None = None
-    """Choose among the tokens of most nearly average information that add up to p."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely."""
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens that were generated before."""
-    frequency_penalty: float = 0.0
-    """Taken off the logits of tokens that were generated before, for each time."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """Stop before this text; can be given several times."""
-    seed: int | None = None
-    """The same seed gives the same text."""
+    sampling: tyro.conf.OmitArgPrefixes[GenerationOptions] = field(default=GenerationOptions())
     num_samples: int = 1
     """How many continuations."""
-    best_of: int | None = None
-    """Make this many continuations and keep the --num-samples most probable ones."""
-    beams: int = 1
-    """Above 1: beam search, with --temperature 0."""
     json_schema: Path | None = None
     """The text is JSON that the schema in this file describes ({}: any)."""
     regex: str | None = None
     """The text is matched by this regular expression."""
-    choice: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
+    choice: tuple[str, ...] = field(default=())
     """The text is this; given several times, one of them."""
     grammar: Path | None = None
     """The text follows the grammar in this file, in Lark or GBNF."""
@@ -84,30 +58,15 @@ class Generate:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Generate, prog="gptsmith generate", args=arguments)
+    chosen = tyro.cli(Generate, prog="gptsmith generate", args=arguments, config=(tyro.conf.UseAppendAction,))
     if chosen.num_samples < 1:
         raise UsageError(f"--num-samples must be at least 1, not {chosen.num_samples}.")
 
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("give one of --json-schema, --regex, --choice and --grammar.")
-    from gptsmith.engine.sampling import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=chosen.max_tokens,
-        min_tokens=chosen.min_tokens,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
-        min_p=chosen.min_p,
-        typical_p=chosen.typical_p,
-        repetition_penalty=chosen.repetition_penalty,
-        presence_penalty=chosen.presence_penalty,
-        frequency_penalty=chosen.frequency_penalty,
-        stop=chosen.stop,
-        seed=chosen.seed,
+    params = SamplingParams.from_options(
+        chosen.sampling,
         n=chosen.num_samples,
-        best_of=chosen.best_of,
-        beams=chosen.beams,
         overflow=chosen.overflow,
         adapter=None if chosen.adapter is None else str(chosen.adapter),
     )

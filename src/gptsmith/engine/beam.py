@@ -65,7 +65,7 @@ def extend_beams(beams: list[Sequence], finished: Finished) -> list[Step]:
     )
     live: list[Step] = []
     for rank, step in enumerate(candidates):
-        if step.parent.sampler.would_end(step.token.id):
+        if step.parent.sampler.would_stop(step.token.id):
             if rank < finished.width:
                 finished.add(step, "stop")
         elif len(live) < finished.width:

@@ -28,7 +28,8 @@ from gptsmith.engine.beam import Finished, Step, extend_beams
 from gptsmith.engine.block_manager import BlockManager
 from gptsmith.engine.cpu_runner import make_runner
 from gptsmith.engine.runner import Rows
-from gptsmith.engine.sampling import SamplerState, SamplingParams, adjust, choose
+from gptsmith.engine.sampler import SamplerState, adjust, choose
+from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.scheduler import Scheduled, Scheduler
 from gptsmith.engine.sequence import Completion, Event, FinishReason, Request, Result, Sequence, TokenLogprob
 from gptsmith.errors import GptsmithError, UsageError
@@ -501,7 +502,7 @@ class Engine:
         params, sampler = sequence.request.params, sequence.sampler
         if token in params.stop_ids and sampler.generated > params.min_tokens:
             return "stop"
-        if sampler.ended or (sampler.matcher is not None and sampler.matcher.finished):
+        if sampler.stopped or (sampler.constraint is not None and sampler.constraint.finished):
             return "stop"
         if sampler.generated >= params.max_tokens:
             return "length"

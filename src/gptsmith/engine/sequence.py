@@ -6,7 +6,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptsmith.engine.sampling import SamplerState, SamplingParams
+from gptsmith.engine.sampler import SamplerState
+from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import GptsmithError
 from gptsmith.model.lora import Adapter
 

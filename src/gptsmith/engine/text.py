@@ -100,8 +100,10 @@ class Detokenizer:
         self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
         ends = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
         stop_ids = tuple(dict.fromkeys((*params.stop_ids, *ends)))
-        ending = _Ending(self) if params.stop and params.returns_only_at_end else params.ending
-        self.engine_params = replace(params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, ending=ending)
+        stop_condition = _StopStrings(self) if params.stop and params.returns_only_at_end else params.stop_condition
+        self.engine_params = replace(
+            params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, stop_condition=stop_condition
+        )
         self._samples: dict[int, _Sample] = {}
 
     def push(self, event: Event) -> tuple[TextChunk | None, bool]:
@@ -180,27 +182,27 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Ending:
+class _StopStrings:
     """Stop strings, for the engine to find where it tells of a text only once it has ended."""
 
     writing: Detokenizer
 
-    def start(self) -> _Reader:
+    def start(self) -> _StopStringMatcher:
         sample = _Sample(self.writing)
         sample.echoed = 0  # it is shown new tokens only
-        return _Reader(sample)
+        return _StopStringMatcher(sample)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _StopStringMatcher:
     sample: _Sample
 
     def push(self, token: int) -> bool:
         self.sample.push([token], None)
         return self.sample.stopped.stopped
 
-    def copy(self) -> _Reader:
-        return _Reader(self.sample.copy())
+    def copy(self) -> _StopStringMatcher:
+        return _StopStringMatcher(self.sample.copy())
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
