@@ -24,10 +24,10 @@ def test_newton_schulz_brings_singular_values_near_one() -> None:
     seed=st.integers(0, 99),
 )
 def test_equals_torch_muon(shapes: list[tuple[int, int]], momentum: float, decay: float, seed: int) -> None:
-    """Batched over same shapes, it gives what torch.optim.Muon gives one by one (which iterates in bfloat16)."""
+    """Matrices of one shape are updated in a batch; torch.optim.Muon updates them one by one, in bfloat16."""
     reference_class = getattr(torch.optim, "Muon", None)
     if reference_class is None:
-        pytest.skip("this torch has no Muon to compare with")
+        pytest.skip("this version of torch has no Muon to compare with")
     torch.manual_seed(seed)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -40,11 +40,11 @@ def test_equals_torch_muon(shapes: list[tuple[int, int]], momentum: float, decay
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
-        # An update has spectral norm about 0.1 sqrt(rows/columns); bfloat16 errs by a few per cent of that.
+        # An update has spectral norm about 0.1 sqrt(rows/columns); bfloat16 is off by a few percent of that.
         assert (p - q).norm() <= 0.05 * 3 * 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * min(p.shape) ** 0.5
 
 
-def test_fused_projections_are_orthogonalised_part_by_part() -> None:
+def test_fused_projections_are_orthogonalized_part_by_part() -> None:
     torch.manual_seed(0)
     start = torch.randn(24, 12)
     fused = torch.nn.Parameter(start.clone())
@@ -53,11 +53,16 @@ def test_fused_projections_are_orthogonalised_part_by_part() -> None:
     fused.grad = gradient.clone()
     for p, g in zip(parts, gradient.split((12, 8, 4)), strict=True):
         p.grad = g.clone()
-    Muon([{"params": [fused], "splits": [(12, 8, 4)]}]).step()
+    Muon([{"params": [fused], "split_sizes": [(12, 8, 4)]}]).step()
     Muon(parts).step()
     torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
 
 
-def test_splits_must_fit() -> None:
-    with pytest.raises(ValueError, match="splits"):
-        Muon([{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "splits": [(3,)]}])
+def test_split_sizes_must_add_up() -> None:
+    with pytest.raises(ValueError, match="split sizes .* do not add up to the 4 rows"):
+        Muon([{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "split_sizes": [(3,)]}])
+
+
+def test_vectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(4))])

@@ -104,7 +104,8 @@ def describe(out: Path, model: Transformer, dtype: str) -> str:
     c = model.config
     size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))
     return (
-        f"{out}: {model.num_parameters():,} parameters, {c.model_type}, context {c.max_position_embeddings:,}, "
+        f"{out}: {model.num_parameters(trainable_only=False):,} parameters, {c.model_type}, "
+        f"context {c.max_position_embeddings:,}, "
         f"{c.vocab_size:,} tokens; {dtype}, {size / 1e6:,.1f} MB"
     )
 
@@ -184,7 +185,8 @@ def _card(
     origin: str | None = None
     if run is None:
         origin = named.description if named is not None else Path(spec).name if Path(spec).exists() else str(spec)
-    return model_card(About(title, license, dtype, origin, changes), model.config, model.num_parameters(), run)
+    about = About(title, license, dtype, origin, changes)
+    return model_card(about, model.config, model.num_parameters(trainable_only=False), run)
 
 
 def _own_card(path: Path) -> str | None:

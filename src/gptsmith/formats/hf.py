@@ -217,7 +217,7 @@ def _split(model: Transformer, mapping: WeightMapping, tensor: Tensor) -> tuple[
     rows = tensor.mT if mapping.transposed else tensor.flatten(0, -2) if tensor.ndim == 3 else tensor
     if len(mapping.hf) == 1:
         return (rows,)
-    return torch.split(rows, list(model.fused_rows(mapping.local)))
+    return torch.split(rows, list(model.split_sizes(mapping.local)))
 
 
 # Model directories ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def _updates_by_module(
         module = mapping.local.removesuffix(".weight")
         # Only linear layers are adapted: not embeddings, routers, or stacked experts (which lack the `.weight`).
         is_linear = mapping.local.endswith("proj.weight")
-        sizes = model.fused_rows(mapping.local) if len(mapping.hf) > 1 else (0,)
+        sizes = model.split_sizes(mapping.local) if len(mapping.hf) > 1 else (0,)
         first_row, found = 0, []
         for i, (name, size) in enumerate(zip(mapping.hf, sizes, strict=True)):
             names = [f"base_model.model.{name.removesuffix('.weight')}.lora_{letter}.weight" for letter in "AB"]

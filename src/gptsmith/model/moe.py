@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.parameters import annotate
 
 
 class MixtureOfExperts(nn.Module):
@@ -28,11 +29,14 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
+        annotate(self, "up_proj", kind="matrix", split_sizes=(config.intermediate_size,) * (2 * self.experts))
+        annotate(self, "down_proj", kind="matrix", split_sizes=(config.hidden_size,) * self.experts)
         self.shared = config.shared_expert_intermediate_size
         if self.shared:
             self.shared_up_proj = nn.Linear(config.hidden_size, 2 * self.shared, bias=False)
             self.shared_down_proj = nn.Linear(self.shared, config.hidden_size, bias=False)
             self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            annotate(self, "shared_up_proj.weight", split_sizes=(self.shared, self.shared))
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). The router's logits (N, E) are appended to `router_logits`, if given."""

@@ -23,6 +23,7 @@ from gptsmith.model.cache import Cache
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.dropout import dropout
 from gptsmith.model.moe import MixtureOfExperts
+from gptsmith.model.parameters import annotate, parameter_info
 from gptsmith.model.rope import extend_context, rope_tables
 
 
@@ -75,6 +76,9 @@ class Attention(nn.Module):
         )
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=output_bias)
+        q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for part in ("weight", "bias"):
+            annotate(self, f"qkv_proj.{part}", split_sizes=(q_rows, kv_rows, kv_rows))
         self.window, self.scale = config.window_of(layer), config.attention_scale
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
@@ -111,6 +115,9 @@ class MLP(nn.Module):
         expanded = config.intermediate_size * (2 if config.mlp == "swiglu" else 1)
         self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # SwiGLU: gate, then up
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        if config.mlp == "swiglu":
+            for part in ("weight", "bias"):
+                annotate(self, f"up_proj.{part}", split_sizes=(config.intermediate_size,) * 2)
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         h = self.up_proj(x)
@@ -171,6 +178,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        annotate(self, "lm_head.weight", kind="head")
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         if config.position == "rope":
@@ -278,22 +286,10 @@ class Transformer(nn.Module):
         self.config = extend_context(self.config, context, method)
         self.rope_cos, self.rope_sin = rope_tables(self.config, self.rope_cos.device)
 
-    def fused_rows(self, name: str) -> tuple[int, ...]:
-        """How the rows of parameter `name` divide into the matrices it stands for (q, k, v; gate, up; experts)."""
-        c = self.config
-        if ".qkv_proj." in name:
-            kv = c.num_key_value_heads * c.head_dim
-            return (c.num_attention_heads * c.head_dim, kv, kv)
-        if name.endswith(".mlp.up_proj"):  # all experts' gate and up, one after the other
-            return (c.intermediate_size,) * (2 * c.num_experts)
-        if name.endswith(".mlp.down_proj"):
-            return (c.hidden_size,) * c.num_experts
-        if ".shared_up_proj." in name:
-            return (c.shared_expert_intermediate_size,) * 2
-        if ".up_proj." in name and c.mlp == "swiglu":
-            return (c.intermediate_size, c.intermediate_size)
-        return (self.get_parameter(name).shape[0],)
+    def split_sizes(self, name: str) -> tuple[int, ...]:
+        """Return how many rows each of the matrices fused into parameter `name` has (q, k, v; gate, up; experts)."""
+        return parameter_info(self, name).split_sizes or (self.get_parameter(name).shape[0],)
 
-    def num_parameters(self) -> int:
-        """Trainable numbers, tied weights counted once."""
-        return sum(p.numel() for p in self.parameters())
+    def num_parameters(self, *, trainable_only: bool = True) -> int:
+        """Return the number of parameters, tied weights counted once; frozen ones only on request."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)

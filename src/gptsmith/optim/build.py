@@ -1,4 +1,4 @@
-"""The optimizers of a run: which parameters go to which, and their state as named tensors."""
+"""Build a run's optimizers: which parameter goes to which optimizer, and optimizer state as named tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from gptsmith.errors import CheckpointError
-from gptsmith.model.transformer import Transformer
+from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.model.parameters import ParameterInfo, parameter_info
 from gptsmith.optim.muon import Muon
 
 
 class Optimizers:
-    """One or two torch optimizers stepped together, each group at its own peak rate times a common factor."""
+    """One or two torch optimizers that are stepped together; each group has its own peak learning rate.
+
+    names: the names of the parameters, for `state_tensors`.
+    """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
         self.optimizers, self.names = optimizers, names
@@ -22,6 +25,7 @@ class Optimizers:
             group["peak_lr"] = group["lr"]
 
     def set_factor(self, factor: float) -> None:
+        """Set the learning rate of every group to its peak times `factor`."""
         for group in self.groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -30,7 +34,7 @@ class Optimizers:
             optimizer.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every state tensor, named `parameter/key`."""
+        """Return every state tensor, on the CPU, under the name `parameter/key`."""
         return {
             f"{self.names[p]}/{key}": value.detach().cpu().contiguous()
             for optimizer in self.optimizers
@@ -39,7 +43,7 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave. CheckpointError if it is of other parameters."""
+        """Restore what `state_tensors` returned. Raises CheckpointError if it belongs to other parameters."""
         by_name = {name: p for p, name in self.names.items()}
         owner = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         for name, value in tensors.items():
@@ -47,7 +51,7 @@ class Optimizers:
             p = by_name.get(parameter_name)
             if p is None or (value.ndim and value.shape != p.shape):
                 raise CheckpointError(f"the optimizer state of {parameter_name!r} does not fit this model.")
-            # AdamW's fused kernel keeps its step counter beside the parameter, in fp32.
+            # The fused AdamW keeps its step counter on the parameter's device, in fp32.
             owner[p].state[p][key] = value.clone().to(p.device)
 
 
@@ -59,7 +63,7 @@ def _parameter_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Par
 
 
 def build_optimizers(
-    model: Transformer,
+    model: nn.Module,
     *,
     name: str,
     lr: float,
@@ -68,27 +72,40 @@ def build_optimizers(
     momentum: float,
     betas: tuple[float, float],
     newton_schulz_steps: int = 5,
+    extra: Mapping[str, nn.Module] | None = None,
 ) -> Optimizers:
-    """`adamw`: everything by AdamW (Loshchilov & Hutter 2017, 1711.05101). `muon`: the blocks' matrices by Muon.
+    """Return the optimizers for the trainable parameters of `model`; frozen ones (`requires_grad` False) have none.
 
-    Weight decay touches matrices and embeddings, not norms and biases.
+    name: "adamw": AdamW (Loshchilov & Hutter 2017, 1711.05101) for everything, at rate `lr`. "muon": Muon for hidden
+        matrices, at rate `lr`; AdamW for everything else (embeddings, heads, norms, biases), at rate `embedding_lr`.
+        What is a hidden matrix is decided by `parameter_info`. Vectors have no weight decay.
+    extra: further modules to train (a value model, a reward head), by the prefix that their parameters' names get.
+    Raises UsageError if no parameter is trainable.
     """
-    names = {p: n for n, p in model.named_parameters()}
-    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and n.startswith("layers.")]
+    modules = {"": model, **{f"{prefix}.": module for prefix, module in (extra or {}).items()}}
+    names: dict[nn.Parameter, str] = {}
+    infos: dict[nn.Parameter, ParameterInfo] = {}
+    for prefix, module in modules.items():
+        for local_name, p in module.named_parameters():
+            if p.requires_grad and p not in names:
+                names[p], infos[p] = prefix + local_name, parameter_info(module, local_name)
+    if not names:
+        raise UsageError("there is nothing to train: all parameters are frozen.")
+
     optimizers: list[torch.optim.Optimizer] = []
-    if name == "muon":
-        splits = [model.fused_rows(names[p]) for p in matrices]
-        group = {"params": matrices, "splits": splits}
+    matrices = [p for p in names if name == "muon" and infos[p].kind == "matrix"]
+    if matrices:
+        group = {"params": matrices, "split_sizes": [infos[p].split_sizes for p in matrices]}
         optimizers.append(Muon([group], lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps))
-        chosen = set(matrices)
-        others, rate = [p for p in model.parameters() if p not in chosen], embedding_lr
-    else:
-        others, rate = list(model.parameters()), lr
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in others)
-    groups = [g for g in groups if g["params"]]
-    optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=fused))
+    by_muon = set(matrices)
+    others = [p for p in names if p not in by_muon]
+    if others:
+        groups = [
+            {"params": [p for p in others if infos[p].kind != "vector"], "weight_decay": weight_decay},
+            {"params": [p for p in others if infos[p].kind == "vector"], "weight_decay": 0.0},
+        ]
+        fused = all(p.device.type in ("cpu", "cuda") for p in others)
+        rate = embedding_lr if name == "muon" else lr
+        groups = [group for group in groups if group["params"]]
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=fused))
     return Optimizers(optimizers, names)

@@ -1,6 +1,4 @@
-"""Muon: momentum, made orthogonal, for the matrices of a network.
-
-Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum SGD with orthogonalized updates.
 
 Axis letters: N matrices of one shape · R rows · C columns (R ≤ C).
 """
@@ -15,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The quintic whose repeated use drives singular values towards 1 fastest (Jordan et al. 2024).
+# Coefficients of the quintic polynomial whose iteration drives singular values towards 1 fastest (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz: (N, R, C) with R ≤ C -> matrices with the same singular vectors and singular values near 1.
+    """Return matrices with the same singular vectors and singular values near 1, by Newton–Schulz iteration.
 
-    All N are iterated together, in the dtype given.
+    matrices: (N, R, C) with R ≤ C; all N are iterated together, in their own dtype.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
@@ -33,13 +31,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest orthogonal one.
+    """SGD with Nesterov momentum in which the update of each matrix is replaced by the nearest orthogonal matrix.
 
-    params: matrices or stacks of them (a stack counts as one matrix of all its rows), or groups of those. A group may
-    carry `"splits"`, a list with one tuple of row counts per parameter: a fused projection (q, k and v in one) or a
-    stack of experts is orthogonalised part by part.
-    lr: the spectral norm of an update of a square matrix. Tall ones get sqrt(rows / columns) more.
+    params: matrices, stacks of matrices (a stack counts as one matrix of all its rows), or groups of those. A group can
+        have `"split_sizes"`, a list with a tuple of row counts (or None) per parameter: a fused projection (q, k and v
+        in one) or a stack of experts is orthogonalized part by part.
+    lr: the spectral norm of the update of a square matrix; a tall one's is sqrt(rows / columns) times that.
     weight_decay: decoupled, as in AdamW.
+    Raises ValueError for a parameter that is not a matrix, or split sizes that do not add up to its rows.
     """
 
     def __init__(
@@ -52,43 +51,46 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
         for group in self.param_groups:
-            group.setdefault("splits", [(p.numel() // p.shape[-1],) for p in group["params"]])
-            for p, split in zip(group["params"], group["splits"], strict=True):
-                if p.ndim < 2 or sum(split) != p.numel() // p.shape[-1]:
-                    shape = tuple(p.shape)
-                    raise ValueError(f"Muon takes matrices whose splits add up to their rows, not {shape} {split}")
+            given = group.get("split_sizes", [None] * len(group["params"]))
+            group["split_sizes"] = []
+            for p, sizes in zip(group["params"], given, strict=True):
+                shape = tuple(p.shape)
+                if p.ndim < 2:
+                    raise ValueError(f"Muon optimizes matrices, not a parameter of shape {shape}")
+                rows = p.numel() // p.shape[-1]
+                if sizes is not None and sum(sizes) != rows:
+                    raise ValueError(f"the split sizes {sizes} do not add up to the {rows} rows of {shape}")
+                group["split_sizes"].append(sizes or (rows,))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            pairs = zip(group["params"], group["splits"], strict=True)
-            chosen = [(p, split) for p, split in pairs if p.grad is not None]
-            if not chosen:
+            pairs = zip(group["params"], group["split_sizes"], strict=True)
+            with_gradient = [(p, sizes) for p, sizes in pairs if p.grad is not None]
+            if not with_gradient:
                 continue
-            params = [p for p, _ in chosen]
+            params = [p for p, _ in with_gradient]
             grads = [p.grad for p in params]
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look ahead
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov momentum
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for (p, split), update in zip(chosen, updates, strict=True):
-                rows_of = zip(
-                    torch.split(p.flatten(0, -2), split), torch.split(update.flatten(0, -2), split), strict=True
-                )
-                for target, part in rows_of:
+            for (p, sizes), update in zip(with_gradient, updates, strict=True):
+                targets, parts = (torch.split(x.flatten(0, -2), sizes) for x in (p, update))
+                for target, part in zip(targets, parts, strict=True):
                     rows, columns = part.shape
                     if rows > columns:
                         target, part = target.mT, part.mT
                     by_shape[rows, columns].append((target, part))
             for (rows, columns), same in by_shape.items():
                 stacked = torch.stack([part for _, part in same])
-                # Half precision is enough for an iteration that ends near 1 anyway, and twice as fast on a GPU.
+                # bfloat16 is precise enough, since the iteration only ends near 1 anyway, and twice as fast on a GPU.
                 stacked = orthogonalize(stacked.bfloat16() if stacked.is_cuda else stacked, group["steps"])
                 stacked = stacked.to(same[0][0].dtype)
                 scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))

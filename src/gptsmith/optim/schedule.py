@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of progress that give a factor of the peak rate."""
+"""Learning-rate schedules, as a factor of the peak learning rate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Schedule = Literal["cosine", "wsd", "constant"]
 def learning_rate_factor(
     step: int, *, steps: int, kind: Schedule, warmup_steps: int, decay_fraction: float, final_factor: float
 ) -> float:
-    """The factor of the peak learning rate for update number `step` (0-based) of `steps`.
+    """Return the factor of the peak learning rate for step `step` (0-based) of `steps`.
 
-    All kinds rise linearly over `warmup_steps`. `cosine` then falls along half a cosine to `final_factor` (Loshchilov &
-    Hutter 2016, 1608.03983). `wsd` (warm-up, stable, decay: Hu et al. 2024, 2404.06395) stays at 1 and falls linearly
-    to `final_factor` over the last `decay_fraction` of the steps. `constant` stays at 1.
+    All kinds rise linearly over `warmup_steps`. Then "cosine" falls along half a cosine to `final_factor` (Loshchilov &
+    Hutter 2016, 1608.03983); "wsd" (warmup, stable, decay: Hu et al. 2024, 2404.06395) stays at 1 and falls linearly
+    to `final_factor` over the last `decay_fraction` of the steps; "constant" stays at 1.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
