@@ -1,7 +1,7 @@
-"""The pictures of docs/web.md: python docs/web_pictures.py runs demo
+"""Take the pictures of docs/web.md: python docs/web_pictures.py runs demo
 
-That is: a directory of runs, and the one whose model continues and is looked into. Needs Chromium, and SmolLM2
-(fetched on first use).
+The arguments are a directory of runs and the name of the run whose model the Playground and Inside pictures show. Needs
+Chromium, and SmolLM2, which is downloaded on first use.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main(runs: Path, run: str) -> None:
         with sync_playwright() as playwright:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            take(browser, f"http://127.0.0.1:{listening.getsockname()[1]}/", run)
+            take_pictures(browser, f"http://127.0.0.1:{listening.getsockname()[1]}/", run)
             browser.close()
     finally:
         server.should_exit = True
         thread.join()
 
 
-def take(browser: Browser, url: str, run: str) -> None:
+def take_pictures(browser: Browser, url: str, run: str) -> None:
     def open_page(storage: dict[str, Any], **options: Any) -> Page:
         context = browser.new_context(
             **{"viewport": {"width": 1200, "height": 780}, "reduced_motion": "reduce", **options}
@@ -61,19 +61,19 @@ def take(browser: Browser, url: str, run: str) -> None:
         page.goto(url)
         return page
 
-    def playground(page: Page) -> None:
+    def continue_prompt(page: Page) -> None:
         page.get_by_role("button", name="Continue", exact=True).click()
         page.locator(".column .token").first.wait_for()
         page.locator(".columns:not(:has(.column.working))").wait_for()
 
     play = {"view": "playground", "model": run, "prompt": LINE, "sampling.playground": {"max_tokens": 90, "seed": 4}}
     page = open_page(play)
-    playground(page)
+    continue_prompt(page)
     page.locator(".column").nth(1).locator(".token[data-p='4'], .token[data-p='5']").nth(2).click()
     page.get_by_role("dialog").wait_for()
     page.screenshot(path=IMAGES / "web-playground.png")
     page = open_page(play, color_scheme="dark")
-    playground(page)
+    continue_prompt(page)
     page.locator(".column").nth(2).locator(".token[data-p='4'], .token[data-p='5']").nth(3).click()
     page.get_by_role("dialog").wait_for()
     page.screenshot(path=IMAGES / "web-dark.png")
@@ -100,7 +100,7 @@ def take(browser: Browser, url: str, run: str) -> None:
     page.screenshot(path=IMAGES / "web-runs.png")
 
     page = open_page({"model": "smollm2-135m", "sampling.chat": {"max_tokens": 300, "seed": 1, "temperature": 0.5}})
-    page.get_by_text("What shall we talk about?").wait_for()
+    page.get_by_text("Start a conversation").wait_for()
     page.get_by_label("Message", exact=True).fill(QUESTION)
     page.keyboard.press("Enter")
     page.locator(".turn.assistant .stats").wait_for()
