@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { flatten, preferredSample, Run, thin } from "../../src/gptsmith/server/web/run.js";
+import { describePlan, flatten, preferredSample, Run, thin } from "../../src/gptsmith/server/web/run.js";
 
 function makeRun(metrics, record = { status: "running", config: { steps: 100 } }) {
   const run = new Run("bard");
@@ -64,6 +64,40 @@ test("the best row has the lowest validation loss; of equal ones the first", () 
   ]);
   assert.equal(run.best().step, 3);
   assert.equal(makeRun([{ step: 1, loss: 1 }]).best(), null);
+});
+
+test("the best row follows the metric that the run selects by, and ignores training rows", () => {
+  const record = { selection: { metric: "accuracy", mode: "max" } };
+  const rows = [
+    { step: 1, accuracy: 0.5, val_loss: 1 },
+    { step: 2, accuracy: 0.75, val_loss: 2 },
+    { step: 3, accuracy: 0.9, lr: 0.1 },
+  ];
+  assert.equal(makeRun(rows, record).best().step, 2);
+  assert.equal(makeRun(rows, {}).best().step, 1);
+});
+
+test("settings are read from parts, and from one level as runs of schema 1 have them", () => {
+  const loop = { steps: 1000, batch_size: 16, context: 64 };
+  const data = { train_tokens: 512_000 };
+  const flat = makeRun([], { config: { ...loop, budget: "5m" }, choice: { reasons: ["small"] }, data });
+  const nested = makeRun([], {
+    schema: 2,
+    config: { loop, auto: { budget: "5m" } },
+    plan: { reasons: ["small"] },
+    data,
+  });
+  for (const run of [flat, nested]) {
+    assert.equal(run.totalSteps, 1000);
+    assert.deepEqual(run.reasons, ["small"]);
+    assert.equal(
+      describePlan(run),
+      "budget 5m · 1,000 steps of 16 × 64 = 1.0k tokens, 1.0M in total · 2.0 epochs of 512k tokens",
+    );
+  }
+  const bare = makeRun([], { config: { loop, auto: {} } });
+  assert.deepEqual(bare.reasons, []);
+  assert.equal(describePlan(bare), "1,000 steps of 16 × 64 = 1.0k tokens, 1.0M in total");
 });
 
 test("points are pairs of axis and value; null interrupts a line", () => {

@@ -1,8 +1,12 @@
 // The data of one training run: its record (run.json), metrics and samples. No DOM.
 
+import { compactNumber, exactNumber } from "./format.js";
+
 const MAX_ROWS = 20_000;
 const RECENT_ROWS = 6; // rows from which the remaining time is estimated
 const SAMPLE_TEMPERATURE = 0.8;
+
+const VALIDATION_LOSS = { metric: "val_loss", mode: "min" };
 
 const isNumber = (value) => typeof value === "number";
 
@@ -38,8 +42,27 @@ export class Run {
     return this.metrics.at(-1)?.step;
   }
 
+  // {steps, batch_size, context, ...}. In run.json of schema 1 all settings were on one level.
+  get loop() {
+    return this.record.config?.loop ?? this.record.config ?? {};
+  }
+
+  get budget() {
+    return (this.record.config?.auto ?? this.record.config)?.budget;
+  }
+
+  // Why the plan of the run is as it is: sentences.
+  get reasons() {
+    return (this.record.plan ?? this.record.choice)?.reasons ?? [];
+  }
+
+  // {metric, mode: "min" or "max"}: what the best checkpoint is chosen by.
+  get selection() {
+    return this.record.selection ?? VALIDATION_LOSS;
+  }
+
   get totalSteps() {
-    return this.record.config?.steps;
+    return this.loop.steps;
   }
 
   // The share of the steps that are done, from 0 to 1.
@@ -52,10 +75,13 @@ export class Run {
     return this.metrics.findLast((row) => isNumber(row[key]))?.[key];
   }
 
-  // The row with the lowest validation loss, or null.
+  // The best evaluation's row of the metrics, or null. Rows of training have a learning rate.
   best() {
-    const evaluated = this.metrics.filter((row) => isNumber(row.val_loss));
-    return evaluated.reduce((best, row) => (best && best.val_loss <= row.val_loss ? best : row), null);
+    const { metric, mode } = this.selection;
+    const isBetter = (a, b) => (mode === "max" ? a[metric] > b[metric] : a[metric] < b[metric]);
+    return this.metrics
+      .filter((row) => isNumber(row[metric]) && !("lr" in row))
+      .reduce((best, row) => (!best || isBetter(row, best) ? row : best), null);
   }
 
   // [[x, y], ...] for a chart. axis: "step", "time" or "tokens".
@@ -76,6 +102,20 @@ export class Run {
 
 // Keep every second row, and all validation losses.
 export const thin = (rows) => rows.filter((row, i) => i % 2 || "val_loss" in row);
+
+// One line: the budget, the steps, and how often the text is read.
+export function describePlan({ record, loop, budget }) {
+  const batch = loop.batch_size * loop.context;
+  const tokens = loop.steps * batch;
+  const batchText = `${loop.batch_size} × ${loop.context} = ${compactNumber(batch)} tokens`;
+  const available = record.data?.train_tokens;
+  const parts = [
+    budget && `budget ${budget}`,
+    `${exactNumber(loop.steps)} steps of ${batchText}, ${compactNumber(tokens)} in total`,
+    available && `${(tokens / available).toFixed(1)} epochs of ${compactNumber(available)} tokens`,
+  ];
+  return parts.filter(Boolean).join(" · ");
+}
 
 // The index of the sample to show: the last one. Of several from the same step, the one nearest to temperature 0.8.
 export function preferredSample(samples) {

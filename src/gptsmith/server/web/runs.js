@@ -4,7 +4,7 @@ import { request, streamEvents } from "./api.js";
 import { Chart } from "./chart.js";
 import { announce, h, setChildren, sleep } from "./dom.js";
 import { compactNumber, duration, exactNumber, shortDuration, significant } from "./format.js";
-import { flatten, preferredSample, Run } from "./run.js";
+import { describePlan, flatten, preferredSample, Run } from "./run.js";
 import { load, save } from "./store.js";
 
 const POLL_SECONDS = 4;
@@ -328,7 +328,7 @@ export function mount(root) {
         statusBadge(run.status, stalled),
         run.live && h("span.live", {}, h("i"), "live"),
       ),
-      h("p.help", {}, describeRecord(run.record)),
+      h("p.help", {}, describeRun(run)),
       run.error && h("p.failed", { role: "alert" }, run.error),
       stalled &&
         h(
@@ -342,12 +342,13 @@ export function mount(root) {
     );
   }
 
-  function describeRecord({ data, model, config, started }) {
+  function describeRun(run) {
+    const { data, model, started } = run.record;
     const startTime = started && new Date(started).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const parts = [
       data?.spec && String(data.spec).split("/").at(-1),
       model && `${model.num_hidden_layers} layers, hidden size ${model.hidden_size}`,
-      config && `context ${config.context}`,
+      run.loop.context && `context ${run.loop.context}`,
       startTime && `started ${startTime}`,
     ];
     return parts.filter(Boolean).join(" · ");
@@ -357,13 +358,15 @@ export function mount(root) {
     const tile = (label, value, note) =>
       h("div.tile", {}, h("dt", {}, label), h("dd", {}, value, note && h("small", {}, note)));
     const best = run.best();
+    const { metric } = run.selection;
+    const metricName = metric === "val_loss" ? "Validation loss" : metric;
     const left = run.secondsLeft === undefined ? "" : `, ${duration(run.secondsLeft)} left`;
     return h(
       "dl.tiles",
       {},
       tile("Step", exactNumber(run.step ?? 0), run.totalSteps ? `of ${exactNumber(run.totalSteps)}${left}` : ""),
       tile("Training loss", run.last("loss")?.toFixed(3) ?? "–", LOSS_UNIT),
-      tile("Validation loss", best?.val_loss.toFixed(3) ?? "–", best ? `best, at step ${exactNumber(best.step)}` : ""),
+      tile(metricName, best?.[metric].toFixed(3) ?? "–", best ? `best, at step ${exactNumber(best.step)}` : ""),
       tile("Throughput", compactNumber(run.last("tokens_per_second")), "tokens per second"),
       tile("Parameters", compactNumber(run.record.parameters), "trainable"),
       tile(
@@ -446,7 +449,9 @@ export function mount(root) {
     const run = shown.get(primary);
     planCard.hidden = !run?.record.config;
     if (planCard.hidden) return;
-    const { config, model, data, machine, choice, ...rest } = run.record;
+    const { config, model, data, machine, ...rest } = run.record;
+    delete rest.plan; // shown above the tables
+    delete rest.choice;
     const tables = Object.entries({ training: config, model, data, machine, run: rest }).filter(
       ([, settings]) => settings && Object.keys(settings).length,
     );
@@ -454,12 +459,12 @@ export function mount(root) {
     setChildren(
       planCard,
       h("h2", { id: "plan-title" }, "Plan and settings"),
-      h("p", {}, describePlan(config, data)),
-      choice?.reasons?.length > 0 &&
+      h("p", {}, describePlan(run)),
+      run.reasons.length > 0 &&
         h(
           "ul.reasons",
           {},
-          choice.reasons.map((reason) => h("li", {}, reason)),
+          run.reasons.map((reason) => h("li", {}, reason)),
         ),
       h(
         "details",
@@ -472,19 +477,6 @@ export function mount(root) {
         ),
       ),
     );
-  }
-
-  function describePlan(config, data) {
-    const batch = config.batch_size * config.context;
-    const tokens = config.steps * batch;
-    const steps = `${exactNumber(config.steps)} steps of ${config.batch_size} × ${config.context} = ${compactNumber(batch)} tokens`;
-    const parts = [
-      config.budget && `budget ${config.budget}`,
-      `${steps}, ${compactNumber(tokens)} in total`,
-      data?.train_tokens &&
-        `${(tokens / data.train_tokens).toFixed(1)} epochs of ${compactNumber(data.train_tokens)} tokens`,
-    ];
-    return parts.filter(Boolean).join(" · ");
   }
 
   function settingsTable(title, settings) {
