@@ -222,7 +222,7 @@ def test_attention_is_that_of_the_text_and_causal(tmp_path: Path) -> None:
         assert "".join(attention.tokens) == "the king"
         assert len(attention.weights) == 2
         for layer in attention.weights:
-            assert tuple(layer.shape) == (1, 2, 8, 8)
+            assert tuple(layer.shape) == (2, 8, 8)
             assert layer.triu(1).abs().max() == 0
             assert (layer.sum(-1) - 1).abs().max() < 1e-5
 

@@ -18,7 +18,6 @@ from gptsmith.run_directory import Run, best_validation, last_number, number, re
 from gptsmith.storage import write_text
 
 if TYPE_CHECKING:
-    from gptsmith.model.transformer import Transformer
     from gptsmith.tokenizer import Tokenizer
 
 ATTENTION_TOKENS = 20  # more cannot be labelled legibly
@@ -40,7 +39,7 @@ STATUS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """What the trained model looked at: L arrays of weights, (1, H, T, T), over T tokens."""
+    """What the trained model looked at: L arrays of weights, (H, T, T), over T tokens."""
 
     weights: list[Any]
     tokens: list[str]
@@ -81,6 +80,7 @@ def _look_inside(run: Run, text: str | None) -> Trained:
     if not any((run.directory / "checkpoints").glob("step-*")):
         return Trained(missing="No checkpoint had been saved yet, so there is no trained model to look into.")
     from gptsmith.loading import load_model  # brings torch
+    from gptsmith.model.inspect import inspect
 
     try:
         model, tokenizer = load_model(run.directory)
@@ -99,26 +99,11 @@ def _look_inside(run: Run, text: str | None) -> Trained:
             None, about.parameters, about.tokenizer_kind, "There is no text yet whose attention could be drawn."
         )
     try:
-        weights = _attention_weights(model, ids)
+        weights = inspect(model, ids, attention=True).attention
     except (RuntimeError, ValueError, IndexError) as error:  # out of memory, above all
         return Trained(None, about.parameters, about.tokenizer_kind, f"Attention could not be computed: {error}")
     attention = Attention(weights, [tokenizer.token_text(id) for id in ids])
     return Trained(attention, about.parameters, about.tokenizer_kind)
-
-
-def _attention_weights(model: Transformer, ids: Sequence[int]) -> list[Any]:
-    import torch
-
-    training = model.training
-    device = next(model.parameters()).device
-    weights: list[Any] = []
-    model.eval()
-    try:
-        with torch.inference_mode():
-            model(torch.tensor([list(ids)], dtype=torch.int64, device=device), weights=weights)
-    finally:
-        model.train(training)
-    return weights
 
 
 def _default_ids(run: Run, tokenizer: Tokenizer) -> list[int]:
@@ -539,7 +524,7 @@ def _attention(trained: Trained) -> str:
     if attention is None:
         return _missing(trained.missing)
     weights, tokens = attention.weights, attention.tokens
-    L, H = len(weights), weights[0].shape[1]
+    L, H = len(weights), weights[0].shape[0]
     layer, head = plots.sharpest_head(weights)
     layers, heads = plots.shown(L, plots.MAX_LAYERS), plots.shown(H, plots.MAX_HEADS)
     text = "".join(map(plots.visible, tokens))
@@ -550,7 +535,7 @@ def _attention(trained: Trained) -> str:
         f"Attention weights of {len(layers)} layers and {len(heads)} heads over the text {text}. "
         "Each picture is a lower triangle: a row for each token, a column for each token that it may attend to."
     )
-    look = _strongest_look(weights[layer][0][head], tokens)
+    look = _strongest_look(weights[layer][head], tokens)
     one = f"Layer {layer + 1}, head {head + 1}, larger. {look}"
     grid = plots.to_svg(plots.attention_figure(weights, tokens), alt=about, prefix="attention")
     large = plots.to_svg(plots.head_figure(weights, tokens, layer, head), alt=one, prefix="head")
