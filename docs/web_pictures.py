@@ -18,8 +18,8 @@ import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from gptsmith.server.app import create_app
-from gptsmith.server.listening import listen
-from gptsmith.server.models import Models, load
+from gptsmith.server.models import ModelRegistry, load
+from gptsmith.server.runner import listen
 from gptsmith.server.service import Settings
 
 IMAGES = Path(__file__).parent / "images"
@@ -28,7 +28,7 @@ QUESTION = "Give me three ideas for a quiet weekend, as a short list."
 
 
 def main(runs: Path, run: str) -> None:
-    models = Models(["smollm2-135m", str(runs / run)], load)
+    models = ModelRegistry(["smollm2-135m", str(runs / run)], load)
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(models, Settings(runs=runs)), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

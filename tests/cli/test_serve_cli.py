@@ -1,4 +1,4 @@
-"""`gptsmith serve` as people start it: a process of its own, ended by signals."""
+"""`gptsmith serve` as a process, stopped by signals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RunCli = Callable[..., tuple[int, str, str]]
 
 
 class Process:
-    """A server in another process; what it says is gathered."""
+    """A server in another process. Its standard error is collected in `lines`."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -31,16 +31,16 @@ class Process:
             text=True,
             env={**os.environ, **environment},
         )
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.url = ""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said.append(line)
+            self.lines.append(line)
             found = re.search(r"at (http://\S+)", line)
             if found:
                 self.url = found[1]
                 break
-        self._thread = threading.Thread(target=lambda: self.said.extend(self.process.stderr or ()))
+        self._thread = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()))
         self._thread.start()
 
     def __enter__(self) -> Process:
@@ -60,12 +60,12 @@ class Process:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.said if line.startswith("{")]
+        return [json.loads(line) for line in self.lines if line.startswith("{")]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
-def test_a_signal_cuts_nobody_off(finished: Path, tmp_path: Path) -> None:
-    """SIGTERM while eight answers are under way: all come to their end, new ones are refused, and it leaves with 0."""
+def test_sigterm_drains(finished: Path, tmp_path: Path) -> None:
+    """SIGTERM during eight requests: they complete, new ones are refused, and the exit code is 0."""
     (tmp_path / "keys").write_text("# the key\nthe-secret\n")
     options = (str(finished), "--alias", "gpt-4=run", "--api-key-file", str(tmp_path / "keys"))
     with Process(*options, GPTSMITH_API_KEY="another-secret") as server:
@@ -102,17 +102,17 @@ def test_a_signal_cuts_nobody_off(finished: Path, tmp_path: Path) -> None:
     requests = [line for line in server.log if line["event"] == "request" and line["path"] == "/v1/completions"]
     assert [line["completion_tokens"] for line in requests] == [1500] * 8
     assert all(line["key"] == "key 1" and line["request_id"] for line in requests)
-    assert "secret" not in "".join(server.said)
+    assert "secret" not in "".join(server.lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
-def test_a_second_signal_cuts(finished: Path) -> None:
+def test_second_signal_quits(finished: Path) -> None:
     with Process(str(finished)) as server:
         body = {"model": "run", "prompt": "ba", "max_tokens": 10**8, "overflow": "shift", "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             next(answer.iter_raw())
             server.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(httpx.ConnectError):  # or it takes no new connections any more
+            with contextlib.suppress(httpx.ConnectError):  # unless it no longer accepts connections
                 while httpx.get(f"{server.url}/ready").status_code != 503:
                     time.sleep(0.01)
             server.process.send_signal(signal.SIGINT)
@@ -122,7 +122,7 @@ def test_a_second_signal_cuts(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ((), "name a model"),
+        ((), "no model given"),
         (("no/such/model/here",), "no/such/model"),
         (("{run}", "--alias", "x"), "--alias"),
         (("{run}", "--alias", "x=nothing"), "nothing"),
@@ -138,7 +138,7 @@ def test_a_second_signal_cuts(finished: Path) -> None:
         (("{run}", "{run}"), "two models"),
     ],
 )
-def test_what_is_wrong_is_said(run_cli: RunCli, finished: Path, options: tuple[str, ...], named: str) -> None:
+def test_invalid_options(run_cli: RunCli, finished: Path, options: tuple[str, ...], named: str) -> None:
     code, out, err = run_cli("serve", *(option.replace("{run}", str(finished)) for option in options))
     assert code in (1, 2)
     assert named in err
@@ -146,8 +146,8 @@ def test_what_is_wrong_is_said(run_cli: RunCli, finished: Path, options: tuple[s
     assert out == ""
 
 
-def test_a_port_that_is_taken(run_cli: RunCli, finished: Path) -> None:
-    from gptsmith.server.listening import listen
+def test_port_in_use(run_cli: RunCli, finished: Path) -> None:
+    from gptsmith.server.runner import listen
 
     taken = listen("127.0.0.1", 0)
     try:

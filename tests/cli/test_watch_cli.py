@@ -1,4 +1,4 @@
-"""`gptsmith watch`: what it refuses, and that it answers. tests/server/test_browser.py watches a training with it."""
+"""`gptsmith watch` as a process. tests/server/test_browser.py tests its page during training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 RunCli = Callable[..., tuple[int, str, str]]
 
 
-def test_a_directory_that_is_not_there(run_cli: RunCli, tmp_path: Path) -> None:
+def test_missing_directory(run_cli: RunCli, tmp_path: Path) -> None:
     code, _, error = run_cli("watch", tmp_path / "nowhere")
     assert code == 1
-    assert "there is no directory" in error
+    assert "no such directory" in error
 
 
-def test_a_port_that_is_none_and_one_that_is_taken(run_cli: RunCli, tmp_path: Path) -> None:
+def test_invalid_port_and_port_in_use(run_cli: RunCli, tmp_path: Path) -> None:
     code, _, error = run_cli("watch", tmp_path, "--port", "70000")
     assert code == 2
     assert "--port must be from 0 to 65535" in error
@@ -36,7 +36,7 @@ def test_a_port_that_is_none_and_one_that_is_taken(run_cli: RunCli, tmp_path: Pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
-def test_it_answers_and_ends_well_while_somebody_listens(tmp_path: Path) -> None:
+def test_stops_with_an_open_stream(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text('{"status": "running"}')

@@ -1,4 +1,4 @@
-"""A live server in this process, over small models made on the spot, and engines of their own to compare with."""
+"""A live server in this process over small random models, and separate engines of the same models as references."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from gptsmith.formats.hf import weight_mappings, weights_to_hf
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
-from gptsmith.server.listening import listen
-from gptsmith.server.models import Loaded, Models
+from gptsmith.server.models import LoadedModel, ModelRegistry
+from gptsmith.server.runner import listen
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -49,7 +49,8 @@ TEMPLATE = """\
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level, with a chat template that knows tools. Calls begin with a token that is not special, as Qwen's do."""
+    """Return a byte-level tokenizer whose chat template supports tools. As in Qwen, calls start with a
+    token that is not special."""
     words = '{"name": "arguments": "city": "Rome"} true false the cat sat on a mat. Tools: system user assistant \n' * 3
     pipeline = Pipeline.from_str(train_bpe([words], 320).to_json())
     pipeline.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
@@ -75,7 +76,7 @@ def make_model(tokenizer: Tokenizer, seed: int = 1) -> Transformer:
 
 
 def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
-    """A LoRA adapter of random numbers in PEFT's layout, large enough to change what is written."""
+    """Write a random LoRA adapter in PEFT's format, large enough to change the generated text."""
     torch.manual_seed(5)
     tensors = {}
     for mapping in weight_mappings(model.config):
@@ -98,7 +99,7 @@ def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
 
 
 class Live:
-    """A server on a free port of the loopback, in a thread. alone: engines of the same models for nobody else."""
+    """A server on a free loopback port, in a thread. reference: separate engines of the same models."""
 
     def __init__(self, settings: Settings | None = None, adapter: Path | None = None, **engine: Any) -> None:
         self.loads: list[str] = []
@@ -106,25 +107,25 @@ class Live:
         self.tokenizers = {"tiny": make_tokenizer(), "plain": train_char(["abcdefghijklmnopqrstuvwxyzUA: .\n"])}
         adapters = {} if adapter is None else {"tuned": ("tiny", adapter)}
         names = {"tiny": "tiny", "plain": "plain"}
-        self.models = Models(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
+        self.models = ModelRegistry(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
         self.app = create_app(self.models, settings)
         self.listening = listen("127.0.0.1", 0)
         self.port: int = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_config=None, ws="none"))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.listening]})
-        self.alone = {name: self._make_engine(name) for name in names}
+        self.reference = {name: self._make_engine(name) for name in names}
         if adapter is not None:
-            self.alone["tiny"].add_adapter("tuned", adapter)
+            self.reference["tiny"].add_adapter("tuned", adapter)
 
     def _make_engine(self, name: str) -> Engine:
         tokenizer = self.tokenizers[name]
         return Engine(make_model(tokenizer), vocab_size=tokenizer.vocab_size, **self._engine)
 
-    def _load(self, spec: str) -> Loaded:
+    def _load(self, spec: str) -> LoadedModel:
         self.loads.append(spec)
         engine, tokenizer = self._make_engine(spec), self.tokenizers[spec]
-        return Loaded(AsyncEngine(engine), tokenizer, engine.model, ChatTemplate(tokenizer))
+        return LoadedModel(AsyncEngine(engine), tokenizer, engine.model, ChatTemplate(tokenizer))
 
     def start(self) -> Live:
         self._thread.start()
@@ -144,29 +145,29 @@ class Live:
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
 
-    # what the engine says, without a server
+    # what the engine generates, without a server
 
     def texts(self, prompt: str, model: str = "tiny", **params: Any) -> list[str]:
         (texts,) = generate_texts(
-            self.alone[model], self.tokenizers[model], [prompt], SamplingParams(**({"temperature": 1.0} | params))
+            self.reference[model], self.tokenizers[model], [prompt], SamplingParams(**({"temperature": 1.0} | params))
         )
         return texts
 
     def answers(self, messages: list[Any], **params: Any) -> list[str]:
-        """What the engine answers to a conversation with the model `tiny`."""
+        """Return the reference answers of the model `tiny` to a conversation."""
         tokenizer = self.tokenizers["tiny"]
         assert tokenizer.eos_id is not None
         ids = ChatTemplate(tokenizer).encode(messages)
         chosen = SamplingParams(**{"temperature": 1.0, "max_tokens": CONTEXT - len(ids), **params})
-        (result,) = self.alone["tiny"].generate(
+        (result,) = self.reference["tiny"].generate(
             [ids], SamplingParams(**{**vars(chosen), "stop_ids": (tokenizer.eos_id,)})
         )
         return [tokenizer.decode(c.ids) for c in result.completions]
 
     def settled(self, condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-        """Whether `condition` comes true."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        """Wait until `condition` is true, and return whether it became so in time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
             if condition():
                 return True
             time.sleep(0.01)
@@ -175,7 +176,7 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server without keys and with wide limits, for a whole module."""
+    """A server with default settings and an adapter, for a whole module."""
     adapter = tmp_path_factory.mktemp("adapters") / "tuned"
     write_adapter(adapter, make_model(make_tokenizer()))
     server = Live(adapter=adapter).start()
@@ -191,21 +192,21 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Live]]:
-    """Servers of other settings, for one test."""
+    """Start servers with given settings, for one test."""
     servers: list[Live] = []
 
-    def begin(settings: Settings, **engine: Any) -> Live:
+    def start_server(settings: Settings, **engine: Any) -> Live:
         servers.append(Live(settings, **engine).start())
         return servers[-1]
 
-    yield begin
+    yield start_server
     for server in servers:
         server.stop()
 
 
 @pytest.fixture(scope="module")
 def live_with_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Path]]:
-    """A server for a whole module, and the directory whose runs its page shows."""
+    """A server for a whole module, and the directory of runs that its page shows."""
     runs = tmp_path_factory.mktemp("site") / "runs"
     runs.mkdir()
     server = Live(Settings(runs=runs)).start()

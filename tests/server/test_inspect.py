@@ -1,4 +1,4 @@
-"""What the page says of the inside of a model is what the model computes."""
+"""The page's view inside a model shows what the model computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
-from gptsmith.server.inspect import MOST_TOKENS, look_inside
+from gptsmith.server.inspect import MAX_TOKENS, inspect_text
 from gptsmith.tokenizer import Tokenizer, train_char
 
 ALPHABET = "abcdefgh .\n"
@@ -30,7 +30,7 @@ def model_of(family: str, tokenizer: Tokenizer, context: int = 128) -> Transform
     if family == "mixtral":
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
     config = families.FAMILIES[family](
-        vocab_size=tokenizer.vocab_size + 5,  # padded, as vocabularies are: no token has those ids
+        vocab_size=tokenizer.vocab_size + 5,  # a padded vocabulary: the last ids belong to no token
         hidden_size=16,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -42,21 +42,21 @@ def model_of(family: str, tokenizer: Tokenizer, context: int = 128) -> Transform
 
 
 @pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt3", "qwen3", "mixtral"])
-def test_it_is_the_models_own(family: str, tokenizer: Tokenizer) -> None:
+def test_values_are_the_models(family: str, tokenizer: Tokenizer) -> None:
     model = model_of(family, tokenizer)
     ids = tokenizer.encode(TEXT)
     expected: list[torch.Tensor] = []
     with torch.no_grad():
         logits = model(torch.tensor([ids]), weights=expected)[0, :, : tokenizer.vocab_size]
     probabilities = logits.softmax(dim=-1)
-    found = {layer: look_inside(model, tokenizer, TEXT, layer=layer, top=4) for layer in range(3)}
+    found = {layer: inspect_text(model, tokenizer, TEXT, layer=layer, top=4) for layer in range(3)}
 
     for layer, look in found.items():
         weights = torch.tensor(look["attention"]["weights"])
         assert weights.shape == (2, len(ids), len(ids))
         torch.testing.assert_close(weights, expected[layer][0], atol=6e-6, rtol=0)
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, len(ids)), atol=2e-4, rtol=0)
-        assert not weights.triu(1).any()  # nobody sees the future
+        assert not weights.triu(1).any()  # causal
         window = look["attention"]["window"]
         assert window == model.config.window_of(layer)
         if window is not None:
@@ -77,7 +77,7 @@ def test_it_is_the_models_own(family: str, tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt1", "qwen3"])
-def test_the_residual_stream_ends_in_the_logits(family: str, tokenizer: Tokenizer) -> None:
+def test_last_residual_gives_the_logits(family: str, tokenizer: Tokenizer) -> None:
     model = model_of(family, tokenizer)
     ids = torch.tensor([tokenizer.encode(TEXT)])
     states: list[torch.Tensor] = []
@@ -94,23 +94,23 @@ def test_the_residual_stream_ends_in_the_logits(family: str, tokenizer: Tokenize
             None,
         )
         torch.testing.assert_close(one_less, states[3])
-        assert torch.equal(model(ids), logits)  # looking changes nothing
+        assert torch.equal(model(ids), logits)  # inspecting leaves the model unchanged
 
 
-def test_only_what_is_asked_for(tokenizer: Tokenizer) -> None:
-    look = look_inside(model_of("qwen3", tokenizer), tokenizer, TEXT, parts=["lens"])
+def test_only_requested_parts(tokenizer: Tokenizer) -> None:
+    look = inspect_text(model_of("qwen3", tokenizer), tokenizer, TEXT, parts=["lens"])
     assert look["attention"] is None
     assert look["next"] is None
     assert look["lens"] is not None
 
 
-def test_what_cannot_be_looked_at(tokenizer: Tokenizer) -> None:
+def test_invalid_requests(tokenizer: Tokenizer) -> None:
     model = model_of("qwen3", tokenizer)
-    with pytest.raises(UsageError, match="has 3 layers"):
-        look_inside(model, tokenizer, TEXT, layer=3)
-    with pytest.raises(UsageError, match=f"1 to {MOST_TOKENS}"):
-        look_inside(model, tokenizer, "a" * (MOST_TOKENS + 1))
+    with pytest.raises(UsageError, match="from 0 to 2"):
+        inspect_text(model, tokenizer, TEXT, layer=3)
+    with pytest.raises(UsageError, match=f"1 to {MAX_TOKENS}"):
+        inspect_text(model, tokenizer, "a" * (MAX_TOKENS + 1))
     with pytest.raises(UsageError, match="1 to 8"):
-        look_inside(model_of("gpt2", tokenizer, context=8), tokenizer, "a" * 9)
+        inspect_text(model_of("gpt2", tokenizer, context=8), tokenizer, "a" * 9)
     with pytest.raises(TokenizerError, match="z"):
-        look_inside(model, tokenizer, "z")
+        inspect_text(model, tokenizer, "z")

@@ -1,4 +1,4 @@
-"""Keys, limits, and what becomes of those who leave: over real sockets."""
+"""Keys, limits, disconnecting clients and shutdown, over real sockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Start = Callable[..., Any]
 
 
 def connect(live: Any, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
-    """A connection on which a request has been sent."""
+    """Return a connection on which a request has been sent."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", live.port))
@@ -38,7 +38,7 @@ def stats(live: Any) -> Any:
 def idle(live: Any) -> bool:
     now = stats(live)
     service = live.app.state.service
-    return now.blocks_used == now.running == now.waiting == service.gate.inside == service.open == 0
+    return now.blocks_used == now.running == now.waiting == service.limiter.in_use == service.open_requests == 0
 
 
 # keys
@@ -68,7 +68,7 @@ def test_keys(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     assert "secre" not in log
 
 
-def test_rate_of_each_key(start: Start) -> None:
+def test_rate_limit_per_key(start: Start) -> None:
     live = start(Settings(keys=("a", "b"), rate=RateLimiter(3, 600)))
     with live.client(api_key="a") as one, live.client(api_key="b") as other:
         for _ in range(3):
@@ -80,7 +80,7 @@ def test_rate_of_each_key(start: Start) -> None:
         other.models.list()
 
 
-def test_only_by_its_own_names(start: Start) -> None:
+def test_allowed_hosts(start: Start) -> None:
     live = start(Settings(hosts=("localhost", "127.0.0.1", "[::1]")))
     for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]", "[::1]:80"):
         assert httpx.get(f"{live.url}/v1/models", headers={"host": host}).status_code == 200
@@ -91,7 +91,7 @@ def test_only_by_its_own_names(start: Start) -> None:
 # sizes, times, queues
 
 
-def test_bodies_have_a_limit(start: Start) -> None:
+def test_body_size_limit(start: Start) -> None:
     live = start(Settings(max_body=2000))
     for body in (b'{"model": "tiny", "prompt": "' + b"a" * 3000 + b'"}', b" " * 3_000_000):
         answer = httpx.post(f"{live.url}/v1/completions", content=body, headers={"content-type": "application/json"})
@@ -106,25 +106,26 @@ def test_bodies_have_a_limit(start: Start) -> None:
     assert httpx.post(f"{live.url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 200
 
 
-def test_what_is_no_json_is_refused(start: Start) -> None:
+def test_invalid_json(start: Start) -> None:
     live = start(Settings())
     post = {"content-type": "application/json"}
     for content in (b"{", b"", b"[]", b"\xff", b'{"model": "tiny", "prompt": "\\ud800"}', b"[" * 100_000):
         answer = httpx.post(f"{live.url}/v1/completions", content=content, headers=post)
         assert answer.status_code == 400, content[:10]
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    body = b'{"model": "tiny", "prompt": "a"}'  # what a page elsewhere could send without asking
+    # Browsers send text/plain to other origins without a preflight request.
+    body = b'{"model": "tiny", "prompt": "a"}'
     assert httpx.post(f"{live.url}/v1/completions", content=body, headers={"content-type": "text/plain"}).is_error
     assert httpx.get(f"{live.url}/v1/completions").status_code == 405
     missing = httpx.get(f"{live.url}/v1/nothing")
-    assert (missing.status_code, "no /v1/nothing" in missing.json()["error"]["message"]) == (404, True)
+    assert (missing.status_code, "/v1/nothing" in missing.json()["error"]["message"]) == (404, True)
 
 
-def test_requests_have_an_end(start: Start) -> None:
+def test_timeouts(start: Start) -> None:
     live = start(Settings(timeout=0.4))
     answer = httpx.post(f"{live.url}/v1/completions", json=ENDLESS)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-    with live.client() as client, pytest.raises(openai.APIError, match="longer than"):
+    with live.client() as client, pytest.raises(openai.APIError, match="timed out"):
         for _ in client.completions.create(
             model="tiny",
             prompt="the",
@@ -133,54 +134,56 @@ def test_requests_have_an_end(start: Start) -> None:
             extra_body={"overflow": "shift", "ignore_eos": True},
         ):
             pass
-    with socket.create_connection(("127.0.0.1", live.port)) as slow:  # a body that never comes
+    with socket.create_connection(("127.0.0.1", live.port)) as slow:  # a body that never arrives
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
     assert live.settled(lambda: idle(live))
 
 
-def test_the_queue_has_an_end(start: Start) -> None:
+def test_queue_limit(start: Start) -> None:
     live = start(Settings(max_concurrency=2, queue_limit=1))
     with live.client() as client:
         client.completions.create(model="tiny", prompt="the", max_tokens=1)
-    gate = live.app.state.service.gate
+    limiter = live.app.state.service.limiter
     working = [connect(live, ENDLESS) for _ in range(2)]
-    assert live.settled(lambda: gate.inside == 2)
+    assert live.settled(lambda: limiter.in_use == 2)
     waiting = connect(live, {"model": "tiny", "prompt": "the", "max_tokens": 2})
-    assert live.settled(lambda: gate.waiting == 1)
+    assert live.settled(lambda: limiter.waiting == 1)
     refused = httpx.post(f"{live.url}/v1/completions", json=ENDLESS)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) >= 1
     assert "gptsmith_queue_depth 1.0" in httpx.get(f"{live.url}/metrics").text
-    working[0].close()  # who leaves makes a place
+    working[0].close()  # a client that disconnects frees its slot
     assert waiting.recv(100).startswith(b"HTTP/1.1 200")
     left = connect(live, ENDLESS)
     gone = connect(live, ENDLESS)
-    assert live.settled(lambda: gate.waiting == 1)
-    gone.close()  # who leaves the queue is forgotten
-    assert live.settled(lambda: gate.waiting == 0)
+    assert live.settled(lambda: limiter.waiting == 1)
+    gone.close()  # and its place in the queue
+    assert live.settled(lambda: limiter.waiting == 0)
     for connection in (working[1], waiting, left):
         connection.close()
     assert live.settled(lambda: idle(live))
 
 
-# those who leave
+# disconnecting clients
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
-def test_who_leaves_frees_the_work(start: Start, stream: bool, n: int) -> None:
+def test_disconnect_cancels_generation(start: Start, stream: bool, n: int) -> None:
     live = start(Settings())
     connection = connect(live, {**ENDLESS, "stream": stream, "n": n, "overflow": "error" if n > 1 else "shift"})
     assert live.settled(lambda: "tiny" in live.models.loaded() and stats(live).blocks_used > 0)
     if stream:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # reset: a client that was killed
+    connection.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
+    )  # reset, as by a client that was killed
     connection.close()
     assert live.settled(lambda: idle(live), 5)
 
 
-def test_who_reads_slowly_gets_everything(start: Start) -> None:
+def test_slow_reader_gets_everything(start: Start) -> None:
     live = start(Settings())
     body = {"model": "tiny", "prompt": "the", "max_tokens": 2000, "overflow": "shift", "seed": 1, "stream": True}
     connection = connect(live, {**body, "ignore_eos": True})
@@ -197,10 +200,10 @@ def test_who_reads_slowly_gets_everything(start: Start) -> None:
     assert text.startswith(expected)
 
 
-def test_cancelled_tasks_of_the_async_client(start: Start) -> None:
+def test_async_client_cancels_tasks(start: Start) -> None:
     live = start(Settings())
 
-    async def leave() -> None:
+    async def cancel_all() -> None:
         async with live.async_client() as client:
             tasks = [
                 asyncio.create_task(
@@ -215,11 +218,11 @@ def test_cancelled_tasks_of_the_async_client(start: Start) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(leave())
+    asyncio.run(cancel_all())
     assert live.settled(lambda: idle(live))
 
 
-# the end
+# shutdown
 
 
 def test_draining(start: Start) -> None:
@@ -231,8 +234,8 @@ def test_draining(start: Start) -> None:
         target=lambda: results.append(httpx.post(f"{live.url}/v1/completions", json=body, timeout=60))
     )
     thread.start()
-    assert live.settled(lambda: service.gate.inside == 1)
-    service.stop_taking()
+    assert live.settled(lambda: service.limiter.in_use == 1)
+    service.start_draining()
     for path in ("/v1/models", "/ready"):
         answer = httpx.get(live.url + path)
         assert answer.status_code == 503
@@ -242,7 +245,7 @@ def test_draining(start: Start) -> None:
     assert results[0].json()["usage"]["completion_tokens"] == 400
 
 
-# ids, origins, numbers
+# request ids, CORS, metrics
 
 
 def test_request_ids(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,7 +264,7 @@ def test_request_ids(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     assert "the cat" not in str(fields)
 
 
-def test_other_origins_only_where_asked(start: Start) -> None:
+def test_cors_is_off_by_default(start: Start) -> None:
     closed, opened = start(Settings()), start(Settings(cors=("https://example.org",)))
     ask = {"origin": "https://example.org", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in httpx.options(f"{closed.url}/v1/completions", headers=ask).headers
@@ -300,7 +303,7 @@ def test_metrics(start: Start) -> None:
     assert "made-up" not in text
 
 
-def test_models_are_loaded_when_asked_for(start: Start) -> None:
+def test_models_are_loaded_on_first_request(start: Start) -> None:
     live = start(Settings())
     assert live.loads == []
     bodies = [{"model": "plain", "prompt": "hello", "max_tokens": 1}] * 4
@@ -318,10 +321,10 @@ def test_models_are_loaded_when_asked_for(start: Start) -> None:
     assert cards["plain"]["max_model_len"] == 512
 
 
-# tokens and pages
+# tokenization and documentation
 
 
-def test_tokens_there_and_back(start: Start) -> None:
+def test_tokenize_and_detokenize(start: Start) -> None:
     live = start(Settings())
     tokenizer = live.tokenizers["tiny"]
     made = httpx.post(f"{live.url}/tokenize", json={"model": "tiny", "prompt": "the cat", "return_token_strs": True})
@@ -340,7 +343,7 @@ def test_tokens_there_and_back(start: Start) -> None:
 def test_documentation(start: Start) -> None:
     live = start(Settings())
     page = httpx.get(f"{live.url}/docs")
-    assert "script" not in page.text
+    assert "<script" not in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
     for path in httpx.get(f"{live.url}/openapi.json").json()["paths"]:
         assert path in page.text

@@ -1,4 +1,4 @@
-"""Markdown from a stranger: nothing of it may run, load or lead astray; and all of it should still be Markdown."""
+"""Untrusted Markdown: the HTML runs no script and loads nothing, and ordinary Markdown still works."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from gptsmith.server.markdown import ATTRIBUTES, TAGS, to_html
 
 
-class Seen(HTMLParser):
-    """The tags and attributes that a browser would make of a page."""
+class TagCollector(HTMLParser):
+    """Collect the tags and attributes that a browser would see."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Seen(HTMLParser):
 
 
 def assert_harmless(html: str) -> None:
-    seen = Seen(html)
+    seen = TagCollector(html)
     assert seen.tags <= TAGS
     for tag, name, value in seen.attributes:
         assert name in ATTRIBUTES.get(tag, set()) | {"rel"}
@@ -68,7 +68,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-def test_what_is_harmful_is_text(text: str) -> None:
+def test_attacks_are_escaped(text: str) -> None:
     assert_harmless(to_html(text))
 
 
@@ -77,11 +77,11 @@ def test_what_is_harmful_is_text(text: str) -> None:
         st.sampled_from([*ATTACKS, "*", "_", "`", "[", "]", "(", ")", "<", ">", "\n", "\\", "|", "a", "&lt;", "\x00"])
     )
 )
-def test_no_mixture_of_them_is_harmful(parts: list[str]) -> None:
+def test_combinations_of_attacks(parts: list[str]) -> None:
     assert_harmless(to_html("".join(parts)))
 
 
-def test_markdown_is_markdown() -> None:
+def test_formatting() -> None:
     html = to_html(
         "# Title\n\n*a* **b** ~~c~~ `d < e`\n\n1. one\n2. two\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n> said\n\n---"
     )
@@ -92,17 +92,17 @@ def test_markdown_is_markdown() -> None:
     assert "<hr>" in html
 
 
-def test_code_is_shown_as_it_is() -> None:
+def test_code_is_verbatim() -> None:
     assert "<pre><code>if a &lt; b:\n    print(&quot;&amp;amp;&quot;)" in to_html(
         '```python\nif a < b:\n    print("&amp;")\n```'
     ).replace('"', "&quot;")
 
 
-def test_a_surrogate_costs_nothing() -> None:
+def test_lone_surrogates() -> None:
     assert to_html("a\ud800b") == "<p>a?b</p>\n"
 
 
-def test_links_lead_out_and_tell_nothing() -> None:
+def test_links() -> None:
     html = to_html('[here](https://example.org "a title") and <mail@example.org>')
     assert '<a href="https://example.org" title="a title" rel="noopener noreferrer nofollow">here</a>' in html
     assert 'href="mailto:mail@example.org"' in html
@@ -111,7 +111,7 @@ def test_links_lead_out_and_tell_nothing() -> None:
 @pytest.mark.parametrize(
     "text", ["*" * 20_000, "[" * 20_000, ">" * 5_000 + "x", "- " * 3_000, "`" * 20_000, "|" * 20_000]
 )
-def test_hostile_nesting_ends_soon(text: str) -> None:
+def test_deep_nesting_is_fast(text: str) -> None:
     import time
 
     began = time.thread_time()

@@ -1,4 +1,4 @@
-"""Runs as the page is told of them: whatever state their files are in, and whatever is asked for."""
+"""The API for training runs, with files in any state, and with hostile names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.log import JsonLines
-from gptsmith.server.runs import Follower, RunsDirectory, Tail, finite, thin
+from gptsmith.server.runs import Follower, RunsDirectory, Tail, downsample, nan_to_null
 from gptsmith.server.webapp import watch_app
 
 
@@ -58,7 +58,7 @@ def test_the_list(client: TestClient, root: Path) -> None:
     assert [run["name"] for run in runs] == ["ladder/1m", "two", "one"]
     one = runs[2]
     assert (one["step"], one["steps"], one["loss"], one["val_loss"]) == (3, 100, 1.0, None)
-    assert one["data"] == "text.txt"  # not where it is
+    assert one["data"] == "text.txt"  # the name of the file, not its path
     assert 0 <= one["quiet"] < 60
     write(root / "one", 4, val_loss=2.5)
     (root / "two" / "run.json").write_text("{half")
@@ -90,10 +90,10 @@ TRAVERSALS = [
 
 
 @pytest.mark.parametrize("name", TRAVERSALS)
-def test_no_name_leads_out_of_the_directory(client: TestClient, root: Path, name: str) -> None:
+def test_no_path_traversal(client: TestClient, root: Path, name: str) -> None:
     response = client.get(f"/api/runs/{name}")
     allowed = {"one", "two", "ladder/1m"}
-    if response.status_code == 200:  # the client itself has tidied the address up
+    if response.status_code == 200:  # the client has normalized the URL
         assert response.json().get("name", "runs") in allowed | {"runs"}
     else:
         assert response.status_code in (404, 307)
@@ -101,7 +101,7 @@ def test_no_name_leads_out_of_the_directory(client: TestClient, root: Path, name
 
 @given(name=st.text(max_size=30))
 @settings(max_examples=50)
-def test_names_are_looked_up_and_never_joined(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_names_are_looked_up(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     root = tmp_path_factory.getbasetemp() / "names"
     if not root.exists():
         make_run(root / "one")
@@ -109,23 +109,23 @@ def test_names_are_looked_up_and_never_joined(tmp_path_factory: pytest.TempPathF
     assert (found is not None) == (name == "one")
 
 
-def test_what_is_no_number_is_null(client: TestClient, root: Path) -> None:
+def test_nan_becomes_null(client: TestClient, root: Path) -> None:
     write(root / "one", 4, loss=math.nan, grad_norm=math.inf)
     response = client.get("/api/runs/one")
     assert "NaN" not in response.text
     assert "Infinity" not in response.text
     assert response.json()["metrics"][-1]["loss"] is None
-    assert finite({"a": [math.inf, 1, "x", {"b": -math.inf}]}) == {"a": [None, 1, "x", {"b": None}]}
+    assert nan_to_null({"a": [math.inf, 1, "x", {"b": -math.inf}]}) == {"a": [None, 1, "x", {"b": None}]}
 
 
-def test_a_run_that_cannot_be_read_says_why(client: TestClient, root: Path) -> None:
+def test_unreadable_run_reports_the_error(client: TestClient, root: Path) -> None:
     (root / "one" / "run.json").write_text("[]")
     response = client.get("/api/runs/one")
     assert response.status_code == 409
     assert "does not describe a run" in response.json()["error"]["message"]
 
 
-def test_a_surrogate_costs_nothing(client: TestClient, root: Path) -> None:
+def test_lone_surrogates(client: TestClient, root: Path) -> None:
     (root / "one" / "samples.jsonl").write_text(
         '{"step": 1, "text": "a\\ud800b"}\n{"step": 2, "text": 5}\n{"step": 3}\n'
     )
@@ -135,70 +135,70 @@ def test_a_surrogate_costs_nothing(client: TestClient, root: Path) -> None:
 # News ---------------------------------------------------------------------------------------------------------------
 
 
-def test_news_as_they_are_written(root: Path) -> None:
+def test_poll_returns_what_is_new(root: Path) -> None:
     run = root / "one"
     follower = Follower("one", run)
-    ((event, snapshot),) = follower.news()
+    ((event, snapshot),) = follower.poll()
     assert event == "snapshot"
     assert [row["step"] for row in snapshot["metrics"]] == [1, 2, 3]
-    assert follower.news() == []
+    assert follower.poll() == []
 
     write(run, 4)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    ((event, rows),) = follower.news()
+    ((event, rows),) = follower.poll()
     assert (event, [row["step"] for row in rows]) == ("metrics", [4])
-    assert follower.news() == []  # half a line is no news
+    assert follower.poll() == []  # an incomplete line is not an event
     with (run / "metrics.jsonl").open("a") as file:
         file.write('ss": 0.5}\n')
-    assert follower.news() == [("metrics", [{"step": 5, "loss": 0.5}])]
+    assert follower.poll() == [("metrics", [{"step": 5, "loss": 0.5}])]
 
     JsonLines(run / "samples.jsonl").append(step=5, text="Once")
-    assert follower.news() == [("samples", [{"step": 5, "text": "Once"}])]
+    assert follower.poll() == [("samples", [{"step": 5, "text": "Once"}])]
     info = json.loads((run / "run.json").read_text()) | {"status": "finished"}
     (run / "run.json").write_text(json.dumps(info))
-    assert follower.news() == [("run", info)]
+    assert follower.poll() == [("run", info)]
 
 
-def test_a_resumed_run_is_told_from_the_beginning(root: Path) -> None:
+def test_resumed_run_sends_a_new_snapshot(root: Path) -> None:
     run = root / "one"
     follower = Follower("one", run)
-    follower.news()
+    follower.poll()
     JsonLines(run / "metrics.jsonl").truncate_after(2)
     write(run, 3, loss=0.25)
     write(run, 4)
-    ((event, snapshot),) = follower.news()
+    ((event, snapshot),) = follower.poll()
     assert event == "snapshot"
     assert [(row["step"], row["loss"]) for row in snapshot["metrics"]] == [(1, 3), (2, 1.5), (3, 0.25), (4, 0.75)]
-    write(run, 2, loss=9.0)  # appended without having been cut: what came after step 2 is forgotten
-    ((event, snapshot),) = follower.news()
+    write(run, 2, loss=9.0)  # appended without truncation: rows after step 2 are dropped
+    ((event, snapshot),) = follower.poll()
     assert [(row["step"], row["loss"]) for row in snapshot["metrics"]] == [(1, 3), (2, 1.5), (2, 9.0)]
 
 
-def test_files_cut_in_place_and_deleted(root: Path) -> None:
+def test_truncated_and_deleted_files(root: Path) -> None:
     run = root / "one"
     follower = Follower("one", run)
-    follower.news()
+    follower.poll()
     with (run / "metrics.jsonl").open("r+b") as file:
         file.truncate(10)
-    ((event, snapshot),) = follower.news()
+    ((event, snapshot),) = follower.poll()
     assert (event, snapshot["metrics"]) == ("snapshot", [])
     (run / "metrics.jsonl").unlink()
     for _ in range(2):
-        assert all(event == "snapshot" for event, _ in follower.news())
+        assert all(event == "snapshot" for event, _ in follower.poll())
     write(run, 1)
-    events = follower.news()
+    events = follower.poll()
     assert [row["step"] for _, data in events for row in (data["metrics"] if isinstance(data, dict) else data)] == [1]
     for path in run.iterdir():
         path.unlink()
     run.rmdir()
-    assert follower.news() == [("gone", {"name": "one"})]
+    assert follower.poll() == [("gone", {"name": "one"})]
 
 
 @given(st.lists(st.one_of(st.integers(1, 60), st.just("rewrite"), st.just("read")), max_size=25))
 @settings(max_examples=40, deadline=None)
-def test_a_tail_reads_every_whole_line_once(tmp_path_factory: pytest.TempPathFactory, orders: list[int | str]) -> None:
-    """Bytes come in any portions; the rows read since the last "again" are those of the file's whole lines."""
+def test_tail_reads_every_complete_line_once(tmp_path_factory: pytest.TempPathFactory, orders: list[int | str]) -> None:
+    """However the bytes arrive, the rows read since the last restart are those of the file's complete lines."""
     path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
     tail, rows, step, left = Tail(path), list[Any](), 0, b""
     for order in [*orders, "read"]:
@@ -220,7 +220,7 @@ def test_a_tail_reads_every_whole_line_once(tmp_path_factory: pytest.TempPathFac
             left = left[int(order) :]
 
 
-def test_the_stream_of_events(root: Path) -> None:
+def test_event_stream(root: Path) -> None:
     async def collect() -> list[tuple[str, Any]]:
         events: AsyncIterator[dict[str, str]] = Follower("one", root / "one").events(
             lambda: len(found) == 2, poll_seconds=0.01
@@ -236,12 +236,12 @@ def test_the_stream_of_events(root: Path) -> None:
     assert found[1][1][0]["step"] == 4
 
 
-def test_long_runs_are_thinned_and_keep_their_extremes() -> None:
+def test_downsampling_keeps_extremes() -> None:
     rows: list[dict[str, Any]] = [{"step": i, "loss": 2.0 + (i % 7) / 10} for i in range(30_000)]
     spike, dip, evaluation = rows[12_345], rows[20_000], {"step": 15_000, "val_loss": 1.0}
     spike["loss"], dip["loss"], rows[25_000]["loss"] = 50.0, 0.1, math.nan
     rows.insert(15_000, evaluation)
-    kept = thin(rows, 1000)
+    kept = downsample(rows, 1000)
     assert 500 < len(kept) < 1100
     assert kept[0] is rows[0]
     assert kept[-1] is rows[-1]
@@ -249,4 +249,4 @@ def test_long_runs_are_thinned_and_keep_their_extremes() -> None:
         assert any(row is special for row in kept)
     assert any(math.isnan(row.get("loss", 0)) for row in kept)
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
-    assert thin(rows[:900], 1000) == rows[:900]
+    assert downsample(rows[:900], 1000) == rows[:900]

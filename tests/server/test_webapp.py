@@ -1,4 +1,4 @@
-"""The page's files: what they are served with, and what they must not contain."""
+"""The page's files: their HTTP headers, and what they must not contain."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from gptsmith.server import webapp as pages
+from gptsmith.server import webapp
 from gptsmith.server.webapp import Assets, watch_app
 
-WEB = Path(pages.__file__).parent / "web"
+WEB = Path(webapp.__file__).parent / "web"
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def client(tmp_path: Path) -> TestClient:
     return TestClient(watch_app(tmp_path))
 
 
-def test_everything_the_page_names_is_there_and_may_be_kept(client: TestClient) -> None:
+def test_files_exist_and_can_be_cached(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["cache-control"] == "no-cache"
     paths = set(re.findall(r'(?:src|href)="(static/[^"]+)"', page.text))
@@ -34,18 +34,18 @@ def test_everything_the_page_names_is_there_and_may_be_kept(client: TestClient) 
         assert file.status_code == 200, path
         assert "immutable" in file.headers["cache-control"]
         assert file.content == (WEB / path.rsplit("/", 1)[1]).read_bytes()
-    stale = client.get("/static/0000000000000000/app.js")  # a page of an older version that is still open
+    stale = client.get("/static/0000000000000000/app.js")  # requested by an open page of an older version
     assert stale.headers["cache-control"] == "no-store"
 
 
-def test_the_page_is_not_sent_twice(client: TestClient) -> None:
+def test_etag(client: TestClient) -> None:
     etag = client.get("/").headers["etag"]
     again = client.get("/", headers={"if-none-match": etag})
     assert (again.status_code, again.content) == (304, b"")
     assert client.get("/", headers={"if-none-match": '"other"'}).status_code == 200
 
 
-def test_strict_headers_everywhere(client: TestClient) -> None:
+def test_security_headers(client: TestClient) -> None:
     page = client.get("/")
     for path in ("/", "/" + re.findall(r'src="(static/[^"]+app\.js)"', page.text)[0], "/favicon.ico"):
         headers = client.get(path).headers
@@ -59,15 +59,15 @@ def test_strict_headers_everywhere(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../pages.py", "..%2fpages.py", "%2e%2e/pages.py", "index.html", "x", "app.js/", ".."]
+    "name", ["../webapp.py", "..%2fwebapp.py", "%2e%2e/webapp.py", "index.html", "x", "app.js/", ".."]
 )
-def test_no_other_file_can_be_had(client: TestClient, name: str) -> None:
+def test_only_the_pages_files_are_served(client: TestClient, name: str) -> None:
     response = client.get(f"/static/{Assets.read().version}/{name}")
-    assert response.status_code in (200, 404)  # the client itself may have tidied the address up
-    assert "def add_pages" not in response.text
+    assert response.status_code in (200, 404)  # the client may have normalized the URL
+    assert "def add_web_app" not in response.text
 
 
-def test_nothing_inline_nothing_from_elsewhere_no_raw_html() -> None:
+def test_no_inline_code_external_urls_or_raw_html() -> None:
     html = (WEB / "index.html").read_text()
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", html)
     for file in WEB.iterdir():
@@ -80,13 +80,13 @@ def test_nothing_inline_nothing_from_elsewhere_no_raw_html() -> None:
     assert "innerHTML = policy.createHTML(html)" in (WEB / "markdown.js").read_text()
 
 
-def test_a_page_elsewhere_cannot_ask_under_its_own_name(tmp_path: Path) -> None:
+def test_watch_checks_the_host_header(tmp_path: Path) -> None:
     client = TestClient(watch_app(tmp_path, hosts=["127.0.0.1", "localhost"]), base_url="http://127.0.0.1:8001")
     assert client.get("/api/runs").status_code == 200
     assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 400
 
 
-def test_watching_needs_no_torch() -> None:
+def test_watch_does_not_import_torch() -> None:
     code = """
 import pathlib, sys
 import gptsmith.cli.watch

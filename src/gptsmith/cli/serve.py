@@ -1,4 +1,4 @@
-"""`gptsmith serve`: models behind OpenAI's API, and a web page."""
+"""`gptsmith serve`: an OpenAI-compatible API and a web page."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ KEY_VARIABLE = "GPTSMITH_API_KEY"
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve models to everything that speaks OpenAI's API, and to people at a web page."""
+    """Serve models through an OpenAI-compatible API and a web page."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Runs, model directories, .gguf files, org/name on the hub, or smollm2-135m."""
+    """A run, a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     host: str = "127.0.0.1"
-    """The address to listen at; 0.0.0.0 for all networks this machine is in."""
+    """Address to bind; 0.0.0.0 listens on all interfaces."""
     port: int = 8000
-    """The port; 0 takes one that is free."""
+    """Port to bind; 0 picks a free one."""
     api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """A key that requests must bring; can be given several times. Others see a command line: prefer --api-key-file,
-    or the environment's GPTSMITH_API_KEY."""
+    """API key that requests must send. Can be repeated. Other users of this machine can see command lines, so prefer
+    --api-key-file or the environment variable GPTSMITH_API_KEY."""
     api_key_file: Path | None = None
-    """A file with a key a line."""
+    """File with one key per line."""
     alias: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """NAME=MODEL: another name of a model; can be given several times."""
+    """NAME=MODEL: another name for a model. Can be repeated."""
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """NAME=DIRECTORY: a LoRA adapter of the first model, as a model of that name; NAME=DIRECTORY@MODEL: of another. Can
-    be given several times."""
+    """NAME=DIRECTORY: serve the first model with this LoRA adapter under the given name; NAME=DIRECTORY@MODEL: another
+    model. Can be repeated."""
     preload: Literal["first", "all", "none"] = "first"
-    """Which models to load before the first request; the others are loaded when they are first asked for."""
+    """Models to load at startup; the others are loaded when they are first requested."""
     max_concurrency: int = 32
-    """Most requests worked on at a time."""
+    """Maximum number of requests processed at once."""
     queue_limit: int = 256
-    """Most requests that wait; more are refused with 429."""
+    """Maximum number of waiting requests; more are answered with 429."""
     rate_limit: str | None = None
-    """Most requests of one key, or of one address where there are no keys: 60/min, 5/s, 1000/h."""
+    """Rate limit per API key, or per client address if there are no keys: 60/min, 5/s, 1000/h."""
     timeout: float = 600.0
-    """Seconds after which a request is given up."""
+    """Request timeout in seconds, including the time in the queue."""
     max_body: int = 4 << 20
-    """Largest request, in bytes."""
+    """Maximum size of a request body, in bytes."""
     cors: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """An origin (https://example.org) whose pages may ask, or * for all; can be given several times."""
+    """Origin (https://example.org) whose web pages may call the API, or * for all. Can be repeated."""
     runs: Path | None = None
-    """A directory of runs, for the page to show."""
+    """Directory of training runs to show in the web page."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
-    """int8 or int4: make the weights 8 or 4 bits while loading. auto: as they are stored. none: full precision."""
+    """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     cache_tokens: int | None = None
-    """Room for so many tokens' keys and values, of each model (default: what --max-concurrency texts can need, up to a
-    quarter of the memory)."""
+    """Size of each model's KV cache, in tokens. By default, what --max-concurrency sequences can need, up to a quarter
+    of the memory."""
     speculate: bool = False
-    """Guess ahead from what the text has said before; the answers stay the same."""
+    """Speculative decoding: draft tokens by prompt lookup. Answers stay the same."""
     log_level: Literal["info", "warning", "error"] = "info"
-    """How much to write into the log, which is JSON lines on standard error."""
+    """Log level. The log is written to standard error as JSON lines."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -68,34 +68,35 @@ class Serve:
 def main(arguments: list[str]) -> int:
     chosen = tyro.cli(Serve, prog="gptsmith serve", args=arguments)
     if not chosen.models:
-        raise UsageError("name a model to serve: gptsmith serve runs/bard")
-    for name, least in (("max_concurrency", 1), ("queue_limit", 0), ("max_body", 1)):
-        if getattr(chosen, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(chosen, name)}.")
+        raise UsageError("no model given. Name at minimum one: gptsmith serve runs/bard")
+    for name, minimum in (("max_concurrency", 1), ("queue_limit", 0), ("max_body", 1)):
+        if getattr(chosen, name) < minimum:
+            raise UsageError(f"--{name.replace('_', '-')} must be at minimum {minimum}, not {getattr(chosen, name)}.")
     if not 0 < chosen.timeout <= 86_400:
         raise UsageError(f"--timeout must be above 0 and at most 86400 seconds, not {chosen.timeout:g}.")
     if not 0 <= chosen.port <= 65_535:
         raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
     if chosen.runs is not None and not chosen.runs.is_dir():
-        raise UsageError(f"--runs {chosen.runs} is no directory.")
+        raise UsageError(f"--runs {chosen.runs}: not a directory.")
     aliases = dict(_pair("--alias", text) for text in chosen.alias)
     try:
         from gptsmith.server.app import create_app
     except ImportError as error:
-        raise UsageError(f"serving needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
+        raise UsageError(
+            f"serving needs a package that is not installed ({error.name}): pip install 'gptsmith[serve]'."
+        ) from None
     from gptsmith.loading import resolve_model
-    from gptsmith.server.access_log import write_journal
+    from gptsmith.server.access_log import configure_logging
     from gptsmith.server.auth import parse_rate, read_keys
-    from gptsmith.server.listening import LOOPBACK, is_loopback, listen
-    from gptsmith.server.models import Models, load, name_of
-    from gptsmith.server.runner import serve
+    from gptsmith.server.models import ModelRegistry, default_name, load
+    from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
     from gptsmith.server.service import Settings
 
     keys = [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
     if chosen.api_key_file is not None:
         keys += read_keys(chosen.api_key_file)
     if any(not key.strip() for key in keys):
-        raise UsageError("--api-key: a key may not be empty.")
+        raise UsageError("--api-key: a key must not be empty.")
     settings = Settings(
         keys=tuple(keys),
         max_concurrency=chosen.max_concurrency,
@@ -107,9 +108,9 @@ def main(arguments: list[str]) -> int:
         hosts=(*LOOPBACK, chosen.host) if is_loopback(chosen.host) and not keys else None,
         runs=chosen.runs,
     )
-    for spec in chosen.models:  # what is not there is said now, and not when it is first asked for
+    for spec in chosen.models:  # report missing models now, not at the first request
         resolve_model(spec)
-    models = Models(
+    models = ModelRegistry(
         chosen.models,
         functools.partial(
             load,
@@ -120,20 +121,20 @@ def main(arguments: list[str]) -> int:
             speculate=chosen.speculate,
         ),
         aliases=aliases,
-        adapters=dict(_adapter(text, [*map(name_of, chosen.models), *chosen.models]) for text in chosen.adapter),
+        adapters=dict(_adapter(text, [*map(default_name, chosen.models), *chosen.models]) for text in chosen.adapter),
     )
     listening = listen(chosen.host, chosen.port)
     try:
-        for name in {"first": models.bases[:1], "all": models.bases, "none": []}[chosen.preload]:
+        for name in {"first": models.base_models[:1], "all": models.base_models, "none": []}[chosen.preload]:
             note(f"loading {name}")
             models.load(name)
         if not is_loopback(chosen.host) and not keys:
-            note(f"warning: everybody who reaches {chosen.host} may use this server; give it an --api-key-file.")
+            note("warning: anyone who can reach this machine can use this server. Protect it with --api-key-file.")
         app = create_app(models, settings)
-        write_journal(chosen.log_level)
+        configure_logging(chosen.log_level)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        note(f"serving {', '.join(models.names)} at http://{shown}:{port} (Ctrl-C ends)")
+        note(f"serving {', '.join(models.names)} at http://{shown}:{port} (press Ctrl-C to stop)")
         serve(app, listening)
     finally:
         listening.close()
@@ -144,12 +145,12 @@ def main(arguments: list[str]) -> int:
 def _pair(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
-        raise UsageError(f"{option} {text!r}: write NAME=VALUE.")
+        raise UsageError(f"{option} {text!r}: expected NAME=VALUE.")
     return name, value
 
 
 def _adapter(text: str, models: list[str]) -> tuple[str, tuple[str, Path]]:
-    """NAME=DIRECTORY or NAME=DIRECTORY@MODEL."""
+    """Parse NAME=DIRECTORY or NAME=DIRECTORY@MODEL."""
     name, value = _pair("--adapter", text)
     directory, at, model = value.rpartition("@")
     if not at or Path(value).exists():
@@ -157,5 +158,5 @@ def _adapter(text: str, models: list[str]) -> tuple[str, tuple[str, Path]]:
     elif model not in models:
         raise UsageError(f"--adapter {text!r}: {model!r} is not served.{nearest(model, models)}")
     if not Path(directory).is_dir():
-        raise UsageError(f"--adapter {text!r}: {directory} is no directory.")
+        raise UsageError(f"--adapter {text!r}: {directory} is not a directory.")
     return name, (model, Path(directory))

@@ -1,4 +1,4 @@
-"""`gptsmith watch`: training runs in the browser, while they train and after."""
+"""`gptsmith watch`: live training curves in the browser."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gptsmith.log import note
 
 @dataclass(frozen=True)
 class Watch:
-    """Show training runs in the browser: losses, learning rate, speed and samples as they come. Ctrl-C ends it."""
+    """Show training runs in the browser: loss, learning rate, speed and samples, updated live."""
 
     run: tyro.conf.Positional[Path] = Path("runs")
-    """A run directory, or a directory of runs."""
+    """Run directory, or directory of runs."""
     host: str = "127.0.0.1"
-    """The address to listen on; 0.0.0.0 lets the whole network look."""
+    """Address to bind; 0.0.0.0 listens on all interfaces."""
     port: int = 8001
-    """The port to listen on; 0 takes a free one."""
+    """Port to bind; 0 picks a free one."""
     open: bool = False
-    """Open the page in a browser."""
+    """Open the page in the default browser."""
 
 
 def main(arguments: list[str]) -> int:
@@ -32,21 +32,23 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
     if not chosen.run.is_dir():
         raise GptsmithError(
-            f"there is no directory {chosen.run}. Give a run, or the directory that runs are in (`runs`, by default)."
+            f"{chosen.run}: no such directory. Pass a run directory, or a directory of runs (default: runs)."
         )
     try:
         import uvicorn
 
         from gptsmith.server.webapp import watch_app
     except ImportError as error:
-        raise UsageError(f"watching needs more packages ({error.name}): pip install 'gptsmith[serve]'.") from None
-    from gptsmith.server.listening import is_loopback, listen
+        raise UsageError(
+            f"watching needs a package that is not installed ({error.name}): pip install 'gptsmith[serve]'."
+        ) from None
+    from gptsmith.server.runner import is_loopback, listen
 
     listening = listen(chosen.host, chosen.port)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     hosts = [chosen.host, "127.0.0.1", "localhost"] if is_loopback(chosen.host) else None
-    note(f"watching {chosen.run} at {url}  (Ctrl-C ends)")
+    note(f"watching {chosen.run} at {url} (press Ctrl-C to stop)")
     if chosen.open:
         import threading
         import webbrowser
@@ -55,6 +57,6 @@ def main(arguments: list[str]) -> int:
     server: uvicorn.Server
     app = watch_app(chosen.run, hosts=hosts, stopping=lambda: server.should_exit)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
-    with contextlib.suppress(KeyboardInterrupt):  # this is how it ends
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop it
         server.run(sockets=[listening])
     return 0

@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line, on standard error. No prompts, no answers, no keys."""
+"""The server's log: one JSON object per line on standard error. It contains no prompts, answers or API keys."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import logging
 import sys
 
-journal = logging.getLogger("gptsmith.server")
+logger = logging.getLogger("gptsmith.server")
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, event, and whatever the record's `fields` hold."""
+    """Format a record as JSON: time, level, event, the entries of its `fields`, and the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -26,11 +26,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def write_journal(level: str = "info") -> None:
-    """Have this log, and uvicorn's complaints, written to standard error."""
+def configure_logging(level: str = "info") -> None:
+    """Write this log, and uvicorn's warnings and errors, to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, least in (("gptsmith.server", level.upper()), ("uvicorn", "WARNING"), ("uvicorn.error", "WARNING")):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
-        logger.setLevel(least)
+    for name, minimum in (("gptsmith.server", level.upper()), ("uvicorn", "WARNING"), ("uvicorn.error", "WARNING")):
+        target = logging.getLogger(name)
+        target.handlers, target.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
+        target.setLevel(minimum)

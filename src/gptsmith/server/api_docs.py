@@ -1,4 +1,4 @@
-"""GET /docs: what the API takes and gives, as one page made from /openapi.json. No scripts, nothing from elsewhere."""
+"""GET /docs: the API reference as one HTML page rendered from /openapi.json, without scripts or external files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}: the API</title>
+<title>{{ title }} API</title>
 <style>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -30,8 +30,8 @@ nav a { display: inline-block; margin-right: 1rem; }
 </style>
 </head>
 <body>
-<h1>{{ title }} {{ version }}: the API</h1>
-<p>The same as <a href="openapi.json">OpenAPI</a>. Where the server has keys, requests bring one:
+<h1>{{ title }} {{ version }} API</h1>
+<p>Also available as <a href="openapi.json">OpenAPI</a>. If the server has API keys, every request must send one:
 <code>Authorization: Bearer KEY</code>.</p>
 <nav aria-label="Endpoints">
 {% for e in endpoints %}<a href="#{{ e.anchor }}"><code>{{ e.path }}</code></a>
@@ -41,13 +41,13 @@ nav a { display: inline-block; margin-right: 1rem; }
 <p>{{ e.description }}</p>
 {% if e.fields %}
 <table>
-<thead><tr><th scope="col">field</th><th scope="col">type</th><th scope="col"></th></tr></thead>
+<thead><tr><th scope="col">field</th><th scope="col">type</th><th scope="col">description</th></tr></thead>
 <tbody>
 {% for f in e.fields %}<tr><td><code>{{ f.name }}</code>{% if f.required %} (required){% endif %}</td>
 <td><code>{{ f.type }}</code></td><td>{{ f.description }}</td></tr>
 {% endfor %}</tbody>
 </table>
-{% if e.refused %}<p>Known, and refused unless null: {% for name in e.refused %}<code>{{ name }}</code>
+{% if e.unsupported %}<p>Not supported; only null is accepted: {% for name in e.unsupported %}<code>{{ name }}</code>
 {% endfor %}</p>{% endif %}
 {% endif %}
 {% endfor %}
@@ -58,7 +58,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 @router.get("/docs", include_in_schema=False)
-async def page(request: Request) -> HTMLResponse:
+async def api_reference(request: Request) -> HTMLResponse:
     schema = request.app.openapi()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     html = environment.from_string(_PAGE).render(
@@ -80,15 +80,15 @@ def _endpoints(schema: dict[str, Any]) -> list[dict[str, Any]]:
                     "anchor": operation["operationId"],
                     "description": operation.get("description", ""),
                     "fields": [field for field in fields if field["type"] != "null"],
-                    "refused": [field["name"] for field in fields if field["type"] == "null"],
+                    "unsupported": [field["name"] for field in fields if field["type"] == "null"],
                 }
             )
     return endpoints
 
 
 def _fields(schema: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]]:
-    known = _resolve(schema, body)
-    required = known.get("required", ())
+    resolved = _resolve(schema, body)
+    required = resolved.get("required", ())
     return [
         {
             "name": name,
@@ -96,7 +96,7 @@ def _fields(schema: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]
             "type": _type(schema, value),
             "description": value.get("description", ""),
         }
-        for name, value in known.get("properties", {}).items()
+        for name, value in resolved.get("properties", {}).items()
     ]
 
 
@@ -106,11 +106,11 @@ def _resolve(schema: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(schema: dict[str, Any], part: dict[str, Any]) -> str:
-    """A type in a few words."""
+    """Return a short description of a JSON schema's type, such as `[integer ≥ 0] | string`."""
     if "$ref" in part:
         return str(part["$ref"].rpartition("/")[2])
     if "anyOf" in part or "oneOf" in part:
-        kinds = [_type(schema, each) for each in part.get("anyOf") or part["oneOf"]]
+        kinds = [_type(schema, option) for option in part.get("anyOf") or part["oneOf"]]
         return " | ".join(kind for kind in dict.fromkeys(kinds) if kind != "null") or "null"
     if "const" in part or "enum" in part:
         return " | ".join(json.dumps(value) for value in part.get("enum", [part.get("const")]))

@@ -1,6 +1,6 @@
-"""The application: OpenAI's API, and a few endpoints more, over the models of a `Models`.
+"""The ASGI application: an OpenAI-compatible API over the models of a `ModelRegistry`, and the web page.
 
-app = create_app(Models(["runs/bard"], load))          # an ASGI application; `serving.serve` runs it
+app = create_app(ModelRegistry(["runs/bard"], load))    # run it with `runner.serve`, or with any ASGI server
 app.state.models, app.state.service
 """
 
@@ -21,16 +21,16 @@ from starlette.responses import JSONResponse, Response
 from gptsmith import __version__
 from gptsmith.server import api_docs, chat, completions, embeddings, responses
 from gptsmith.server.errors import ApiError, from_validation
-from gptsmith.server.middleware import Front
-from gptsmith.server.models import Models
+from gptsmith.server.middleware import RequestMiddleware
+from gptsmith.server.models import ModelRegistry
 from gptsmith.server.schema import Error, ModelCard, ModelList
-from gptsmith.server.service import Service, Settings, exchange_of, service_of
-from gptsmith.server.webapp import add_pages
+from gptsmith.server.service import Service, Settings, context_of, service_of
+from gptsmith.server.webapp import add_web_app
 
 
-class _Application(FastAPI):
+class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The description of the API; bodies that do not fit are answered with 400 here, not with FastAPI's 422."""
+        """Return the OpenAPI schema without FastAPI's 422 responses: here an invalid body is answered with 400."""
         schema = super().openapi()
         for methods in schema["paths"].values():
             for operation in methods.values():
@@ -38,18 +38,18 @@ class _Application(FastAPI):
         return schema
 
 
-def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
-    """An application that serves `models`. When it is shut down, it closes their engines."""
+def create_app(models: ModelRegistry, settings: Settings | None = None) -> FastAPI:
+    """Return an application that serves `models`. It closes their engines on shutdown."""
     settings = settings or Settings()
     service = Service(models, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.stop_taking()
+        service.start_draining()
         await asyncio.to_thread(models.close)
 
-    app = _Application(
+    app = _App(
         title="gptsmith",
         version=__version__,
         lifespan=lifespan,
@@ -60,11 +60,11 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
     app.state.models, app.state.service = models, service
     for endpoints in (completions, chat, responses, embeddings, api_docs):
         app.include_router(endpoints.router)
-    _add_state_of_the_server(app)
+    _add_status_routes(app)
     _add_error_handlers(app)
-    add_pages(app, models=True, runs=settings.runs, stopping=lambda: service.draining)
+    add_web_app(app, models=True, runs=settings.runs, stopping=lambda: service.draining)
 
-    app.add_middleware(Front, service=service)
+    app.add_middleware(RequestMiddleware, service=service)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -76,38 +76,39 @@ def create_app(models: Models, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _add_state_of_the_server(app: FastAPI) -> None:
+def _add_status_routes(app: FastAPI) -> None:
     @app.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
     async def list_models(request: Request) -> ModelList:
-        """The models that may be asked for, with aliases and adapters."""
+        """List the available models, including adapters and aliases."""
         return ModelList(data=_cards(service_of(request).models))
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard, tags=["OpenAI"])
-    async def one_model(name: str, request: Request) -> ModelCard:
+    async def retrieve_model(name: str, request: Request) -> ModelCard:
+        """Describe one model."""
         for card in _cards(service_of(request).models):
             if card.id == name:
                 return card
-        raise ApiError(404, f"there is no model {name[:100]!r} here.", param="model", code="model_not_found")
+        raise ApiError(404, f"The model {name[:100]!r} does not exist.", param="model", code="model_not_found")
 
     @app.get("/health", tags=["server"])
     async def health() -> dict[str, str]:
-        """Whether the server is alive."""
+        """Report that the server is running."""
         return {"status": "ok"}
 
     @app.get("/ready", tags=["server"])
     async def ready(request: Request) -> dict[str, str]:
-        """Whether it takes requests; 503 once it is shutting down."""
+        """Report whether the server accepts requests: 200, or 503 while it is shutting down."""
         if service_of(request).draining:
-            raise ApiError(503, "the server is shutting down.", retry_after=5)
+            raise ApiError(503, "The server is shutting down.", retry_after=5)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["server"], response_class=Response)
     async def metrics(request: Request) -> Response:
-        """For Prometheus."""
+        """Return metrics in the Prometheus text format."""
         return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _cards(models: Models) -> list[ModelCard]:
+def _cards(models: ModelRegistry) -> list[ModelCard]:
     return [
         ModelCard(
             id=name,
@@ -121,21 +122,21 @@ def _cards(models: Models) -> list[ModelCard]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def answer(request: Request, error: ApiError) -> JSONResponse:
-        exchange_of(request).facts.setdefault("error", error.message)
+    def respond(request: Request, error: ApiError) -> JSONResponse:
+        context_of(request).log_fields.setdefault("error", error.message)
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> JSONResponse:
-        return answer(request, error)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return respond(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(request, from_validation(error.errors()))
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(request, from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"there is no {request.url.path[:200]} here." if error.status_code == 404 else str(error.detail)
-        response = answer(request, ApiError(error.status_code, message))
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"No such endpoint: {request.url.path[:200]}." if error.status_code == 404 else f"{error.detail}."
+        response = respond(request, ApiError(error.status_code, message))
         response.headers.update(error.headers or {})
         return response

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: conversations continued."""
+"""POST /v1/chat/completions: chat completion."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from starlette.requests import Request
 from gptsmith.engine.text import Detokenizer, TextToken
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
-from gptsmith.server.generation import Job, Work
-from gptsmith.server.models import Served
-from gptsmith.server.request_params import check_stream, constraint_of, encoded, sampling_params
+from gptsmith.server.generation import Generation, Job
+from gptsmith.server.models import ServedModel
+from gptsmith.server.request_params import check_stream, constraint_of, encode, sampling_params
 from gptsmith.server.schema import (
     AnswerMessage,
     AssistantMessage,
@@ -35,7 +35,7 @@ from gptsmith.server.schema import (
 )
 from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
-from gptsmith.server.tools import CallPiece, Form, Reader
+from gptsmith.server.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 from gptsmith.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -43,83 +43,76 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"])
 async def chat(body: ChatRequest, request: Request) -> Any:
-    """Continue a conversation."""
-    answer = await begin_answer(service_of(request), request, body)
-    frame: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    """Answer in a conversation."""
+    answer = await start_answer(service_of(request), request, body)
+    envelope: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if body.stream:
-        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return event_stream(_chunks(answer, {**frame, "object": "chat.completion.chunk"}, usage))
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return event_stream(_events(answer, {**envelope, "object": "chat.completion.chunk"}, include_usage))
     choices = [
         ChatChoice(
-            index=choice,
-            message=AnswerMessage(content=whole.content, tool_calls=whole.tool_calls or None),
-            logprobs=logprobs_of(answer.served.tokenizer, whole.tokens) if answer.logprobs else None,
-            finish_reason=whole.finish_reason or "stop",
+            index=index,
+            message=AnswerMessage(content=choice.content, tool_calls=choice.tool_calls or None),
+            logprobs=logprobs_of(answer.served.tokenizer, choice.tokens) if answer.logprobs else None,
+            finish_reason=choice.finish_reason or "stop",
         )
-        for choice, whole in sorted((await answer.whole()).items())
+        for index, choice in sorted((await answer.collect()).items())
     ]
-    return ChatCompletion(**frame, choices=choices, usage=usage_of(answer.work))
+    return ChatCompletion(**envelope, choices=choices, usage=usage_of(answer.generation))
 
 
-async def _chunks(answer: Answer, frame: dict[str, Any], usage: bool) -> AsyncIterator[bytes]:
-    nothing = {"usage": None} if usage else {}
-    begun: set[int] = set()
-    async for news in answer.news():
-        for choice, delta in news.items():
-            for change in _changes(delta):
-                if choice not in begun:
-                    begun.add(choice)
-                    change["delta"] = {"role": "assistant", **change["delta"]}
+async def _events(answer: Answer, envelope: dict[str, Any], include_usage: bool) -> AsyncIterator[bytes]:
+    no_usage = {"usage": None} if include_usage else {}
+    started: set[int] = set()
+    async for deltas in answer.deltas():
+        for index, delta in deltas.items():
+            for choice in _stream_choices(delta):
+                if index not in started:
+                    started.add(index)
+                    choice["delta"] = {"role": "assistant", **choice["delta"]}
                 if delta.tokens:
-                    change["logprobs"] = logprobs_of(answer.served.tokenizer, delta.tokens).model_dump()
+                    choice["logprobs"] = logprobs_of(answer.served.tokenizer, delta.tokens).model_dump()
                     delta.tokens = []
-                yield event({**frame, "choices": [{"index": choice, "logprobs": None, **change}], **nothing})
-    if usage:
-        yield event({**frame, "choices": [], "usage": usage_of(answer.work).model_dump()})
+                yield event({**envelope, "choices": [{"index": index, "logprobs": None, **choice}], **no_usage})
+    if include_usage:
+        yield event({**envelope, "choices": [], "usage": usage_of(answer.generation).model_dump()})
     yield DONE
 
 
-def _changes(delta: Delta) -> list[dict[str, Any]]:
-    """What a choice has more of, one after another."""
-    changes: list[dict[str, Any]] = []
+def _stream_choices(delta: ChoiceDelta) -> list[dict[str, Any]]:
+    """Return a delta as OpenAI streams it: text, then pieces of tool calls, then the finish reason."""
+    contents: list[dict[str, Any]] = []
     if delta.text or (delta.tokens and not delta.calls):
-        changes.append({"content": delta.text})
+        contents.append({"content": delta.text})
     for call in delta.calls:
-        known: dict[str, Any] = {"index": call.index}
+        entry: dict[str, Any] = {"index": call.index}
         if call.name is not None:
-            known |= {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+            entry |= {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
         else:
-            known["function"] = {"arguments": call.arguments}
-        changes.append({"tool_calls": [known]})
-    chunks: list[dict[str, Any]] = [{"delta": change, "finish_reason": None} for change in changes]
+            entry["function"] = {"arguments": call.arguments}
+        contents.append({"tool_calls": [entry]})
+    choices: list[dict[str, Any]] = [{"delta": content, "finish_reason": None} for content in contents]
     if delta.finish_reason is not None:
-        chunks.append({"delta": {}, "finish_reason": delta.finish_reason})
-    return chunks
+        choices.append({"delta": {}, "finish_reason": delta.finish_reason})
+    return choices
 
 
 # An answer, for chat completions and for responses ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Call(CallPiece):
-    """News of a call, which has an id."""
-
-    id: str
-
-
 @dataclass
-class Delta:
-    """What is new of one choice. finish_reason: with its last."""
+class ChoiceDelta:
+    """What is new in one choice. finish_reason: set in the last delta."""
 
     text: str = ""
     tokens: list[TextToken] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
 
 
 @dataclass
-class Whole:
-    """One choice from beginning to end."""
+class Choice:
+    """One choice, complete."""
 
     text: str = ""
     tokens: list[TextToken] = field(default_factory=list)
@@ -132,128 +125,128 @@ class Whole:
 
 
 class Answer:
-    """What comes of a conversation: for each choice text, and calls if the conversation has tools."""
+    """The answer to a conversation. Each choice has text and, if the request has tools, tool calls."""
 
-    def __init__(self, served: Served, work: Work, form: Form | None, *, logprobs: bool) -> None:
-        self.served, self.work, self.logprobs = served, work, logprobs
-        self._form = form
-        self._readers: dict[int, Reader] = {}
-        self._ids: dict[tuple[int, int], str] = {}
-        self._begun: set[int] = set()
+    def __init__(
+        self, served: ServedModel, generation: Generation, tool_format: ToolCallFormat | None, *, logprobs: bool
+    ) -> None:
+        self.served, self.generation, self.logprobs = served, generation, logprobs
+        self._tool_format = tool_format
+        self._parsers: dict[int, ToolCallParser] = {}
+        self._has_text: set[int] = set()
 
-    async def news(self) -> AsyncIterator[dict[int, Delta]]:
-        """What is new of each choice, again and again until the end. Raises ApiError."""
-        async for pieces in self.work.pieces():
-            deltas: dict[int, Delta] = {}
-            for choice, piece in pieces:
-                delta = deltas.setdefault(choice, Delta())
-                delta.tokens += piece.tokens
-                text, calls = piece.text, 0
-                if self._form is not None:
-                    reader = self._readers.setdefault(choice, Reader(self._form))
-                    text, news = reader.push(text)
-                    if piece.finish_reason is not None:
-                        text += reader.finish()
-                    delta.calls += [self._call(choice, each) for each in news]
-                    calls = reader.calls
-                if self.served.template.plain and choice not in self._begun:
-                    text = text.lstrip()  # such templates leave the space after "Assistant:" to the model
+    async def deltas(self) -> AsyncIterator[dict[int, ChoiceDelta]]:
+        """Yield what is new, by choice index, until the end. Raise ApiError."""
+        async for chunks in self.generation.chunks():
+            deltas: dict[int, ChoiceDelta] = {}
+            for index, chunk in chunks:
+                delta = deltas.setdefault(index, ChoiceDelta())
+                delta.tokens += chunk.tokens
+                text, num_calls = chunk.text, 0
+                if self._tool_format is not None:
+                    parser = self._parsers.setdefault(index, ToolCallParser(self._tool_format))
+                    text, calls = parser.push(text)
+                    if chunk.finish_reason is not None:
+                        text += parser.finish()
+                    delta.calls += calls
+                    num_calls = parser.calls
+                if self.served.template.plain and index not in self._has_text:
+                    text = text.lstrip()  # the plain template leaves the space after "Assistant:" to the model
                 if text:
-                    self._begun.add(choice)
+                    self._has_text.add(index)
                 delta.text += text
-                reason = finish_reason(piece.finish_reason)
-                delta.finish_reason = "tool_calls" if calls and reason == "stop" else reason
+                reason = finish_reason(chunk.finish_reason)
+                delta.finish_reason = "tool_calls" if num_calls and reason == "stop" else reason
             yield deltas
 
-    async def whole(self) -> dict[int, Whole]:
-        """All of it, by choice. Raises ApiError."""
-        choices: dict[int, Whole] = {}
-        async for news in self.news():
-            for choice, delta in news.items():
-                whole = choices.setdefault(choice, Whole())
-                whole.text += delta.text
-                whole.tokens += delta.tokens
-                whole.finish_reason = delta.finish_reason or whole.finish_reason
+    async def collect(self) -> dict[int, Choice]:
+        """Return the complete choices, by index. Raise ApiError."""
+        choices: dict[int, Choice] = {}
+        async for deltas in self.deltas():
+            for index, delta in deltas.items():
+                choice = choices.setdefault(index, Choice())
+                choice.text += delta.text
+                choice.tokens += delta.tokens
+                choice.finish_reason = delta.finish_reason or choice.finish_reason
                 for call in delta.calls:
                     if call.name is not None:
                         function = CalledFunction(name=call.name, arguments="")
-                        whole.tool_calls.append(ToolCall(id=call.id, function=function))
-                    whole.tool_calls[call.index].function.arguments += call.arguments
+                        choice.tool_calls.append(ToolCall(id=call.id, function=function))
+                    choice.tool_calls[call.index].function.arguments += call.arguments
         return choices
 
-    def _call(self, choice: int, piece: CallPiece) -> Call:
-        id = self._ids.setdefault((choice, piece.index), f"call_{uuid.uuid4().hex[:24]}")
-        return Call(piece.index, piece.name, piece.arguments, id)
 
-
-async def begin_answer(service: Service, request: Request, body: ChatRequest) -> Answer:
-    """Have the engine begin with an answer, and wait for its first text. Raises ApiError."""
+async def start_answer(service: Service, request: Request, body: ChatRequest) -> Answer:
+    """Start generating the answer to a conversation, and wait for its first text. Raise ApiError."""
     check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs: only with logprobs.", param="top_logprobs")
+        raise ApiError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise ApiError(400, "max_completion_tokens: not together with max_tokens.", param="max_completion_tokens")
+        raise ApiError(400, "max_completion_tokens cannot be combined with max_tokens.", param="max_completion_tokens")
     served = await service.served(request, body.model)
     template = served.template
-    form, grammar = _tools(body, served)
+    tool_format, tool_grammar = _tool_format(body, served)
     messages = template_messages(body.messages)
-    tools = None if form is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    tools = None if tool_format is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     length = sum(len(str(message.get("content"))) for message in messages)
-    ids = await encoded(lambda: template.encode(messages, tools=tools), length)
+    ids = await encode(lambda: template.encode(messages, tools=tools), length)
     check_length(served, ids, body.overflow)
     response_format = None if isinstance(body.response_format, TextFormat) else body.response_format
-    ends = template.end_ids()
+    end_ids = template.end_ids()
     params = sampling_params(
         body,
         served,
         max_tokens=body.max_completion_tokens or body.max_tokens or max(1, served.loaded.context - len(ids)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=await constraint_of(body, served, response_format, tools=grammar, end_ids=ends),
+        constraint=await constraint_of(body, served, response_format, tools=tool_grammar, end_ids=end_ids),
         more_stop=template.stop,
-        more_stop_ids=() if body.ignore_eos else ends,
+        more_stop_ids=() if body.ignore_eos else end_ids,
     )
-    writing = Detokenizer(
-        served.tokenizer, "", params, ignore_eos=bool(body.ignore_eos), skip_special_tokens=form is None
+    detokenizer = Detokenizer(
+        served.tokenizer, "", params, ignore_eos=bool(body.ignore_eos), skip_special_tokens=tool_format is None
     )
-    work = await service.begin(request, served, [Job(ids, writing)])
-    return Answer(served, work, form, logprobs=bool(body.logprobs))
+    generation = await service.start(request, served, [Job(ids, detokenizer)])
+    return Answer(served, generation, tool_format, logprobs=bool(body.logprobs))
 
 
-def _tools(body: ChatRequest, served: Served) -> tuple[Form | None, str | None]:
-    """How calls are written, and the grammar of answers with them; None where there are to be none."""
+def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat | None, str | None]:
+    """Return the format of tool calls and the grammar of answers with them; None for a request without tools.
+
+    Raise ApiError 400.
+    """
     choice = body.tool_choice or "auto"
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice: there are no tools to choose from.", param="tool_choice")
+            raise ApiError(400, "tool_choice requires tools.", param="tool_choice")
         return None, None
     if choice == "none":
         return None, None
-    form = served.loaded.form
-    if form is None:
-        message = f"tools: the chat template of {served.name} does not know tools."
+    tool_format = served.loaded.tool_format
+    if tool_format is None:
+        message = f"tools: the chat template of {served.name} does not support tools."
         raise ApiError(400, message, param="tools", code="unsupported_parameter")
     functions = [tool.function for tool in body.tools]
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
-        raise ApiError(400, "tools: two have the same name.", param="tools")
+        raise ApiError(400, "tools: two functions have the same name.", param="tools")
     mode, several = "auto", body.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function.name == choice.function.name]
         if not functions:
-            raise ApiError(400, f"tool_choice: {choice.function.name!r} is none of the tools.", param="tool_choice")
+            message = f"tool_choice: {choice.function.name!r} is not one of the tools."
+            raise ApiError(400, message, param="tool_choice")
         mode, several = "required", False
     elif choice == "required":
         mode = "required"
-    return form, form.grammar([function.model_dump() for function in functions], mode, several=several)
+    return tool_format, tool_format.grammar([function.model_dump() for function in functions], mode, several=several)
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them. Raises ApiError."""
-    return [_message(message, i) for i, message in enumerate(messages)]
+    """Return messages as chat templates take them: contents as one text, arguments as objects. Raise ApiError 400."""
+    return [_template_message(message, i) for i, message in enumerate(messages)]
 
 
-def _message(message: ChatMessage, place: int) -> dict[str, Any]:
-    """Content as one text, arguments as objects."""
+def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     values: dict[str, Any] = message.model_dump(exclude_none=True)
     content = values.get("content")
     values["content"] = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
@@ -261,20 +254,20 @@ def _message(message: ChatMessage, place: int) -> dict[str, Any]:
         values["role"] = "system"
     if isinstance(message, AssistantMessage):
         if message.content is None and not message.tool_calls:
-            raise ApiError(400, f"messages.{place}.content: missing.", param=f"messages.{place}.content")
+            raise ApiError(400, f"messages.{index}.content is missing.", param=f"messages.{index}.content")
         for call in values.get("tool_calls", ()):
-            call["function"]["arguments"] = _arguments(call["function"]["arguments"], place)
+            call["function"]["arguments"] = _parse_arguments(call["function"]["arguments"], index)
     return values
 
 
-def _arguments(text: str, place: int) -> dict[str, Any]:
+def _parse_arguments(text: str, index: int) -> dict[str, Any]:
+    field = f"messages.{index}.tool_calls"
     try:
         arguments = json.loads(text or "{}")
-        if not isinstance(arguments, dict):
-            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
-        where = f"messages.{place}.tool_calls"
-        raise ApiError(400, f"{where}: arguments that are no JSON object: {error}.", param=where) from None
+        raise ApiError(400, f"{field}: the arguments are not valid JSON: {error}.", param=field) from None
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"{field}: the arguments are not a JSON object.", param=field)
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts continued."""
+"""POST /v1/completions: text completion."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from gptsmith.engine.text import Detokenizer, TextChunk, TextToken, encode_prompt
+from gptsmith.engine.text import Detokenizer, TextChunk, TextToken
 from gptsmith.server.errors import ApiError
-from gptsmith.server.generation import Job, Work
-from gptsmith.server.models import Served
-from gptsmith.server.request_params import check_stream, constraint_of, encoded, sampling_params
+from gptsmith.server.generation import Generation, Job
+from gptsmith.server.request_params import check_stream, constraint_of, input_ids, sampling_params, split_inputs
 from gptsmith.server.schema import (
     Completion,
     CompletionChoice,
@@ -28,15 +27,16 @@ from gptsmith.tokenizer import Tokenizer
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
-MOST_PROMPTS = 256
+MAX_PROMPTS = 256
 
 
 @router.post("/v1/completions", response_model=Completion, tags=["OpenAI"])
 async def complete(body: CompletionRequest, request: Request) -> Any:
-    """Continue a text, or several."""
+    """Continue one or more texts."""
     service = service_of(request)
     check_stream(body)
     served = await service.served(request, body.model)
+    tokenizer = served.tokenizer
     params = sampling_params(
         body,
         served,
@@ -47,88 +47,85 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
         constraint=await constraint_of(body, served, body.response_format),
     )
     if body.echo and body.logprobs is not None and params.overflow != "error":
-        raise ApiError(400, "overflow: not together with echo and logprobs.", param="overflow")
+        raise ApiError(400, "overflow cannot be combined with echo and logprobs.", param="overflow")
     jobs = []
-    for prompt in _prompts(body):
-        text, ids = await _encoded(served, prompt)
+    for prompt in split_inputs(body.prompt, "prompt", MAX_PROMPTS):
+        ids = await input_ids(tokenizer, prompt, "prompt")
         check_length(served, ids, body.overflow)
-        writing = Detokenizer(served.tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
-        jobs.append(Job(ids, writing))
-    work = await service.begin(request, served, jobs)
-    frame: dict[str, Any] = {
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        detokenizer = Detokenizer(tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
+        jobs.append(Job(ids, detokenizer))
+    generation = await service.start(request, served, jobs)
+    envelope: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": body.model,
     }
     if body.stream:
-        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return event_stream(
-            _chunks(work, {**frame, "object": "text_completion"}, served.tokenizer, body.logprobs, usage)
-        )
-    texts: dict[int, _Text] = {}
-    async for pieces in work.pieces():
-        for choice, piece in pieces:
-            texts.setdefault(choice, _Text()).add(piece)
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        envelope["object"] = "text_completion"
+        return event_stream(_events(generation, envelope, tokenizer, body.logprobs, include_usage))
+    samples: dict[int, _Sample] = {}
+    async for chunks in generation.chunks():
+        _merge(samples, chunks)
     choices = [
         CompletionChoice(
-            index=choice,
-            text=text.text,
-            logprobs=logprobs_of(served.tokenizer, text.tokens, body.logprobs),
-            finish_reason=finish_reason(text.finish_reason) or "stop",
+            index=index,
+            text=sample.text,
+            logprobs=_logprobs(tokenizer, sample.tokens, body.logprobs),
+            finish_reason=finish_reason(sample.finish_reason) or "stop",
         )
-        for choice, text in sorted(texts.items())
+        for index, sample in sorted(samples.items())
     ]
-    return Completion(**frame, choices=choices, usage=usage_of(work))
+    return Completion(**envelope, choices=choices, usage=usage_of(generation))
 
 
-async def _chunks(
-    work: Work, frame: dict[str, Any], tokenizer: Tokenizer, logprobs: int | None, usage: bool
+async def _events(
+    generation: Generation, envelope: dict[str, Any], tokenizer: Tokenizer, logprobs: int | None, include_usage: bool
 ) -> AsyncIterator[bytes]:
-    nothing = {"usage": None} if usage else {}
-    async for pieces in work.pieces():
-        for choice, text in merged(pieces).items():
-            known = logprobs_of(tokenizer, text.tokens, logprobs)
-            chunk = {
-                "index": choice,
-                "text": text.text,
-                "logprobs": None if known is None else known.model_dump(),
-                "finish_reason": finish_reason(text.finish_reason),
+    no_usage = {"usage": None} if include_usage else {}
+    async for chunks in generation.chunks():
+        new: dict[int, _Sample] = {}
+        _merge(new, chunks)
+        for index, sample in new.items():
+            sample_logprobs = _logprobs(tokenizer, sample.tokens, logprobs)
+            choice = {
+                "index": index,
+                "text": sample.text,
+                "logprobs": None if sample_logprobs is None else sample_logprobs.model_dump(),
+                "finish_reason": finish_reason(sample.finish_reason),
             }
-            yield event({**frame, "choices": [chunk], **nothing})
-    if usage:
-        yield event({**frame, "choices": [], "usage": usage_of(work).model_dump()})
+            yield event({**envelope, "choices": [choice], **no_usage})
+    if include_usage:
+        yield event({**envelope, "choices": [], "usage": usage_of(generation).model_dump()})
     yield DONE
 
 
 @dataclass
-class _Text:
-    """A sample's text, as much as has come."""
+class _Sample:
+    """The text of one choice so far."""
 
     text: str = ""
     tokens: list[TextToken] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, piece: TextChunk) -> None:
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.finish_reason = piece.finish_reason or self.finish_reason
 
-
-def merged(pieces: Sequence[tuple[int, TextChunk]]) -> dict[int, _Text]:
-    """What has come of each choice, in one."""
-    texts: dict[int, _Text] = {}
-    for choice, piece in pieces:
-        texts.setdefault(choice, _Text()).add(piece)
-    return texts
+def _merge(samples: dict[int, _Sample], chunks: Sequence[tuple[int, TextChunk]]) -> None:
+    """Append chunks to the samples they belong to, by choice index."""
+    for index, chunk in chunks:
+        sample = samples.setdefault(index, _Sample())
+        sample.text += chunk.text
+        sample.tokens += chunk.tokens
+        sample.finish_reason = chunk.finish_reason or sample.finish_reason
 
 
 def finish_reason(reason: str | None) -> Literal["stop", "length"] | None:
-    """As OpenAI has it: a full context is a length, too."""
+    """Convert the engine's finish reason to OpenAI's, where a full context counts as "length"."""
     return None if reason is None else "stop" if reason == "stop" else "length"
 
 
-def logprobs_of(tokenizer: Tokenizer, tokens: Sequence[TextToken], most: int | None) -> CompletionLogprobs | None:
-    if most is None:
+def _logprobs(tokenizer: Tokenizer, tokens: Sequence[TextToken], top: int | None) -> CompletionLogprobs | None:
+    if top is None:
         return None
     tops = [
         None if token.logprob is None else {tokenizer.token_text(id): value for id, value in token.logprob.top}
@@ -137,32 +134,6 @@ def logprobs_of(tokenizer: Tokenizer, tokens: Sequence[TextToken], most: int | N
     return CompletionLogprobs(
         tokens=[tokenizer.token_text(token.id) for token in tokens],
         token_logprobs=[None if token.logprob is None else token.logprob.logprob for token in tokens],
-        top_logprobs=tops if most else None,
+        top_logprobs=tops if top else None,
         text_offset=[token.start for token in tokens],
     )
-
-
-def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise ApiError(400, "prompt: there is none in it.", param="prompt")
-    if isinstance(prompt[0], int):
-        return [prompt]
-    if len(prompt) > MOST_PROMPTS:
-        raise ApiError(400, f"prompt: at most {MOST_PROMPTS} at a time.", param="prompt")
-    return list(prompt)
-
-
-async def _encoded(served: Served, prompt: str | list[int]) -> tuple[str, list[int]]:
-    """The prompt as text and as ids."""
-    tokenizer = served.tokenizer
-    if isinstance(prompt, str):
-        return prompt, await encoded(lambda: encode_prompt(tokenizer, prompt), len(prompt))
-    if not prompt:
-        raise ApiError(400, "prompt: it has no tokens.", param="prompt")
-    if max(prompt) >= tokenizer.vocab_size:
-        most = tokenizer.vocab_size - 1
-        raise ApiError(400, f"prompt: {max(prompt)} is no token id; they go to {most}.", param="prompt")
-    return tokenizer.decode(prompt), prompt

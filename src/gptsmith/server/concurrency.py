@@ -1,4 +1,4 @@
-"""How many requests are worked on at a time, and how many may wait."""
+"""A limit on how many requests are processed at once and how many may wait."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from collections import deque
 from gptsmith.server.errors import ApiError
 
 
-class Gate:
-    """At most `limit` inside, at most `queue_limit` waiting; first come, first served."""
+class ConcurrencyLimiter:
+    """Allow `limit` requests at once and `queue_limit` more in a first-in, first-out queue."""
 
     def __init__(self, limit: int, queue_limit: int) -> None:
         self.limit, self.queue_limit = limit, queue_limit
-        self.inside = 0
+        self.in_use = 0
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._stay = 1.0
-        """Seconds that requests have lately been inside, on average."""
+        self._mean_seconds = 1.0
+        """How long requests hold a slot: an exponential moving average, in seconds."""
 
     @property
     def waiting(self) -> int:
         return len(self._queue)
 
-    async def enter(self, deadline: float | None = None) -> Pass:
-        """Wait for a place. Raises ApiError: 429 if too many wait already, 504 at the deadline (the loop's clock)."""
-        if self.inside < self.limit and not self._queue:
-            self.inside += 1
-            return Pass(self)
+    async def acquire(self, deadline: float | None = None) -> Slot:
+        """Wait for a slot. deadline: in the event loop's time.
+
+        Raise ApiError: 429 if the queue is full, 504 if the deadline passes first.
+        """
+        if self.in_use < self.limit and not self._queue:
+            self.in_use += 1
+            return Slot(self)
         if len(self._queue) >= self.queue_limit:
             raise ApiError(
                 429,
-                f"{self.limit} requests are being served and {len(self._queue)} wait; come again later.",
+                f"The server is busy: {self.in_use} requests are running and {len(self._queue)} are waiting. "
+                "Try again later.",
                 code="queue_full",
-                retry_after=min(60.0, self._stay * (len(self._queue) + 1) / self.limit),
+                retry_after=min(60.0, self._mean_seconds * (len(self._queue) + 1) / self.limit),
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(turn)
@@ -41,33 +45,33 @@ class Gate:
             async with asyncio.timeout_at(deadline):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # its turn came in the very moment in which it gave up
-                self._leave()
+            if turn.done() and not turn.cancelled():  # the slot was granted just as the request was canceled
+                self._release()
             elif turn in self._queue:
                 self._queue.remove(turn)
             if isinstance(error, TimeoutError):
-                raise ApiError(504, "the request waited longer than this server allows.", code="timeout") from None
+                raise ApiError(504, "The request timed out while waiting in the queue.", code="timeout") from None
             raise
-        return Pass(self)
+        return Slot(self)
 
-    def _leave(self) -> None:
-        self.inside -= 1
-        while self._queue and self.inside < self.limit:
+    def _release(self) -> None:
+        self.in_use -= 1
+        while self._queue and self.in_use < self.limit:
             turn = self._queue.popleft()
             if not turn.done():
-                self.inside += 1
+                self.in_use += 1
                 turn.set_result(None)
 
 
-class Pass:
-    """A place inside; `leave` may be called more than once."""
+class Slot:
+    """The right to run one request. `release` may be called more than once."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate: Gate | None = gate
-        self._entered = time.monotonic()
+    def __init__(self, limiter: ConcurrencyLimiter) -> None:
+        self._limiter: ConcurrencyLimiter | None = limiter
+        self._acquired_at = time.monotonic()
 
-    def leave(self) -> None:
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
-            gate._stay += 0.1 * (time.monotonic() - self._entered - gate._stay)
-            gate._leave()
+    def release(self) -> None:
+        if self._limiter is not None:
+            limiter, self._limiter = self._limiter, None
+            limiter._mean_seconds += 0.1 * (time.monotonic() - self._acquired_at - limiter._mean_seconds)
+            limiter._release()

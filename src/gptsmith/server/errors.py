@@ -1,8 +1,9 @@
-"""What goes wrong, in the shape that OpenAI's clients understand: {"error": {message, type, param, code}}."""
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded
 
 
 class ApiError(Exception):
-    """An answer that is a refusal. param: the field it is about. retry_after: seconds, for 429 and 503."""
+    """An error response. param: the request field at fault. retry_after: seconds, for 429 and 503."""
 
     def __init__(
         self,
@@ -37,9 +38,10 @@ class ApiError(Exception):
 
 
 def from_engine(error: GptsmithError, *, constrained: bool = False) -> ApiError:
-    """The engine's and the tokenizer's refusals. constrained: the request had a grammar, which may be what went wrong.
+    """Convert an error of the engine or the tokenizer: 400 for invalid input, 500 otherwise.
 
-    Their messages speak of options ("--top-p must be ..."); a field is the same with underscores.
+    constrained: the request has a grammar, so that any failure is attributed to it (400).
+    Messages that name a command-line option ("--top-p must be …") name the request field instead ("top_p must be …").
     """
     if isinstance(error, UsageError | TokenizerError) or constrained:
         message = str(error)
@@ -52,20 +54,22 @@ def from_engine(error: GptsmithError, *, constrained: bool = False) -> ApiError:
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's complaints about a request's body; 400, as OpenAI has it."""
+    """Convert the first of pydantic's validation errors of a request body into a 400 error."""
     error = errors[0]
     path = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
     name = ".".join(part for part in path if not part.startswith("function-")) or None
+    shown = name or "The request body"
     kind = error["type"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
+        return ApiError(400, f"The request body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
     if kind == "extra_forbidden":
-        return ApiError(400, f"{name}: this server does not know this field.", param=name, code="unknown_parameter")
+        return ApiError(400, f"{name} is not a known field of this request.", param=name, code="unknown_parameter")
     if kind == "none_required":
-        return ApiError(400, f"{name}: not supported by this server.", param=name, code="unsupported_parameter")
+        return ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     if kind == "missing":
-        return ApiError(
-            400, f"{name or 'the body'}: missing.", param=name, code="missing_required_parameter" if name else None
-        )
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return ApiError(400, f"{name or 'the body'}: {message}.".replace("..", "."), param=name)
+        return ApiError(400, f"{shown} is missing.", param=name, code="missing_required_parameter" if name else None)
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "literal_error":
+        message = message.replace("True", "true").replace("False", "false")
+    message, required = re.subn(r"^\w+ should ", "must ", message)
+    return ApiError(400, f"{shown}{' ' if required else ': '}{message}.".replace("..", "."), param=name)

@@ -1,12 +1,12 @@
-"""One API request on its way through the engine: its prompts, their samples, the text that comes of them.
+"""One API request in the engine: its prompts, their samples, and the text they produce.
 
-    work = Work(served, [Job(ids, writing), ...], deadline)
-    async for pieces in work.pieces(): ...        # [(choice, TextChunk), ...], all that is new
+    generation = Generation(served, [Job(ids, detokenizer), ...], deadline=deadline)
+    async for chunks in generation.chunks(): ...        # [(choice index, chunk), ...]: everything since the last time
 
-A choice's number is its prompt's times n plus its sample's.
+The choice index is the index of the prompt times n, plus the index of the sample.
 
-What comes while the reader is busy waits, and is handed over together. `close` takes the work off the engine; so does
-its end, an error or the deadline.
+Events that arrive while the consumer is busy are queued and delivered together. The engine stops working on the
+request when it finishes, fails, passes its deadline or is closed.
 """
 
 from __future__ import annotations
@@ -21,74 +21,78 @@ from gptsmith.engine.sequence import Event, Result
 from gptsmith.engine.text import Detokenizer, TextChunk
 from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
-from gptsmith.server.models import Served
+from gptsmith.server.models import ServedModel
 
 
 @dataclass
 class Job:
-    """A prompt and how its continuations become text. result: once it is finished."""
+    """A prompt, and the detokenizer of its continuations. result: set once it has finished."""
 
     ids: Sequence[int]
-    writing: Detokenizer
+    detokenizer: Detokenizer
     result: Result | None = None
 
 
 @dataclass
 class Timing:
-    """When tokens came, on the clock of `time.perf_counter`."""
+    """When tokens arrived, in the time of `time.perf_counter`."""
 
-    began: float
+    started_at: float
     first: float | None = None
     gaps: list[float] = field(default_factory=list)
-    """Seconds between one sample's tokens, since the last time somebody took them away."""
+    """Seconds between consecutive tokens of a sample."""
 
 
-class Work:
-    """deadline: when it is given up (on the event loop's clock), with a 504. on_end: called once, when the engine is
-    done with it, whatever its readers still have before them."""
+class Generation:
+    """Submit jobs to the engine of a model.
+
+    deadline: when to stop with a 504, in the event loop's time. started_at: when the request arrived, in the time of
+    `time.perf_counter`. on_end: called once, when the engine is done, even if the consumer has not read everything.
+    """
 
     def __init__(
         self,
-        served: Served,
+        served: ServedModel,
         jobs: Sequence[Job],
         *,
         deadline: float | None = None,
-        began: float | None = None,
-        on_end: Callable[[Work], None] | None = None,
+        started_at: float | None = None,
+        on_end: Callable[[Generation], None] | None = None,
     ) -> None:
         self.served, self.jobs, self._on_end = served, jobs, on_end
-        self.samples = jobs[0].writing.params.n
-        self.timing = Timing(time.perf_counter() if began is None else began)
+        self.samples = jobs[0].detokenizer.params.n
+        self.timing = Timing(time.perf_counter() if started_at is None else started_at)
         self.tokens_seen = 0
-        """Tokens made that have come here, of finished and unfinished prompts."""
+        """Generated tokens received so far, including those of unfinished prompts."""
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[tuple[int, Event | Exception]] = deque()
-        self._arrived, self._announced = asyncio.Event(), False
+        self._wakeup, self._wakeup_pending = asyncio.Event(), False
         self._unfinished, self._ended = len(jobs), False
-        self._last: dict[int, float] = {}
-        self._held: list[tuple[int, TextChunk]] | None = None
-        self._alarm = None if deadline is None else self._loop.call_at(deadline, self._expire)
-        self._tickets = [
-            served.engine.submit(job.ids, job.writing.engine_params, self._deliver(i)) for i, job in enumerate(jobs)
+        self._last: dict[int, float] = {}  # choice index -> when its last token arrived
+        self._first_chunks: list[tuple[int, TextChunk]] | None = None
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expire)
+        self._handles = [
+            served.engine.submit(job.ids, job.detokenizer.engine_params, self._callback(i))
+            for i, job in enumerate(jobs)
         ]
 
-    def _deliver(self, job: int) -> Callable[[Event | Exception], None]:
-        def deliver(item: Event | Exception) -> None:  # in the engine's thread
+    def _callback(self, job: int) -> Callable[[Event | Exception], None]:
+        def receive(item: Event | Exception) -> None:  # runs in the engine's thread
             self._inbox.append((job, item))
             if isinstance(item, Exception) or item.result is not None:
-                self._loop.call_soon_threadsafe(self._finished)
-            if not self._announced:
-                self._announced = True
-                self._loop.call_soon_threadsafe(self._arrived.set)
+                self._loop.call_soon_threadsafe(self._job_finished)
+            if not self._wakeup_pending:
+                self._wakeup_pending = True
+                self._loop.call_soon_threadsafe(self._wakeup.set)
 
-        return deliver
+        return receive
 
     def _expire(self) -> None:
-        self._inbox.append((0, ApiError(504, "the request took longer than this server allows.", code="timeout")))
-        self._arrived.set()
+        self._inbox.append((0, ApiError(504, "The request timed out.", code="timeout")))
+        self._wakeup.set()
         self._end()
 
-    def _finished(self) -> None:
+    def _job_finished(self) -> None:
         self._unfinished -= 1
         if self._unfinished == 0:
             self._end()
@@ -97,41 +101,41 @@ class Work:
         if self._ended:
             return
         self._ended = True
-        if self._alarm is not None:
-            self._alarm.cancel()
-        for ticket in self._tickets:
-            ticket.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for handle in self._handles:
+            handle.cancel()
         if self._on_end is not None:
             self._on_end(self)
 
     def close(self) -> None:
-        """Take it off the engine, if it is not finished."""
+        """Cancel what the engine has not finished."""
         self._end()
 
-    async def begin(self) -> Work:
-        """Wait for the first text. Raises ApiError for what went wrong until then; later errors come from `pieces`."""
-        self._held = await self._next()
+    async def start(self) -> Generation:
+        """Wait for the first chunk. Raise ApiError if generation fails before it; `chunks` raises later errors."""
+        self._first_chunks = await self._next()
         return self
 
-    async def pieces(self) -> AsyncIterator[list[tuple[int, TextChunk]]]:
-        """All that is new, again and again until the end. Raises ApiError."""
+    async def chunks(self) -> AsyncIterator[list[tuple[int, TextChunk]]]:
+        """Yield lists of (choice index, chunk) until every prompt has finished. Raise ApiError."""
         try:
-            if self._held is not None:
-                held, self._held = self._held, None
-                yield held
+            if self._first_chunks is not None:
+                first, self._first_chunks = self._first_chunks, None
+                yield first
             while any(job.result is None for job in self.jobs):
-                pieces = await self._next()
-                if pieces:
-                    yield pieces
+                chunks = await self._next()
+                if chunks:
+                    yield chunks
         finally:
             self.close()
 
     async def _next(self) -> list[tuple[int, TextChunk]]:
-        pieces: list[tuple[int, TextChunk]] = []
-        while not pieces and any(job.result is None for job in self.jobs):
-            await self._arrived.wait()
-            self._arrived.clear()
-            self._announced = False
+        chunks: list[tuple[int, TextChunk]] = []
+        while not chunks and any(job.result is None for job in self.jobs):
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            self._wakeup_pending = False
             now = time.perf_counter()
             while self._inbox:
                 number, item = self._inbox.popleft()
@@ -139,8 +143,8 @@ class Work:
                     raise self._failure(item, number)
                 job = self.jobs[number]
                 choice = number * self.samples + item.index
-                self._time(choice, len(item.ids), now)
-                piece, stop = job.writing.push(item)
+                self._record_times(choice, len(item.ids), now)
+                chunk, stop = job.detokenizer.push(item)
                 if stop:
                     self.served.engine.stop(item.request, item.index)
                 if item.result is not None:
@@ -148,17 +152,17 @@ class Work:
                     if item.result.error is not None:
                         raise self._failure(item.result.error, number)
                     if any(c.finish_reason == "cancelled" for c in item.result.completions):
-                        raise ApiError(503, "the server is shutting down.", retry_after=5)
-                if piece is not None:
-                    pieces.append((choice, piece))
-        return pieces
+                        raise ApiError(503, "The server is shutting down.", retry_after=5)
+                if chunk is not None:
+                    chunks.append((choice, chunk))
+        return chunks
 
     def _failure(self, error: Exception, number: int) -> Exception:
         self.close()
-        constrained = self.jobs[number].writing.params.constraint is not None
+        constrained = self.jobs[number].detokenizer.params.constraint is not None
         return from_engine(error, constrained=constrained) if isinstance(error, GptsmithError) else error
 
-    def _time(self, choice: int, count: int, now: float) -> None:
+    def _record_times(self, choice: int, count: int, now: float) -> None:
         self.tokens_seen += count
         if count == 0:
             return
@@ -169,7 +173,7 @@ class Work:
             self.timing.gaps += [(now - last) / count] * count
         self._last[choice] = now
 
-    # what it came to, once it is finished
+    # usage, complete once every prompt has finished
 
     @property
     def prompt_tokens(self) -> int:
@@ -181,10 +185,10 @@ class Work:
 
     @property
     def completion_tokens(self) -> int:
-        """Generated tokens of all finished prompts."""
+        """Generated tokens of the prompts that have finished."""
         total = 0
         for job in self.jobs:
             if job.result is not None:
-                echoed = len(job.result.prompt_ids) if job.writing.engine_params.echo else 0
+                echoed = len(job.result.prompt_ids) if job.detokenizer.engine_params.echo else 0
                 total += sum(len(c.ids) - echoed for c in job.result.completions)
         return total

@@ -1,7 +1,7 @@
-"""Markdown as HTML that is safe to put into a page: what a model writes is a stranger's text.
+"""Convert a model's Markdown, which is untrusted, to HTML that is safe to insert into a page.
 
-Two fences, each enough by itself: the parser passes no HTML on (`html` is off: a tag in the text is text), and what it
-makes goes through a sanitiser that knows a few tags and fewer attributes. The page's security policy is a third.
+There are two independent defenses: the parser escapes HTML in the text (`html` is off), and its output goes through a
+sanitizer that allows a few tags and attributes. The page's content security policy is a third.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field
 
 router = APIRouter(tags=["web page"])
-MOST_CHARACTERS = 200_000
+MAX_CHARACTERS = 200_000
 
 TAGS = {
     *("p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "ul", "ol", "li"),
     *("strong", "em", "s", "code", "pre", "a", "table", "thead", "tbody", "tr", "th", "td"),
 }
 ATTRIBUTES = {"a": {"href", "title"}, "ol": {"start"}}
-# No <img>: a picture's address is a message to whoever owns it.
+# No <img>: loading a remote image would leak data to its host.
 
 
 class MarkdownRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    text: str = Field(max_length=MOST_CHARACTERS)
-    """Markdown: CommonMark with tables and ~~strikethrough~~."""
+    text: str = Field(max_length=MAX_CHARACTERS)
+    """CommonMark with tables and ~~strikethrough~~."""
 
 
 class MarkdownResponse(BaseModel):
@@ -36,9 +36,11 @@ class MarkdownResponse(BaseModel):
 
 
 def to_html(text: str) -> str:
-    """The HTML of a Markdown text: only the tags and attributes above, links only to the web and to mail."""
+    """Return Markdown as HTML that contains only the tags and attributes above and only http(s) and mailto links."""
     return nh3.clean(
-        _parser().render(text.encode("utf-8", "replace").decode()),  # a lone surrogate cannot be sent
+        _parser().render(
+            text.encode("utf-8", "replace").decode()
+        ),  # replace lone surrogates, which UTF-8 cannot encode
         tags=TAGS,
         attributes=ATTRIBUTES,
         allowed_classes={},
@@ -50,12 +52,12 @@ def to_html(text: str) -> str:
 
 @functools.cache
 def _parser() -> MarkdownIt:
-    # Deep nesting is cut short by the parser (maxNesting); its own guard against quadratic time.
+    # maxNesting cuts deep nesting short, which would take quadratic time
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 50}).enable(["table", "strikethrough"])
     return parser.disable("image")
 
 
 @router.post("/api/markdown")
 def markdown(request: MarkdownRequest) -> MarkdownResponse:
-    """Markdown as sanitised HTML."""
+    """Convert Markdown to sanitized HTML."""
     return MarkdownResponse(html=to_html(request.text))

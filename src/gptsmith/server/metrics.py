@@ -1,4 +1,4 @@
-"""What Prometheus is told at /metrics."""
+"""Metrics for Prometheus, served at /metrics."""
 
 from __future__ import annotations
 
@@ -9,94 +9,99 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from gptsmith.server.concurrency import Gate
-from gptsmith.server.generation import Work
-from gptsmith.server.models import Models
+from gptsmith.server.concurrency import ConcurrencyLimiter
+from gptsmith.server.generation import Generation
+from gptsmith.server.models import ModelRegistry
 
-_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_WHOLE = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# upper bounds of the histograms' buckets, in seconds
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    def __init__(self, models: Models, gate: Gate) -> None:
+    """Counters and histograms of requests, and gauges read from the limiter and the engines when they are scraped."""
+
+    def __init__(self, models: ModelRegistry, limiter: ConcurrencyLimiter) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "gptsmith_requests", "Requests answered.", ["endpoint", "model", "status"], registry=self.registry
+            "gptsmith_requests", "Completed requests.", ["endpoint", "model", "status"], registry=self.registry
         )
         self.seconds = Histogram(
             "gptsmith_request_seconds",
-            "From a request's arrival to the end of its answer.",
+            "Time from the arrival of a request to the end of its response.",
             ["endpoint"],
-            buckets=_WHOLE,
+            buckets=_REQUEST_BUCKETS,
             registry=self.registry,
         )
-        self.prompt_tokens = Counter("gptsmith_prompt_tokens", "Tokens of prompts.", ["model"], registry=self.registry)
-        self.generated_tokens = Counter("gptsmith_generated_tokens", "Tokens made.", ["model"], registry=self.registry)
+        self.prompt_tokens = Counter("gptsmith_prompt_tokens", "Prompt tokens.", ["model"], registry=self.registry)
+        self.generated_tokens = Counter(
+            "gptsmith_generated_tokens", "Generated tokens.", ["model"], registry=self.registry
+        )
         self.first_token = Histogram(
             "gptsmith_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from the arrival of a request to its first token.",
             ["model"],
-            buckets=_FIRST,
+            buckets=_FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
         self.between_tokens = Histogram(
             "gptsmith_inter_token_seconds",
-            "Between two tokens of one text.",
+            "Time between consecutive tokens of a sample.",
             ["model"],
-            buckets=_BETWEEN,
+            buckets=_INTER_TOKEN_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_State(models, gate))
+        self.registry.register(_StateCollector(models, limiter))
 
-    def answered(self, endpoint: str, model: str | None, status: int, seconds: float) -> None:
-        """An exchange is over. endpoint: the route; never a path that somebody made up."""
+    def record_request(self, endpoint: str, model: str | None, status: int, seconds: float) -> None:
+        """Count a completed request. endpoint: the route, never the path itself, which clients choose."""
         self.requests.labels(endpoint, model or "", str(status)).inc()
         self.seconds.labels(endpoint).observe(seconds)
 
-    def worked(self, work: Work) -> None:
-        """The engine is done with a request."""
-        name = work.served.base
-        self.prompt_tokens.labels(name).inc(work.prompt_tokens)
-        self.generated_tokens.labels(name).inc(work.tokens_seen)
-        if work.timing.first is not None:
-            self.first_token.labels(name).observe(work.timing.first - work.timing.began)
+    def record_generation(self, generation: Generation) -> None:
+        """Count the tokens and latencies of a generation that has ended."""
+        name = generation.served.base
+        self.prompt_tokens.labels(name).inc(generation.prompt_tokens)
+        self.generated_tokens.labels(name).inc(generation.tokens_seen)
+        if generation.timing.first is not None:
+            self.first_token.labels(name).observe(generation.timing.first - generation.timing.started_at)
         between = self.between_tokens.labels(name)
-        for gap in work.timing.gaps:
+        for gap in generation.timing.gaps:
             between.observe(gap)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class _State(Collector):
-    """What is the case at the moment of asking."""
+class _StateCollector(Collector):
+    """The state of the limiter and of the loaded models' engines at the time of the scrape."""
 
-    def __init__(self, models: Models, gate: Gate) -> None:
-        self.models, self.gate = models, gate
+    def __init__(self, models: ModelRegistry, limiter: ConcurrencyLimiter) -> None:
+        self.models, self.limiter = models, limiter
 
     def collect(self) -> Iterator[Metric]:
-        inside = GaugeMetricFamily("gptsmith_requests_running", "Requests being worked on.")
-        inside.add_metric([], self.gate.inside)
-        yield inside
-        queue = GaugeMetricFamily("gptsmith_queue_depth", "Requests that wait for a place.")
-        queue.add_metric([], self.gate.waiting)
+        running = GaugeMetricFamily("gptsmith_requests_running", "Requests being processed.")
+        running.add_metric([], self.limiter.in_use)
+        yield running
+        queue = GaugeMetricFamily("gptsmith_queue_depth", "Requests waiting in the queue.")
+        queue.add_metric([], self.limiter.waiting)
         yield queue
         gauges = {
-            "sequences_running": "Texts in the engine's passes.",
-            "sequences_waiting": "Texts that wait for the engine.",
-            "kv_cache_use": "The share of the KV cache's blocks that are in use, 0 to 1.",
-            "kv_cache_blocks": "Blocks of the KV cache.",
-            "prefix_hit_rate": "The share of prompt tokens that were known already, 0 to 1.",
-            "speculation_acceptance": "The share of tokens guessed ahead that were right, 0 to 1.",
+            "sequences_running": "Sequences being generated.",
+            "sequences_waiting": "Sequences waiting to be scheduled.",
+            "kv_cache_use": "Fraction of the KV cache's blocks in use, 0 to 1.",
+            "kv_cache_blocks": "Blocks in the KV cache.",
+            "prefix_hit_rate": "Fraction of prompt tokens found in the prefix cache, 0 to 1.",
+            "speculation_acceptance": "Fraction of drafted tokens that were accepted, 0 to 1.",
         }
         counters = {
-            "passes": "Passes over the model.",
-            "preemptions": "Times that a text had to give up its blocks.",
-            "prefix_tokens": "Prompt tokens that were looked for among known ones.",
-            "prefix_hits": "And found.",
-            "drafted_tokens": "Tokens that were guessed ahead.",
-            "accepted_tokens": "And rightly so.",
+            "passes": "Forward passes of the model.",
+            "preemptions": "Times a sequence was preempted to free cache blocks.",
+            "prefix_tokens": "Prompt tokens looked up in the prefix cache.",
+            "prefix_hits": "Prompt tokens found in the prefix cache.",
+            "drafted_tokens": "Tokens drafted by speculative decoding.",
+            "accepted_tokens": "Drafted tokens that were accepted.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             name: GaugeMetricFamily(f"gptsmith_{name}", text, labels=["model"]) for name, text in gauges.items()

@@ -1,7 +1,7 @@
-"""What every HTTP exchange goes through before and after the application: an id, keys, limits, a log line.
+"""What every HTTP request passes through around the application: a request id, API keys, limits and a log line.
 
-A body is read as a whole, up to a limit, before the application sees it; while the application works, the connection
-is watched, and a client that goes away takes the application's task, and all that it holds, with it.
+The body is read whole, up to a limit, before the application sees it. While the application works, the connection is
+watched; if the client disconnects, the application's task is canceled and everything it holds is freed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from collections import deque
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptsmith.server.access_log import journal
+from gptsmith.server.access_log import logger
 from gptsmith.server.auth import Keys
 from gptsmith.server.errors import ApiError
-from gptsmith.server.request_context import Exchange
+from gptsmith.server.request_context import RequestContext
 from gptsmith.server.service import Service
 
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics")
-_LARGEST_DISCARDED = 64 << 20  # of a body that is too large: read and forgotten, so that the client hears why
+_MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are read and dropped, so that the client sees the 413
 
 
-def guarded(path: str) -> bool:
-    """Whether a path needs a key, where there are keys: all but pages, documentation and health."""
+def requires_key(path: str) -> bool:
+    """Return whether a path needs an API key if the server has keys: all but pages, documentation and health."""
     return path.startswith(("/v1/", "/api/")) or path in ("/tokenize", "/detokenize", "/metrics")
 
 
-class Front:
-    """The outermost part of the application; see above."""
+class RequestMiddleware:
+    """The outermost ASGI middleware of the application."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service, self.keys = app, service, Keys(service.settings.keys)
@@ -39,60 +39,62 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, self.service.settings.timeout)
-        self.service.open += 1
-        scope.setdefault("state", {})["exchange"] = exchange
+        context = RequestContext(scope, self.service.settings.timeout)
+        self.service.open_requests += 1
+        scope.setdefault("state", {})["context"] = context
 
-        async def answer(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = exchange.id
+                context.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = context.id
             await send(message)
 
         try:
             try:
-                self._admit(scope, exchange)
-                body = await self._read(scope, receive, exchange)
+                self._authorize(scope, context)
+                body = await self._read_body(scope, receive, context)
                 if body is not None:
-                    await self._run(scope, receive, answer, body)
+                    await self._run_app(scope, receive, send_with_id, body)
             except ApiError as error:
-                await _refuse(answer, error, exchange)
+                await _send_error(send_with_id, error, context)
             except Exception as error:
-                journal.error("failure", exc_info=error, extra={"fields": {"request_id": exchange.id}})
-                await _refuse(answer, ApiError(500, "something went wrong in the server; its log says what."), exchange)
+                logger.error("failure", exc_info=error, extra={"fields": {"request_id": context.id}})
+                internal = ApiError(500, f"Internal server error; the server log has details (request {context.id}).")
+                await _send_error(send_with_id, internal, context)
         finally:
-            exchange.close()
-            self.service.open -= 1
-            self._tell(scope, exchange)
+            context.close()
+            self.service.open_requests -= 1
+            self._record(scope, context)
 
-    def _admit(self, scope: Scope, exchange: Exchange) -> None:
+    def _authorize(self, scope: Scope, context: RequestContext) -> None:
+        """Check the Host header, the API key and the rate limit. Raise ApiError 401, 403, 429 or 503."""
         path, hosts = scope["path"], self.service.settings.hosts
         if hosts is not None:
             host = Headers(scope=scope).get("host", "")
             name, _, port = host.rpartition(":")
             if (name if name and port.isdecimal() else host) not in hosts:
-                raise ApiError(403, f"this server is not known as {host[:100]!r}, but as {', '.join(hosts)}.")
+                raise ApiError(403, f"Host {host[:100]!r} is not allowed; use {' or '.join(dict.fromkeys(hosts))}.")
         if self.service.draining and path not in _OPEN_WHILE_DRAINING:
-            raise ApiError(503, "the server is shutting down.", retry_after=5)
-        if not guarded(path) or scope["method"] == "OPTIONS":
+            raise ApiError(503, "The server is shutting down.", retry_after=5)
+        if not requires_key(path) or scope["method"] == "OPTIONS":
             return
-        client = scope.get("client")
-        who = str(client[0] if client else "local")
+        address = scope.get("client")
+        client = str(address[0] if address else "local")
         if self.keys:
-            who = exchange.facts["key"] = self.keys.check(Headers(scope=scope))
+            client = context.log_fields["key"] = self.keys.check(Headers(scope=scope))
         rate = self.service.settings.rate
         if rate is not None and path != "/metrics":
-            rate.take(who)
+            rate.take(client)
 
-    async def _read(self, scope: Scope, receive: Receive, exchange: Exchange) -> bytes | None:
-        """The body; None if the client has gone. Raises ApiError 413 or 408."""
-        most = self.service.settings.max_body
+    async def _read_body(self, scope: Scope, receive: Receive, context: RequestContext) -> bytes | None:
+        """Return the body, or None if the client has disconnected. Raise ApiError 413 or 408."""
+        limit = self.service.settings.max_body
         length = Headers(scope=scope).get("content-length", "0")
-        too_large = length.isdecimal() and int(length) > most
+        too_large = length.isdecimal() and int(length) > limit
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout_at(exchange.deadline):
+            async with asyncio.timeout_at(context.deadline):
                 more = True
                 while more:
                     message = await receive()
@@ -100,27 +102,27 @@ class Front:
                         return None
                     part = message.get("body", b"")
                     size += len(part)
-                    too_large = too_large or size > most
+                    too_large = too_large or size > limit
                     if too_large:
                         parts.clear()
-                        if size > _LARGEST_DISCARDED:
+                        if size > _MAX_DISCARDED:
                             break
                     else:
                         parts.append(part)
                     more = message.get("more_body", False)
         except TimeoutError:
-            raise ApiError(408, "the request's body did not come in time.", code="timeout") from None
+            raise ApiError(408, "Timed out while waiting for the request body.", code="timeout") from None
         if too_large:
-            raise ApiError(413, f"the body is larger than {most:,} bytes.", code="body_too_large")
+            raise ApiError(413, f"The request body is larger than {limit:,} bytes.", code="body_too_large")
         return b"".join(parts)
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """The application, until it is done or the client has gone."""
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Run the application until it is done or the client has disconnected."""
         messages: deque[Message] = deque([{"type": "http.request", "body": body, "more_body": False}])
-        gone: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
         async def replay() -> Message:
-            return messages.popleft() if messages else await asyncio.shield(gone)
+            return messages.popleft() if messages else await asyncio.shield(never)
 
         async def watch() -> None:
             while True:
@@ -128,42 +130,43 @@ class Front:
                 if message["type"] == "http.disconnect":
                     return
 
-        working = asyncio.ensure_future(self.app(scope, replay, send))
-        watching = asyncio.ensure_future(watch())
+        app_task = asyncio.ensure_future(self.app(scope, replay, send))
+        watch_task = asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({app_task, watch_task}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (working, watching):
+            for task in (app_task, watch_task):
                 task.cancel()
-            await asyncio.wait({working, watching})
-            if not watching.cancelled() and watching.exception() is None:
-                scope["state"]["exchange"].facts.setdefault("gone", not working.done() or working.cancelled())
-        if not working.cancelled():
-            working.result()
+            await asyncio.wait({app_task, watch_task})
+            if not watch_task.cancelled() and watch_task.exception() is None:
+                interrupted = not app_task.done() or app_task.cancelled()
+                scope["state"]["context"].log_fields.setdefault("client_disconnected", interrupted)
+        if not app_task.cancelled():
+            app_task.result()
 
-    def _tell(self, scope: Scope, exchange: Exchange) -> None:
-        """Count an exchange that is over, and write its line into the log."""
-        endpoint = getattr(scope.get("route"), "path", None) or "other"  # never a path that somebody made up
-        seconds = time.perf_counter() - exchange.began
-        status = exchange.status or 499  # as some servers say for: the client went away first
-        self.service.metrics.answered(endpoint, exchange.facts.get("model"), status, seconds)
+    def _record(self, scope: Scope, context: RequestContext) -> None:
+        """Count a request that has ended, and write its log line."""
+        endpoint = getattr(scope.get("route"), "path", None) or "other"  # not the path itself, which clients choose
+        seconds = time.perf_counter() - context.started_at
+        status = context.status or 499  # nginx's code for: the client closed the connection before the response
+        self.service.metrics.record_request(endpoint, context.log_fields.get("model"), status, seconds)
         client = scope.get("client")
         fields = {
-            "request_id": exchange.id,
+            "request_id": context.id,
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
             "client": client[0] if client else None,
             "duration_ms": round(1000 * seconds, 1),
-            **exchange.facts,
+            **context.log_fields,
         }
-        journal.info("request", extra={"fields": fields})
+        logger.info("request", extra={"fields": fields})
 
 
-async def _refuse(send: Send, error: ApiError, exchange: Exchange) -> None:
-    if exchange.status is not None:  # too late: the answer has begun, and breaks off here
+async def _send_error(send: Send, error: ApiError, context: RequestContext) -> None:
+    if context.status is not None:  # the response has already started: it ends here, incomplete
         return
-    exchange.facts.setdefault("error", error.message)
+    context.log_fields.setdefault("error", error.message)
     body = json.dumps(error.body(), ensure_ascii=False).encode()
     headers = error.headers | {"content-type": "application/json", "content-length": str(len(body))}
     if error.status in (408, 413):

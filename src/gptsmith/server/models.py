@@ -1,7 +1,7 @@
-"""The models that a server serves: by name, by alias, with adapters; each loaded when it is first asked for.
+"""The models a server offers, by name, with aliases and LoRA adapters. A model is loaded when it is first requested.
 
-models = Models(["runs/bard", "smollm2-135m"], aliases={"gpt-4": "bard"})
-served = await models.get("gpt-4")            # Served: engine (AsyncEngine), tokenizer, model, template, adapter
+models = ModelRegistry(["runs/bard", "smollm2-135m"], load, aliases={"gpt-4": "bard"})
+served = await models.get("gpt-4")    # a ServedModel: engine, tokenizer, model, template, adapter
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.loading import Quantization
     from gptsmith.model.transformer import Transformer
-    from gptsmith.server.tools import Form
+    from gptsmith.server.tools import ToolCallFormat
     from gptsmith.tokenizer import Tokenizer
     from gptsmith.tokenizer.chat import ChatTemplate
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in memory, and the engine that owns it."""
+class LoadedModel:
+    """A model in memory, with its engine, tokenizer and chat template."""
 
     engine: AsyncEngine
     tokenizer: Tokenizer
@@ -41,21 +41,22 @@ class Loaded:
         return self.model.config.max_position_embeddings
 
     @functools.cached_property
-    def form(self) -> Form | None:
-        """How the template writes calls of tools; None if it knows none."""
-        from gptsmith.server.tools import form_of
+    def tool_format(self) -> ToolCallFormat | None:
+        """How the chat template writes tool calls; None if it does not support tools."""
+        from gptsmith.server.tools import detect_format
 
-        return form_of(self.template)
+        return detect_format(self.template)
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a name means. name: as it was asked for. base: the name of the model itself. adapter: to give the engine."""
+class ServedModel:
+    """A model as a request addresses it. name: the requested name. base: the name of the base model. adapter: the name
+    of the LoRA adapter to pass to the engine, or None."""
 
     name: str
     base: str
     adapter: str | None
-    loaded: Loaded
+    loaded: LoadedModel
 
     @property
     def engine(self) -> AsyncEngine:
@@ -74,7 +75,7 @@ class Served:
         return self.loaded.template
 
 
-Load = Callable[[str], Loaded]
+Load = Callable[[str], LoadedModel]
 
 
 @dataclass
@@ -82,14 +83,14 @@ class _Entry:
     spec: str
     created: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: Loaded | None = None
+    loaded: LoadedModel | None = None
 
 
-class Models:
-    """All that is served. Raises UsageError for names that clash or that stand for nothing.
+class ModelRegistry:
+    """The models of a server. Raise UsageError for names that clash or refer to no model.
 
-    specs: what `gptsmith.load` understands, or name -> such. load: how to load one; it is called in a thread, once for
-    each model. aliases: other names of models. adapters: name -> (model, directory).
+    specs: models as `gptsmith.load` takes them, or a mapping from names to such. load: loads one of them; called in a
+    thread, once per model. aliases: other names of models. adapters: name -> (model, directory).
     """
 
     def __init__(
@@ -100,54 +101,52 @@ class Models:
         aliases: Mapping[str, str] | None = None,
         adapters: Mapping[str, tuple[str, Path]] | None = None,
     ) -> None:
-        named = list(specs.items()) if isinstance(specs, Mapping) else [(name_of(spec), spec) for spec in specs]
+        named = list(specs.items()) if isinstance(specs, Mapping) else [(default_name(spec), spec) for spec in specs]
         self._load = load
         self._entries: dict[str, _Entry] = {}
         self._aliases: dict[str, str] = {}
         self._adapters: dict[str, tuple[str, Path]] = {}
         by_spec = {}
         for name, spec in named:
-            self._claim(name)
+            self._reserve(name)
             self._entries[name] = _Entry(spec, int(time.time()))
             by_spec[spec] = name
         if not self._entries:
-            raise UsageError("there is no model to serve; name one.")
+            raise UsageError("no model to serve; name at least one.")
         for name, target in (aliases or {}).items():
-            self._claim(name)
+            self._reserve(name)
             self._aliases[name] = by_spec.get(target, target)
         for name, (base, directory) in (adapters or {}).items():
-            self._claim(name)
+            self._reserve(name)
             base = by_spec.get(base, base)
             if base not in self._entries:
-                raise UsageError(
-                    f"the adapter {name} is for {base}, which is not served.{nearest(base, self._entries)}"
-                )
+                raise UsageError(f"adapter {name}: its model {base} is not served.{nearest(base, self._entries)}")
             self._adapters[name] = (base, Path(directory))
         for name, target in self._aliases.items():
             if target not in self._entries and target not in self._adapters:
-                known = [*self._entries, *self._adapters]
-                raise UsageError(f"the alias {name} is for {target}, which is not served.{nearest(target, known)}")
+                available = [*self._entries, *self._adapters]
+                raise UsageError(f"alias {name}: its model {target} is not served.{nearest(target, available)}")
 
-    def _claim(self, name: str) -> None:
-        if name in self._entries or name in self._aliases or name in self._adapters:
-            raise UsageError(f"two models would have the name {name!r}; give one of them another with --alias.")
+    def _reserve(self, name: str) -> None:
+        if name in self:
+            raise UsageError(f"two models are named {name!r}; rename one of them with --alias.")
 
     @property
-    def bases(self) -> list[str]:
-        """The names of the models themselves, without adapters and aliases."""
+    def base_models(self) -> list[str]:
+        """Names of the models, without adapters and aliases."""
         return list(self._entries)
 
     @property
     def names(self) -> list[str]:
-        """All names that may be asked for; the first is the model that was named first."""
+        """All names that requests can use: models in the given order, then adapters, then aliases."""
         return [*self._entries, *self._adapters, *self._aliases]
 
-    def known(self, name: str) -> bool:
+    def __contains__(self, name: str) -> bool:
         return name in self._entries or name in self._adapters or name in self._aliases
 
-    async def get(self, name: str) -> Served:
-        """The model of a name, loaded if it was not. Raises ApiError: 404 if there is none of that name, 500 if it
-        cannot be loaded."""
+    async def get(self, name: str) -> ServedModel:
+        """Return the model with this name, loading it if needed. Raise ApiError: 404 if there is none, 500 if it cannot
+        be loaded."""
         target = self._aliases.get(name, name)
         base, directory = self._adapters.get(target, (target, None))
         entry = self._entries.get(base)
@@ -155,7 +154,7 @@ class Models:
             shown = name if len(name) <= 100 else name[:100] + "..."
             raise ApiError(
                 404,
-                f"there is no model {shown!r} here.{nearest(name[:100], self.names)} /v1/models lists them.",
+                f"The model {shown!r} does not exist.{nearest(name[:100], self.names)} /v1/models lists the models.",
                 param="model",
                 code="model_not_found",
             )
@@ -164,12 +163,12 @@ class Models:
             try:
                 loaded = await asyncio.to_thread(self.load, base)
             except GptsmithError as error:
-                message = f"the model {base} cannot be loaded: {error}"
+                message = f"The model {base} cannot be loaded: {error}"
                 raise ApiError(500, message, code="model_not_loaded") from error
-        return Served(name, base, None if directory is None else target, loaded)
+        return ServedModel(name, base, None if directory is None else target, loaded)
 
-    def load(self, name: str) -> Loaded:
-        """Load the model `name` and its adapters, unless it has been. Raises what loading raises."""
+    def load(self, name: str) -> LoadedModel:
+        """Return the model `name` with its adapters, loading it if needed. Raise what loading raises."""
         entry = self._entries[name]
         with entry.lock:
             if entry.loaded is None:
@@ -184,8 +183,9 @@ class Models:
                 entry.loaded = loaded
             return entry.loaded
 
-    def cards(self) -> Iterator[tuple[str, int, Loaded | None, str | None]]:
-        """For each name: itself, when its model was named, the model if it is loaded, and what it stands for."""
+    def cards(self) -> Iterator[tuple[str, int, LoadedModel | None, str | None]]:
+        """Yield, for each name: the name, its creation time (Unix), the model if it is loaded, and what the name stands
+        for if it is an alias or an adapter."""
         for name in self.names:
             target = self._aliases.get(name, name)
             base, _ = self._adapters.get(target, (target, None))
@@ -193,18 +193,18 @@ class Models:
             parent = self._aliases.get(name) or (base if name in self._adapters else None)
             yield name, entry.created, entry.loaded, parent
 
-    def loaded(self) -> dict[str, Loaded]:
-        """The models in memory, by name."""
+    def loaded(self) -> dict[str, LoadedModel]:
+        """Return the models in memory, by name."""
         return {name: entry.loaded for name, entry in self._entries.items() if entry.loaded is not None}
 
     def close(self, *, drain: bool = True) -> None:
-        """Have all engines finish (drain) or drop what they are at, and end."""
+        """Stop all engines, after they finish their requests (drain) or immediately."""
         for loaded in self.loaded().values():
             loaded.engine.close(drain=drain)
 
 
-def name_of(spec: str) -> str:
-    """The name of a model that nobody gave one: the last part of its path; of what is no path, the whole."""
+def default_name(spec: str) -> str:
+    """Return the name of a model that has none: the last part of its path, or the spec itself if it is not a path."""
     path = Path(spec).expanduser()
     if path.exists():
         return path.absolute().stem if path.is_file() else path.absolute().name
@@ -219,8 +219,8 @@ def load(
     max_batch: int = 32,
     cache_tokens: int | None = None,
     speculate: bool = False,
-) -> Loaded:
-    """Load a model as `gptsmith.load` does, and start its engine. speculate: guess ahead from the prompt's words."""
+) -> LoadedModel:
+    """Load a model with `gptsmith.load` and start its engine. speculate: draft tokens by prompt lookup."""
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.speculative import PromptLookup, Speculator
@@ -238,4 +238,4 @@ def load(
         cache_tokens=cache_tokens,
         speculator=Speculator(PromptLookup()) if speculate else None,
     )
-    return Loaded(AsyncEngine(engine), tokenizer, model, template)
+    return LoadedModel(AsyncEngine(engine), tokenizer, model, template)

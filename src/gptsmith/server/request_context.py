@@ -1,4 +1,4 @@
-"""One HTTP request and its answer."""
+"""The state of one HTTP request while it is handled."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-class Exchange:
-    """One request and its answer. deadline: on the event loop's clock. facts: for the log; no text of anybody's."""
+class RequestContext:
+    """One HTTP request: its id, its deadline (in the event loop's time), the status of its response, and the fields of
+    its log line, which must not contain anybody's text."""
 
     def __init__(self, scope: Scope, timeout: float) -> None:
         offered = Headers(scope=scope).get("x-request-id", "")
-        self.id = offered if _SANE_ID.fullmatch(offered) else uuid.uuid4().hex
-        self.began = time.perf_counter()
+        self.id = offered if _VALID_ID.fullmatch(offered) else uuid.uuid4().hex
+        self.started_at = time.perf_counter()
         self.deadline = asyncio.get_running_loop().time() + timeout
         self.status: int | None = None
-        self.facts: dict[str, Any] = {}
-        self._closers: list[Callable[[], None]] = []
+        self.log_fields: dict[str, Any] = {}
+        self._callbacks: list[Callable[[], None]] = []
 
-    def on_close(self, close: Callable[[], None]) -> None:
-        """Have `close` called when the exchange is over, however it ends."""
-        self._closers.append(close)
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the request ends, however it ends. The last one registered is called first."""
+        self._callbacks.append(callback)
 
     def close(self) -> None:
-        while self._closers:
-            self._closers.pop()()
+        while self._callbacks:
+            self._callbacks.pop()()

@@ -1,4 +1,4 @@
-"""From a request's fields to what the engine is asked: sampling parameters, grammars, how answers end."""
+"""Convert the fields of a request to what the engine takes: token ids, sampling parameters and grammars."""
 
 from __future__ import annotations
 
@@ -7,129 +7,170 @@ from collections.abc import Callable
 from typing import Any
 
 from gptsmith.engine.sampling import Constraint, SamplingParams
+from gptsmith.engine.text import encode_prompt
 from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
-from gptsmith.server.models import Served
-from gptsmith.server.schema import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, Sampling
+from gptsmith.server.models import ServedModel
+from gptsmith.server.schema import GenerationRequest, JsonObjectFormat, JsonSchemaFormat, ResponseFormat
+from gptsmith.tokenizer import Tokenizer
 
 SEED_LIMIT = 2**48
 
 
 def sampling_params(
-    body: Sampling,
-    served: Served,
+    body: GenerationRequest,
+    served: ServedModel,
     *,
     more_stop: tuple[str, ...] = (),
     more_stop_ids: tuple[int, ...] = (),
     **more: Any,
 ) -> SamplingParams:
-    """What `body` wishes for. more: what its kind of request says in its own way (max_tokens, logprobs, ...).
-    more_stop, more_stop_ids: where its answers end besides.
+    """Return the sampling parameters a request asks for.
 
-    Raises ApiError 400 for what contradicts itself.
+    more_stop, more_stop_ids: further stop strings and tokens, such as the end of turn of a chat template.
+    more: parameters that the endpoints name differently (max_tokens, logprobs, …); None: the default.
+    Raise ApiError 400 for values out of range and for contradictions.
     """
-    greedy = (body.beams or 1) > 1
+    beam_search = (body.beams or 1) > 1
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not text for text in stop):
-        raise ApiError(400, "stop: a stop text may not be empty.", param="stop")
-    wishes: dict[str, Any] = {
-        "temperature": (0.0 if greedy else 1.0) if body.temperature is None else body.temperature,
+        raise ApiError(400, "stop must not contain an empty string.", param="stop")
+    params: dict[str, Any] = {
+        "temperature": (0.0 if beam_search else 1.0) if body.temperature is None else body.temperature,
         "stop": (*stop, *more_stop),
-        "logit_bias": _bias(body, served),
+        "logit_bias": _logit_bias(body, served),
         "adapter": served.adapter,
         "min_tokens": body.min_tokens or 0,
         "stop_ids": (*(body.stop_token_ids or ()), *more_stop_ids),
     }
     if body.seed is not None:
-        wishes["seed"] = body.seed % SEED_LIMIT
+        params["seed"] = body.seed % SEED_LIMIT
     for name in (
         *("top_p", "n", "presence_penalty", "frequency_penalty", "top_k", "min_p", "typical_p"),
         *("repetition_penalty", "best_of", "beams", "length_penalty", "early_stopping", "overflow"),
     ):
         value = getattr(body, name)
         if value is not None:
-            wishes[name] = value
+            params[name] = value
     try:
-        return SamplingParams(**(wishes | {name: value for name, value in more.items() if value is not None}))
+        return SamplingParams(**(params | {name: value for name, value in more.items() if value is not None}))
     except GptsmithError as error:
         raise from_engine(error) from None
 
 
-def _bias(body: Sampling, served: Served) -> dict[int, float]:
+def _logit_bias(body: GenerationRequest, served: ServedModel) -> dict[int, float]:
     bias = {}
     for key, value in (body.logit_bias or {}).items():
         if not key.isdecimal() or not key.isascii() or len(key) > 9 or int(key) >= served.tokenizer.vocab_size:
-            most = served.tokenizer.vocab_size - 1
-            raise ApiError(400, f"logit_bias: {key[:20]!r} is no token id; they go to {most}.", param="logit_bias")
+            largest = served.tokenizer.vocab_size - 1
+            raise ApiError(
+                400, f"logit_bias: {key[:20]!r} is not a token id of this model (0 to {largest}).", param="logit_bias"
+            )
         bias[int(key)] = float("-inf") if value <= -100 else value
     return bias
 
 
 async def constraint_of(
-    body: Sampling,
-    served: Served,
+    body: GenerationRequest,
+    served: ServedModel,
     response_format: ResponseFormat | None,
     *,
     tools: str | None = None,
     end_ids: tuple[int, ...] = (),
 ) -> Constraint | None:
-    """The grammar that a request asks for, if it does: at most one way of saying it. tools: as `tools.Form` wrote it.
+    """Return the constraint a request asks for, if any. tools: a grammar made by `ToolCallFormat.grammar`.
 
-    It is made, and tried, in a thread: a large tokenizer's first takes up to a second.
+    It is built and started in a thread: the first one for a large tokenizer takes up to a second.
+    Raise ApiError 400 for more than one kind of constraint, and for one that is invalid.
     """
     from gptsmith.engine import grammar
 
     tokenizer = served.tokenizer
-    ways: dict[str, Callable[[], grammar.Grammar]] = {}
+    kinds: dict[str, Callable[[], grammar.Grammar]] = {}
     if body.regex is not None:
         pattern = body.regex
-        ways["regex"] = lambda: grammar.regex(tokenizer, pattern)
+        kinds["regex"] = lambda: grammar.regex(tokenizer, pattern)
     if body.grammar is not None:
         text = body.grammar
-        ways["grammar"] = lambda: grammar.grammar(tokenizer, text)
+        kinds["grammar"] = lambda: grammar.grammar(tokenizer, text)
     if body.choice is not None:
         texts = body.choice
-        ways["choice"] = lambda: grammar.choices(tokenizer, texts)
+        kinds["choice"] = lambda: grammar.choices(tokenizer, texts)
     if isinstance(response_format, JsonObjectFormat):
-        ways["response_format"] = lambda: grammar.json_schema(tokenizer, {"type": "object"})
+        kinds["response_format"] = lambda: grammar.json_schema(tokenizer, {"type": "object"})
     elif isinstance(response_format, JsonSchemaFormat):
         schema = response_format.json_schema.schema_
-        ways["response_format"] = lambda: grammar.json_schema(tokenizer, schema)
+        kinds["response_format"] = lambda: grammar.json_schema(tokenizer, schema)
     if tools is not None:
         calls = tools
-        ways["tools"] = lambda: grammar.Grammar(tokenizer, calls)
-    if not ways:
+        kinds["tools"] = lambda: grammar.Grammar(tokenizer, calls)
+    if not kinds:
         return None
-    if len(ways) > 1:
-        first, second, *_ = ways
-        raise ApiError(400, f"{second}: not together with {first}.", param=second)
-    ((name, make),) = ways.items()
+    if len(kinds) > 1:
+        first, second, *_ = kinds
+        raise ApiError(400, f"{second} cannot be combined with {first}.", param=second)
+    ((name, make),) = kinds.items()
 
-    def tried() -> Constraint:
+    def build() -> Constraint:
         constraint = make()
         constraint.end_ids = (*end_ids, *(body.stop_token_ids or ()))
-        constraint.start()
+        constraint.start()  # fails if the grammar is invalid
         return constraint
 
     try:
-        return await asyncio.to_thread(tried)
+        return await asyncio.to_thread(build)
     except GptsmithError as error:
         raise ApiError(400, f"{name}: {error}", param=name) from None
 
 
-async def encoded(encode: Callable[[], list[int]], length: int) -> list[int]:
-    """`encode()`, in a thread if the text is long. Raises ApiError 400 for what cannot be encoded."""
+def split_inputs(value: str | list[str] | list[int] | list[list[int]], field: str, limit: int) -> list[str | list[int]]:
+    """Return the inputs in a field that takes a text, a list of token ids, or a list of either.
+
+    Raise ApiError 400 for none, and for more than `limit`.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not value:
+        raise ApiError(400, f"{field} is empty.", param=field)
+    if isinstance(value[0], int):
+        return [value]
+    if len(value) > limit:
+        raise ApiError(400, f"{field} has {len(value)} items; at most {limit} are allowed.", param=field)
+    return list(value)
+
+
+async def input_ids(tokenizer: Tokenizer, value: str | list[int], field: str) -> list[int]:
+    """Return the token ids of one input. Raise ApiError 400 for text that cannot be encoded and for invalid ids."""
+    if isinstance(value, str):
+        return await encode(lambda: encode_prompt(tokenizer, value), len(value))
+    if not value:
+        raise ApiError(400, f"{field} contains an empty list of token ids.", param=field)
+    if max(value) >= tokenizer.vocab_size:
+        largest = tokenizer.vocab_size - 1
+        raise ApiError(400, f"{field}: {max(value)} is not a token id of this model (0 to {largest}).", param=field)
+    return value
+
+
+async def encode(function: Callable[[], list[int]], length: int) -> list[int]:
+    """Return `function()`, which encodes a text of `length` characters; in a thread if it is long.
+
+    Raise ApiError 400 for text that cannot be encoded.
+    """
     try:
-        return encode() if length < 10_000 else await asyncio.to_thread(encode)
+        return function() if length < 10_000 else await asyncio.to_thread(function)
     except GptsmithError as error:
         raise from_engine(error) from None
 
 
-def check_stream(body: Sampling) -> None:
-    """Raises ApiError 400 for what cannot be streamed, or is only for streams."""
+def check_stream(body: GenerationRequest) -> None:
+    """Raise ApiError 400 for options that cannot be streamed, or that only streams have."""
     if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: only with stream.", param="stream_options")
+        raise ApiError(400, "stream_options requires stream=true.", param="stream_options")
     if body.stream:
-        for name, least in (("best_of", body.n or 1), ("beams", 1)):
-            if (getattr(body, name) or 1) > least:
-                raise ApiError(400, f"{name}: not with stream; which are best is known at the end.", param=name)
+        for name, limit in (("best_of", body.n or 1), ("beams", 1)):
+            if (getattr(body, name) or 1) > limit:
+                raise ApiError(
+                    400,
+                    f"{name} cannot be combined with stream=true, because the best texts are only known at the end.",
+                    param=name,
+                )

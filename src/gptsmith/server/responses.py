@@ -1,6 +1,6 @@
-"""POST /v1/responses: the text part of OpenAI's newer API. Nothing is kept: each request brings its whole conversation.
+"""POST /v1/responses: the text part of OpenAI's Responses API. It is stateless: a request contains the conversation.
 
-It is chat completions in other words: requests are translated, answers become output items and named events.
+Requests are translated to chat completions, and answers to output items and named events.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from gptsmith.server.chat import Answer, Delta, begin_answer, logprobs_of
+from gptsmith.server.chat import Answer, ChoiceDelta, logprobs_of, start_answer
 from gptsmith.server.errors import ApiError, from_validation
 from gptsmith.server.schema import (
     ChatRequest,
@@ -31,7 +31,7 @@ from gptsmith.server.service import service_of
 from gptsmith.server.sse import event, event_stream
 
 router = APIRouter()
-_SAME = (
+_SHARED_FIELDS = (
     *("temperature", "top_p", "seed", "top_k", "min_p", "typical_p", "repetition_penalty"),
     *("regex", "grammar", "choice", "parallel_tool_calls"),
 )
@@ -39,10 +39,10 @@ _SAME = (
 
 @router.post("/v1/responses", tags=["OpenAI"], response_model=dict[str, Any])
 async def respond(body: ResponsesRequest, request: Request) -> Any:
-    """Continue a conversation, in the newer form."""
+    """Answer in a conversation, in the format of the Responses API."""
     if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: only with stream.", param="stream_options")
-    answer = await begin_answer(service_of(request), request, _as_chat(body))
+        raise ApiError(400, "stream_options requires stream=true.", param="stream_options")
+    answer = await start_answer(service_of(request), request, _as_chat(body))
     output = _Output(body, answer)
     if body.stream:
         return event_stream(output.events(), output.failure)
@@ -54,7 +54,8 @@ async def respond(body: ResponsesRequest, request: Request) -> Any:
 def _as_chat(body: ResponsesRequest) -> ChatRequest:
     logprobs = "message.output_text.logprobs" in (body.include or ())
     if body.top_logprobs is not None and not logprobs:
-        raise ApiError(400, "top_logprobs: include message.output_text.logprobs as well.", param="top_logprobs")
+        message = 'top_logprobs requires include=["message.output_text.logprobs"].'
+        raise ApiError(400, message, param="top_logprobs")
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
         messages.append({"role": "system", "content": body.instructions})
@@ -62,9 +63,9 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         messages.append({"role": "user", "content": body.input})
     else:
         for item in body.input:
-            _add(messages, item)
+            _append(messages, item)
     values: dict[str, Any] = {"model": body.model, "messages": messages}
-    values |= {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
+    values |= {name: getattr(body, name) for name in _SHARED_FIELDS if getattr(body, name) is not None}
     if body.max_output_tokens is not None:
         values["max_completion_tokens"] = body.max_output_tokens
     if logprobs:
@@ -79,12 +80,12 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     elif body.tool_choice is not None:
         values["tool_choice"] = body.tool_choice
     if body.text is not None and body.text.format is not None:
-        form = body.text.format
-        if isinstance(form, ResponseJsonSchema):
-            schema = form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
+        text_format = body.text.format
+        if isinstance(text_format, ResponseJsonSchema):
+            schema = text_format.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
             values["response_format"] = {"type": "json_schema", "json_schema": schema}
         else:
-            values["response_format"] = {"type": form.type}
+            values["response_format"] = {"type": text_format.type}
     if body.truncation == "auto":
         values["overflow"] = "truncate"
     try:
@@ -93,8 +94,8 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         raise from_validation(error.errors()) from None
 
 
-def _add(messages: list[dict[str, Any]], item: Any) -> None:
-    """Append an input item; calls belong to the assistant's message before them."""
+def _append(messages: list[dict[str, Any]], item: Any) -> None:
+    """Append an input item to the chat messages. A call becomes part of the assistant's message before it."""
     if isinstance(item, FunctionCall):
         call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
         if not messages or messages[-1]["role"] != "assistant":
@@ -111,7 +112,7 @@ def _text(content: str | list[ResponsePart]) -> str:
 
 
 class _Output:
-    """An answer as output items, and the events in which they come about."""
+    """An answer as output items, and the events that build them up."""
 
     def __init__(self, body: ResponsesRequest, answer: Answer) -> None:
         self.body, self.answer = body, answer
@@ -119,16 +120,16 @@ class _Output:
         self.items: list[dict[str, Any]] = []
         self.status, self.finished = "in_progress", False
         self.error: Mapping[str, Any] | None = None
-        self._numbers = itertools.count()
+        self._sequence_numbers = itertools.count()
 
     def response(self) -> dict[str, Any]:
-        body, work = self.body, self.answer.work
-        form = (
+        body, generation = self.body, self.answer.generation
+        text_format = (
             {"type": "text"}
             if body.text is None or body.text.format is None
             else body.text.format.model_dump(by_alias=True, exclude_none=True)
         )
-        choice = body.tool_choice or "auto"
+        tool_choice = body.tool_choice or "auto"
         return {
             "id": self.id,
             "object": "response",
@@ -147,8 +148,8 @@ class _Output:
             "service_tier": "default",
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": form},
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "text": {"format": text_format},
+            "tool_choice": tool_choice if isinstance(tool_choice, str) else tool_choice.model_dump(),
             "tools": [
                 {"strict": True, "parameters": {}, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()
             ],
@@ -156,11 +157,11 @@ class _Output:
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",
             "usage": {
-                "input_tokens": work.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": work.cached_tokens, "cache_write_tokens": 0},
-                "output_tokens": work.completion_tokens,
+                "input_tokens": generation.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": generation.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": work.prompt_tokens + work.completion_tokens,
+                "total_tokens": generation.prompt_tokens + generation.completion_tokens,
             }
             if self.finished
             else None,
@@ -168,7 +169,7 @@ class _Output:
         }
 
     def failure(self, error: ApiError) -> bytes:
-        """The last event, if the answer breaks off."""
+        """Return the last event of an answer that failed."""
         self.status = "failed"
         self.error = {"code": "server_error", "message": error.message}
         return self._event("response.failed", response=self.response())
@@ -177,9 +178,9 @@ class _Output:
         yield self._event("response.created", response=self.response())
         yield self._event("response.in_progress", response=self.response())
         reason = None
-        async for news in self.answer.news():
-            for delta in news.values():
-                for each in self._news(delta):
+        async for deltas in self.answer.deltas():
+            for delta in deltas.values():
+                for each in self._delta_events(delta):
                     yield each
                 reason = delta.finish_reason or reason
         self.finished = True
@@ -191,7 +192,7 @@ class _Output:
             yield each
         yield self._event(f"response.{self.status}", response=self.response())
 
-    def _news(self, delta: Delta) -> list[bytes]:
+    def _delta_events(self, delta: ChoiceDelta) -> list[bytes]:
         events: list[bytes] = []
         if delta.text or delta.tokens:
             logprobs = self._logprobs(delta)
@@ -201,7 +202,7 @@ class _Output:
                 part = self.items[-1]["content"][0]
                 part["text"] += delta.text
                 part["logprobs"] += logprobs
-                events.append(self._of_part("response.output_text.delta", delta=delta.text, logprobs=logprobs))
+                events.append(self._part_event("response.output_text.delta", delta=delta.text, logprobs=logprobs))
         for call in delta.calls:
             if call.name is not None:
                 events += self._end_item()
@@ -215,7 +216,7 @@ class _Output:
                         "arguments": "",
                     }
                 )
-                events.append(self._of_item("response.output_item.added"))
+                events.append(self._item_event("response.output_item.added"))
             else:
                 item = self.items[-1]
                 item["arguments"] += call.arguments
@@ -238,25 +239,25 @@ class _Output:
             "content": [],
         }
         self.items.append(message)
-        added = self._of_item("response.output_item.added")
+        added = self._item_event("response.output_item.added")
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         message["content"].append(part)
-        return [added, self._of_part("response.content_part.added", part=part)]
+        return [added, self._part_event("response.content_part.added", part=part)]
 
     def _end_item(self) -> list[bytes]:
-        """The item that is under way, if there is one, is whole (or never will be)."""
+        """Close the current output item, if there is one, as completed or incomplete."""
         if not self.items or self.items[-1]["status"] != "in_progress":
             return []
         item = self.items[-1]
         item["status"] = "incomplete" if self.status == "incomplete" else "completed"
         if item["type"] == "message":
             part = item["content"][0]
-            ends = [
-                self._of_part("response.output_text.done", text=part["text"], logprobs=part["logprobs"]),
-                self._of_part("response.content_part.done", part=part),
+            done = [
+                self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"]),
+                self._part_event("response.content_part.done", part=part),
             ]
         else:
-            ends = [
+            done = [
                 self._event(
                     "response.function_call_arguments.done",
                     item_id=item["id"],
@@ -265,18 +266,18 @@ class _Output:
                     arguments=item["arguments"],
                 )
             ]
-        return [*ends, self._of_item("response.output_item.done")]
+        return [*done, self._item_event("response.output_item.done")]
 
-    def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
+    def _logprobs(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
         return [each.model_dump() for each in logprobs_of(self.answer.served.tokenizer, delta.tokens).content]
 
-    def _of_item(self, name: str) -> bytes:
+    def _item_event(self, name: str) -> bytes:
         return self._event(name, output_index=len(self.items) - 1, item=self.items[-1])
 
-    def _of_part(self, name: str, **values: Any) -> bytes:
+    def _part_event(self, name: str, **values: Any) -> bytes:
         return self._event(
             name, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, content_index=0, **values
         )
 
     def _event(self, name: str, /, **values: Any) -> bytes:
-        return event({"type": name, "sequence_number": next(self._numbers), **values}, name)
+        return event({"type": name, "sequence_number": next(self._sequence_numbers), **values}, name)

@@ -1,20 +1,49 @@
-"""Run the application until it is told to end; then finish what has been accepted."""
+"""Bind a socket, run the application on it, and shut down gracefully."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
 
-from gptsmith.server.service import Service
+from gptsmith.errors import UsageError
+
+if TYPE_CHECKING:  # these bring torch, which `gptsmith watch` does without
+    from fastapi import FastAPI
+
+    from gptsmith.server.service import Service
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Host names under which a machine reaches itself."""
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that accepts connections; port 0 picks a free one. Raise UsageError if it cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}:{port}: {reason}. Choose another --host or --port.") from None
+    return listening
 
 
 def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Serve `app` until SIGTERM or Ctrl-C. The first has it finish what it has begun, and refuse what comes; a second
-    breaks all off."""
+    """Serve `app` until SIGTERM or Ctrl-C.
+
+    The first signal stops accepting requests and lets running ones finish; a second one quits immediately.
+    """
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
@@ -33,7 +62,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -44,14 +73,14 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             super().handle_exit(sig, frame)
         else:
-            self._service.stop_taking()
-            self._loop.call_soon_threadsafe(self._drain)
+            self._service.start_draining()
+            self._loop.call_soon_threadsafe(self._start_drain_task)
 
-    def _drain(self) -> None:
-        self._draining = asyncio.ensure_future(self._finish())
+    def _start_drain_task(self) -> None:
+        self._drain_task = asyncio.ensure_future(self._drain())
 
-    async def _finish(self) -> None:
-        """Until the last exchange is over connections are still taken, and told 503; then the door is shut."""
-        while self._service.open:
+    async def _drain(self) -> None:
+        """Reply 503 to new requests until those in flight have finished, then exit."""
+        while self._service.open_requests:
             await asyncio.sleep(0.02)
         self.should_exit = True

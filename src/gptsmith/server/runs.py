@@ -1,6 +1,6 @@
-"""Training runs for the page: which there are, what they say of themselves, and news of one as it is written.
+"""Training runs for the web page: a list of them, one in full, and updates of one while it trains.
 
-A name in a request is looked up among the names of the directories that are there; no path is ever made from it.
+The run name in a request is looked up among the runs found on the disk; it never becomes part of a path.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
@@ -31,8 +31,8 @@ from gptsmith.run_directory import (
 )
 from gptsmith.server.errors import ApiError
 
-MOST_ROWS = 4_000  # of metrics in one answer; a chart has fewer pixels
-MOST_SAMPLES = 60
+MAX_ROWS = 4_000  # metrics rows in one response: more than a chart has pixels
+MAX_SAMPLES = 60
 SAMPLE_CHARACTERS = 6_000
 POLL_SECONDS = 0.5
 
@@ -40,15 +40,15 @@ Row = dict[str, Any]
 
 
 class RunsDirectory:
-    """The runs in a directory: its children and their children that have a run.json; or the directory itself, if it is
-    a run."""
+    """The runs in a directory, with cached summaries."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._summaries: dict[str, tuple[Any, Row]] = {}  # name -> (what its files looked like, the summary)
+        self._summaries: dict[str, tuple[Any, Row]] = {}  # name -> (signatures of its files, summary)
 
     def directories(self) -> dict[str, Path]:
-        """name -> directory; of a run two levels down, the name is "parent/child"."""
+        """Return the runs by name: children of the directory, and their children ("parent/child"), that have a
+        run.json. If the directory is itself a run, return only that."""
         if (self.root / "run.json").is_file():
             return {self.root.resolve().name: self.root}
         found: dict[str, Path] = {}
@@ -65,18 +65,18 @@ class RunsDirectory:
         return self.directories().get(name)
 
     def summaries(self) -> list[Row]:
-        """What a list of runs shows of each, the newest first."""
+        """Return a summary of each run, the newest first."""
         rows = [self._summary(name, directory) for name, directory in self.directories().items()]
         return sorted(rows, key=lambda row: str(row["started"] or ""), reverse=True)
 
     def _summary(self, name: str, directory: Path) -> Row:
         metrics = directory / "metrics.jsonl"
         signature = (_signature(directory / "run.json"), _signature(metrics))
-        known = self._summaries.get(name)
-        if known is None or known[0] != signature:
-            known = self._summaries[name] = (signature, _summarize(name, directory))
-        changed = max((each.mtime_ns for each in signature if each is not None), default=0)
-        return {**known[1], "quiet": round(max(0.0, time.time() - changed / 1e9), 1)}
+        cached = self._summaries.get(name)
+        if cached is None or cached[0] != signature:
+            cached = self._summaries[name] = (signature, _summarize(name, directory))
+        changed = max((file.mtime_ns for file in signature if file is not None), default=0)
+        return {**cached[1], "quiet": round(max(0.0, time.time() - changed / 1e9), 1)}  # seconds since the last write
 
 
 def _summarize(name: str, directory: Path) -> Row:
@@ -103,11 +103,11 @@ def _summarize(name: str, directory: Path) -> Row:
         "val_loss": None if best is None else best["val_loss"],
         "tokens_per_second": last_number(run.metrics, "tokens_per_second"),
     }
-    return {key: finite(value) for key, value in row.items()}
+    return {key: nan_to_null(value) for key, value in row.items()}
 
 
 class Signature(NamedTuple):
-    """What tells that a file is another one, or has other contents."""
+    """Identifies a version of a file: it changes when the file is replaced or modified."""
 
     inode: int
     size: int
@@ -123,126 +123,129 @@ def _signature(path: Path) -> Signature | None:
 
 
 class Tail:
-    """A file of JSON lines that grows; each `read` gives the rows of the whole lines that are new."""
+    """A growing file of JSON lines. Each `read` returns the rows of the complete lines that are new."""
 
-    REMEMBERED = 64  # bytes before the place, to see that the file is still the one that was read
+    FINGERPRINT_BYTES = 64
+    """Bytes before the offset that are compared, to notice that the file was replaced or rewritten."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.place, self.unreadable = path, 0, 0
-        self._inode, self._before = 0, b""
+        self.path, self.offset, self.unreadable = path, 0, 0
+        self._inode, self._fingerprint = 0, b""
 
     def read(self) -> tuple[list[Row], bool]:
-        """New rows, and whether they are all rows from the beginning: the file is new, was cut short or replaced."""
+        """Return the new rows, and whether reading restarted: the file is new, or was truncated or replaced, and the
+        rows are all of its rows."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115
         except OSError:
-            again = self.place > 0
-            self.place, self._before = 0, b""
-            return [], again
+            restarted = self.offset > 0
+            self.offset, self._fingerprint = 0, b""
+            return [], restarted
         with file:
-            again = not self._continues(file)
-            if again:
-                self.place, self._before, self.unreadable = 0, b"", 0
-            file.seek(self.place)
+            restarted = not self._continues(file)
+            if restarted:
+                self.offset, self._fingerprint, self.unreadable = 0, b"", 0
+            file.seek(self.offset)
             data = file.read()
-        data = data[: data.rfind(b"\n") + 1]  # a line half written waits for the rest of it
+        data = data[: data.rfind(b"\n") + 1]  # an incomplete last line is read the next time
         rows, unreadable = parse_rows(data)
-        self.place += len(data)
-        self._before = (self._before + data)[-self.REMEMBERED :]
+        self.offset += len(data)
+        self._fingerprint = (self._fingerprint + data)[-self.FINGERPRINT_BYTES :]
         self.unreadable += unreadable
-        return rows, again
+        return rows, restarted
 
-    def _continues(self, file: Any) -> bool:
+    def _continues(self, file: BinaryIO) -> bool:
+        """Return whether the file is the one read before, with nothing before the offset changed."""
         status = os.fstat(file.fileno())
-        same = self._inode == status.st_ino and status.st_size >= self.place
+        same = self._inode == status.st_ino and status.st_size >= self.offset
         self._inode = status.st_ino
         if not same:
-            return self.place == 0
-        file.seek(self.place - len(self._before))
-        return bool(file.read(len(self._before)) == self._before)
+            return self.offset == 0
+        file.seek(self.offset - len(self._fingerprint))
+        return file.read(len(self._fingerprint)) == self._fingerprint
 
 
 class Follower:
-    """What is new in a run since one last looked. Events: `snapshot` (all there is, to begin with and whenever the past
-    has changed), `metrics` and `samples` (rows), `run` (another run.json), `gone`."""
+    """Follow a run. Events: `snapshot` (everything; the first event, and again whenever earlier rows have changed),
+    `metrics` and `samples` (new rows), `run` (a changed run.json), `gone` (the run was deleted or cannot be read)."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name, self.directory = name, directory
         self.metrics, self.samples = Tail(directory / "metrics.jsonl"), Tail(directory / "samples.jsonl")
-        self._record: Signature | None = None
+        self._info_signature: Signature | None = None
         self._last_step = -math.inf
-        self._begun = False
+        self._started = False
 
     def snapshot(self) -> Row:
-        """All there is. Raises GptsmithError for a run that cannot be read."""
+        """Return everything about the run. Raise GptsmithError for a run that cannot be read."""
         self.metrics, self.samples = Tail(self.metrics.path), Tail(self.samples.path)
-        self._record = _signature(self.directory / "run.json")
+        self._info_signature = _signature(self.directory / "run.json")
         info = read_info(self.directory)
         metrics, samples = without_repeats(self.metrics.read()[0]), without_repeats(self.samples.read()[0])
-        self._begun, self._last_step = True, metrics[-1]["step"] if metrics else -math.inf
+        self._started, self._last_step = True, metrics[-1]["step"] if metrics else -math.inf
         return {
             "name": self.name,
-            "record": finite(info),
-            "metrics": finite(thin(metrics)),
+            "record": nan_to_null(info),
+            "metrics": nan_to_null(downsample(metrics)),
             "rows": len(metrics),
-            "samples": finite(_shown(samples)),
+            "samples": nan_to_null(_sample_rows(samples)),
             "unreadable_lines": self.metrics.unreadable + self.samples.unreadable,
         }
 
-    def news(self) -> list[tuple[str, Any]]:
-        """Events, in order. Raises GptsmithError where a first snapshot cannot be had."""
-        if not self._begun:
+    def poll(self) -> list[tuple[str, Any]]:
+        """Return the events since the last call, in order. Raise GptsmithError if the first snapshot fails."""
+        if not self._started:
             return [("snapshot", self.snapshot())]
         if not self.directory.is_dir():
             return [("gone", {"name": self.name})]
-        metrics, again = self.metrics.read()
-        samples, samples_again = self.samples.read()
+        metrics, metrics_restarted = self.metrics.read()
+        samples, samples_restarted = self.samples.read()
         went_back = bool(metrics) and metrics[0]["step"] < self._last_step
-        if again or samples_again or went_back:
-            with contextlib.suppress(GptsmithError):  # run.json may be gone for a moment: next time
+        if metrics_restarted or samples_restarted or went_back:
+            with contextlib.suppress(GptsmithError):  # run.json may be missing for a moment: try again the next time
                 return [("snapshot", self.snapshot())]
-            self._begun = False
+            self._started = False
             return []
         events: list[tuple[str, Any]] = []
         signature = _signature(self.directory / "run.json")
-        if signature != self._record:
+        if signature != self._info_signature:
             with contextlib.suppress(GptsmithError):
-                events.append(("run", finite(read_info(self.directory))))
-                self._record = signature
+                events.append(("run", nan_to_null(read_info(self.directory))))
+                self._info_signature = signature
         if metrics:
             self._last_step = metrics[-1]["step"]
-            events.append(("metrics", finite(metrics)))
+            events.append(("metrics", nan_to_null(metrics)))
         if samples:
-            events.append(("samples", finite(_shown(samples))))
+            events.append(("samples", nan_to_null(_sample_rows(samples))))
         return events
 
     async def events(
         self, stopping: Callable[[], bool] = lambda: False, poll_seconds: float = POLL_SECONDS
     ) -> AsyncIterator[dict[str, str]]:
-        """Server-sent events, until the run is gone, the server is stopping or nobody listens."""
+        """Yield server-sent events until the run is gone or the server is stopping."""
         while not stopping():
             try:
-                news = await run_in_threadpool(self.news)
+                events = await run_in_threadpool(self.poll)
             except GptsmithError as error:
-                news = [("gone", {"name": self.name, "error": str(error)})]
-            for event, data in news:
+                events = [("gone", {"name": self.name, "error": str(error)})]
+            for event, data in events:
                 yield {"event": event, "data": json.dumps(data, ensure_ascii=False)}
                 if event == "gone":
                     return
             await asyncio.sleep(poll_seconds)
 
 
-def thin(rows: Sequence[Mapping[str, Any]], most: int = MOST_ROWS) -> list[Mapping[str, Any]]:
-    """At most about `most` rows: of each stretch of training those with the lowest and the highest loss, so that a
-    spike stays to be seen; all evaluations, the first row and the last."""
-    if len(rows) <= most:
+def downsample(rows: Sequence[Mapping[str, Any]], limit: int = MAX_ROWS) -> list[Mapping[str, Any]]:
+    """Return at most about `limit` rows: from each interval of training steps those with the lowest and the highest
+    loss, so that spikes stay visible; all evaluations, the first row and the last."""
+    if len(rows) <= limit:
         return list(rows)
     training = [i for i, row in enumerate(rows) if "val_loss" not in row]
-    length = math.ceil(2 * len(training) / most)
+    length = math.ceil(2 * len(training) / limit)
     kept = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if "val_loss" in row)}
     for start in range(0, len(training), length):
-        stretch = training[start : start + length]
-        losses = [(number(rows[i].get("loss")), i) for i in stretch]
+        interval = training[start : start + length]
+        losses = [(number(rows[i].get("loss")), i) for i in interval]
         kept.update(i for value, i in losses if not math.isfinite(value))
         finite_losses = [pair for pair in losses if math.isfinite(pair[0])]
         if finite_losses:
@@ -250,24 +253,26 @@ def thin(rows: Sequence[Mapping[str, Any]], most: int = MOST_ROWS) -> list[Mappi
     return [rows[i] for i in sorted(kept)]
 
 
-def finite(value: Any) -> Any:
-    """`value` with null for what is no number: JSON, as browsers read it, has no NaN."""
+def nan_to_null(value: Any) -> Any:
+    """Replace NaN and infinities by None, because JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: nan_to_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [nan_to_null(item) for item in value]
     return value
 
 
-def _shown(samples: Sequence[Row]) -> list[Row]:
+def _sample_rows(samples: Sequence[Row]) -> list[Row]:
     texts = [sample for sample in samples if isinstance(sample.get("text"), str)]
-    return [{**sample, "text": _whole(sample["text"][:SAMPLE_CHARACTERS])} for sample in texts[-MOST_SAMPLES:]]
+    return [
+        {**sample, "text": _replace_surrogates(sample["text"][:SAMPLE_CHARACTERS])} for sample in texts[-MAX_SAMPLES:]
+    ]
 
 
-def _whole(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+def _replace_surrogates(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # lone surrogates, which UTF-8 cannot encode
 
 
 def _children(directory: Path) -> list[Path]:
@@ -278,30 +283,30 @@ def _children(directory: Path) -> list[Path]:
 
 
 def runs_routes(root: Path, stopping: Callable[[], bool]) -> APIRouter:
-    """Routes over the runs in `root`, a directory of runs or one run."""
+    """Return routes for the runs in `root`, a directory of runs or one run."""
     router = APIRouter(tags=["web page"])
     runs = RunsDirectory(root)
 
     def find(name: str) -> Path:
         directory = runs.find(name)
         if directory is None:
-            raise ApiError(404, f"there is no run {name!r}.")
+            raise ApiError(404, f"The run {name!r} does not exist.")
         return directory
 
     @router.get("/api/runs")
     def list_runs() -> dict[str, Any]:
-        """The runs that there are, the newest first."""
+        """List the training runs, the newest first."""
         return {"runs": runs.summaries()}
 
     @router.get("/api/runs/{name:path}/events")
     async def run_events(name: str) -> EventSourceResponse:
-        """All of a run, and then what is new in it, as server-sent events: snapshot, metrics, samples, run, gone."""
+        """Stream a run as server-sent events: a snapshot, then metrics, samples and run as they change, and gone."""
         directory = await run_in_threadpool(find, name)
         return EventSourceResponse(Follower(name, directory).events(stopping))
 
     @router.get("/api/runs/{name:path}")
     def show_run(name: str) -> dict[str, Any]:
-        """Configuration, metrics and samples of a run."""
+        """Return the configuration, metrics and samples of a run."""
         try:
             return Follower(name, find(name)).snapshot()
         except GptsmithError as error:

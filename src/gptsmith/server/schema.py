@@ -1,6 +1,6 @@
-"""Requests and answers: OpenAI's fields, and those of this engine. What is not here is refused by name.
+"""Request and response bodies: OpenAI's fields, and this engine's own. Unknown fields are rejected by name.
 
-Fields of OpenAI's that cannot be honoured are there with the type None: absent or null, or refused.
+OpenAI's fields that are not supported have the type None: they may be absent or null, and are rejected otherwise.
 """
 
 from __future__ import annotations
@@ -17,54 +17,63 @@ MAX_TOP_LOGPROBS = 20
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="A name that /v1/models lists.")
+    model: str = Field(description="The name of a model, as listed by /v1/models.")
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool | None = Field(None, description="One more chunk at the end, with the numbers of tokens.")
+    include_usage: bool | None = Field(None, description="Add a last chunk with token counts.")
     include_obfuscation: Literal[False] | None = None
 
 
-class Sampling(Request):
-    """What completions and chat completions have in common."""
+class GenerationRequest(Request):
+    """The fields that completions and chat completions share."""
 
-    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 takes the most probable token.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 always takes the most likely token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="How many continuations.")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Number of continuations per prompt.")
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id -> what is added to its logit; -100 forbids it."
+        None, description="Token id -> value added to its logit; -100 bans the token."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512, description="Written into the log.")
+    user: str | None = Field(None, max_length=512, description="Written to the log.")
     service_tier: Literal["auto", "default"] | None = None
 
-    # beyond OpenAI's: with the official client, in extra_body
+    # extensions to OpenAI's API: pass them in extra_body with the official client
     top_k: int | None = Field(None, ge=1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     best_of: int | None = Field(
-        None, ge=1, le=MAX_CHOICES, description="Make so many, and give the n of the highest mean log-probability."
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate this many and return the n with the highest mean log-probability.",
     )
-    beams: int | None = Field(None, ge=1, le=32, description="Beam search, with temperature 0.")
+    beams: int | None = Field(
+        None, ge=1, le=32, description="Beam search with this many beams; requires temperature 0."
+    )
     length_penalty: float | None = Field(None, ge=-10, le=10)
     early_stopping: bool | None = None
     stop_token_ids: list[Id] | None = None
     ignore_eos: bool | None = None
     overflow: Literal["error", "truncate", "shift"] | None = Field(
-        None, description="Where the context ends: refuse, cut the prompt's beginning off, or forget the oldest tokens."
+        None, description="If the context is full: reject, cut the start of the prompt, or drop the oldest tokens."
     )
-    regex: str | None = Field(None, max_length=20_000, description="What is generated matches this.")
-    grammar: str | None = Field(None, max_length=100_000, description="Or is in this grammar, in Lark or GBNF.")
-    choice: list[str] | None = Field(None, min_length=1, max_length=1000, description="Or is one of these.")
+    regex: str | None = Field(None, max_length=20_000, description="The output matches this regular expression.")
+    grammar: str | None = Field(
+        None, max_length=100_000, description="The output follows this grammar, in Lark or GBNF."
+    )
+    choice: list[str] | None = Field(
+        None, min_length=1, max_length=1000, description="The output is one of these texts."
+    )
 
     prompt_cache_key: None = None
     prompt_cache_options: None = None
@@ -78,7 +87,7 @@ class JsonSchema(BaseModel):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(None, description="It is followed to the letter in any case.")
+    strict: bool | None = Field(None, description="The schema is always enforced.")
 
 
 class TextFormat(BaseModel):
@@ -100,10 +109,10 @@ class JsonSchemaFormat(BaseModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[Id] | list[list[Id]] = Field(description="A text, several, or token ids.")
+class CompletionRequest(GenerationRequest):
+    prompt: str | list[str] | list[Id] | list[list[Id]] = Field(description="One or more texts or lists of token ids.")
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default 16.")
-    echo: bool | None = Field(None, description="Begin with the prompt.")
+    echo: bool | None = Field(None, description="Start the output with the prompt.")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
 
@@ -119,7 +128,7 @@ class TextPart(BaseModel):
 class CalledFunction(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
-    arguments: str = Field(description="A JSON object, as text.")
+    arguments: str = Field(description="A JSON object, encoded as a string.")
 
 
 class ToolCall(BaseModel):
@@ -177,7 +186,7 @@ class FunctionDefinition(BaseModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
-    strict: bool | None = Field(None, description="The schema is followed to the letter in any case.")
+    strict: bool | None = Field(None, description="The schema is always enforced.")
 
 
 class Tool(BaseModel):
@@ -197,16 +206,16 @@ class NamedTool(BaseModel):
     function: FunctionName
 
 
-class ChatRequest(Sampling):
+class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: to the end of the context.")
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: up to the end of the context.")
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Default true: several calls in one answer.")
+    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in one answer. Default true.")
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
 
@@ -221,7 +230,7 @@ class ChatRequest(Sampling):
     web_search_options: None = None
 
 
-# Responses: what the official client sends for text and functions
+# The Responses API: what the official client sends for text and functions
 
 
 class ResponsePart(BaseModel):
@@ -229,7 +238,7 @@ class ResponsePart(BaseModel):
     type: Literal["input_text", "output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = Field(None, description="As it came in an earlier answer; not looked at.")
+    logprobs: list[Any] | None = Field(None, description="Accepted as part of an earlier answer; ignored.")
 
 
 class ResponseMessage(BaseModel):
@@ -296,22 +305,22 @@ class ResponsesRequest(Request):
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16, description="Given back with the answer.")
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the answer.")
     parallel_tool_calls: bool | None = None
     tools: Annotated[list[ResponseFunction], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
     text: ResponseText | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="auto: what does not fit the context is cut off at its beginning."
+        None, description="auto: cut the start of a conversation that does not fit the context."
     )
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    store: Literal[False] | None = Field(None, description="Answers are not kept.")
+    store: Literal[False] | None = Field(None, description="Answers are not stored.")
     background: Literal[False] | None = None
     user: str | None = Field(None, max_length=512)
     service_tier: Literal["auto", "default"] | None = None
 
-    # beyond OpenAI's
+    # extensions to OpenAI's API
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     top_k: int | None = Field(None, ge=1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -338,14 +347,16 @@ class ResponsesRequest(Request):
 
 
 class EmbeddingsRequest(Request):
-    input: str | list[str] | list[Id] | list[list[Id]] = Field(description="A text, several, or token ids.")
-    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32.")
-    dimensions: int | None = Field(None, ge=1, description="The model's width, or refused.")
+    input: str | list[str] | list[Id] | list[list[Id]] = Field(description="One or more texts or lists of token ids.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: encoded little-endian float32."
+    )
+    dimensions: int | None = Field(None, ge=1, description="Must be the width of the model.")
     user: str | None = Field(None, max_length=512)
 
 
 class TokenizeRequest(Request):
-    """Of a text (prompt) or of a conversation (messages), as it would be put to the model."""
+    """A text (prompt), or a conversation (messages) to render with the chat template."""
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
@@ -358,7 +369,7 @@ class DetokenizeRequest(Request):
     tokens: list[Id]
 
 
-# Answers ------------------------------------------------------------------------------------------------------------
+# Responses ------------------------------------------------------------------------------------------------------------
 
 
 class CachedTokens(BaseModel):
@@ -438,9 +449,11 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gptsmith"
-    loaded: bool = Field(description="False: it is loaded when it is first asked for.")
-    max_model_len: int | None = Field(None, description="The context, in tokens, once it is loaded.")
-    parent: str | None = Field(None, description="Of an adapter: the model that it adapts. Of an alias: what it means.")
+    loaded: bool = Field(description="False: it is loaded when it is first requested.")
+    max_model_len: int | None = Field(None, description="Context length in tokens, once the model is loaded.")
+    parent: str | None = Field(
+        None, description="For an adapter, its model; for an alias, the model or adapter it stands for."
+    )
 
 
 class ModelList(BaseModel):

@@ -1,4 +1,4 @@
-"""What all endpoints share: the models, the gate before them, and how a request becomes work for an engine."""
+"""What all endpoints share: the models, the concurrency limit, and the way from a request to its generation."""
 
 from __future__ import annotations
 
@@ -10,82 +10,103 @@ from pathlib import Path
 from starlette.requests import Request
 
 from gptsmith.server.auth import RateLimiter
-from gptsmith.server.concurrency import Gate
+from gptsmith.server.concurrency import ConcurrencyLimiter
 from gptsmith.server.errors import ApiError
-from gptsmith.server.generation import Job, Work
+from gptsmith.server.generation import Generation, Job
 from gptsmith.server.metrics import Metrics
-from gptsmith.server.models import Models, Served
-from gptsmith.server.request_context import Exchange
+from gptsmith.server.models import ModelRegistry, ServedModel
+from gptsmith.server.request_context import RequestContext
 from gptsmith.server.schema import CachedTokens, Usage
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server behaves. keys: none lets everybody in. timeout: seconds. max_body: bytes. cors: origins of pages
-    elsewhere that may ask, "*" for all. hosts: by which names it may be reached, None for any: a page elsewhere could
-    have a name of its own lead to this machine. runs: the directory whose runs the web pages show."""
+    """Settings of a server."""
 
     keys: tuple[str, ...] = ()
+    """API keys; with none, anyone can use the server."""
     max_concurrency: int = 32
+    """Requests processed at once."""
     queue_limit: int = 256
+    """Requests that may wait; more are answered with 429."""
     rate: RateLimiter | None = None
+    """Rate limit per API key, or per client address if there are no keys."""
     timeout: float = 600.0
+    """Seconds until a request times out, including the time in the queue."""
     max_body: int = 4 << 20
+    """Largest request body, in bytes."""
     cors: tuple[str, ...] = ()
+    """Origins whose web pages may call the server; "*" for all."""
     hosts: tuple[str, ...] | None = None
+    """Allowed Host headers; None for any. Protects a local server from DNS rebinding by web pages elsewhere."""
     runs: Path | None = None
+    """A directory of training runs to show in the web page."""
 
 
 class Service:
-    def __init__(self, models: Models, settings: Settings) -> None:
-        self.models, self.settings = models, settings
-        self.gate = Gate(settings.max_concurrency, settings.queue_limit)
-        self.metrics = Metrics(models, self.gate)
-        self.draining = False
-        """It takes no more requests, and finishes those it has."""
-        self.open = 0
-        """Exchanges that are under way."""
+    """The state of a running server."""
 
-    def stop_taking(self) -> None:
-        """Refuse what comes from now on. Streams without an end of their own look at `draining`, and end."""
+    def __init__(self, models: ModelRegistry, settings: Settings) -> None:
+        self.models, self.settings = models, settings
+        self.limiter = ConcurrencyLimiter(settings.max_concurrency, settings.queue_limit)
+        self.metrics = Metrics(models, self.limiter)
+        self.draining = False
+        """Whether new requests are refused while those in flight finish."""
+        self.open_requests = 0
+        """HTTP requests in flight."""
+
+    def start_draining(self) -> None:
+        """Refuse new requests from now on. Endless streams check `draining` and end."""
         self.draining = True
 
-    async def served(self, request: Request, name: str) -> Served:
-        """The model that a request is for. Raises ApiError: 404, or 504 if loading it takes too long."""
-        exchange = exchange_of(request)
-        exchange.facts["model"] = name if self.models.known(name) else None
+    async def served(self, request: Request, name: str) -> ServedModel:
+        """Return the model a request asks for, loading it if needed.
+
+        Raise ApiError: 404 if there is none, 500 if it cannot be loaded, 504 if loading takes too long.
+        """
+        context = context_of(request)
+        context.log_fields["model"] = name if name in self.models else None
         try:
-            async with asyncio.timeout_at(exchange.deadline):
+            async with asyncio.timeout_at(context.deadline):
                 return await self.models.get(name)
         except TimeoutError:
-            raise ApiError(504, "the model is still being loaded.", code="timeout", retry_after=10) from None
+            raise ApiError(
+                504, "The model is still loading. Try again later.", code="timeout", retry_after=10
+            ) from None
 
-    async def begin(self, request: Request, served: Served, jobs: Sequence[Job]) -> Work:
-        """Wait for a place, put the jobs to the engine, and wait for the first text. Raises ApiError.
+    async def start(self, request: Request, served: ServedModel, jobs: Sequence[Job]) -> Generation:
+        """Wait for a slot, submit the jobs to the engine, and wait for the first text. Raise ApiError.
 
-        The work ends with the exchange, however that ends.
+        The generation is canceled when the HTTP request ends.
         """
-        exchange = exchange_of(request)
-        place = await self.gate.enter(exchange.deadline)
+        context = context_of(request)
+        slot = await self.limiter.acquire(context.deadline)
 
-        work = Work(served, jobs, deadline=exchange.deadline, began=exchange.began, on_end=lambda work: place.leave())
-        exchange.on_close(lambda: self._account(exchange, work))
-        exchange.on_close(work.close)
-        return await work.begin()
-
-    def _account(self, exchange: Exchange, work: Work) -> None:
-        """What came of a request, for the metrics and the log."""
-        self.metrics.worked(work)
-        exchange.facts.update(
-            prompt_tokens=work.prompt_tokens, completion_tokens=work.tokens_seen, cached_tokens=work.cached_tokens
+        generation = Generation(
+            served,
+            jobs,
+            deadline=context.deadline,
+            started_at=context.started_at,
+            on_end=lambda _: slot.release(),
         )
-        if work.timing.first is not None:
-            exchange.facts["first_token_ms"] = round(1000 * (work.timing.first - exchange.began), 1)
+        context.on_close(lambda: self._record(context, generation))
+        context.on_close(generation.close)
+        return await generation.start()
+
+    def _record(self, context: RequestContext, generation: Generation) -> None:
+        self.metrics.record_generation(generation)
+        context.log_fields.update(
+            prompt_tokens=generation.prompt_tokens,
+            completion_tokens=generation.tokens_seen,
+            cached_tokens=generation.cached_tokens,
+        )
+        if generation.timing.first is not None:
+            context.log_fields["first_token_ms"] = round(1000 * (generation.timing.first - context.started_at), 1)
 
 
-def exchange_of(request: Request) -> Exchange:
-    exchange: Exchange = request.scope["state"]["exchange"]
-    return exchange
+def context_of(request: Request) -> RequestContext:
+    context: RequestContext = request.scope["state"]["context"]
+    return context
 
 
 def service_of(request: Request) -> Service:
@@ -93,23 +114,23 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def usage_of(work: Work) -> Usage:
-    prompt, completion = work.prompt_tokens, work.completion_tokens
+def usage_of(generation: Generation) -> Usage:
+    prompt, completion = generation.prompt_tokens, generation.completion_tokens
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=CachedTokens(cached_tokens=work.cached_tokens),
+        prompt_tokens_details=CachedTokens(cached_tokens=generation.cached_tokens),
     )
 
 
-def check_length(served: Served, ids: Sequence[int], overflow: str | None) -> None:
-    """Raises ApiError 400, with the code that OpenAI's clients know, for a prompt beyond the context."""
+def check_length(served: ServedModel, ids: Sequence[int], overflow: str | None) -> None:
+    """Raise ApiError 400, with OpenAI's error code, for a prompt longer than the context."""
     context = served.loaded.context
     if len(ids) > context and (overflow or "error") == "error":
         raise ApiError(
             400,
-            f"the prompt has {len(ids):,} tokens, more than the context of {context:,}. Shorten it, or say what to do "
-            "beyond the context: overflow truncate or shift.",
+            f"The prompt has {len(ids):,} tokens, but the model's context is {context:,} tokens. Shorten the prompt "
+            'or set overflow to "truncate" or "shift".',
             code="context_length_exceeded",
         )

@@ -1,4 +1,4 @@
-"""Server-sent events: an answer in pieces, each a JSON object."""
+"""Server-sent events: a response as a stream of JSON objects."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from starlette.responses import Response
 
 from gptsmith.server.errors import ApiError
 
-# By default the library cuts all streams when the process is told to end. Here they come to their end first.
+# By default the library cuts all streams on SIGTERM. This server lets them finish first.
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 DONE = b"data: [DONE]\n\n"
 SEND_TIMEOUT = 60.0
-"""Seconds after which a reader that takes nothing counts as gone."""
+"""Seconds without a successful send after which the client counts as disconnected."""
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """One event. name: for readers that tell events apart by their name."""
+    """Encode one event. name: its type, for clients that distinguish events by name."""
     line = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {line}\n\n".encode() if name is None else f"event: {name}\ndata: {line}\n\n".encode()
 
@@ -28,13 +28,13 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 def event_stream(
     events: AsyncIterator[bytes], on_error: Callable[[ApiError], bytes] = lambda error: event(error.body())
 ) -> Response:
-    """A response that sends these events; an ApiError on the way becomes the last."""
+    """Return a response that streams `events`. An ApiError ends the stream with the event `on_error` makes of it."""
 
-    async def guarded() -> AsyncIterator[bytes]:
+    async def with_error_event() -> AsyncIterator[bytes]:
         try:
             async for each in events:
                 yield each
         except ApiError as error:
             yield on_error(error)
 
-    return EventSourceResponse(guarded(), sep="\n", send_timeout=SEND_TIMEOUT)
+    return EventSourceResponse(with_error_event(), sep="\n", send_timeout=SEND_TIMEOUT)

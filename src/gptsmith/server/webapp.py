@@ -1,7 +1,7 @@
 """The web page: static files with strict headers, and the routes that only the page uses.
 
-There is no build step: what is in `web/` is what browsers get. Its files are served under a name that changes with
-their contents, so a browser may keep them for ever; `/` itself is asked for each time and names the current ones.
+There is no build step: browsers get the files in `web/` as they are. Their URLs contain a hash of their contents, so
+browsers can cache them forever; `/` itself is revalidated each time and refers to the current URLs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Nothing from elsewhere, nothing inline, no eval; HTML is only made from text by the one policy of that name, which
-# web/markdown.js gives what the sanitiser has let through.
+# Nothing from other hosts, nothing inline, no eval. Only one Trusted Types policy can turn text into HTML, and
+# web/markdown.js passes it only what the sanitizer has returned.
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -57,7 +57,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Assets:
-    """The files of the page. version: changes with any of them."""
+    """The files of the page. version: a hash of their contents."""
 
     files: dict[str, bytes]
     version: str
@@ -81,17 +81,17 @@ class Assets:
         ).encode()
 
 
-def add_pages(
+def add_web_app(
     app: FastAPI,
     *,
     models: bool = False,
     runs: Path | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve the page at `/`: chat, playground and inside where the application has models, training runs with `runs`.
+    """Serve the page at `/`: chat, playground and inside if the application has models; training runs if `runs` is set.
 
-    The page's own interface is under `/api/`; what guards `/v1/` should guard it, too. `/` and `/static/` hold nothing
-    but the page. stopping: whether the server is shutting down: then news of runs end.
+    The page's own API is under `/api/` and needs the same protection as `/v1/`. `/` and `/static/` contain only the
+    page. stopping: returns whether the server is shutting down; then event streams of runs end.
     """
     assets = Assets.read()
     views = (["chat", "playground", "inside"] if models else []) + (["runs"] if runs is not None else [])
@@ -109,7 +109,7 @@ def add_pages(
     def static(version: str, name: str) -> Response:
         content = assets.files.get(name)
         if content is None or name == "index.html":
-            raise ApiError(404, f"the page has no file {name[:100]!r}.")
+            raise ApiError(404, f"No such file: {name[:100]!r}.")
         keep = "public, max-age=31536000, immutable" if version == assets.version else "no-store"
         return Response(content, media_type=TYPES[Path(name).suffix], headers={**HEADERS, "cache-control": keep})
 
@@ -119,7 +119,7 @@ def add_pages(
         return Response(assets.files["icon.svg"], media_type=TYPES[".svg"], headers=headers)
 
     if models:
-        from gptsmith.server import inspect, markdown  # which bring torch
+        from gptsmith.server import inspect, markdown  # these import torch
 
         app.include_router(inspect.router)
         app.include_router(markdown.router)
@@ -128,18 +128,18 @@ def add_pages(
 
 
 def watch_app(runs: Path, *, hosts: list[str] | None = None, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
-    """The page with training runs and nothing else: no model, no torch.
+    """Return an application that shows training runs and has no models. It does not import torch.
 
-    runs: a directory of runs, or one run. hosts: names by which it may be reached (None: any). A page elsewhere can
-    have its own name lead to this machine; it is refused for the name.
+    runs: a directory of runs, or one run. hosts: allowed Host headers (None: any), which protect a local server from
+    DNS rebinding by web pages elsewhere.
     """
     app = FastAPI(title="gptsmith watch", docs_url=None, redoc_url=None, openapi_url=None)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
     @app.exception_handler(ApiError)
-    def refuse(request: Request, error: ApiError) -> JSONResponse:
+    def api_error(request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
-    add_pages(app, runs=runs, stopping=stopping)
+    add_web_app(app, runs=runs, stopping=stopping)
     return app
