@@ -165,7 +165,7 @@ def test_what_is_in_few_bits_stays_so(name: str, dtype: str, bpe: Tokenizer, tmp
 
 
 def test_other_blocks_are_rounded_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
-    """Here one of the three matrices that are read as one is of another type than the others."""
+    """One of the three matrices that are loaded as one is stored in another type than the others."""
     path = write(make_model("llama"), bpe, tmp_path / "model.gguf", "q4_0")
     file = open_gguf(path)
     types = {"blk.0.attn_k.weight": "Q4_1", "blk.1.attn_v.weight": "Q5_0", "blk.1.ffn_down.weight": "Q5_1"}
@@ -439,7 +439,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(100), "big-endian"),
     "cut in the header": (contents()[:700], "ends in the middle|more than the file has"),
     "cut after the counts": (contents()[:200], "claims 13 tensors"),
-    "cut in the data": (contents()[:-200], "may have been cut short"),
+    "cut in the data": (contents()[:-200], "may be truncated"),
     "tensor count": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1,152,921,504,606,846,976 tensors"),
     "entry count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 63) + bytes(64), "metadata entries"),
     "string": (
@@ -478,10 +478,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no tokenizer": (contents(tokenizer__ggml__model=None), "has no tokenizer"),
     "tokenizer kind": (contents(tokenizer__ggml__model="t5"), "of the kind 't5'"),
     "pre-tokenizer": (contents(tokenizer__ggml__pre="klingon"), "pre-tokenizer 'klingon' is unknown"),
-    "tokens twice": (contents(tokenizer__ggml__tokens=["a", "a", "b", "ab"]), "a token twice"),
+    "tokens twice": (contents(tokenizer__ggml__tokens=["a", "a", "b", "ab"]), "has duplicates"),
     "token types": (contents(tokenizer__ggml__token_type=[1]), "4 tokens, but 1 types"),
     "merges": (contents(tokenizer__ggml__merges=["a x"]), "no tokenizer can be built"),
-    "merge": (contents(tokenizer__ggml__merges=["ab"]), "not of two parts"),
+    "merge": (contents(tokenizer__ggml__merges=["ab"]), "does not have two parts"),
     "tokenizer.json": (contents(tokenizer__huggingface__json="{}"), "no tokenizer can be built"),
 }
 
@@ -519,7 +519,7 @@ def test_tensors_that_lie_over_one_another_or_outside(tmp_path: Path) -> None:
 
 
 def test_metadata_bombs_cost_no_memory(tmp_path: Path) -> None:
-    """A sparse file can claim gigabytes; none of them are read."""
+    """A sparse file can claim gigabytes; they are not read."""
     path = tmp_path / "bomb.gguf"
     bombs = [
         struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 1 << 27),  # 134 million empty strings

@@ -1,11 +1,11 @@
-"""The GGUF container: metadata and tensors in one file, read with every size checked before it is believed.
+"""The GGUF container: metadata and tensors in one file, read with every size checked before it is used.
 
 Layout (ggml's docs/gguf.md, versions 2 and 3, little-endian): magic, version, number of tensors, number of metadata
 entries; the entries (key, type, value); for each tensor its name, dimensions (fastest first), type and offset; padding;
 the tensors' data, each at a multiple of the alignment.
 
-Nothing is allocated on a file's word alone: counts and lengths are held against the bytes that are there and against
-fixed limits, so a damaged or hostile file gives one CheckpointError in bounded memory.
+Files are not trusted: counts and lengths are compared with the file's size and with fixed limits before anything is
+allocated, so a damaged or hostile file leads to a CheckpointError in bounded memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MAX_ENTRIES = 1 << 16  # metadata entries
 _MAX_TENSORS = 1 << 20
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 1 << 10  # bytes of a key or a tensor's name
-_MAX_STRING = 1 << 26  # bytes of a string value; a whole tokenizer.json may be one
-_MAX_ELEMENTS = 1 << 23  # elements of all arrays together; the largest vocabularies need about two million
+_MAX_STRING = 1 << 26  # bytes of a string value, which can be a whole tokenizer.json
+_MAX_ELEMENTS = 1 << 23  # in all arrays together; the largest vocabularies need about two million
 _MAX_ALIGNMENT = 1 << 16
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -55,7 +55,7 @@ _SCALARS = {  # value type: struct format
 
 @dataclass(frozen=True)
 class TensorType:
-    """How numbers are packed: `block_bytes` bytes hold `block_size` of them (ggml-common.h)."""
+    """How numbers are stored: `block_size` of them in `block_bytes` bytes (ggml-common.h)."""
 
     number: int
     name: str
@@ -84,7 +84,7 @@ TYPES_BY_NAME = {each.name: each for each in TENSOR_TYPES.values()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. shape: slowest dimension first, as in numpy and torch. offset: of the file, in bytes."""
+    """Where a tensor is stored. shape: slowest dimension first, as in numpy and torch. offset: bytes into the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -98,7 +98,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file's contents: plain values (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
+    """An opened file.
+
+    metadata: plain values; arrays of numbers as numpy arrays, arrays of strings as lists. tensors: by name. data: the
+    memory-mapped file.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
@@ -106,9 +110,9 @@ class GgufFile:
     data: mmap.mmap
 
     def read(self, name: str, part: int | None = None) -> np.ndarray:
-        """Tensor `name` as float32, in its shape; `part`: only that index of its first dimension.
+        """Return tensor `name` dequantized to float32. part: only that index of its first dimension.
 
-        Raises CheckpointError where a number is not finite.
+        Raises CheckpointError if a number is not finite.
         """
         raw, type, shape = self._raw(name, part)
         numbers = dequantize(raw, type).reshape(shape)
@@ -117,9 +121,10 @@ class GgufFile:
         return numbers
 
     def codes(self, name: str, part: int | None = None) -> Codes | None:
-        """A matrix (or that part of several) in few bits, as it is in the file; None if it is stored in another way.
+        """Return a matrix as quantized codes, exact for Q4_0, Q4_1 and Q8_0; None for any other type.
 
-        Q4_0, Q4_1 and Q8_0: the same numbers. Raises CheckpointError where a scale is not finite.
+        part: only that index of the first dimension, for a tensor of several matrices.
+        Raises CheckpointError if a scale is not finite.
         """
         raw, type, (rows, columns) = self._raw(name, part)
         if type.name not in ("Q4_0", "Q4_1", "Q8_0"):
@@ -128,7 +133,7 @@ class GgufFile:
         scales, packed = blocks[..., :2].contiguous().view(torch.float16)[..., 0], blocks[..., 2:]
         least: Tensor | None = None
         if type.name == "Q8_0":
-            codes = packed ^ 128  # two's complement to 128 more than it says
+            codes = packed ^ 128  # from two's complement to an offset of 128
         else:
             if type.name == "Q4_1":
                 least, packed = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], blocks[..., 4:]
@@ -152,7 +157,7 @@ class GgufFile:
 
 
 def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
-    """(bytes,) uint8, whole blocks -> (numbers,) float32."""
+    """Dequantize whole blocks: (bytes,) uint8 -> (numbers,) float32."""
     if type.name == "F32":
         return raw.view("<f4").astype(np.float32)
     if type.name == "F16":
@@ -162,8 +167,8 @@ def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
     quants, types = _gguf_library()
     blocks = raw.reshape(-1, type.block_bytes)
     numbers = np.empty((len(blocks), type.block_size), dtype=np.float32)
-    step = max(1, (1 << 17) // type.block_size)  # the intermediate arrays stay in the processor's cache
-    with np.errstate(all="ignore"):  # damaged scales are found by looking at the result
+    step = max(1, (1 << 17) // type.block_size)  # small enough that intermediate arrays stay in the processor's cache
+    with np.errstate(all="ignore"):  # damaged scales are detected in the result
         for start in range(0, len(blocks), step):
             row = blocks[start : start + step].reshape(1, -1)
             numbers[start : start + step] = quants.dequantize(row, types(type.number)).reshape(-1, type.block_size)
@@ -171,7 +176,7 @@ def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
 
 
 def quantize(numbers: np.ndarray, type: TensorType) -> np.ndarray:
-    """Numbers in whole blocks -> (bytes,) uint8."""
+    """Quantize numbers in whole blocks: float32 of any shape -> (bytes,) uint8."""
     flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
     if type.name == "F32":
         return flat.astype("<f4", copy=False).view(np.uint8)
@@ -179,7 +184,7 @@ def quantize(numbers: np.ndarray, type: TensorType) -> np.ndarray:
         with np.errstate(over="ignore"):
             half = flat.astype("<f2")
         if not np.isfinite(half).all():
-            raise CheckpointError("a weight is too large for F16 (above 65,504). Write the model with --dtype f32.")
+            raise CheckpointError("a weight is too large for F16 (above 65,504). Use --dtype f32.")
         return half.view(np.uint8)
     quants, types = _gguf_library()
     blocks = flat.reshape(-1, type.block_size)
@@ -196,20 +201,20 @@ def _gguf_library() -> tuple[Any, Callable[[int], Any]]:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
         raise CheckpointError(
-            "quantised GGUF tensors need the package gguf. Install it: pip install 'gptsmith[gguf]'."
+            "quantized GGUF tensors require the package gguf: pip install 'gptsmith[gguf]'."
         ) from None
     return quants, GGMLQuantizationType
 
 
-# reading
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 class _Damaged(Exception):
-    """What is wrong; the reader's caller adds where."""
+    """What is wrong with a file. `open_gguf` turns it into a CheckpointError with the file's path."""
 
 
 class _Cursor:
-    """Takes values off a buffer, never past its end."""
+    """Reads values from a buffer in order, never past its end."""
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self.buffer, self.position, self.size = buffer, 0, len(buffer)
@@ -228,7 +233,7 @@ class _Cursor:
         if length > self.size - self.position:
             raise _Damaged(f"{what} claims {length:,} bytes, more than the file has")
         if length > limit:
-            raise _Damaged(f"{what} is {length:,} bytes long (at most {limit:,} are read)")
+            raise _Damaged(f"{what} is {length:,} bytes long, more than the supported {limit:,}")
         text = self.buffer[self.position : self.position + length]
         self.position += length
         try:
@@ -251,13 +256,13 @@ class _Cursor:
         what = f"the array {key!r}"
         type, length = self.unpack("<I"), self.unpack("<Q")
         if type not in _SCALARS and type != _STRING:
-            raise _Damaged(f"{what} has elements of type {type}, which are not read")
+            raise _Damaged(f"{what} has elements of type {type}, which is not supported")
         smallest = 8 if type == _STRING else struct.calcsize(_SCALARS[type])
         if length > (self.size - self.position) // smallest:
             raise _Damaged(f"{what} claims {length:,} elements, more than the file has")
         self.elements += length
         if self.elements > _MAX_ELEMENTS:
-            raise _Damaged(f"its metadata has arrays of more than {_MAX_ELEMENTS:,} elements")
+            raise _Damaged(f"its metadata arrays have more than {_MAX_ELEMENTS:,} elements")
         if type == _STRING:
             return self.strings(length, what)
         values = np.frombuffer(self.buffer, dtype=_SCALARS[type], count=length, offset=self.position)
@@ -265,7 +270,7 @@ class _Cursor:
         return values.astype(bool) if type == _BOOL else values.copy()
 
     def strings(self, count: int, what: str) -> list[str]:
-        """A vocabulary has 100,000s of them: the loop is written out."""
+        """Read strings in a fast loop: a vocabulary has hundreds of thousands."""
         buffer, position, size, unpack = self.buffer, self.position, self.size, struct.Struct("<Q").unpack_from
         texts = []
         try:
@@ -273,7 +278,7 @@ class _Cursor:
                 (length,) = unpack(buffer, position)
                 position += 8
                 if length > _MAX_STRING or length > size - position:
-                    raise _Damaged(f"{what} has a string of {length:,} bytes, more than the file has or is read")
+                    raise _Damaged(f"{what} has a string of {length:,} bytes, more than the file has or is supported")
                 texts.append(buffer[position : position + length].decode("utf-8"))
                 position += length
         except struct.error:
@@ -285,7 +290,7 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read and check a file's header and map its tensors. CheckpointError names the file and what is wrong with it."""
+    """Read and check a file's header and memory-map its tensors. Raise CheckpointError if it is damaged."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -295,7 +300,7 @@ def open_gguf(path: Path) -> GgufFile:
     try:
         metadata, tensors = _read_header(_Cursor(data))
     except _Damaged as problem:
-        raise CheckpointError(f"{path} is not a GGUF file that can be read: {problem}.") from None
+        raise CheckpointError(f"{path} is not a readable GGUF file: {problem}.") from None
     return GgufFile(path, metadata, tensors, data)
 
 
@@ -307,13 +312,13 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]
     if version not in (2, 3):
         if version & 0xFFFF == 0:
             raise _Damaged("it is big-endian, which is not supported")
-        raise _Damaged(f"its format version is {version}; versions 2 and 3 are read")
+        raise _Damaged(f"its format version is {version}; supported are 2 and 3")
     num_tensors, num_entries = cursor.unpack("<Q"), cursor.unpack("<Q")
-    for count, limit, least, what in (
+    for count, limit, min_bytes, what in (
         (num_entries, _MAX_ENTRIES, 13, "metadata entries"),
         (num_tensors, _MAX_TENSORS, 24, "tensors"),
     ):
-        if count > min(limit, cursor.size // least):
+        if count > min(limit, cursor.size // min_bytes):
             raise _Damaged(f"it claims {count:,} {what}")
 
     metadata: dict[str, Any] = {}
@@ -333,12 +338,12 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]
         if info.name in tensors:
             raise _Damaged(f"the tensor {info.name!r} occurs twice")
         if info.offset % alignment:
-            raise _Damaged(f"the tensor {info.name!r} lies at offset {info.offset:,}, not a multiple of {alignment}")
+            raise _Damaged(f"the tensor {info.name!r} is at offset {info.offset:,}, not a multiple of {alignment}")
         placed = TensorInfo(info.name, info.shape, info.type, start + info.offset)
         if placed.offset + placed.num_bytes > cursor.size:
             raise _Damaged(
-                f"it ends at byte {cursor.size:,}, but the tensor {info.name!r} needs it up to "
-                f"{placed.offset + placed.num_bytes:,}; it may have been cut short"
+                f"it ends at byte {cursor.size:,}, but the tensor {info.name!r} extends to byte "
+                f"{placed.offset + placed.num_bytes:,}; it may be truncated"
             )
         tensors[info.name] = placed
     end, last = 0, ""
@@ -350,7 +355,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]
 
 
 def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
-    """One tensor's entry; its offset still counts from where the data begin."""
+    """Read one tensor's entry. Its offset is still relative to the start of the data."""
     name = cursor.string(_MAX_NAME, "a tensor's name")
     dimensions = cursor.unpack("<I")
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
@@ -359,7 +364,7 @@ def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     number, offset = cursor.unpack("<I"), cursor.unpack("<Q")
     if number not in TENSOR_TYPES:
         raise _Damaged(
-            f"the tensor {name!r} is of type {_type_name(number)}, which is not supported (those that are: "
+            f"the tensor {name!r} is of type {_type_name(number)}, which is not supported (supported: "
             f"{', '.join(TYPES_BY_NAME)})"
         )
     type = TENSOR_TYPES[number]
@@ -373,19 +378,19 @@ def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
 
 
 def _type_name(number: int) -> str:
-    """A type that is not in our table, by its name if it has one."""
+    """Return the name of a type that this module does not support, if the gguf library knows it."""
     try:
         return str(_gguf_library()[1](number).name)
     except (CheckpointError, ValueError):
         return f"number {number}"
 
 
-# writing
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: its numbers are asked for when their turn comes."""
+    """A tensor to be written. `numbers` is called when the file has reached it, so that only one is in memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -394,9 +399,10 @@ class PlannedTensor:
 
 
 def write_gguf_file(file: IO[bytes], metadata: Mapping[str, Any], tensors: list[PlannedTensor]) -> None:
-    """Write a version 3 file. Values: str, bool, int (stored as uint32), float (float32), and lists or arrays of them.
+    """Write a version 3 file.
 
-    Arrays of whole numbers are stored as int32, of others as float32.
+    Metadata values are str, bool, int (stored as uint32), float (float32), and lists or arrays of these; arrays of
+    integers are stored as int32, other numbers as float32.
     """
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -434,7 +440,7 @@ def _value(value: Any) -> bytes:
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, list) and value and isinstance(value[0], str):
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
-    if isinstance(value, list) and not value:  # ggml knows an empty array by the type of its (no) strings
+    if isinstance(value, list) and not value:  # ggml expects an empty array to be one of strings
         return struct.pack("<IIQ", _ARRAY, _STRING, 0)
     array = np.asarray(value)
     if array.dtype.kind in "iu":

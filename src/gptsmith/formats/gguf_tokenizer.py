@@ -1,12 +1,12 @@
-"""The tokenizer inside a GGUF file: from its metadata to ours, and back.
+"""The tokenizer inside a GGUF file: from its metadata to a `Tokenizer`, and back.
 
-llama.cpp knows a vocabulary by `tokenizer.ggml.model`: "gpt2" is byte-level BPE, whose way of cutting text into words
-is named by `tokenizer.ggml.pre` (llama.cpp's src/llama-vocab.cpp holds the patterns); "llama" is SentencePiece's BPE,
-where the best-scored pair is joined first and unknown characters fall back to bytes. Text is not normalised in either
-(a tokenizer.json may do so: Qwen2's composes characters, NFC).
+`tokenizer.ggml.model` names the algorithm. "gpt2" is byte-level BPE; `tokenizer.ggml.pre` names the pattern that
+splits text into words (llama.cpp's src/llama-vocab.cpp has the patterns). "llama" is SentencePiece's BPE, which merges
+the pair with the best score first and falls back to bytes for unknown characters. Neither normalizes text, while a
+tokenizer.json can (Qwen2's applies NFC).
 
-What is written also carries the tokenizer.json itself, under the specification's key `tokenizer.huggingface.json`;
-llama.cpp passes over it, and reading it back gives the same tokenizer, whatever its kind.
+A file that we write also contains the tokenizer.json itself, under the specification's key
+`tokenizer.huggingface.json`. llama.cpp ignores it, and reading it back gives exactly the same tokenizer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 HUGGINGFACE_KEY = "tokenizer.huggingface.json"
+_PRE_TOKENIZER_KEY = "tokenizer.ggml.pre"
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 
@@ -49,7 +50,7 @@ def _sequence(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": list(parts)}
 
 
-# `tokenizer.ggml.pre`: the pre-tokenizer of a tokenizer.json that cuts text in the same places.
+# By `tokenizer.ggml.pre`: the tokenizer.json pre-tokenizer that splits text in the same places.
 _DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _GPT2)
 _LLAMA3 = _sequence(_split(LLAMA3_PATTERN), _BYTES)
 _QWEN2 = _sequence(_split(QWEN2_PATTERN), _BYTES)
@@ -63,21 +64,21 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _QWEN2),
     "tekken": _TEKKEN,
 }
-# With these, a word that is a token is that token, whatever the merges say.
+# With these, a word that is in the vocabulary becomes that token, whatever the merges are (`ignore_merges`).
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"}
-_WRITTEN = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default")
+_WRITABLE = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default")
 
-_SPACE = "▁"  # SentencePiece's
-_LONGEST_PIECE = 256  # characters; longer tokens are not taken apart
+_SPACE = "▁"  # SentencePiece's character for a space
+_MAX_PIECE = 256  # characters; longer tokens are not derived from pairs
 
 
-# reading
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describe. where: the file, for messages.
+    """Return the tokenizer that a GGUF file's metadata describe. where: the file, for messages.
 
-    Raises CheckpointError if it has none, or one that is damaged or of an unknown kind.
+    Raises CheckpointError if the file has no tokenizer, or one that is damaged or of an unknown kind.
     """
     reader = _Reader(metadata, where)
     stored = metadata.get(HUGGINGFACE_KEY)
@@ -90,7 +91,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         return Tokenizer(reader.pipeline().to_str(pretty=True), reader.config())
     except CheckpointError:
         raise
-    except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics, which are not even those
+    except BaseException as error:  # `tokenizers` raises bare Exceptions and Rust panics, which are BaseExceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise reader.fail(f"no tokenizer can be built from it: {str(error).rstrip('.')}") from None
@@ -102,13 +103,13 @@ class _Reader:
         self.model = metadata.get("tokenizer.ggml.model")
         if self.model not in ("gpt2", "llama"):
             raise self.fail(
-                f"its tokenizer is of the kind {self.model!r:.80}. Supported: gpt2 (byte-level BPE), llama"
+                f"its tokenizer is of kind {self.model!r:.80}. Supported: gpt2 (byte-level BPE), llama (SentencePiece)"
                 if self.model
                 else "it has no tokenizer"
             )
         self.tokens: list[str] = self.array("tokens", str, None)
         if not self.tokens or len(set(self.tokens)) != len(self.tokens):
-            raise self.fail("its list of tokens is empty or has a token twice")
+            raise self.fail("its list of tokens is empty or has duplicates")
         self.types: list[int] = self.array("token_type", int, [NORMAL] * len(self.tokens))
         self.scores: list[float] = self.array("scores", float, [0.0] * len(self.tokens))
         for name in ("types", "scores"):
@@ -130,12 +131,12 @@ class _Reader:
         return value if isinstance(value, bool) else default
 
     def special(self, name: str) -> str | None:
-        """The token whose id is given as `name`, such as "bos"."""
+        """Return the token whose id is stored under `name`, such as "bos"."""
         id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return self.tokens[id] if type(id) is int and 0 <= id < len(self.tokens) else None
 
     def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json says."""
+        """Return the contents of the equivalent tokenizer_config.json."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             if (token := self.special(name)) is not None:
@@ -147,8 +148,10 @@ class _Reader:
         return config
 
     def adds_bos(self) -> bool:
-        """As llama.cpp decides where the file does not."""
-        return self.flag("add_bos_token", self.model == "llama" or self.metadata.get(_PRE) in _WHOLE_WORDS)
+        """Return whether encoding prepends the BOS token. Without the flag, decide as llama.cpp does."""
+        return self.flag(
+            "add_bos_token", self.model == "llama" or self.metadata.get(_PRE_TOKENIZER_KEY) in _WHOLE_WORDS
+        )
 
     def pipeline(self) -> tokenizers.Tokenizer:
         from tokenizers import AddedToken, processors
@@ -173,14 +176,14 @@ class _Reader:
         from tokenizers import Tokenizer as Pipeline
         from tokenizers import decoders, models, processors
 
-        name = self.metadata.get(_PRE, "default")
+        name = self.metadata.get(_PRE_TOKENIZER_KEY, "default")
         if name not in PRE_TOKENIZERS:
             raise self.fail(f"its pre-tokenizer {name!r:.80} is unknown. Supported: {', '.join(PRE_TOKENIZERS)}")
         merges = []
         for merge in self.array("merges", str, None):
             at = merge.find(" ", 1)
             if at < 0:
-                raise self.fail(f"its merge {merge!r:.80} is not of two parts")
+                raise self.fail(f"its merge {merge!r:.80} does not have two parts")
             merges.append((merge[:at], merge[at + 1 :]))
         vocabulary = {token: id for id, token in enumerate(self.tokens)}
         pipeline = Pipeline(models.BPE(vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
@@ -193,7 +196,7 @@ class _Reader:
         from tokenizers import decoders, models, normalizers
 
         vocabulary = {token: id for id, token in enumerate(self.tokens)}
-        joinable = {
+        mergeable = {
             token: score
             for token, score, type in zip(self.tokens, self.scores, self.types, strict=True)
             if type in (NORMAL, USER_DEFINED, UNUSED)
@@ -202,7 +205,7 @@ class _Reader:
         pipeline = Pipeline(
             models.BPE(
                 vocabulary,
-                merges_of_scores(joinable, vocabulary),
+                merges_of_scores(mergeable, vocabulary),
                 unk_token=unknown,
                 fuse_unk=True,
                 byte_fallback="<0x00>" in vocabulary,
@@ -218,21 +221,18 @@ class _Reader:
         return pipeline
 
 
-_PRE = "tokenizer.ggml.pre"
-
-
 def _with(pipeline: tokenizers.Tokenizer, part: str, description: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The pipeline with one part of its tokenizer.json replaced."""
+    """Return the pipeline with one part of its tokenizer.json replaced."""
     from tokenizers import Tokenizer as Pipeline
 
     return Pipeline.from_str(json.dumps({**json.loads(pipeline.to_str()), part: description}))
 
 
 def merges_of_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the pairs of the best-scored token first (SentencePiece's order)."""
+    """Return all pairs of tokens that concatenate to a token, those of the best-scored token first."""
     found = []
     for token, score in scores.items():
-        if 1 < len(token) <= _LONGEST_PIECE:
+        if 1 < len(token) <= _MAX_PIECE:
             for at in range(1, len(token)):
                 left, right = token[:at], token[at:]
                 if left in scores and right in scores:
@@ -240,15 +240,15 @@ def merges_of_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> lis
     return [each[4:] for each in sorted(found)]
 
 
-# writing
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """The metadata with which llama.cpp turns text into the same ids, for a model of `vocab_size` rows.
+    """Return the metadata with which llama.cpp encodes text to the same ids, for a model of `vocab_size` rows.
 
-    Characters (kind "char") are written as byte-level BPE whose merges join the bytes of each character and nothing
-    else; llama.cpp drops characters that the vocabulary lacks, where this package reports them.
-    Raises TokenizerError for a tokenizer that llama.cpp has no like of.
+    A character tokenizer is written as byte-level BPE whose merges only join the bytes of each character. llama.cpp
+    drops characters that are not in the vocabulary, while this package reports them.
+    Raises TokenizerError for a tokenizer that llama.cpp cannot represent.
     """
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {vocab_size:,}.")
@@ -273,7 +273,7 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     if specific["model"] == "llama" and tokenizer.unk_id is not None:
         types[tokenizer.unk_id] = UNKNOWN
     if len(set(tokens)) != len(tokens):
-        raise TokenizerError("two of the tokenizer's tokens have the same name, which GGUF does not allow.")
+        raise TokenizerError("the tokenizer has two tokens of the same name, which GGUF does not allow.")
     if scores := specific.pop("scores", None):
         specific["scores"] = [float(scores.get(token, 0.0)) for token in tokens]
 
@@ -302,19 +302,19 @@ def _byte_level_metadata(description: Mapping[str, Any]) -> dict[str, Any]:
     model = description["model"]
     whole_words = bool(model.get("ignore_merges"))
     normalizer = (description.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp does without NFC in Qwen's files, too
-        raise TokenizerError(f"llama.cpp normalises no text; this tokenizer does ({normalizer}).")
+    if normalizer not in (None, "NFC"):  # llama.cpp omits NFC for Qwen's files, too
+        raise TokenizerError(f"llama.cpp does not normalize text, but this tokenizer does ({normalizer}).")
     name = next(
         (
             name
-            for name in _WRITTEN
-            if _cuts(description.get("pre_tokenizer")) == _cuts(PRE_TOKENIZERS[name])
+            for name in _WRITABLE
+            if _split_steps(description.get("pre_tokenizer")) == _split_steps(PRE_TOKENIZERS[name])
             and (name in _WHOLE_WORDS) == whole_words
         ),
         None,
     )
     if name is None:
-        raise TokenizerError("llama.cpp has no like of this tokenizer's way of cutting text into words.")
+        raise TokenizerError("llama.cpp has no pre-tokenizer that splits text into words as this tokenizer does.")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {
         "model": "gpt2",
@@ -325,12 +325,12 @@ def _byte_level_metadata(description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cuts(part: Mapping[str, Any] | None) -> list[Any]:
-    """A pre-tokenizer's effect, whichever way it is spelt."""
+def _split_steps(part: Mapping[str, Any] | None) -> list[Any]:
+    """Return a pre-tokenizer's steps in a form that is equal for equivalent descriptions."""
     if part is None:
         return []
     if part["type"] == "Sequence":
-        return [cut for each in part["pretokenizers"] for cut in _cuts(each)]
+        return [step for each in part["pretokenizers"] for step in _split_steps(each)]
     if part["type"] == "ByteLevel":
         bytes = ("bytes", part.get("add_prefix_space", True))
         return [("split", _WORDS), bytes] if part.get("use_regex", True) else [bytes]
@@ -340,9 +340,9 @@ def _cuts(part: Mapping[str, Any] | None) -> list[Any]:
 
 
 def _char_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:
-    """Byte-level BPE in which the bytes of each character, and only they, join from left to right.
+    """Describe a character tokenizer as byte-level BPE that merges the bytes of each character from left to right.
 
-    UTF-8's first bytes differ from the following ones, so no merge reaches across two characters.
+    In UTF-8 the first byte of a character differs from the following ones, so no merge spans two characters.
     """
     character_of = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
     vocabulary: dict[str, int] = {}
@@ -350,10 +350,10 @@ def _char_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> 
     for token, id in description["model"]["vocab"].items():
         if id in added:
             continue
-        spelt = "".join(character_of[byte] for byte in token.encode("utf-8"))
-        vocabulary[spelt] = id
-        for at in range(1, len(spelt)):
-            merges[f"{spelt[:at]} {spelt[at]}"] = None
+        spelled = "".join(character_of[byte] for byte in token.encode("utf-8"))
+        vocabulary[spelled] = id
+        for at in range(1, len(spelled)):
+            merges[f"{spelled[:at]} {spelled[at]}"] = None
     return {
         "model": "gpt2",
         "pre": "gpt-2",
@@ -364,12 +364,12 @@ def _char_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> 
 
 
 def _sentencepiece_metadata(description: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:
-    """A BPE with byte fallback over text whose spaces are "▁": scores that put the merges into the same order."""
+    """Describe a BPE with byte fallback over text whose spaces are "▁", by scores that give the same merge order."""
     model = description["model"]
     prefix = _space_prefix(description)
     if model.get("type") != "BPE" or not model.get("byte_fallback") or prefix is None:
         raise TokenizerError(
-            "llama.cpp has no like of this tokenizer. Supported: characters, byte-level BPE, and SentencePiece's BPE "
+            "llama.cpp cannot represent this tokenizer. Supported: characters, byte-level BPE, and SentencePiece's BPE "
             "with byte fallback."
         )
     vocabulary: dict[str, int] = model["vocab"]
@@ -384,7 +384,7 @@ def _sentencepiece_metadata(description: Mapping[str, Any], added: Mapping[int, 
     }
     if set(merges_of_scores(pieces, vocabulary)) != set(pairs):
         raise TokenizerError(
-            "this tokenizer's merges are not all the pairs that make its tokens, as they are for llama.cpp."
+            "this tokenizer lacks merges for some pairs that concatenate to a token; llama.cpp would merge them."
         )
     return {
         "model": "llama",
@@ -396,7 +396,7 @@ def _sentencepiece_metadata(description: Mapping[str, Any], added: Mapping[int, 
 
 
 def _space_prefix(description: Mapping[str, Any]) -> bool | None:
-    """Whether a space is put before the text; None: the spaces are not SentencePiece's."""
+    """Return whether a space is prepended to the text; None if spaces are not SentencePiece's "▁"."""
     normalizer, pre = description.get("normalizer"), description.get("pre_tokenizer")
     if pre is not None and normalizer is None and pre.get("type") == "Metaspace" and not pre.get("split", True):
         return str(pre.get("prepend_scheme", "always")) != "never"
@@ -409,6 +409,7 @@ def _space_prefix(description: Mapping[str, Any]) -> bool | None:
 
 
 def _adds_bos(description: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer prepends its BOS token."""
     stated = config.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
