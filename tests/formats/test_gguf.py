@@ -1,4 +1,4 @@
-"""GGUF files: what is written is read back, transformers and llama.cpp read the same, damaged files are refused."""
+"""GGUF files: round trips, agreement with transformers and llama.cpp, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def test_round_trip_is_exact_in_f32(name: str, bpe: Tokenizer, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["llama", "llama-odd", "mixtral", "gpt2"])
-def test_smaller_types_lose_what_they_must(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+def test_quantized_types_round_trip_within_their_precision(
+    name: str, dtype: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
     model = make_model(name)
     path = write(model, bpe, tmp_path / "model.gguf", dtype)
     file, exact = open_gguf(path), open_gguf(write(model, bpe, tmp_path / "exact.gguf"))
@@ -151,20 +153,22 @@ def test_smaller_types_lose_what_they_must(name: str, dtype: str, bpe: Tokenizer
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-3", "mixtral", "qwen2_moe", "qwen3", "gpt2-untied"])
-def test_what_is_in_few_bits_stays_so(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
-    """The matrices say the very numbers that the file does, and no plain one is left that need not be."""
+def test_quantized_matrices_stay_quantized(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    """The matrices have exactly the file's numbers, and every matrix that can stay quantized does."""
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     plain, packed = open_model(path).model(), open_model(path).model(packed=True)
     few = [module for module in packed.modules() if isinstance(module, Packed)]
     assert {module.bits for module in few} == ({8} if dtype == "q8_0" else {4, 8})
     left = {n for n, p in packed.named_parameters() if p.dim() > 1}
     assert all("router" in n or "gate" in n or "positions" in n for n in left)
-    for (n, theirs), (m, ours) in zip(plain.state_dict().items(), make_plain(packed).state_dict().items(), strict=True):
+    for (n, expected), (m, actual) in zip(
+        plain.state_dict().items(), make_plain(packed).state_dict().items(), strict=True
+    ):
         assert n == m
-        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=0, rtol=0)
 
 
-def test_other_blocks_are_rounded_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_other_block_types_are_requantized_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
     """One of the three matrices that are loaded as one is stored in another type than the others."""
     path = write(make_model("llama"), bpe, tmp_path / "model.gguf", "q4_0")
     file = open_gguf(path)
@@ -181,12 +185,12 @@ def test_other_blocks_are_rounded_to_eight_bits(tmp_path: Path, bpe: Tokenizer) 
     layers: Any = packed.layers
     bits = [(layer.attention.qkv_proj.weight.bits, layer.mlp.down_proj.weight.bits) for layer in layers]
     assert bits == [(4, 4), (8, 8)]
-    for ours, theirs in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0.01 * float(theirs.detach().abs().max()), rtol=0)
+    for actual, expected in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=0.01 * float(expected.detach().abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("type", TENSOR_TYPES.values(), ids=lambda type: type.name)
-def test_every_type_is_unpacked_as_the_gguf_library_does(type: Any) -> None:
+def test_dequantization_equals_the_gguf_library(type: Any) -> None:
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (5000, type.block_bytes), dtype=np.uint8)  # more than is unpacked at a time
     for at in (0, 2) if type.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (-2,) if type.name == "Q6_K" else (0,):
@@ -202,13 +206,13 @@ def test_every_type_is_unpacked_as_the_gguf_library_does(type: Any) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type.number)] == (type.block_size, type.block_bytes)
 
 
-def test_the_gguf_library_reads_what_is_written(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_the_gguf_library_reads_our_files(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make_model("qwen2")
     path = write(model, bpe, tmp_path / "model.gguf", "q8_0")
     reader, file = gguf.GGUFReader(path), open_gguf(path)
     for key, value in file.metadata.items():
-        theirs = reader.get_field(key).contents()
-        assert theirs == (value.tolist() if isinstance(value, np.ndarray) else value), key
+        expected = reader.get_field(key).contents()
+        assert expected == (value.tolist() if isinstance(value, np.ndarray) else value), key
     assert len(reader.tensors) == len(file.tensors)
     for tensor in reader.tensors:
         numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -225,16 +229,18 @@ def test_the_gguf_library_reads_what_is_written(bpe: Tokenizer, tmp_path: Path) 
         ("gpt2", {"max_position_embeddings": 1024}),
     ],
 )
-def test_transformers_reads_the_same(name: str, changes: dict[str, Any], bpe: Tokenizer, tmp_path: Path) -> None:
+def test_transformers_reads_the_same_model(name: str, changes: dict[str, Any], bpe: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     pytest.importorskip("accelerate", reason="transformers reads GGUF files with the package accelerate only")
     model = make_model(name, **changes)
     path = write(model, bpe, tmp_path / "model.gguf")
-    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    expected: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
     ids = bpe.encode(TEXT)[:40]
     with torch.no_grad():
-        torch.testing.assert_close(logits(read(path), ids), theirs(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits(read(path), ids), expected(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4
+        )
 
 
 # llama.cpp
@@ -254,10 +260,10 @@ def test_llama_cpp_gives_the_same_logits_and_text(name: str, bpe: Tokenizer, tmp
     ids = bpe.encode(TEXT)[:40]
     assert engine.tokenize(TEXT.encode(), add_bos=True, special=False) == bpe.encode(TEXT)
     engine.eval(ids)
-    ours = logits(read(path), ids)
-    theirs = torch.from_numpy(engine.scores[: len(ids)].copy())
+    actual = logits(read(path), ids)
+    expected = torch.from_numpy(engine.scores[: len(ids)].copy())
     tolerance = 2e-2 if name.startswith("gpt2") else 1e-3  # llama.cpp looks GELU up in a float16 table
-    torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(expected, actual, atol=tolerance, rtol=tolerance)
 
     for _ in range(12):  # greedy, from both
         ids.append(int(logits(model, ids)[-1].argmax()))
@@ -267,18 +273,18 @@ def test_llama_cpp_gives_the_same_logits_and_text(name: str, bpe: Tokenizer, tmp
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "qwen2_moe", "qwen3_moe", "gpt2"])
-def test_llama_cpp_reads_the_smaller_types(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+def test_llama_cpp_reads_quantized_types(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     engine, ids = llama(path), bpe.encode(TEXT)[:40]
     for id in ids:  # one by one: some of its kernels for many tokens at once (AMX) are wrong for such small matrices
         engine.eval([id])
-    ours, theirs = logits(read(path), ids), torch.from_numpy(engine.scores[: len(ids)].copy())
+    actual, expected = logits(read(path), ids), torch.from_numpy(engine.scores[: len(ids)].copy())
     # it multiplies in float16, or with activations rounded to 8 bits; the least of that may turn a router's choice
-    closeness = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).median()
+    closeness = torch.nn.functional.cosine_similarity(actual, expected, dim=-1).median()
     assert closeness > {"f16": 0.9999, "q8_0": 0.995, "q4_0": 0.99}[dtype]
 
 
-def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_the_same(tmp_path: Path) -> None:
     model = make_model("qwen3")
     for tokenizer in (train_char([TEXT]), train_char([TEXT], unknown=True)):
         engine = llama(write(model, tokenizer, tmp_path / "model.gguf"))
@@ -290,7 +296,7 @@ def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
         engine.close()
 
 
-# what is refused
+# what is rejected
 
 
 @pytest.mark.parametrize(
@@ -305,7 +311,7 @@ def test_llama_cpp_cuts_text_the_same(tmp_path: Path) -> None:
         ("qwen3", {"rope_scaling": RopeScaling("yarn", 2.0, 32, beta_fast=16.0)}, "YaRN"),
     ],
 )
-def test_models_that_llama_cpp_computes_otherwise(
+def test_models_that_llama_cpp_cannot_run_are_rejected(
     name: str, changes: dict[str, Any], message: str, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -321,7 +327,7 @@ def test_families_without_an_architecture(family: Any, bpe: Tokenizer, tmp_path:
         write(Transformer(family(**SMALL)), bpe, tmp_path / "model.gguf")
 
 
-def test_an_unknown_type_and_numbers_too_large(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_unknown_types_and_weights_beyond_float16_are_rejected(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match="q5_1"):
         write(model, bpe, tmp_path / "model.gguf", "q5_1")
@@ -332,7 +338,7 @@ def test_an_unknown_type_and_numbers_too_large(bpe: Tokenizer, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_window_becomes_the_context(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_a_sliding_window_limits_the_context(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make_model("mistral", sliding_window=24, window_pattern=(True,))
     again = read(write(model, bpe, tmp_path / "model.gguf"))
     assert again.config.max_position_embeddings == 24
@@ -344,7 +350,7 @@ def test_a_window_becomes_the_context(bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def contents(tensors: dict[str, np.ndarray] | None = None, **metadata: Any) -> bytes:
-    """A small valid file (or what `metadata`, with __ for a dot, makes of it)."""
+    """The bytes of a small valid file, changed by `metadata` (__ stands for a dot in its keys)."""
     values: dict[str, Any] = {
         "general.architecture": "qwen3",
         "qwen3.block_count": 1,
@@ -390,7 +396,7 @@ def contents(tensors: dict[str, np.ndarray] | None = None, **metadata: Any) -> b
 
 
 def contents_with_experts() -> bytes:
-    """A small valid file of three experts and a shared one."""
+    """The bytes of a small valid file with three experts and a shared one."""
     layer = {"attn_q.bias": (8,), "attn_k.bias": (4,), "attn_v.bias": (4,), "ffn_gate_inp.weight": (3, 8)}
     layer |= {f"ffn_{part}_exps.weight": (3, 6, 8) for part in ("gate", "up")} | {"ffn_down_exps.weight": (3, 8, 6)}
     layer |= {f"ffn_{part}_shexp.weight": (12, 8) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (8, 12)}
@@ -417,7 +423,7 @@ def contents_with_experts() -> bytes:
 
 
 def load(path: Path, data: bytes) -> None:
-    """Everything that is done with a file."""
+    """Load the model, its tensors and its tokenizer from these bytes."""
     path.write_bytes(data)
     file = read_gguf(path)
     tokenizer_from_gguf(file.metadata, str(path)).encode("abba")
@@ -476,7 +482,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "divisors": (contents({"rope_freqs.weight": np.array([1.0, 3.0])}), "not those of Llama 3"),
     "experts": (contents(qwen3__expert_count=4), "with experts is not supported"),
     "no tokenizer": (contents(tokenizer__ggml__model=None), "has no tokenizer"),
-    "tokenizer kind": (contents(tokenizer__ggml__model="t5"), "of the kind 't5'"),
+    "tokenizer kind": (contents(tokenizer__ggml__model="t5"), "of kind 't5'"),
     "pre-tokenizer": (contents(tokenizer__ggml__pre="klingon"), "pre-tokenizer 'klingon' is unknown"),
     "tokens twice": (contents(tokenizer__ggml__tokens=["a", "a", "b", "ab"]), "has duplicates"),
     "token types": (contents(tokenizer__ggml__token_type=[1]), "4 tokens, but 1 types"),
@@ -497,15 +503,15 @@ def test_bad_files_give_one_error_that_names_them(name: str, tmp_path: Path) -> 
     assert "\n" not in text
 
 
-def test_tensors_that_lie_over_one_another_or_outside(tmp_path: Path) -> None:
+def test_tensors_that_overlap_or_exceed_the_file(tmp_path: Path) -> None:
     good = contents()
     at = good.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8 + 4  # its offset
     (offset,) = struct.unpack_from("<Q", good, at)
     for new, message in (
         (0, "overlap"),
         (offset + 1, "not a multiple of 32"),
-        (1 << 40, "cut short"),
-        ((1 << 64) - 32, "cut short"),
+        (1 << 40, "truncated"),
+        ((1 << 64) - 32, "truncated"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "model.gguf", good[:at] + struct.pack("<Q", new) + good[at + 8 :])
@@ -541,7 +547,7 @@ def test_metadata_bombs_cost_no_memory(tmp_path: Path) -> None:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """A few random changes: bytes, whole numbers, pieces cut out, doubled or cut off."""
+    """Make a few random changes: bytes, integers, spans deleted or doubled, the end cut off."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(len(changed))
@@ -567,7 +573,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(path: Path, seeds: range) -> int:
-    """How many of the damaged files are refused; any other exception than CheckpointError is a failure."""
+    """Return how many damaged files are rejected. Any exception but CheckpointError propagates."""
     bases = [
         contents(),
         contents(
@@ -578,13 +584,13 @@ def fuzz(path: Path, seeds: range) -> int:
         ),
         contents_with_experts(),
     ]
-    refused = 0
+    rejected = 0
     for seed in seeds:
         try:
             load(path, damage(bases[seed % 3], random.Random(seed)))
         except CheckpointError as error:
-            refused += str(path) in str(error)
-    return refused
+            rejected += str(path) in str(error)
+    return rejected
 
 
 def test_fuzzed_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers through GGUF metadata and back: the same ids, and the same as transformers' and llama.cpp's."""
+"""Tokenizers to GGUF metadata and back give the same ids, and the same as transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def without_json(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def byte_level(pre_tokenizer: Any, *, whole_words: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer that cuts text in its own way."""
+    """A byte-level BPE tokenizer with this pre-tokenizer."""
     description = json.loads(train_bpe([TEXT], 320).to_json())
     description["model"]["ignore_merges"] = whole_words
     description["pre_tokenizer"] = pre_tokenizer
@@ -78,7 +78,7 @@ def split(pattern: str) -> Any:
 
 
 def sentencepiece(*, prefix: bool = True) -> Tokenizer:
-    """Like Llama 2's: pieces with "▁", merges in the order of the scores, bytes for the rest."""
+    """A tokenizer like Llama 2's: pieces with "▁", merges in order of the scores, byte fallback."""
     pieces = ["▁", *"abcdehlorw,", "▁h", "he", "ll", "lo", "▁he", "llo", "▁w", "or", "▁wor", "ld", "▁world", "▁hello"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     metadata: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_round_trip_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default"])
 def test_byte_level_without_its_json(name: str, tmp_path: Path) -> None:
-    """From llama.cpp's own keys alone."""
+    """Only llama.cpp's own keys are read."""
     tokenizer = byte_level(PRE_TOKENIZERS[name], whole_words=name in ("llama-bpe", "tekken"))
     metadata = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size)
     assert metadata["tokenizer.ggml.pre"] == name
@@ -126,7 +126,7 @@ def test_byte_level_without_its_json(name: str, tmp_path: Path) -> None:
         assert again.decode(again.encode(text)) == text
 
 
-def test_known_ways_to_cut_text_are_recognised() -> None:
+def test_known_pre_tokenizers_are_recognized() -> None:
     gpt2 = json.loads(train_bpe([TEXT], 300).to_json())["pre_tokenizer"]
     for pre_tokenizer, whole_words, name in (
         (gpt2, False, "gpt-2"),
@@ -180,18 +180,18 @@ def test_sentencepiece_follows_the_scores() -> None:
             assert again.encode(text) == each.encode(text)
 
 
-def test_a_beginning_token_is_added_in_transformers(tmp_path: Path) -> None:
+def test_transformers_adds_the_bos_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = sentencepiece()
     tokenizer.save(tmp_path)
-    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("hello world")["input_ids"] == [1, *tokenizer.encode("hello world")]
+    hf_tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert hf_tokenizer("hello world")["input_ids"] == [1, *tokenizer.encode("hello world")]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), st.randoms())
 def test_characters_as_byte_level_bpe(alphabet: str, rng: Any) -> None:
-    """What llama.cpp makes of a character tokenizer's merges, spelt out in Python."""
+    """Apply a character tokenizer's merges in Python as llama.cpp does."""
     tokenizer = train_char([alphabet])
     metadata = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size)
     ids = {token: id for id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -221,12 +221,12 @@ def pre_tokenizer_bytes() -> dict[str, int]:
         (Pipeline(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)), "cannot represent this tokenizer"),
     ],
 )
-def test_tokenizers_that_llama_cpp_does_not_know(pipeline: Any, message: str) -> None:
+def test_unsupported_tokenizers_are_rejected(pipeline: Any, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         tokenizer_to_gguf(Tokenizer(pipeline.to_str()), 10)
 
 
-def test_other_tokenizers_that_cannot_be_written() -> None:
+def test_unsupported_variants_are_rejected() -> None:
     with pytest.raises(TokenizerError, match="splits text into words"):
         tokenizer_to_gguf(byte_level(split("[a-z]+")), 400)
     with pytest.raises(TokenizerError, match="the model only 100"):
@@ -245,7 +245,7 @@ def test_other_tokenizers_that_cannot_be_written() -> None:
         tokenizer_to_gguf(Tokenizer(pipeline.to_str()), 300)
 
 
-def test_what_is_no_vocabulary() -> None:
+def test_damaged_metadata_is_rejected() -> None:
     good = without_json(tokenizer_to_gguf(train_bpe([TEXT], 300), 300))
     tokenizer_from_gguf(good, "here")
     for change, message in (
@@ -254,7 +254,7 @@ def test_what_is_no_vocabulary() -> None:
         ({"tokenizer.ggml.merges": ["a"]}, "does not have two parts"),
         ({"tokenizer.ggml.merges": [1, 2]}, "not a list of str"),
         ({"tokenizer.ggml.pre": 5}, "pre-tokenizer 5 is unknown"),
-        ({"tokenizer.ggml.model": "rwkv"}, "of the kind 'rwkv'"),
+        ({"tokenizer.ggml.model": "rwkv"}, "of kind 'rwkv'"),
         ({HUGGINGFACE_KEY: "[]"}, "no tokenizer can be built"),
         ({HUGGINGFACE_KEY: train_bpe([TEXT], 310).to_json()}, "more tokens than its list of 300"),
     ):
@@ -273,19 +273,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.network
 def test_a_real_vocabulary_against_transformers(smollm2: Path) -> None:
-    """Where there are no digits: transformers does not cut numbers into digits, as this vocabulary's own
+    """Only for text without digits: transformers does not split numbers into digits, while this vocabulary's own
     tokenizer.json and llama.cpp do."""
     from transformers import AutoTokenizer
 
-    theirs: Any = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    hf_tokenizer: Any = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     tokenizer = tokenizer_from_gguf(open_gguf(smollm2).metadata, str(smollm2))
     for text in SAMPLES:
         words = "".join(character for character in text if not character.isnumeric() and character != "<")
-        assert tokenizer.encode(words) == theirs(words, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(words) == hf_tokenizer(words, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("4 or 42") == [36, 355, 216, 36, 34]
-    assert theirs.chat_template == tokenizer.config()["chat_template"]
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, tokenizer.eos_id)
+    assert hf_tokenizer.chat_template == tokenizer.config()["chat_template"]
+    assert (hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id) == (1, tokenizer.eos_id)
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_a_real_vocabulary_against_llama_cpp(smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "digits", "llama3", "qwen2"])
-def test_llama_cpp_cuts_text_the_same(kind: str, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_the_same(kind: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
     makers = {
         "char": lambda: train_char([TEXT, *SAMPLES]),

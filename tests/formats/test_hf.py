@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
-    """Any family at an odd small size."""
+    """Small configurations of any family, with odd sizes."""
     family = draw(st.sampled_from(sorted(families.FAMILIES)))
     heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
     options: dict[str, Any] = {
@@ -82,7 +82,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Random norms and biases too: as initialised they would hide mistakes."""
+    """Make norms and biases random, too: at their initial values they would hide mistakes."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -94,56 +94,56 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 def test_logits_and_gradients_equal_transformers(
     config: ModelConfig, seed: int, padding: str | None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of the real tokens. Padding is a document of its own here: the attention mask serves as document ids."""
+    """Compared at real tokens. The attention mask serves as document ids, so padding is a document of its own."""
     from transformers import AutoModelForCausalLM
 
     directory = tmp_path_factory.mktemp("model")
-    ours = Transformer(config)
-    randomize(ours, seed)
-    save_model(ours, directory)
+    our_model = Transformer(config)
+    randomize(our_model, seed)
+    save_model(our_model, directory)
     options = {"experts_implementation": "eager"} if config.num_experts else {}
-    theirs: Any = AutoModelForCausalLM.from_pretrained(
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32, **options
     )
-    assert sum(p.numel() for p in theirs.parameters()) == ours.num_parameters()
+    assert sum(p.numel() for p in hf_model.parameters()) == our_model.num_parameters()
 
     ids = torch.randint(0, config.vocab_size, (2, config.max_position_embeddings))
     real = torch.ones_like(ids)
     if padding is None:
-        logits, expected = ours.eval()(ids), theirs.eval()(ids).logits
+        logits, expected = our_model.eval()(ids), hf_model.eval()(ids).logits
     else:
         length, pad = ids.shape[1], 1 + seed % (ids.shape[1] // 2)
         real[1, slice(0, pad) if padding == "left" else slice(length - pad, length)] = 0
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        logits = ours.eval()(ids, document_ids=real)
-        expected = theirs.eval()(ids, attention_mask=real, position_ids=positions).logits
+        logits = our_model.eval()(ids, document_ids=real)
+        expected = hf_model.eval()(ids, attention_mask=real, position_ids=positions).logits
     torch.testing.assert_close(logits[real == 1], expected[real == 1], atol=TOLERANCE, rtol=1e-4)
 
     targets = ids[:, 1:].masked_fill(real[:, 1:] * real[:, :-1] == 0, -100).flatten()
     for output in (logits, expected):
         torch.nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), targets).backward()
-    # Their gradients, put where their weights were, travel through the same table into a model of ours.
+    # Their gradients, put where their weights were, travel through the same table into our model.
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in hf_model.parameters():
             p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
-    theirs.save_pretrained(directory / "gradients")
+    hf_model.save_pretrained(directory / "gradients")
     reference = Transformer(config)
     load_model_weights(reference, directory / "gradients")
-    for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
-        ours_gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        theirs_gradient = q.detach().clone()
+    for (name, p), q in zip(our_model.named_parameters(), reference.parameters(), strict=True):
+        our_gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        hf_gradient = q.detach().clone()
         if (
             config.attention_scale is not None and config.model_type == "gpt_neo" and "qkv_proj" in name
         ):  # scaled weights: gradients scale the other way
-            theirs_gradient[: config.hidden_size] *= config.attention_scale**2
+            hf_gradient[: config.hidden_size] *= config.attention_scale**2
         # Relative to the largest; what is nothing but rounding (a router whose one choice has weight 1) is nothing.
-        bound = 1e-4 * theirs_gradient.abs().max() + 1e-7
-        assert (ours_gradient - theirs_gradient).abs().max() <= bound, name
+        bound = 1e-4 * hf_gradient.abs().max() + 1e-7
+        assert (our_gradient - hf_gradient).abs().max() <= bound, name
 
 
 @settings(max_examples=30, deadline=None)
 @given(config=configs(), seed=st.integers(0, 1000))
-def test_weights_survive_the_round_trip_to_the_bit(config: ModelConfig, seed: int) -> None:
+def test_weights_round_trip_exactly(config: ModelConfig, seed: int) -> None:
     first, second = Transformer(config), Transformer(config)
     randomize(first, seed)
     load_weights(second, weights_to_hf(first), "memory")
@@ -154,10 +154,10 @@ def test_weights_survive_the_round_trip_to_the_bit(config: ModelConfig, seed: in
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_models_made_by_transformers_load_here(family: str, tmp_path: Path) -> None:
+def test_models_made_by_transformers_load(family: str, tmp_path: Path) -> None:
     if family == "gpt2":
         config: Any = transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=2, n_head=3)
-        theirs: Any = transformers.GPT2LMHeadModel(config)
+        hf_model: Any = transformers.GPT2LMHeadModel(config)
     else:
         config = transformers.Qwen3Config(
             vocab_size=50,
@@ -169,18 +169,18 @@ def test_models_made_by_transformers_load_here(family: str, tmp_path: Path) -> N
             intermediate_size=40,
             max_position_embeddings=24,
         )
-        theirs = transformers.Qwen3ForCausalLM(config)
-    randomize(theirs, 1)
-    theirs.save_pretrained(tmp_path)
-    ours = Transformer(read_config(tmp_path))
-    load_model_weights(ours, tmp_path)
+        hf_model = transformers.Qwen3ForCausalLM(config)
+    randomize(hf_model, 1)
+    hf_model.save_pretrained(tmp_path)
+    our_model = Transformer(read_config(tmp_path))
+    load_model_weights(our_model, tmp_path)
     ids = torch.randint(0, 50, (2, 24))
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(ids), theirs.eval()(ids).logits, atol=TOLERANCE, rtol=1e-4)
+        torch.testing.assert_close(our_model.eval()(ids), hf_model.eval()(ids).logits, atol=TOLERANCE, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", [make() for make in families.FAMILIES.values()], ids=lambda c: c.model_type)
-def test_config_survives_the_round_trip(config: ModelConfig, tmp_path: Path) -> None:
+def test_config_round_trips(config: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     assert read_config(tmp_path) == config
 
@@ -232,8 +232,8 @@ def test_published_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         counted = Transformer(config).num_parameters()
         values = config_to_hf(config)
-        theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    assert counted == theirs.num_parameters()
+        hf_model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    assert counted == hf_model.num_parameters()
     assert counted == pytest.approx(published, rel=tolerance)
 
 
@@ -254,7 +254,7 @@ def small(tmp_path: Path) -> tuple[Transformer, Path]:
     return model, tmp_path
 
 
-def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
     model, directory = small(tmp_path)
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -290,7 +290,7 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
         load_model_weights(model, directory)
 
 
-def test_unsupported_rope_scaling_is_refused(tmp_path: Path) -> None:
+def test_unsupported_rope_scaling_is_rejected(tmp_path: Path) -> None:
     values = config_to_hf(families.qwen3())
     values["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e6, "factor": 4.0}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""Models from everywhere: directories as transformers writes them, shards, legacy files, the hub, and hostile ones."""
+"""Opening models: directories that transformers wrote, shards, legacy files, the hub, and hostile files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ VOCABULARY, CONTEXT = 300, 24
 
 
 def tiny(model_type: str) -> Any:
-    """A small random model of transformers' own class, norms and biases random too."""
+    """Make a small random model of transformers' own class; norms and biases are random, too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model_type in ("openai-gpt", "gpt2"):
@@ -88,7 +88,7 @@ def tokenizer(words: str) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., tuple[Path, Any]]:
-    """(directory, model): as transformers writes it, made once; not to be changed."""
+    """Return (directory, model) as transformers writes them, made once. Do not change them."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def get(model_type: str) -> tuple[Path, Any]:
@@ -104,18 +104,18 @@ def foreign(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> C
 
 @pytest.fixture
 def llama(foreign: Callable[..., tuple[Path, Any]], tmp_path: Path) -> Path:
-    """A directory to spoil."""
+    """A model directory that a test can damage."""
     return Path(shutil.copytree(foreign("qwen3")[0], tmp_path / "llama"))
 
 
-def logits_equal(ours: Transformer, theirs: Any) -> None:
+def logits_equal(our_model: Transformer, hf_model: Any) -> None:
     ids = torch.randint(0, VOCABULARY, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(our_model(ids), hf_model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def change(path: Path, **values: Any) -> None:
-    """Change a JSON file; a value of None removes its key."""
+    """Change a JSON file. A value of None removes its key."""
     before = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in {**before, **values}.items() if v is not None}))
 
@@ -125,22 +125,22 @@ def change(path: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
 def test_a_directory_of_transformers_loads(model_type: str, foreign: Callable[..., tuple[Path, Any]]) -> None:
-    directory, theirs = foreign(model_type)
+    directory, hf_model = foreign(model_type)
     model, _ = gptsmith.load(directory)
     assert not model.training
-    logits_equal(model, theirs)
+    logits_equal(model, hf_model)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
 def test_shards_load(model_type: str, foreign: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
-    directory, theirs = foreign(model_type)
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    directory, hf_model = foreign(model_type)
+    hf_model.save_pretrained(tmp_path, max_shard_size="20KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(directory / name, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
     model, _ = load_model(tmp_path)
-    logits_equal(model, theirs)
+    logits_equal(model, hf_model)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -148,10 +148,10 @@ def test_shards_load(model_type: str, foreign: Callable[..., tuple[Path, Any]], 
 def test_a_legacy_file_loads_with_a_warning(
     sharded: bool, zipped: bool, foreign: Callable[..., tuple[Path, Any]], tmp_path: Path, capsys: Any
 ) -> None:
-    directory, theirs = foreign("gpt2")
+    directory, hf_model = foreign("gpt2")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(directory / name, tmp_path)
-    tensors = dict(theirs.state_dict())
+    tensors = dict(hf_model.state_dict())
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT, dtype=torch.bool)  # a mask of old files
     parts = {"pytorch_model.bin": tensors}
     if sharded:
@@ -164,7 +164,7 @@ def test_a_legacy_file_loads_with_a_warning(
         torch.save(values, tmp_path / file, _use_new_zipfile_serialization=zipped)
     model, _ = load_model(tmp_path)
     assert "weights_only=True" in capsys.readouterr().err
-    logits_equal(model, theirs)
+    logits_equal(model, hf_model)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
@@ -191,8 +191,8 @@ def test_the_precision_in_memory_can_be_chosen(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
-def test_a_loaded_model_is_whole(model_type: str, foreign: Callable[..., tuple[Path, Any]]) -> None:
-    """Built on the meta device and then given memory: buffers and ties must be as in a model built at once."""
+def test_a_loaded_model_equals_one_built_directly(model_type: str, foreign: Callable[..., tuple[Path, Any]]) -> None:
+    """Loading builds a meta skeleton and then allocates it. Buffers and tied weights must be as usual."""
     model = open_model(foreign(model_type)[0]).model()
     built = Transformer(read_config(foreign(model_type)[0]))
     assert all(not t.is_meta for t in (*model.parameters(), *model.buffers()))
@@ -206,7 +206,7 @@ def test_a_loaded_model_is_whole(model_type: str, foreign: Callable[..., tuple[P
 # Tokenizers and what goes with them ----------------------------------------------------------------------------------
 
 
-def test_the_chat_template_is_found_in_either_place(llama: Path) -> None:
+def test_the_chat_template_is_found_in_either_file(llama: Path) -> None:
     assert "chat_template" not in open_model(llama).tokenizer().config()
     change(llama / "tokenizer_config.json", chat_template="A")
     assert open_model(llama).tokenizer().config()["chat_template"] == "A"
@@ -257,10 +257,10 @@ def test_gpt1_tokenizer_equals_transformers(llama: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = OpenAIGPTTokenizer.from_pretrained(llama)
-    ours = read_tokenizer(llama)
+        hf_tokenizer = OpenAIGPTTokenizer.from_pretrained(llama)
+    our_tokenizer = read_tokenizer(llama)
     for text in ("abc de, ab!", "Deab  ABC.\nj", "hijabc z"):
-        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+        assert our_tokenizer.encode(text) == hf_tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_gpt1_tokenizer_equals_transformers(llama: Path) -> None:
         ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, "must go on from 1"),
     ],
 )
-def test_tokenizers_that_cannot_be_used_are_named(files: dict[str, str], message: str, llama: Path) -> None:
+def test_unusable_tokenizers_are_reported(files: dict[str, str], message: str, llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     for name, text in files.items():
         (llama / name).write_text(text)
@@ -306,7 +306,7 @@ def shard_index(directory: Path, weight_map: Any) -> None:
         7,
     ],
 )
-def test_shards_outside_the_directory_are_refused(name: Any, llama: Path) -> None:
+def test_shards_outside_the_directory_are_rejected(name: Any, llama: Path) -> None:
     (llama.parent / "secret.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     shard_index(llama, {"model.norm.weight": name})
     with pytest.raises(CheckpointError, match="not the plain name"):
@@ -380,13 +380,13 @@ def test_configurations_that_claim_too_much_cost_nothing(values: dict[str, Any],
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-def test_quantized_weights_are_refused(llama: Path) -> None:
+def test_quantized_weights_are_rejected(llama: Path) -> None:
     change(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match="quantized with gptq"):
         load_model(llama)
 
 
-def test_integer_weights_are_refused(llama: Path) -> None:
+def test_integer_weights_are_rejected(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(24, dtype=torch.int8)
     save_file(weights, llama / "model.safetensors")
@@ -394,7 +394,7 @@ def test_integer_weights_are_refused(llama: Path) -> None:
         load_model(llama)
 
 
-def test_missing_extra_and_misshapen_tensors_are_listed(llama: Path) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_listed(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     del weights["model.norm.weight"]
     weights["model.surprise"] = torch.zeros(2)
@@ -406,7 +406,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed(llama: Path) -> None:
         assert part in str(error.value)
 
 
-def test_a_directory_without_weights_says_so(llama: Path) -> None:
+def test_a_directory_without_weights_is_reported(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         load_model(llama)
@@ -428,7 +428,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_hostile_safetensors_headers_are_refused(case: str, llama: Path) -> None:
+def test_hostile_safetensors_headers_are_rejected(case: str, llama: Path) -> None:
     header = HEADERS[case]
     if header.startswith(b"{"):
         header = struct.pack("<Q", len(header)) + header + bytes(4)
@@ -442,7 +442,7 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
-def test_a_pickle_that_runs_code_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_that_runs_code_is_rejected(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(llama)
     (llama / "model.safetensors").unlink()
     for write in (
@@ -472,7 +472,7 @@ CUTS = st.one_of(st.just(1.0), st.floats(0, 1))
 
 
 def survives(directory: Path) -> None:
-    """Any other exception fails the test."""
+    """Load a model or raise GptsmithError. Any other exception fails the test."""
     with contextlib.suppress(GptsmithError):
         load_model(directory)
 
@@ -553,7 +553,7 @@ def test_any_value_in_a_configuration_loads_or_gives_one_error(
         ("", False),
     ],
 )
-def test_names_of_the_hub_are_told_from_paths(
+def test_hub_ids_are_distinguished_from_paths(
     spec: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -576,7 +576,7 @@ def test_a_path_comes_before_a_name(llama: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NamedModel:
-    """A named model whose package file lies in the cache."""
+    """A named model whose package is in the cache."""
     monkeypatch.setenv("GPTSMITH_CACHE", str(tmp_path / "cache"))
     content = b"GGUF" + bytes(range(256)) * 50
     wheel = tmp_path / "pack-1.0-py3-none-any.whl"
@@ -591,7 +591,7 @@ def named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NamedModel:
     return model
 
 
-def test_a_named_model_is_unpacked_once_and_mended(named: NamedModel) -> None:
+def test_a_named_model_is_unpacked_once_and_repaired(named: NamedModel) -> None:
     path = resolve_model("tiny")
     assert path == named.path
     assert sha256_file(path) == named.sha256
@@ -605,7 +605,7 @@ def test_a_named_model_is_unpacked_once_and_mended(named: NamedModel) -> None:
         resolve_model("tiny")
 
 
-def test_a_named_model_of_other_content_is_not_kept(named: NamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_model_with_other_contents_is_rejected(named: NamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
     monkeypatch.setitem(named_models.NAMED_MODELS, "tiny", dataclasses.replace(named, sha256="0" * 64))
@@ -615,7 +615,7 @@ def test_a_named_model_of_other_content_is_not_kept(named: NamedModel, monkeypat
     assert list(named.path.parent.iterdir()) == []
 
 
-def test_unknown_names_are_named() -> None:
+def test_unknown_names_are_reported() -> None:
     with pytest.raises(UsageError, match="Did you mean 'smollm2-135m'"):
         named_model_path("smollm2-136m")
 
@@ -625,7 +625,7 @@ def test_unknown_names_are_named() -> None:
 
 @pytest.fixture
 def hub(foreign: Any, tmp_path: Path) -> Iterator[str]:
-    """A small hub on this machine that holds `org/tiny`: its address. Counts requests for files."""
+    """The address of a local hub with the model `org/tiny`. It counts requests for files."""
     pytest.importorskip("huggingface_hub")
     directory = tmp_path / "served"
     shutil.copytree(foreign("qwen3")[0], directory)
@@ -688,7 +688,7 @@ def hub(foreign: Any, tmp_path: Path) -> Iterator[str]:
 
 
 def run_with_hub(endpoint: str, home: Path, *arguments: object, **environment: str) -> tuple[int, str, str]:
-    """Run the command line in a process of its own (the hub's library reads its settings when it is imported)."""
+    """Run the command line in a new process, since huggingface_hub reads its settings at import."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))}
@@ -702,7 +702,7 @@ def run_with_hub(endpoint: str, home: Path, *arguments: object, **environment: s
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_model_of_the_hub_is_fetched_cached_and_used_offline(hub: str, tmp_path: Path, foreign: Any) -> None:
+def test_a_hub_model_is_downloaded_cached_and_used_offline(hub: str, tmp_path: Path, foreign: Any) -> None:
     home = tmp_path / "home"
     code, _, err = run_with_hub(hub, home, "import", "org/tiny", "--out", tmp_path / "out")
     assert code == 0, err
@@ -718,7 +718,7 @@ def test_a_model_of_the_hub_is_fetched_cached_and_used_offline(hub: str, tmp_pat
     assert out.startswith("ba")
 
 
-def test_what_the_hub_cannot_give_is_said(hub: str, tmp_path: Path) -> None:
+def test_hub_failures_are_reported(hub: str, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     code, _, err = run_with_hub(hub, home, "import", "org/unknown", "--out", out)
     assert (code, "the hub has no model org/unknown" in err) == (1, True), err
@@ -729,14 +729,16 @@ def test_what_the_hub_cannot_give_is_said(hub: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_without_the_hub_package_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_huggingface_hub_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=r"pip install 'gptsmith\[hub\]'"):
         load_model("org/name")
 
 
-def test_tensors_are_read_only_when_asked_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_read_on_access(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = SafetensorsFiles.__getitem__
 
@@ -757,8 +759,8 @@ def test_a_character_model_keeps_its_tokenizer(llama: Path) -> None:
     assert open_model(llama).tokenizer().kind == "char"
 
 
-def test_loading_does_not_start_the_compiler(llama: Path) -> None:
-    """It would take a second, more than the weights of a small model."""
+def test_loading_does_not_import_the_compiler(llama: Path) -> None:
+    """Importing it takes a second, longer than reading a small model."""
     code = (
         "import sys; from gptsmith.loading import load_model; "
         f"load_model({str(llama)!r}); sys.exit('torch._dynamo.convert_frame' in sys.modules or 'sympy' in sys.modules)"
