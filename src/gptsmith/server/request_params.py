@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from gptsmith.engine.sampling import Constraint, SamplingParams
+from gptsmith.engine.sampling import SAMPLING_OPTIONS, Constraint, SamplingParams
 from gptsmith.engine.text import encode_prompt
 from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
@@ -15,6 +15,8 @@ from gptsmith.server.schema import GenerationRequest, JsonObjectFormat, JsonSche
 from gptsmith.tokenizer import Tokenizer
 
 SEED_LIMIT = 2**48
+_CONVERTED = ("temperature", "stop", "seed", "logit_bias")
+_UNCHANGED = [name for name in GenerationRequest.model_fields if name in SAMPLING_OPTIONS and name not in _CONVERTED]
 
 
 def sampling_params(
@@ -40,15 +42,11 @@ def sampling_params(
         "stop": (*stop, *more_stop),
         "logit_bias": _logit_bias(body, served),
         "adapter": served.adapter,
-        "min_tokens": body.min_tokens or 0,
         "stop_ids": (*(body.stop_token_ids or ()), *more_stop_ids),
     }
     if body.seed is not None:
         params["seed"] = body.seed % SEED_LIMIT
-    for name in (
-        *("top_p", "n", "presence_penalty", "frequency_penalty", "top_k", "min_p", "typical_p"),
-        *("repetition_penalty", "best_of", "beams", "length_penalty", "early_stopping", "overflow"),
-    ):
+    for name in _UNCHANGED:
         value = getattr(body, name)
         if value is not None:
             params[name] = value

@@ -9,9 +9,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
-MAX_CHOICES = 128
-MAX_TOP_LOGPROBS = 20
+from gptsmith.engine.sampling import INT32_MAX, SAMPLING_OPTIONS
+
+Id = Annotated[int, Field(ge=0, le=INT32_MAX)]
+
+
+def sampling_field(name: str, note: str = "", *, help: str | None = None) -> Any:
+    """Return an optional field for a sampling option, with its range and its description (or `help`), then `note`."""
+    option = SAMPLING_OPTIONS[name]
+    limits: dict[str, Any] = option.request_range.limits()
+    return Field(None, description=f"{help or option.help} {note}".rstrip(), **limits)
+
+
+def _range_of(name: str) -> Any:
+    limits: dict[str, Any] = SAMPLING_OPTIONS[name].request_range.limits()
+    return Field(**limits)
+
+
+_REGEX: Any = Field(None, max_length=20_000, description="The output matches this regular expression.")
+_GRAMMAR: Any = Field(None, max_length=100_000, description="The output follows this grammar, in Lark or GBNF.")
+_CHOICE: Any = Field(None, min_length=1, max_length=1000, description="The output is one of these texts.")
 
 
 class Request(BaseModel):
@@ -30,50 +47,39 @@ class StreamOptions(BaseModel):
 class GenerationRequest(Request):
     """The fields that completions and chat completions share."""
 
-    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 always takes the most likely token.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Number of continuations per prompt.")
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id -> value added to its logit; -100 bans the token."
+    temperature: float | None = sampling_field("temperature", "Default 1; 0 with beam search.")
+    top_p: float | None = sampling_field("top_p")
+    n: int | None = sampling_field("n")
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(
+        None, description="Stop before this text, or before any of up to 16 texts."
     )
-    stream: bool | None = None
+    seed: int | None = sampling_field("seed")
+    presence_penalty: float | None = sampling_field("presence_penalty")
+    frequency_penalty: float | None = sampling_field("frequency_penalty")
+    logit_bias: dict[str, Annotated[float, _range_of("logit_bias")]] | None = Field(
+        None, description=f"{SAMPLING_OPTIONS['logit_bias'].help} -100 bans a token."
+    )
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="Written to the log.")
     service_tier: Literal["auto", "default"] | None = None
 
     # extensions to OpenAI's API: pass them in extra_body with the official client
-    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
-    best_of: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_CHOICES,
-        description="Generate this many and return the n with the highest mean log-probability.",
-    )
-    beams: int | None = Field(
-        None, ge=1, le=32, description="Beam search with this many beams; requires temperature 0."
-    )
-    length_penalty: float | None = Field(None, ge=-10, le=10)
-    early_stopping: bool | None = None
-    stop_token_ids: list[Id] | None = None
-    ignore_eos: bool | None = None
-    overflow: Literal["error", "truncate", "shift"] | None = Field(
-        None, description="If the context is full: reject, cut the start of the prompt, or drop the oldest tokens."
-    )
-    regex: str | None = Field(None, max_length=20_000, description="The output matches this regular expression.")
-    grammar: str | None = Field(
-        None, max_length=100_000, description="The output follows this grammar, in Lark or GBNF."
-    )
-    choice: list[str] | None = Field(
-        None, min_length=1, max_length=1000, description="The output is one of these texts."
-    )
+    top_k: int | None = sampling_field("top_k")
+    min_p: float | None = sampling_field("min_p")
+    typical_p: float | None = sampling_field("typical_p")
+    repetition_penalty: float | None = sampling_field("repetition_penalty")
+    min_tokens: int | None = sampling_field("min_tokens")
+    best_of: int | None = sampling_field("best_of")
+    beams: int | None = sampling_field("beams")
+    length_penalty: float | None = sampling_field("length_penalty")
+    early_stopping: bool | None = sampling_field("early_stopping")
+    stop_token_ids: list[Id] | None = Field(None, description=SAMPLING_OPTIONS["stop_ids"].help)
+    ignore_eos: bool | None = Field(None, description="Continue past the end-of-text token.")
+    overflow: Literal["error", "truncate", "shift"] | None = sampling_field("overflow")
+    regex: str | None = _REGEX
+    grammar: str | None = _GRAMMAR
+    choice: list[str] | None = _CHOICE
 
     prompt_cache_key: None = None
     prompt_cache_options: None = None
@@ -111,9 +117,9 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[Id] | list[list[Id]] = Field(description="One or more texts or lists of token ids.")
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default 16.")
-    echo: bool | None = Field(None, description="Start the output with the prompt.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: int | None = sampling_field("max_tokens", "Default 16.")
+    echo: bool | None = sampling_field("echo")
+    logprobs: int | None = sampling_field("logprobs")
     response_format: ResponseFormat | None = None
 
     suffix: None = None
@@ -208,10 +214,12 @@ class NamedTool(BaseModel):
 
 class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: up to the end of the context.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The newer name of max_tokens.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="The newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Return the log-probability of each generated token.")
+    top_logprobs: int | None = sampling_field(
+        "logprobs", help="Also return this many of the most probable tokens at each position."
+    )
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -300,10 +308,10 @@ class ResponseStreamOptions(BaseModel):
 class ResponsesRequest(Request):
     input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_output_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
+    temperature: float | None = sampling_field("temperature", "Default 1.")
+    top_p: float | None = sampling_field("top_p")
+    top_logprobs: int | None = sampling_field("logprobs")
     include: list[Literal["message.output_text.logprobs"]] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the answer.")
     parallel_tool_calls: bool | None = None
@@ -321,14 +329,14 @@ class ResponsesRequest(Request):
     service_tier: Literal["auto", "default"] | None = None
 
     # extensions to OpenAI's API
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    regex: str | None = Field(None, max_length=20_000)
-    grammar: str | None = Field(None, max_length=100_000)
-    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+    seed: int | None = sampling_field("seed")
+    top_k: int | None = sampling_field("top_k")
+    min_p: float | None = sampling_field("min_p")
+    typical_p: float | None = sampling_field("typical_p")
+    repetition_penalty: float | None = sampling_field("repetition_penalty")
+    regex: str | None = _REGEX
+    grammar: str | None = _GRAMMAR
+    choice: list[str] | None = _CHOICE
 
     access_programs: None = None
     background_options: None = None
