@@ -38,7 +38,7 @@ def model(tokenizer: Tokenizer) -> Transformer:
 STATE = TrainState({"step": 3, "nested": {"a": [1.5, None]}}, {"rng": torch.arange(7, dtype=torch.uint8)})
 
 
-def test_everything_comes_back_to_the_bit(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_checkpoint_round_trips_exactly(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", model, tokenizer, STATE)
     loaded, its_tokenizer = gptsmith.load(tmp_path / "c")
     assert not loaded.training
@@ -49,7 +49,7 @@ def test_everything_comes_back_to_the_bit(model: Transformer, tokenizer: Tokeniz
     assert torch.equal(state.tensors["rng"], STATE.tensors["rng"])
 
 
-def test_no_pickle_and_no_stray_files(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_only_the_documented_files_are_written(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", model, tokenizer, STATE)
     names = sorted(p.relative_to(tmp_path / "c").as_posix() for p in (tmp_path / "c").rglob("*") if p.is_file())
     assert names == [
@@ -65,7 +65,7 @@ def test_no_pickle_and_no_stray_files(model: Transformer, tokenizer: Tokenizer, 
 
 
 @pytest.mark.parametrize("fails_at", ["save_model", "save_file", "fsync_tree"])
-def test_a_failed_save_leaves_nothing_and_harms_nothing(
+def test_a_failed_save_leaves_nothing_behind(
     fails_at: str, model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -94,21 +94,21 @@ def test_rotation_keeps_the_last_and_the_best(model: Transformer, tokenizer: Tok
     for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, 1.5)):
         store.save(step, model, tokenizer, STATE, keep=2)
         metrics.append(step=step, val_loss=val_loss)
-        store.point()
+        store.update_links()
     assert store.steps() == [2, 4, 5]
     assert store.best_step() == 2
     assert (tmp_path / "best").resolve() == store.path(2).resolve()
     assert (tmp_path / "last").resolve() == store.path(5).resolve()
 
 
-def test_links_are_only_for_people(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_links_are_not_needed(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.save(1, model, tokenizer, STATE, keep=2)
     (tmp_path / "last").unlink()
     load_model(tmp_path)
 
 
-def test_what_is_no_model_is_said(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_model_is_reported(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "bard", model, tokenizer)
     with pytest.raises(CheckpointError, match="Did you mean 'bard'"):
         load_model(tmp_path / "brad")
@@ -122,7 +122,9 @@ def test_what_is_no_model_is_said(model: Transformer, tokenizer: Tokenizer, tmp_
         load_train_state(tmp_path / "bard")
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_is_rejected(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     save_checkpoint(tmp_path / "c", model, tokenizer)
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
     train_char(["abcdefghijklmnop"]).save(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Dataclasses to plain data and back, strictly."""
+"""Conversion of dataclasses to plain data and back, with strict checks."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def test_round_trip_through_json(config: Outer) -> None:
 
 @settings(deadline=None)
 @given(outers, outers)
-def test_what_is_not_given_comes_from_the_default(config: Outer, default: Outer) -> None:
+def test_missing_keys_come_from_the_default(config: Outer, default: Outer) -> None:
     values = {"limit": config.limit, "inner": {"kind": config.inner.kind}}
     expected = replace(default, limit=config.limit, inner=replace(default.inner, kind=config.inner.kind))
     assert from_dict(Outer, values, default=default) == expected
 
 
-def test_every_preset_survives() -> None:
+def test_every_preset_round_trips() -> None:
     for make in PRESETS.values():
         assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(make())))) == make()
 
 
-def test_an_integer_is_a_float_too() -> None:
+def test_an_integer_is_accepted_for_a_float() -> None:
     rate = from_dict(Inner, {"rate": 3}).rate
     assert (rate, type(rate)) == (3.0, float)
 
@@ -93,26 +93,26 @@ def test_an_integer_is_a_float_too() -> None:
         ({"inner": 3}, "inner must be a mapping, not 3."),
         ({"inner": {"rate": "x"}}, "inner.rate must be float, not 'x'."),
         ({"inner": {"rate": False}}, "inner.rate must be float, not False."),
-        ({"inner": {"kind": "tow"}}, "inner.kind is 'tow'; it can be one, two. Did you mean 'two'?"),
-        ({"inner": {"kind": ["one"]}}, "inner.kind is ['one']; it can be one, two."),
+        ({"inner": {"kind": "tow"}}, "inner.kind is 'tow'; choose from one, two. Did you mean 'two'?"),
+        ({"inner": {"kind": ["one"]}}, "inner.kind is ['one']; choose from one, two."),
         ({"inner": {"words": "abc"}}, "inner.words must be a list, not 'abc'."),
         ({"inner": {"words": ["a", 2]}}, "inner.words[1] must be str, not 2."),
         ({"many": [{}, {"rate": []}]}, "many[1].rate must be float, not []."),
         ({3: 4}, "unknown configuration key '3'."),
     ],
 )
-def test_mistakes_are_named(values: dict[Any, Any], message: str) -> None:
+def test_mistakes_are_reported(values: dict[Any, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         from_dict(Outer, values, default=Outer(steps=1, path=Path("a")))
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("values", [[1], "steps", None, 3])
-def test_only_a_mapping_is_a_configuration(values: Any) -> None:
+def test_a_configuration_must_be_a_mapping(values: Any) -> None:
     with pytest.raises(UsageError, match="the configuration must be a mapping"):
         from_dict(Outer, values)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_a_missing_key_is_reported() -> None:
     with pytest.raises(UsageError, match="'path'"):
         from_dict(Outer, {"steps": 1})

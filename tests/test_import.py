@@ -1,4 +1,4 @@
-"""Importing the package and asking for help cost next to nothing."""
+"""Importing the package and printing help are fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAVY = ("torch", "transformers", "matplotlib", "tokenizers", "safetensors", "py
 
 
 def loaded(code: str) -> list[str]:
-    """Heavy modules in a fresh interpreter after `code`."""
+    """Return the heavy modules that `code` imports in a new interpreter."""
     report = f"import sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return list(json.loads(done.stderr.splitlines()[-1]))
@@ -43,7 +43,7 @@ def test_help_is_light(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["train", "--help"], 1.5)])
 def test_help_is_quick(arguments: list[str], seconds: float) -> None:
-    """Processor time, the best of three: a busy machine is not the program's fault."""
+    """Measured as processor time, best of three, so that a busy machine does not matter."""
     resource = pytest.importorskip("resource", reason="Windows does not say what children cost")
     costs = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, progress, and lines for the terminal."""
+"""Metrics as JSON lines, progress bars, and messages on the terminal."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_what_is_appended_is_read(lines: JsonLines) -> None:
 
 @settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=20), max_size=5))
-def test_any_text_survives(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Also the characters that some take for line breaks."""
+def test_any_text_round_trips(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Including characters that str.splitlines treats as line breaks."""
     lines = JsonLines(tmp_path_factory.mktemp("lines") / "samples.jsonl")
     for step, text in enumerate(texts):
         lines.append(step=step, text=text)
@@ -40,14 +40,14 @@ def test_any_text_survives(texts: list[str], tmp_path_factory: pytest.TempPathFa
     assert [row["text"] for row in lines.read()] == texts[:2]
 
 
-def test_each_line_is_written_at_once(lines: JsonLines) -> None:
-    """Another process sees it without waiting for this one to end."""
+def test_each_line_is_flushed(lines: JsonLines) -> None:
+    """Another process can read it while this one continues."""
     lines.append(step=1)
     assert JsonLines(lines.path).read() == [{"step": 1}]
 
 
-def test_a_line_cut_anywhere_is_dropped(lines: JsonLines) -> None:
-    """Also inside a character: a crash does not cut at characters."""
+def test_a_truncated_line_is_skipped(lines: JsonLines) -> None:
+    """Even if it is cut within a multi-byte character."""
     lines.append(step=1, text="first")
     lines.append(step=2, text="zweite: äöü")
     whole = lines.path.read_bytes()
@@ -61,7 +61,7 @@ def test_a_line_cut_anywhere_is_dropped(lines: JsonLines) -> None:
     assert [row["step"] for row in lines.read()] == [1, 2]
 
 
-def test_truncate_after_forgets_later_steps_only(lines: JsonLines) -> None:
+def test_truncate_after_deletes_only_later_steps(lines: JsonLines) -> None:
     for step in (1, 2, 3, 4):
         lines.append(step=step, loss=0.1 * step)
     lines.append(step=2, val_loss=1.0)
@@ -71,7 +71,7 @@ def test_truncate_after_forgets_later_steps_only(lines: JsonLines) -> None:
     assert [path.name for path in lines.path.parent.iterdir()] == [lines.path.name]
 
 
-def test_not_a_number_survives(lines: JsonLines) -> None:
+def test_nan_round_trips(lines: JsonLines) -> None:
     lines.append(step=1, loss=float("nan"))
     assert str(lines.read()[0]["loss"]) == "nan"
 
@@ -98,7 +98,7 @@ def test_notes_go_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "hello\n")
 
 
-def test_a_reader_that_left_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         def write(self, text: str) -> int:
             raise BrokenPipeError
@@ -132,7 +132,7 @@ def test_short_work_shows_no_progress(clock: Clock, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_log_file_gets_a_line_now_and_then(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_gets_a_line_every_ten_seconds(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     with progress(100, "counting") as bar:
         for _ in range(100):
             clock.now += 1.0
@@ -142,7 +142,9 @@ def test_a_log_file_gets_a_line_now_and_then(clock: Clock, capfd: pytest.Capture
     assert 7 <= len(lines) <= 10
 
 
-def test_progress_of_unknown_length_and_of_nothing_yet(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_unknown_length_and_before_the_first_advance(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
     with progress(None, "reading") as bar:
         clock.now += 11
         bar.advance(12345)

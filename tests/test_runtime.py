@@ -1,4 +1,4 @@
-"""What the package finds out about the machine."""
+"""Cache directory, device, precision and other properties of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptsmith.runtime import (
 CPU = torch.device("cpu")
 
 
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_directory_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTSMITH_CACHE", str(tmp_path / "a" / "b"))
     assert cache_directory() == tmp_path / "a" / "b"
     assert cache_directory().is_dir()
@@ -31,7 +31,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other platforms keep caches elsewhere")
 @pytest.mark.parametrize("chosen", [None, ""])
-def test_the_cache_is_the_platforms_otherwise(
+def test_the_default_cache_directory_is_the_platforms(
     chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -42,10 +42,10 @@ def test_the_cache_is_the_platforms_otherwise(
     assert cache_directory() == tmp_path / "gptsmith"
 
 
-def test_a_cache_that_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_cache_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("GPTSMITH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(GptsmithError, match="a part of that path is a file"):
+    with pytest.raises(GptsmithError, match="part of that path is a file"):
         cache_directory()
 
 
@@ -59,12 +59,12 @@ def test_auto_takes_the_fastest_device(cuda: bool, mps: bool, expected: str, mon
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "meta", "vulkan", "tpu"])
-def test_what_is_no_device_is_refused(name: str) -> None:
+def test_unknown_devices_are_rejected(name: str) -> None:
     with pytest.raises(UsageError, match="--device.*cuda:N"):
         choose_device(name)
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UsageError, match="this machine has 1 CUDA"):
@@ -77,7 +77,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
         choose_device("mps")
 
 
-def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert choose_precision("auto", CPU) == "fp32"
     assert choose_precision("auto", torch.device("mps")) == "fp32"
@@ -86,11 +86,11 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_precision("auto", gpu) == expected
         assert choose_precision("fp32", gpu) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"
-    with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
+    with pytest.raises(UsageError, match="--precision fp16 requires a GPU"):
         choose_precision("fp16", CPU)
 
 
-def test_a_compiler_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not compiler_available(CPU)

@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever happens while they are written."""
+"""Files are complete or unchanged, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gptsmith.storage import (
 
 
 class Crash(BaseException):
-    """Not an Exception: as KeyboardInterrupt and SystemExit are not."""
+    """Not an Exception, like KeyboardInterrupt and SystemExit."""
 
 
 def leftovers(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
 
 
-def test_a_file_appears_whole(tmp_path: Path) -> None:
+def test_a_file_appears_complete(tmp_path: Path) -> None:
     path = tmp_path / "made" / "on" / "demand.txt"
     with atomic_file(path, "w") as file:
         file.write("höher\n")
@@ -75,7 +75,7 @@ def test_newlines_are_untouched(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
-    """mkstemp makes files only their owner can read; what is kept must be as readable as any other file."""
+    """mkstemp creates private files; the result must have the usual permissions."""
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "file", "x")
@@ -87,7 +87,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
 
 
-def test_a_directory_appears_whole(tmp_path: Path) -> None:
+def test_a_directory_appears_complete(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "folder"
     with atomic_directory(path) as temporary:
         (temporary / "inner").mkdir()
@@ -99,7 +99,7 @@ def test_a_directory_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, Crash])
-def test_a_failed_directory_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_a_failed_directory_leaves_nothing_behind(tmp_path: Path, failure: type[BaseException]) -> None:
     path = tmp_path / "folder"
 
     def write() -> None:
@@ -113,7 +113,7 @@ def test_a_failed_directory_leaves_nothing(tmp_path: Path, failure: type[BaseExc
 
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync of every file and folder, then the rename, then fsync of the folder it is in."""
+    """fsync every file and directory, rename, then fsync the parent directory."""
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -156,24 +156,24 @@ def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
         (errno.EACCES, "no permission to write .*place"),
         (errno.EPERM, "no permission"),
         (errno.EROFS, "no permission"),
-        (errno.ENOTDIR, "place: a part of that path is a file"),
+        (errno.ENOTDIR, "place: part of that path is a file"),
     ],
 )
-def test_the_systems_refusals_are_explained(tmp_path: Path, code: int, message: str) -> None:
+def test_os_errors_are_explained(tmp_path: Path, code: int, message: str) -> None:
     with pytest.raises(GptsmithError, match=message), explain_os_errors(tmp_path / "place"):
         raise OSError(code, os.strerror(code))
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
+def test_other_errors_propagate(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), explain_os_errors(tmp_path):
         (tmp_path / "missing").read_text()
 
 
-def test_a_place_below_a_file_is_explained(tmp_path: Path) -> None:
+def test_a_path_below_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(GptsmithError, match="a part of that path is a file"):
+    with pytest.raises(GptsmithError, match="part of that path is a file"):
         write_text(tmp_path / "file" / "inner" / "new", "y")
-    with pytest.raises(GptsmithError, match="a part of that path is a file"), atomic_directory(tmp_path / "file" / "d"):
+    with pytest.raises(GptsmithError, match="part of that path is a file"), atomic_directory(tmp_path / "file" / "d"):
         pass
     assert (tmp_path / "file").read_text() == "x"
 

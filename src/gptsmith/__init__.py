@@ -5,7 +5,7 @@
     logits = model(ids)                                    # ids: (B, T) int64 -> logits: (B, T, V)
     text = gptsmith.generate(model, tokenizer, "ROMEO:", max_tokens=200, temperature=0.8)
 
-Importing this package imports nothing heavy; torch comes with the first call.
+Importing this package is fast: torch is imported by the first call.
 """
 
 from __future__ import annotations

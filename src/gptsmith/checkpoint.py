@@ -6,8 +6,8 @@
         train/state.safetensors    optimizer state, random-number state
         manifest.json              size and sha256 of every file above
 
-A checkpoint is whole or absent: it is written beside its place, fsynced and renamed. One that was cut short or changed
-afterwards no longer matches its manifest; it is named and the one before it is used.
+A checkpoint is complete or absent: it is written to a temporary directory, fsynced and renamed. One that is truncated
+or changed later no longer matches its manifest; it is reported, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch  # loaded before training: a run short of memory must still be able to save
+import safetensors.torch  # imported before training, so that a run short of memory can still save
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError
@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class TrainState:
-    """What training needs beyond the model: numbers as JSON, tensors by name."""
+    """The state of training besides the model: plain values as JSON, tensors by name."""
 
     values: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -45,7 +45,10 @@ class TrainState:
 def save_checkpoint(
     directory: Path, model: Transformer, tokenizer: Tokenizer | None, state: TrainState | None = None
 ) -> None:
-    """Write a model directory atomically; `directory` must not exist yet. GptsmithError if the disk is full."""
+    """Write a model directory with its manifest, atomically. `directory` must not exist yet.
+
+    state: written to `train/`. Raises GptsmithError if the disk is full.
+    """
     with atomic_directory(directory) as temporary:
         with explain_full_disk(directory):
             save_model(model, temporary, eos_token_id=tokenizer.eos_id if tokenizer else None)
@@ -64,19 +67,24 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def explain_full_disk(directory: Path) -> Iterator[None]:
-    """Turn the safetensors library's account of a full disk into a message that says where."""
+    """Turn the safetensors library's error for a full disk into a GptsmithError that says where."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        if "os error 28" in str(error) or "No space" in str(error):  # the only way it tells
-            raise GptsmithError(f"no space left on the disk that holds {directory}. Free some space.") from error
+        if "os error 28" in str(error) or "No space" in str(error):  # there is no error code
+            raise GptsmithError(
+                f"no space left on the disk that holds {directory}. Free some space and try again."
+            ) from error
         raise
 
 
 def verify(directory: Path) -> None:
-    """CheckpointError that names the first file missing, cut short or changed. No manifest: nothing to check."""
+    """Raise CheckpointError for the first file that is missing, truncated or changed, by the directory's manifest.
+
+    A directory without a manifest passes.
+    """
     path = Path(directory) / MANIFEST
     if not path.exists():
         return
@@ -91,11 +99,11 @@ def verify(directory: Path) -> None:
     for name, (size, digest) in expected.items():
         file = Path(directory) / name
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing from its checkpoint.")
+            raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size:,} bytes instead of {size:,}.")
+            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, expected {size:,}.")
         if sha256_file(file) != digest:
-            raise CheckpointError(f"{file} is damaged: its contents have changed (sha256 differs).")
+            raise CheckpointError(f"{file} is damaged: its contents were changed (sha256 differs).")
 
 
 class CheckpointStore:
@@ -109,7 +117,7 @@ class CheckpointStore:
         return self.directory / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending."""
+        """Return the steps that have a checkpoint, ascending."""
         found = []
         if self.directory.is_dir():
             for entry in self.directory.iterdir():
@@ -129,7 +137,7 @@ class CheckpointStore:
         return min(losses)[1] if losses else None
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, state: TrainState, *, keep: int) -> Path:
-        """Write the checkpoint of `step`, then drop all but the last `keep` and the best."""
+        """Write the checkpoint of `step`, then delete all but the last `keep` and the best."""
         path = self.path(step)
         if path.exists():  # left from before a resume from an earlier step
             shutil.rmtree(path)
@@ -138,22 +146,22 @@ class CheckpointStore:
         for old in self.steps()[: -max(1, keep)]:
             if old != best:
                 shutil.rmtree(self.path(old), ignore_errors=True)
-        self.point()
+        self.update_links()
         return path
 
-    def point(self) -> None:
-        """Refresh the `best` and `last` links. They are for people; this package finds both without them."""
+    def update_links(self) -> None:
+        """Update the links `best` and `last`. They are for the user; this package does not read them."""
         steps, best = self.steps(), self.best_step()
         for name, step in (("last", steps[-1] if steps else None), ("best", best)):
             if step is not None:
-                with contextlib.suppress(OSError):  # file systems without links
+                with contextlib.suppress(OSError):  # the file system may not support links
                     temporary = self.run_directory / f".tmp-{name}"
                     temporary.unlink(missing_ok=True)
                     temporary.symlink_to(Path("checkpoints") / self.path(step).name, target_is_directory=True)
                     os.replace(temporary, self.run_directory / name)
 
-    def forget_after(self, step: int) -> None:
-        """Delete checkpoints of steps after `step` and what killed writers left behind."""
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after `step`, and temporaries of killed writers."""
         for later in self.steps():
             if later > step:
                 shutil.rmtree(self.path(later), ignore_errors=True)
@@ -161,9 +169,9 @@ class CheckpointStore:
             remove_temporaries(self.directory)
 
     def newest_intact(self, candidates: Iterable[int] | None = None) -> Path:
-        """The first of `candidates` (default: newest first) that verifies; a damaged one is named and passed over.
+        """Return the first intact checkpoint of `candidates` (default: all steps, newest first).
 
-        Raises CheckpointError if there is none.
+        Damaged ones are reported and skipped. Raises CheckpointError if none is intact.
         """
         damaged = []
         for step in candidates if candidates is not None else reversed(self.steps()):
@@ -173,7 +181,7 @@ class CheckpointStore:
                     raise CheckpointError(f"{self.path(step) / MANIFEST} is missing.")
             except CheckpointError as error:
                 damaged.append(str(error))
-                note(f"warning: {error} Trying the checkpoint before it.")
+                note(f"warning: {error} Trying the previous checkpoint.")
                 continue
             return self.path(step)
         if damaged:
@@ -182,7 +190,7 @@ class CheckpointStore:
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """Read a checkpoint's `train/` folder. CheckpointError if it has none or cannot be read."""
+    """Read a checkpoint's `train/` directory. Raise CheckpointError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,7 @@
-"""Dataclasses to plain dictionaries and back, strictly: an unknown key is an error that names the nearest right one."""
+"""Convert dataclasses to plain dictionaries and back.
+
+Reading is strict: an unknown key is an error, with a suggestion where it looks like a misspelling.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain data, ready for JSON; paths become strings."""
+    """Return a dataclass as nested plain data for JSON. Paths become strings."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -32,9 +35,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, default: T | None = None, where: str = "") -> T:
-    """Build dataclass `cls` from nested plain data, over the values of `default` where given.
+    """Build dataclass `cls` from nested plain data.
 
-    Raises UsageError for an unknown key, a missing one, or a value of the wrong type, naming `where` it stands.
+    default: provides the fields that `values` lacks. where: the dotted name of `values`, for messages.
+    Raises UsageError for an unknown or missing key, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
         raise UsageError(f"{where or 'the configuration'} must be a mapping, not {values!r}.")
@@ -73,7 +77,7 @@ def _convert(hint: Any, value: Any, name: str, default: Any) -> Any:
     if origin is typing.Literal:
         if value not in options:
             near = nearest(str(value), map(str, options))
-            raise UsageError(f"{name} is {value!r}; it can be {', '.join(map(str, options))}.{near}")
+            raise UsageError(f"{name} is {value!r}; choose from {', '.join(map(str, options))}.{near}")
         return value
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):

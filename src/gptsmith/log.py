@@ -1,4 +1,4 @@
-"""What a run says: lines for the terminal, progress bars, and metrics as JSON lines."""
+"""Output of commands and runs: messages on the terminal, progress bars, and metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gptsmith.storage import atomic_file, explain_os_errors
 
 
 def note(text: str) -> None:
-    """One line to the person at the terminal (standard error: standard output is for results)."""
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop the work
+    """Print one line for the user on standard error. (Standard output is for results.)"""
+    with contextlib.suppress(BrokenPipeError):  # the reader has exited, which is no reason to stop
         print(text, file=sys.stderr, flush=True)
 
 
@@ -25,7 +25,7 @@ class Progress(Protocol):
 
 
 class _Bar:
-    """A rich bar that appears only once the work has lasted a second."""
+    """A progress bar that appears after a second of work; in a log file, a line every ten seconds."""
 
     def __init__(self, total: float | None, description: str, unit: str) -> None:
         self.total, self.description, self.unit = total, description, unit
@@ -42,7 +42,7 @@ class _Bar:
             return
         elif self.interactive:
             self._start()
-        elif now - max(self.shown, self.started) > 10.0:  # a log file: a line every ten seconds
+        elif now - max(self.shown, self.started) > 10.0:  # not a terminal
             self.shown = now
             left = ""
             if self.total and self.done:
@@ -77,9 +77,9 @@ class _Bar:
 
 @contextlib.contextmanager
 def progress(total: float | None, description: str, unit: str = "it") -> Iterator[Progress]:
-    """A progress bar with time remaining, for work that may last over two seconds.
+    """Show a progress bar with the remaining time, for work that can take longer than two seconds.
 
-    total: in `unit`s ("B" shows sizes), or None if unknown. Yields an object with `advance(amount)`.
+    total: in units of `unit` ("B" shows sizes), or None if unknown. Yields an object with `advance(amount)`.
     """
     bar = _Bar(total, description, unit)
     try:
@@ -89,7 +89,7 @@ def progress(total: float | None, description: str, unit: str = "it") -> Iterato
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 07 s`, `5 h 12 min`."""
+    """Format a duration: `42 s`, `3 min 07 s`, `5 h 12 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -99,9 +99,9 @@ def duration(seconds: float) -> str:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, each line written at once.
+    """An append-only file with one JSON object per line.
 
-    A last line cut short by a crash is dropped when the file is read or opened again.
+    Each line is flushed when it is appended. A last line that a crash cut short is skipped when the file is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,21 +113,22 @@ class JsonLines:
             file.write(line)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; an unreadable one (a write cut short) is left out."""
+        """Return the rows. Unreadable lines, such as one cut short by a crash, are skipped."""
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_bytes().split(b"\n"):  # not splitlines: U+2028 in a text does not end its line
+        for line in self.path.read_bytes().split(b"\n"):  # not splitlines: U+2028 in a string does not end a line
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
 
     def truncate_after(self, step: int) -> None:
-        """Forget lines of steps after `step`: a resumed run writes them again."""
+        """Delete the rows of steps after `step`, which a resumed run writes again."""
         rows = [row for row in self.read() if row.get("step", 0) <= step]
         with atomic_file(self.path, "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def is_terminal() -> bool:
+    """Return whether standard error is a terminal that can redraw lines."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -1,6 +1,6 @@
-"""The machine: where to cache, which device and precision, how many threads, whether a compiler is there.
+"""The machine: cache directory, device, precision, memory, compiler, and a description of it.
 
-Nothing here happens at import; torch is imported inside the functions that need it.
+Importing this module has no side effects and does not import torch; the functions that need torch import it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Precision = Literal["auto", ChosenPrecision]
 
 
 def cache_directory() -> Path:
-    """Where downloads and prepared data are kept: $GPTSMITH_CACHE, or the platform's user cache. Made on demand."""
+    """Return the directory for downloads and prepared data, and create it if it does not exist.
+
+    It is $GPTSMITH_CACHE if that is set, else the platform's user cache directory.
+    """
     chosen = os.environ.get("GPTSMITH_CACHE")
     if chosen:
         path = Path(chosen).expanduser()
@@ -37,7 +40,10 @@ def cache_directory() -> Path:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: a CUDA GPU, then Apple's MPS, then the CPU. UsageError for a device this machine does not have."""
+    """Return the torch device for `name`; `auto` is a CUDA GPU, else Apple's MPS, else the CPU.
+
+    Raises UsageError for a device that this machine does not have.
+    """
     import torch
 
     if name == "auto":
@@ -52,7 +58,7 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name!r} is not a device to compute on. Use auto, cpu, cuda, cuda:N or mps.")
+        raise UsageError(f"--device {name!r} is not supported. Use auto, cpu, cuda, cuda:N or mps.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device auto.")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -61,17 +67,20 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: Precision, device: torch.device) -> ChosenPrecision:
-    """`auto`: fp32 on a CPU, bf16 on a GPU that has it, otherwise fp16 with loss scaling."""
+    """Return the precision for `name`; `auto` is fp32 on a CPU, bf16 on a GPU that supports it, else fp16.
+
+    Raises UsageError for a precision that the device does not support.
+    """
     import torch
 
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
-            raise UsageError("--precision fp16 needs a GPU. On a CPU use fp32 or bf16.")
+            raise UsageError("--precision fp16 requires a GPU. On a CPU use fp32 or bf16.")
         if name == "fp8":
             if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-                raise UsageError("--precision fp8 needs an NVIDIA GPU of the Ada or Hopper generation or later.")
+                raise UsageError("--precision fp8 requires an NVIDIA GPU of the Ada or Hopper generation or later.")
             if importlib.util.find_spec("torchao") is None:
-                raise UsageError('--precision fp8 needs torchao: pip install "gptsmith[fp8]".')
+                raise UsageError('--precision fp8 requires torchao: pip install "gptsmith[fp8]".')
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -79,14 +88,14 @@ def choose_precision(name: Precision, device: torch.device) -> ChosenPrecision:
 
 
 def autocast_dtype(precision: ChosenPrecision) -> torch.dtype | None:
-    """The type of products under autocast; None for plain fp32. fp8 layers take and give bf16."""
+    """Return the autocast type; None for fp32. The inputs and outputs of fp8 layers are bf16."""
     import torch
 
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[precision]
 
 
 def compiler_available(device: torch.device) -> bool:
-    """Whether `torch.compile` can work here: a C++ compiler for a CPU, Triton (and a C compiler) for a GPU."""
+    """Return whether `torch.compile` can work: it needs a C++ compiler on a CPU, Triton and a C compiler on a GPU."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
     if device.type == "cpu":
@@ -96,7 +105,7 @@ def compiler_available(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given: before looking at the clock."""
+    """Wait until a GPU has finished its queued work. Call it before measuring time."""
     import torch
 
     if device.type != "cpu":
@@ -104,7 +113,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory could not be had: torch's on a GPU, and the several forms of it on a CPU."""
+    """Return whether `error` means that memory ran out: torch's error on a GPU, or any of several on a CPU."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -114,11 +123,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what a training step frees, for the next step to use.
+    """Make glibc keep memory that a training step frees, so that the next step can reuse it.
 
-    By default it hands large blocks back to the system at once, and every step touches thousands of fresh pages again:
-    a tenth of the time of a small model's step. Does nothing where the library is not glibc, or is told otherwise by
-    MALLOC_* variables or GLIBC_TUNABLES.
+    By default glibc returns large blocks to the system at once, and every step has to fault in thousands of pages
+    again, which takes a tenth of a small model's step. Does nothing with another C library, or if MALLOC_* variables or
+    GLIBC_TUNABLES are set.
     """
     import ctypes
 
@@ -130,7 +139,7 @@ def keep_freed_memory() -> None:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """What a report says of the machine: processor, cores, operating system, Python and torch versions."""
+    """Return the machine's description in run.json: processor, cores, GPU, system, Python and torch versions."""
     import torch
 
     return {
@@ -144,7 +153,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def available_cores() -> int:
-    """Cores this process may run on (containers and affinity masks respected)."""
+    """Return how many cores this process can run on, given its affinity mask."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,7 +1,7 @@
-"""Files that are either wholly there or not there at all.
+"""Atomic writes: after a crash, a signal or a full disk, a file is either complete or as it was before.
 
-Everything this package writes goes through here: to a temporary sibling, fsynced, then renamed. A crash, a signal or a
-full disk leaves the old file as it was; what is left of the temporary is removed by the next writer.
+Everything that this package writes goes through this module: it is written to a temporary sibling, fsynced, and renamed
+into place. A killed writer can leave its temporary behind; `remove_temporaries` deletes it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the directory's entries durable (a rename is only on disk once its directory is)."""
-    if os.name == "nt":  # Windows cannot open a directory
+    """Make the directory's entries durable: a rename survives a crash only after its directory is synced."""
+    if os.name == "nt":  # directories cannot be opened on Windows
         return
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -33,7 +33,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """fsync every file under `path`, then its directories, deepest first."""
+    """fsync every file and directory under `path`, deepest first."""
     for root, _, files in os.walk(path, topdown=False):
         for name in files:
             with open(Path(root) / name, "rb+") as file:
@@ -43,24 +43,28 @@ def fsync_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn 'no space' and 'no permission' into messages that say where and what to do."""
+    """Turn OSErrors that the user can fix (full disk, no permission, a file in the way) into GptsmithErrors."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GptsmithError(f"no space left on the disk that holds {path}. Free some, then try again.") from error
+            raise GptsmithError(
+                f"no space left on the disk that holds {path}. Free some space and try again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise GptsmithError(f"no permission to write {path}. Choose a place you can write to.") from error
+            raise GptsmithError(f"no permission to write {path}. Choose another location.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise GptsmithError(f"cannot write {path}: a part of that path is a file, not a folder.") from error
+            raise GptsmithError(f"cannot write {path}: part of that path is a file, not a directory.") from error
         raise
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb", **open_options: Any) -> Iterator[IO[Any]]:
-    """Open a temporary sibling of `path` for writing; on success fsync it and rename it onto `path`.
+    """Open a temporary file for writing that replaces `path` when the block ends without an exception.
 
-    Raises GptsmithError for a full disk or a place that cannot be written; `path` is then as it was.
+    Missing parent directories are created. On an exception the temporary is deleted and `path` is left as it was.
+    open_options: as for `open`; text is UTF-8 by default.
+    Raises GptsmithError if the disk is full or `path` cannot be written.
     """
     path = Path(path)
     with explain_os_errors(path):
@@ -83,16 +87,17 @@ def atomic_file(path: Path, mode: str = "wb", **open_options: Any) -> Iterator[I
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8, newlines untouched), atomically."""
+    """Write `text` to the file `path` atomically, as UTF-8, without translating newlines."""
     with atomic_file(path, "w", newline="") as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path`; on success fsync its files and rename it to `path`.
+    """Yield a temporary directory that becomes `path` when the block ends without an exception.
 
-    `path` must not exist (or be an empty directory). On any failure nothing of it is left.
+    `path` must not exist, or must be an empty directory. On an exception the temporary is deleted.
+    Raises GptsmithError if the disk is full or `path` cannot be written.
     """
     path = Path(path)
     with explain_os_errors(path):
@@ -110,7 +115,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Delete what a killed writer left behind in `directory`. Call only where no other writer is at work."""
+    """Delete temporaries that killed writers left in `directory`. Do not call while another writer is active there."""
     for entry in Path(directory).glob(TEMPORARY_PREFIX + "*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
@@ -119,7 +124,7 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """The hexadecimal sha256 of a file's bytes, read in bounded memory."""
+    """Return the hexadecimal sha256 of a file, read in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -294,7 +294,7 @@ def test_a_place_that_holds_other_files(refused: Any, text_file: Path, tiny: lis
 
 def test_a_place_below_a_file(refused: Any, text_file: Path, tiny: list[str]) -> None:
     err = refused("train", text_file, "--out", text_file / "run", *tiny, code=1)
-    assert "a part of that path is a file, not a folder" in err
+    assert "part of that path is a file, not a directory" in err
 
 
 @pytest.fixture

@@ -207,5 +207,5 @@ def test_png_is_written_whole_or_refused(tmp_path: Path) -> None:
     plots.save_png(plots.causal_mask_figure(list("hello")), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [entry.name for entry in path.parent.iterdir()] == ["mask.png"]
-    with pytest.raises(GptsmithError, match="a part of that path is a file"):
+    with pytest.raises(GptsmithError, match="part of that path is a file"):
         plots.save_png(plots.causal_mask_figure(list("hello")), path / "mask.png")

@@ -12,7 +12,7 @@ from gptsmith.runtime import choose_precision
 
 
 def test_needs_a_gpu_that_has_it() -> None:
-    with pytest.raises(UsageError, match="--precision fp8 needs an NVIDIA GPU"):
+    with pytest.raises(UsageError, match="--precision fp8 requires an NVIDIA GPU"):
         choose_precision("fp8", torch.device("cpu"))
 
 

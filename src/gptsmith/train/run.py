@@ -303,7 +303,7 @@ def resume(
     with _locked(directory):
         session = Session(run, config, tokenizer, dataset, model_config, device)
         step = session.restore() if store.steps() else 0
-        store.forget_after(step)
+        store.delete_after(step)
         remove_temporaries(directory)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (directory / name).exists():

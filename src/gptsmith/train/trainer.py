@@ -333,7 +333,7 @@ class Trainer:
             }
             self.metrics.append(**row)
             self.display.evaluation(self.step, row)
-        self.store.point()
+        self.store.update_links()
         if not self.should_stop():
             self.on_evaluation(self.step)
         if self.deadline is not None:
