@@ -6,8 +6,12 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from gptsmith.tokenizer import Tokenizer
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; small models gain nothing from threads
@@ -34,6 +38,14 @@ def words() -> str:
     vocabulary = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(200)]
     lines = [" ".join(rng.choices(vocabulary, k=rng.randint(4, 10))) for _ in range(1500)]
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def bpe(words: str) -> Tokenizer:
+    """300 byte pairs made from `words`."""
+    from gptsmith.tokenizer import train_bpe
+
+    return train_bpe([words], 300)
 
 
 @pytest.fixture

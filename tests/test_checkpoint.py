@@ -11,9 +11,9 @@ from gptsmith.checkpoint import CheckpointStore, TrainState, load_train_state, s
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError
 from gptsmith.loading import load_model
 from gptsmith.log import JsonLines
-from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_char
+from tests.factories import tiny_model
 
 
 @pytest.fixture
@@ -23,16 +23,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(
-        families.gpt2(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    )
+    return tiny_model("gpt2", vocab_size=tokenizer.vocab_size, hidden_size=8, num_hidden_layers=1)
 
 
 STATE = TrainState({"step": 3, "nested": {"a": [1.5, None]}}, {"rng": torch.arange(7, dtype=torch.uint8)})

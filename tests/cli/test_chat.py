@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.cli import chat
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
-from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe
+from tests.factories import tiny_model
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -30,19 +29,14 @@ TEMPLATE = (
 
 
 def make_model(vocab_size: int, context: int = 200) -> Transformer:
-    torch.manual_seed(1)
-    config = families.qwen3(
+    return tiny_model(
+        "qwen3",
+        seed=1,
         vocab_size=vocab_size,
-        hidden_size=16,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
         intermediate_size=16,
         max_position_embeddings=context,
-        initializer_range=0.4,
     )
-    return Transformer(config).eval()
 
 
 @pytest.fixture(scope="module")

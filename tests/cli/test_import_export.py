@@ -18,17 +18,11 @@ from gptsmith.checkpoint import save_checkpoint
 from gptsmith.export.export import export_directory, write_directory
 from gptsmith.formats.hf import LAYOUTS
 from gptsmith.loading import load_model
-from gptsmith.model import families
-from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe
+from tests.factories import tiny_model
 
 Cli = Callable[..., tuple[int, str, str]]
 VOCABULARY, CONTEXT = 300, 24
-
-
-@pytest.fixture(scope="session")
-def bpe(words: str) -> Tokenizer:
-    return train_bpe([words], VOCABULARY)
 
 
 @pytest.fixture(scope="session")
@@ -352,14 +346,11 @@ def test_a_full_disk_is_explained(source: Path, tmp_path: Path, run_cli: Cli, mo
 
 
 def test_a_checkpoint_of_this_package_comes_back(tmp_path: Path, bpe: Tokenizer) -> None:
-    config = families.gpt2(
-        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
-    )
-    model = Transformer(config)
+    model = tiny_model("gpt2", vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1)
     save_checkpoint(tmp_path / "model", model, bpe)
     export_directory(tmp_path / "model", tmp_path / "out")
     again, _ = load_model(tmp_path / "out")
-    assert again.config == config
+    assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

@@ -15,36 +15,26 @@ from safetensors.torch import load_file, save_file
 
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.loading import load_model
-from gptsmith.model import families
 from gptsmith.model.quantized import bits_of
-from gptsmith.model.transformer import Transformer
-from gptsmith.tokenizer import Tokenizer, train_bpe
+from gptsmith.tokenizer import Tokenizer
+from tests.factories import tiny_model
 
 Cli = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def bpe(words: str) -> Tokenizer:
-    return train_bpe([words], 300)
-
-
 @pytest.fixture(scope="module", params=["qwen3", "mixtral"])
 def model_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Path:
-    torch.manual_seed(0)
-    options = {"num_experts": 4, "num_experts_per_tok": 2} if request.param == "mixtral" else {"head_dim": 16}
-    config = families.FAMILIES[request.param](
+    model = tiny_model(
+        request.param,
         vocab_size=300,
         hidden_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         intermediate_size=96,
         max_position_embeddings=64,
         initializer_range=0.2,
-        **options,
     )
     path = tmp_path_factory.mktemp("models") / request.param
-    save_checkpoint(path, Transformer(config), bpe)
+    save_checkpoint(path, model, bpe)
     return path
 
 

@@ -16,32 +16,24 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import load_weights, save_model, weight_mappings, weights_to_hf
 from gptsmith.formats.peft import read_adapter
-from gptsmith.model import families
 from gptsmith.model.lora import applied
 from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 DENSE = ["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3"]
 
 
 def make_model(family: str) -> Transformer:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"sliding_window": 6} if family in ("gpt3", "mistral") else {}
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        options |= {"num_experts": 4, "num_experts_per_tok": 2}
-    config = families.FAMILIES[family](
+    return tiny_model(
+        family,
         vocab_size=40,
         hidden_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2 if family in ("llama", "qwen3") else None,
-        head_dim=None,
         intermediate_size=None if family == "gpt1" else 96,
         max_position_embeddings=32,
         initializer_range=0.2,
-        **options,
     )
-    return Transformer(config).eval()
 
 
 def write(

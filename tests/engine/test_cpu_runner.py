@@ -16,6 +16,7 @@ from gptsmith.kernels.threads import kernels_available
 from gptsmith.model import families
 from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 
@@ -26,23 +27,8 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_model(family: str, **overrides: Any) -> Transformer:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "vocab_size": 101,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2 if family in ("llama", "qwen2", "qwen3") else None,
-        "head_dim": None,
-        "intermediate_size": 96,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    if family in ("gpt3", "mistral"):
-        options["sliding_window"] = 7
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        options |= {"num_experts": 4, "num_experts_per_tok": 2}
-    model = Transformer(families.FAMILIES[family](**options | overrides)).eval()
+    sizes = {"vocab_size": 101, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    model = tiny_model(family, **sizes | {"max_position_embeddings": 64, "initializer_range": 0.2} | overrides)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.3)

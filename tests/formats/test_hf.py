@@ -19,6 +19,7 @@ from gptsmith.formats.hf import config_to_hf, load_model_weights, load_weights, 
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 TOLERANCE = 1e-4
 transformers.utils.logging.disable_progress_bar()
@@ -238,17 +239,8 @@ def test_published_parameter_counts(name: str) -> None:
 
 
 def small(tmp_path: Path) -> tuple[Transformer, Path]:
-    model = Transformer(
-        families.qwen3(
-            vocab_size=11,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-            intermediate_size=8,
-            max_position_embeddings=8,
-        )
+    model = tiny_model(
+        "qwen3", vocab_size=11, hidden_size=8, num_hidden_layers=1, intermediate_size=8, max_position_embeddings=8
     )
     save_model(model, tmp_path)
     return model, tmp_path

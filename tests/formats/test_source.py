@@ -37,7 +37,7 @@ from gptsmith.formats.source import open_model
 from gptsmith.loading import load_model, resolve_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import sha256_file
-from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+from gptsmith.tokenizer import Tokenizer, train_char
 
 VOCABULARY, CONTEXT = 300, 24
 
@@ -82,12 +82,7 @@ def tiny(model_type: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(words: str) -> Tokenizer:
-    return train_bpe([words], 300)
-
-
-@pytest.fixture(scope="session")
-def foreign(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., tuple[Path, Any]]:
+def foreign(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable[..., tuple[Path, Any]]:
     """Return (directory, model) as transformers writes them, made once. Do not change them."""
     made: dict[str, tuple[Path, Any]] = {}
 
@@ -95,7 +90,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> C
         if model_type not in made:
             directory, model = tmp_path_factory.mktemp(model_type), tiny(model_type)
             model.save_pretrained(directory)
-            tokenizer.save(directory)
+            bpe.save(directory)
             made[model_type] = (directory, model)
         return made[model_type]
 
@@ -214,7 +209,7 @@ def test_the_chat_template_is_found_in_either_file(llama: Path) -> None:
     assert open_model(llama).tokenizer().config()["chat_template"] == "{{ messages }}"
 
 
-def test_gpt2_vocabulary_files_become_a_tokenizer(llama: Path, tokenizer: Tokenizer, words: str) -> None:
+def test_gpt2_vocabulary_files_become_a_tokenizer(llama: Path, bpe: Tokenizer, words: str) -> None:
     model = json.loads((llama / "tokenizer.json").read_text())["model"]
     (llama / "tokenizer.json").unlink()
     (llama / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -224,8 +219,8 @@ def test_gpt2_vocabulary_files_become_a_tokenizer(llama: Path, tokenizer: Tokeni
     (llama / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|user|>"}))
     loaded = open_model(llama).tokenizer()
     assert loaded.kind == "bpe"
-    assert loaded.eos_id == tokenizer.eos_id
-    assert loaded.encode(words[:500] + " <|endoftext|>é") == tokenizer.encode(words[:500] + " <|endoftext|>é")
+    assert loaded.eos_id == bpe.eos_id
+    assert loaded.encode(words[:500] + " <|endoftext|>é") == bpe.encode(words[:500] + " <|endoftext|>é")
     assert loaded.vocab_size == 302
     assert loaded.token_text(301) == "<|bot|>"
     assert loaded.config()["pad_token"] == "<|user|>"

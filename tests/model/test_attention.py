@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptsmith.model import families
 from gptsmith.model.attention import attend, attend_flex, attend_in_blocks, attention_weights, visible
 from gptsmith.model.cache import KVCache
-from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,22 +95,14 @@ def test_flex_attention_on_a_gpu(compiled_block: bool, monkeypatch: pytest.Monke
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_cached_equals_uncached(family: str, data: st.DataObject) -> None:
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    options = {"sliding_window": 6} if family in ("gpt3", "mistral") else {}
-    config = families.FAMILIES[family](
-        vocab_size=31,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=20,
-        initializer_range=0.3,
-        **options,
+    seed = data.draw(st.integers(0, 99))
+    model = tiny_model(
+        family, seed=seed, vocab_size=31, hidden_size=24, num_attention_heads=4, max_position_embeddings=20
     )
-    model = Transformer(config).eval()
     ids = torch.randint(0, 31, (2, 20))
     with torch.no_grad():
         whole = model(ids)
-        cache, parts, start = KVCache(config, 2, 20), [], 0
+        cache, parts, start = KVCache(model.config, 2, 20), [], 0
         while start < 20:
             size = data.draw(st.integers(1, 20 - start))
             parts.append(model(ids[:, start : start + size], cache=cache))

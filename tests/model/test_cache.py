@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,28 +11,20 @@ from hypothesis import strategies as st
 
 from gptsmith.model import families
 from gptsmith.model.cache import Chunk, KVCache, PagedBatch, PagedCache, windows_of
-from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_config
 
 CONTEXT = 30
 
 
-def config(family: str) -> ModelConfig:
-    options: dict[str, object] = {"sliding_window": 5} if family in ("gpt3", "mistral") else {}
-    if family in ("mixtral", "qwen3_moe"):
-        options |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-    if family in ("llama", "qwen3", "qwen3_moe"):
-        options["num_key_value_heads"] = 2
-    return families.FAMILIES[family](
-        vocab_size=31,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=None if family != "qwen3" else 8,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        **options,
-    )
+config = functools.partial(
+    tiny_config,
+    vocab_size=31,
+    hidden_size=24,
+    num_attention_heads=4,
+    max_position_embeddings=CONTEXT,
+    initializer_range=0.3,
+)
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
@@ -66,8 +60,8 @@ def test_paged_equals_uncached(family: str, data: st.DataObject) -> None:
 
 
 def test_groups_of_layers_that_see_equally_far() -> None:
-    assert windows_of(config("gpt3")) == [None, 5]
-    assert windows_of(config("mistral")) == [5]
+    assert windows_of(config("gpt3")) == [None, 7]
+    assert windows_of(config("mistral")) == [7]
     cache = PagedCache(config("gpt3"), [7, 3], 4)
     assert [tuple(keys.shape) for keys in cache.keys] == [(7, 4, 4, 6), (3, 4, 4, 6)]
     assert cache.bytes() == 2 * (7 + 3) * 4 * 4 * 6 * 4

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from gptsmith.model import families
 from gptsmith.model.inspect import inspect, logit_lens
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_config
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def make_model() -> Transformer:
     torch.manual_seed(0)
-    config = families.FAMILIES["llama"](
-        vocab_size=16,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=None,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
+    config = tiny_config("llama", vocab_size=16, max_position_embeddings=32, initializer_range=0.3)
     return Transformer(config, dropout=0.5)
 
 

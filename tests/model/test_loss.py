@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gptsmith.model import loss as module
-from gptsmith.model.families import qwen3
 from gptsmith.model.loss import cross_entropy_sum, linear_cross_entropy_sum, token_loss_sum
-from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 
 def parts(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,11 +54,15 @@ def test_without_gradients_none_are_made() -> None:
 
 
 def test_a_large_vocabulary_takes_the_way_that_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = qwen3(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=16, max_position_embeddings=12,
-    )  # fmt: skip
-    model, ids = Transformer(config), torch.randint(0, 40, (2, 12))
+    model = tiny_model(
+        "qwen3",
+        vocab_size=40,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        initializer_range=0.02,
+    )
+    ids = torch.randint(0, 40, (2, 12))
     expected = token_loss_sum(model, ids, ids, None)
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     largest = 0

@@ -11,37 +11,22 @@ from hypothesis import strategies as st
 
 from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
-from gptsmith.model import families
-from gptsmith.model.config import ModelConfig
 from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss, swiglu
-from gptsmith.model.transformer import Transformer
 from gptsmith.model.upcycle import upcycle
 from gptsmith.train.config import ModelOptions, TrainConfig
 from gptsmith.train.run import start
-
-
-def small(experts: int, chosen: int, **overrides: object) -> ModelConfig:
-    return families.qwen3_moe(
-        vocab_size=20,
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=6,
-        intermediate_size=10,
-        max_position_embeddings=16,
-        num_experts=experts,
-        num_experts_per_tok=chosen,
-        initializer_range=0.3,
-        **overrides,
-    )
+from tests.factories import tiny_config, tiny_model
 
 
 @settings(max_examples=30, deadline=None)
 @given(experts=st.integers(1, 9), chosen=st.integers(1, 4), tokens=st.integers(1, 30), normalize=st.booleans())
 def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, tokens: int, normalize: bool) -> None:
     chosen = min(chosen, experts)
-    layer = MixtureOfExperts(small(experts, chosen, norm_topk_prob=normalize))
+    layer = MixtureOfExperts(
+        tiny_config(
+            "qwen3_moe", hidden_size=12, num_experts=experts, num_experts_per_tok=chosen, norm_topk_prob=normalize
+        )
+    )
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x = torch.randn(1, tokens, 12)
@@ -78,16 +63,13 @@ def test_balance_is_lowest_where_experts_are_used_alike() -> None:
 
 
 def test_upcycling_starts_as_the_dense_model() -> None:
-    torch.manual_seed(0)
-    options = {"vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    options |= {"num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 10, "max_position_embeddings": 16}
-    dense = Transformer(families.qwen3(**options, initializer_range=0.3)).eval()
+    dense = tiny_model("qwen3", vocab_size=20, max_position_embeddings=16, initializer_range=0.3)
     ids = torch.randint(0, 20, (2, 16))
     sparse = upcycle(dense, 4).eval()
     assert sparse.config.model_type == "qwen3_moe"
     torch.testing.assert_close(sparse(ids), dense(ids), atol=1e-5, rtol=1e-5)
     with pytest.raises(UsageError, match="cannot be upcycled"):
-        upcycle(Transformer(families.gpt2(**{**options, "num_key_value_heads": None, "head_dim": None})), 4)
+        upcycle(tiny_model("gpt2"), 4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
@@ -123,10 +105,10 @@ def test_experts_learn_and_their_load_is_logged(
     assert all(row["balance_loss"] >= 1.9 for row in logged)  # at least `chosen`
 
 
-@pytest.mark.parametrize("wrong", [{"experts": 2, "chosen": 3}, {"experts": 2, "chosen": 0}])
-def test_impossible_choices(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("chosen", [3, 0])
+def test_impossible_choices(chosen: int) -> None:
     with pytest.raises(UsageError, match="num_experts_per_tok"):
-        small(**wrong)
+        tiny_config("qwen3_moe", num_experts=2, num_experts_per_tok=chosen)
 
 
 @pytest.mark.parametrize(

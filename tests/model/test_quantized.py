@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 import time
@@ -30,29 +31,20 @@ from gptsmith.model.quantized import (
     state,
     unpack,
 )
-from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_model
 
 BITS: list[Bits] = [4, 8]
 
 
-def make_model(family: str, hidden: int = 64) -> Transformer:
-    torch.manual_seed(0)
-    options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None}
-    if family in ("gpt3", "mistral"):
-        options["sliding_window"] = 7
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        options |= {"num_experts": 4, "num_experts_per_tok": 2}
-    config = families.FAMILIES[family](
-        vocab_size=101,
-        hidden_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-        **options,
-    )
-    return Transformer(config).eval()
+make_model = functools.partial(
+    tiny_model,
+    vocab_size=101,
+    hidden_size=64,
+    num_key_value_heads=None,
+    intermediate_size=96,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -233,7 +225,7 @@ def test_on_a_gpu_through_torchao() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_on_a_gpu(bits: Bits) -> None:
     pytest.importorskip("torchao.quantization", reason="torchao is not installed (an extra: gptsmith[gpu])")
-    model = make_model("qwen3", hidden=1024).to("cuda", torch.bfloat16)
+    model = make_model("qwen3", hidden_size=1024).to("cuda", torch.bfloat16)
     ids = torch.randint(0, 101, (2, 20), device="cuda")
     with torch.no_grad():
         before = model(ids)
@@ -249,7 +241,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_quantized() -> None:
     with pytest.raises(UsageError, match="4 or 8"):
         quantize(make_model("gpt2"), 3)  # type: ignore[arg-type]
-    narrow = make_model("gpt2", hidden=20)
+    narrow = make_model("gpt2", hidden_size=20)
     for layer in narrow.layers:
         layer.mlp = torch.nn.Identity()
     with pytest.raises(UsageError, match="multiple of 32"):

@@ -8,10 +8,9 @@ from gptsmith.model import families
 from gptsmith.model.config import RopeScaling
 from gptsmith.model.rope import extend_context, rope_tables
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_config
 
-SMALL = families.llama(
-    vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
-)
+SMALL = tiny_config("llama", hidden_size=32, num_hidden_layers=1, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn"])

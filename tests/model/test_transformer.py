@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,26 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.errors import UsageError
-from gptsmith.model import families
 from gptsmith.model.cache import KVCache
-from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+from tests.factories import tiny_config
 
-
-def config(family: str, **overrides: object) -> ModelConfig:
-    options = {
-        "vocab_size": 31,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2 if family == "qwen3" else None,
-        "head_dim": None,
-        "intermediate_size": 40,
-        "max_position_embeddings": 20,
-        "initializer_range": 0.3,
-        **overrides,
-    }
-    return families.FAMILIES[family](**options)
+config = functools.partial(
+    tiny_config,
+    vocab_size=31,
+    hidden_size=24,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=20,
+    initializer_range=0.3,
+)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

@@ -14,10 +14,10 @@ import pytest
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.config import to_dict
 from gptsmith.errors import GptsmithError, TokenizerError
-from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.report import write_report
 from gptsmith.tokenizer import train_bpe, train_char
+from tests.factories import tiny_config
 
 SECTIONS = ["results", "loss", "samples", "mask", "attention", "configuration"]
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -81,14 +81,12 @@ def make_run(
     """A run directory with a tiny random model, as training leaves it."""
     directory.mkdir(parents=True)
     tokenizer = train_char([TEXT]) if kind == "char" else train_bpe([TEXT * 3], 270)
-    config = families.FAMILIES[family](
+    config = tiny_config(
+        family,
         vocab_size=tokenizer.vocab_size,
         hidden_size=8 * heads,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=8,
-        intermediate_size=16,
         max_position_embeddings=32,
     )
     if checkpoint:

@@ -22,7 +22,6 @@ from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
 from gptsmith.formats.hf import weight_mappings, weights_to_hf
-from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
 from gptsmith.server.models import LoadedModel, ModelRegistry
@@ -30,6 +29,7 @@ from gptsmith.server.runner import listen
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
+from tests.factories import tiny_model
 
 CONTEXT = 512
 
@@ -60,19 +60,9 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_model(tokenizer: Tokenizer, seed: int = 1) -> Transformer:
-    torch.manual_seed(seed)
-    config = families.FAMILIES["llama"](
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=None,
-        intermediate_size=24,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
+    return tiny_model(
+        "llama", seed=seed, vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT, initializer_range=0.2
     )
-    return Transformer(config).eval()
 
 
 def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.inspect import MAX_TOKENS, inspect_text
 from gptsmith.tokenizer import Tokenizer, train_char
+from tests.factories import tiny_model
 
 ALPHABET = "abcdefgh .\n"
 TEXT = "abc. dead beef\nhead"
@@ -21,24 +21,14 @@ def tokenizer() -> Tokenizer:
 
 
 def model_of(family: str, tokenizer: Tokenizer, context: int = 128) -> Transformer:
-    torch.manual_seed(2)
-    options: dict[str, object] = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 24}
-    if family == "gpt3":
-        options["sliding_window"] = 4
-    if family == "qwen3":
-        options["num_key_value_heads"] = 1
-    if family == "mixtral":
-        options |= {"num_experts": 4, "num_experts_per_tok": 2}
-    config = families.FAMILIES[family](
+    return tiny_model(
+        family,
+        seed=2,
         vocab_size=tokenizer.vocab_size + 5,  # a padded vocabulary: the last ids belong to no token
-        hidden_size=16,
         num_hidden_layers=3,
-        num_attention_heads=2,
         max_position_embeddings=context,
         initializer_range=0.3,
-        **options,
     )
-    return Transformer(config).eval()
 
 
 @pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt3", "qwen3", "mixtral"])

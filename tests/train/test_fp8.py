@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gptsmith.errors import UsageError
-from gptsmith.model.families import qwen3
-from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import choose_precision
+from tests.factories import tiny_model
 
 
 def test_needs_a_gpu_that_has_it() -> None:
@@ -20,11 +19,15 @@ def test_layers_are_swapped_weights_keep_their_names_and_outputs_stay_near() -> 
     pytest.importorskip("torchao.float8", reason="torchao is not installed (an extra: gptsmith[fp8])")
     from gptsmith.train.fp8 import use_fp8
 
-    config = qwen3(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        intermediate_size=48, max_position_embeddings=16,
-    )  # fmt: skip
-    model, ids = Transformer(config), torch.randint(0, 40, (2, 16))
+    model = tiny_model(
+        "qwen3",
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        initializer_range=0.02,
+    )
+    ids = torch.randint(0, 40, (2, 16))
     expected, names = model(ids), set(model.state_dict())
     use_fp8(model, emulate=True)
     mlp: Any = model.layers[0].mlp

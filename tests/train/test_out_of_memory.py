@@ -20,21 +20,12 @@ from gptsmith.evaluate.validation import split_loss
 from gptsmith.log import JsonLines
 from gptsmith.model.loss import token_loss_sum
 from gptsmith.runtime import out_of_memory
-from gptsmith.train.config import ModelOptions, TrainConfig
+from gptsmith.train.config import ModelOptions
 from gptsmith.train.objectives import pretrain
 from gptsmith.train.run import resume, start
+from tests.factories import tiny_train_config
 
-CONFIG = TrainConfig(
-    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
-    context=32,
-    batch_size=12,
-    steps=10,
-    eval_every=5,
-    log_every=1,
-    sample_tokens=0,
-    compile="off",
-    device="cpu",
-)
+CONFIG = tiny_train_config(batch_size=12, steps=10, eval_every=5)
 
 
 def losses(directory: Path) -> list[float]:

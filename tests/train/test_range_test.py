@@ -12,6 +12,7 @@ from gptsmith.errors import UsageError
 from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
 from gptsmith.train.range_test import RangeTest, range_test
 from gptsmith.train.run import read_text
+from tests.factories import tiny_train_config
 
 
 def known(noise: float = 0.0) -> RangeTest:
@@ -42,12 +43,9 @@ def test_noise_says_nothing() -> None:
 
 
 def test_a_real_one_ends_where_the_loss_explodes(text_file: Path) -> None:
-    config = TrainConfig(
+    config = tiny_train_config(
         model=ModelOptions(num_hidden_layers=1, hidden_size=32, num_attention_heads=2),
-        context=32,
-        batch_size=8,
         optim=OptimConfig(name="adamw", lr=0.01),
-        device="cpu",
     )
     tokenizer, dataset = read_text(str(text_file), config)
     seen: list[float] = []

@@ -22,15 +22,13 @@ from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import to_dict
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.log import JsonLines
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import OptimConfig
 from gptsmith.train.run import resume, start
+from tests.factories import tiny_train_config
 
-# Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
 KILLED = 1 if os.name == "nt" else -signal.SIGKILL  # the exit status of a killed process
-CONFIG = TrainConfig(
-    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
-    context=32,
-    batch_size=8,
+# Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
+CONFIG = tiny_train_config(
     micro_batch_size=4,
     dropout=0.1,
     steps=60,
@@ -39,8 +37,6 @@ CONFIG = TrainConfig(
     log_every=3,
     sample_tokens=10,
     optim=OptimConfig(name="muon", weight_decay=0.01),
-    compile="off",
-    device="cpu",
 )
 
 

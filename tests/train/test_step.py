@@ -9,11 +9,9 @@ import torch
 
 from gptsmith.errors import GptsmithError
 from gptsmith.train import step as trial
-from gptsmith.train.config import ModelOptions, TrainConfig
+from tests.factories import tiny_train_config
 
-CONFIG = TrainConfig(
-    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2), context=32, batch_size=12
-)
+CONFIG = tiny_train_config(batch_size=12)
 MODEL = CONFIG.model.build(50, 32)
 CPU = torch.device("cpu")
 

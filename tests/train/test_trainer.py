@@ -14,20 +14,11 @@ import torch
 
 from gptsmith.errors import TrainingError
 from gptsmith.log import JsonLines
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import OptimConfig, TrainConfig
 from gptsmith.train.run import start
+from tests.factories import tiny_train_config
 
-TINY = TrainConfig(
-    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
-    context=32,
-    batch_size=8,
-    steps=12,
-    eval_every=6,
-    log_every=1,
-    sample_tokens=0,
-    compile="off",
-    device="cpu",
-)
+TINY = tiny_train_config(steps=12, eval_every=6)
 
 
 def losses(directory: Path) -> list[float]:

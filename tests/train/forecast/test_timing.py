@@ -10,17 +10,13 @@ import torch
 
 from gptsmith.model.families import FAMILIES, SIZES
 from gptsmith.model.flops import count_parameters, flops_per_token
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import OptimConfig, TrainConfig
 from gptsmith.train.forecast import timing as calibrate
 from gptsmith.train.forecast.timing import Times, measure
+from tests.factories import tiny_train_config
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    model=ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
-    context=32,
-    batch_size=8,
-    compile="off",
-)
+CONFIG = tiny_train_config()
 
 
 @pytest.fixture(autouse=True)

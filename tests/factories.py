@@ -1,0 +1,57 @@
+"""Small models and configurations that tests share. Tests write `from tests.factories import tiny_model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.families import FAMILIES
+from gptsmith.model.transformer import Transformer
+from gptsmith.train.config import ModelOptions, TrainConfig
+
+
+def tiny_config(family: str = "qwen3", **options: Any) -> ModelConfig:
+    """Return a model configuration of `family` with two layers of width 16; `options` override any field.
+
+    As in the published models, GPT has as many key/value heads as query heads, and the others share them; gpt3 and
+    mistral have a sliding window that is shorter than the context. Weights are large, so that logits differ clearly.
+    """
+    heads = options.get("num_attention_heads", 2)
+    defaults: dict[str, Any] = {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": None if family.startswith("gpt") else max(1, heads // 2),
+        "head_dim": None,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "initializer_range": 0.4,
+    }
+    if family in ("gpt3", "mistral"):
+        defaults["sliding_window"] = 7
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        defaults |= {"num_experts": 4, "num_experts_per_tok": 2}
+    return FAMILIES[family](**defaults | options)
+
+
+def tiny_model(family: str = "qwen3", *, seed: int = 0, **options: Any) -> Transformer:
+    """Return a model of `tiny_config` with random weights that depend on `seed`, in eval mode."""
+    torch.manual_seed(seed)
+    return Transformer(tiny_config(family, **options)).eval()
+
+
+def tiny_train_config(**options: Any) -> TrainConfig:
+    """Return the configuration of a run that takes about a second; `options` override any field."""
+    defaults: dict[str, Any] = {
+        "model": ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
+        "context": 32,
+        "batch_size": 8,
+        "log_every": 1,
+        "sample_tokens": 0,
+        "compile": "off",
+        "device": "cpu",
+    }
+    return TrainConfig(**defaults | options)
