@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.data import TokenBatch, TokenLoader, TokenSplit, whole_split_batches
-from gptsmith.data.loader import IGNORED, permuted
+from gptsmith.data.loader import permuted
 from gptsmith.errors import CheckpointError, DataError, UsageError
+from gptsmith.model.config import IGNORED
 
 
 def counting(length: int, document_starts: tuple[int, ...] = (0,), **options: object) -> TokenSplit:

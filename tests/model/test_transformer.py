@@ -105,6 +105,24 @@ def test_gpt2_starts_residual_projections_smaller() -> None:
     assert first.attention.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_embeddings_in_place_of_ids(family: str) -> None:
+    model, ids = Transformer(config(family)).eval(), torch.randint(0, 31, (2, 9))
+    embeddings = model.embed_tokens(ids)
+    assert torch.equal(model(inputs_embeds=embeddings), model(ids))
+    upstream = torch.autograd.grad(model(inputs_embeds=embeddings).sum(), embeddings)
+    assert upstream[0].shape == embeddings.shape
+    with torch.no_grad():
+        cache = KVCache(model.config, 2, 9)
+        first = model(ids[:, :4], cache=cache)
+        rest = model(inputs_embeds=embeddings[:, 4:], cache=cache)
+        torch.testing.assert_close(torch.cat((first, rest), dim=1), model(ids), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="either token ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="either token ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeddings)
+
+
 def test_dropout_only_while_training() -> None:
     model = Transformer(config("gpt2"), dropout=0.5)
     ids = torch.randint(0, 31, (1, 9))

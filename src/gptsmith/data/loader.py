@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from gptsmith.data.shards import TokenSplit
 from gptsmith.errors import CheckpointError, DataError, UsageError
+from gptsmith.model.config import IGNORED
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-IGNORED = -100  # a target that has no part in the loss
 ROUNDS = 12  # ranges of a few dozen need as many to look random
 
 _U64 = np.uint64

@@ -7,6 +7,9 @@ from typing import Literal
 
 from gptsmith.errors import UsageError
 
+IGNORED = -100
+"""A target that does not count in a loss. It is defined here since data preparation does without torch."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:

@@ -92,5 +92,6 @@ def router_z_loss(router_logits: list[Tensor]) -> Tensor:
 def expert_load(router_logits: list[Tensor], chosen: int) -> Tensor:
     """(E,) the share of all choices that fell on each expert; 1/E each is perfect balance."""
     logits = torch.cat(router_logits).detach()
-    counts = torch.bincount(logits.topk(chosen, dim=-1).indices.flatten(), minlength=logits.shape[-1])
+    choices = logits.topk(chosen, dim=-1).indices.flatten()
+    counts = choices.new_zeros(logits.shape[-1]).index_add_(0, choices, torch.ones_like(choices))  # no synchronization
     return counts / counts.sum()

@@ -209,8 +209,9 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
@@ -219,6 +220,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) for the token after each of ids: (B, T) int64.
 
+        inputs_embeds: (B, T, C) token embeddings in place of ids. Positions are added to them, too.
         cache: keys and values of the tokens before these; it is extended. Without document_ids and weights.
         document_ids: (B, T) int; tokens attend only within their own document, whose learned positions start at 0
             (rotary positions are relative: nothing to restart). Padding, left or right, is a document of its own: a
@@ -232,6 +234,7 @@ class Transformer(nn.Module):
         logits: Tensor = self.lm_head(
             self.hidden_states(
                 ids,
+                inputs_embeds=inputs_embeds,
                 cache=cache,
                 document_ids=document_ids,
                 weights=weights,
@@ -243,8 +246,9 @@ class Transformer(nn.Module):
 
     def hidden_states(
         self,
-        ids: Tensor,
+        ids: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
@@ -252,15 +256,17 @@ class Transformer(nn.Module):
         residuals: list[Tensor] | None = None,
     ) -> Tensor:
         """What `lm_head` reads: the final norm's output, (B, T, C). Arguments as in `forward`."""
-        T, mask = ids.shape[1], None
+        if (ids is None) == (inputs_embeds is None):
+            raise ValueError("give either token ids or inputs_embeds to the model, not both and not neither.")
+        x: Tensor = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        T, mask = x.shape[1], None
         if self.config.max_position_embeddings < T and cache is None:
             raise IndexError(f"{T} tokens are more than the context of {self.config.max_position_embeddings}")
         positions = slice(0, T) if cache is None else cache.positions(T)
         if document_ids is not None:
             same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
-            mask = same & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+            mask = same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
 
-        x = self.embed_tokens(ids)
         rope = None
         if self.config.position == "learned":
             if document_ids is not None:
