@@ -14,7 +14,7 @@ import sys
 import tempfile
 import venv
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import Distribution, distribution
 from pathlib import Path, PurePosixPath
 
 from packaging.requirements import Requirement
@@ -35,32 +35,33 @@ def check_contents(wheel: Path) -> None:
         sys.exit(f"{wheel.name} lacks {', '.join(sorted(missing)) or 'everything'}")
 
 
-def requirements(name: str, extras: frozenset[str] = frozenset()) -> set[tuple[str, frozenset[str]]]:
-    """Return the distributions that `name[extras]` requires on this machine, each with the extras asked of it.
+def requirements(package: Distribution, extras: frozenset[str] = frozenset()) -> set[tuple[str, frozenset[str]]]:
+    """Return the distributions that `package[extras]` requires on this machine, each with the extras asked of it.
 
     Raises SystemExit if one is not installed here in a version that satisfies the requirement.
     """
     required = set()
-    for line in distribution(name).requires or []:
+    for line in package.requires or []:
         requirement = Requirement(line)
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
             continue
         version = distribution(requirement.name).version
         if not requirement.specifier.contains(version, prereleases=True):
-            sys.exit(f"{name} requires {line}, but {version} is installed")
+            sys.exit(f"{package.name} requires {line}, but {version} is installed")
         required.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return required
 
 
-def link_dependencies(name: str, site_packages: Path) -> list[str]:
-    """Link all that the distribution `name` requires into `site_packages`; return the names of those distributions."""
+def link_dependencies(site_packages: Path) -> list[str]:
+    """Link all that the gptsmith in `site_packages` requires beside it; return the names of those distributions."""
+    (package,) = Distribution.discover(name="gptsmith", path=[str(site_packages)])
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = requirements(name)
+    waiting = requirements(package)
     while waiting:
         dependency, extras = waiting.pop()
         seen.add((dependency, extras))
-        waiting |= requirements(dependency, extras) - seen
         installed = distribution(dependency)
+        waiting |= requirements(installed, extras) - seen
         for top in {PurePosixPath(file).parts[0] for file in installed.files or []} - {"..", "__pycache__"}:
             if not (site_packages / top).exists():
                 (site_packages / top).symlink_to(str(installed.locate_file(top)))
@@ -90,7 +91,7 @@ def main() -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
         run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
         site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-        dependencies = link_dependencies("gptsmith", site_packages)
+        dependencies = link_dependencies(site_packages)
         run(*pip, "check")
 
         where, version, installed = run(python, "-c", ASK).split()
