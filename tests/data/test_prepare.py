@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Pipeline
+from tokenizers import decoders, models, pre_tokenizers
 
 from gptsmith.data import Dataset, Source, open_dataset, open_source, prepare
 from gptsmith.errors import DataError, GptsmithError, TokenizerError, UsageError
@@ -59,10 +61,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many pieces, stretches and shards out of little text."""
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 200)
-    monkeypatch.setattr(preparing, "PIECE_CHARACTERS", 200)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make many chunks, batches and shards of little text."""
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(preparing, "CHUNK_CHARACTERS", 200)
     monkeypatch.setattr(preparing, "SHARD_TOKENS", 1000)
 
 
@@ -84,7 +86,7 @@ def all_tokens(dataset: Dataset) -> list[int]:
 
 @pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 def test_tokens_are_those_of_the_whole_text(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     text = WORDS * 100
     dataset = prepare(text_file(tmp_path, text), tokenizer, workers=workers)
@@ -119,7 +121,7 @@ def test_a_character_of_several_tokens_is_not_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 def test_documents_are_separated_and_kept_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [WORDS[i % 7 :] * (1 + i % 9) for i in range(60)]
     dataset = prepare(jsonl_file(tmp_path, [*texts[:30], "", *texts[30:]]), tokenizer)
@@ -164,7 +166,7 @@ def test_own_validation_text(tmp_path: Path) -> None:
     documents=st.booleans(),
 )
 @example(texts=["11漢"], fraction=0.25, kind="bpe", documents=False)
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 def test_splits_share_nothing_and_lose_nothing(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], fraction: float, kind: str, documents: bool
 ) -> None:
@@ -231,12 +233,140 @@ def test_an_unknown_character_is_named_with_its_place(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{val.path}: ")
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 def test_the_place_in_a_long_text(tmp_path: Path, cache: Path) -> None:
     source = text_file(tmp_path, "abc xyz\n" * 100 + "ß")
     with pytest.raises(TokenizerError, match=r"counting from line \d+: the character 'ß'"):
         prepare(source, CHAR)
     assert list(cache.glob("*")) == list(cache.glob("*.lock"))
+
+
+# Text that a tokenizer of another model does not know
+
+
+def other_tokenizer(kind: str) -> Tokenizer:
+    """A tokenizer over a few letters or words: with an unknown token, unless the kind ends in "without"."""
+    letters = {character: id for id, character in enumerate(["<unk>", *"\u2581abcxyz"])}
+    without = {character: id for id, character in enumerate("\u2581abcxyz")}
+    scores = [(character, -1.0) for character in letters]
+    if kind == "char":
+        return train_char(["abcxyz "], unknown=True)
+    if kind == "char without":
+        return train_char(["abcxyz "])
+    model: Any = {
+        "wordpiece": lambda: models.WordPiece({"[UNK]": 0, "abc": 1, "xyz": 2, "##s": 3}, unk_token="[UNK]"),
+        "unigram": lambda: models.Unigram(scores, unk_id=0),
+        "unigram without": lambda: models.Unigram(scores[1:]),
+        "bpe": lambda: models.BPE(letters, [], unk_token="<unk>"),
+        "bpe without": lambda: models.BPE(without, []),
+        "wordlevel without": lambda: models.WordLevel({"abc": 1, "xyz": 0}, unk_token="[UNK]"),
+    }[kind]()
+    pipeline = Pipeline(model)
+    if kind.startswith("word"):
+        pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        pipeline.pre_tokenizer, pipeline.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return Tokenizer(pipeline.to_str())
+
+
+@pytest.mark.parametrize(("kind", "total"), [("char", 8002), ("wordpiece", 2001), ("unigram", 8003), ("bpe", 8003)])
+@pytest.mark.usefixtures("small_chunks")
+def test_unknown_tokens_are_counted_and_named(
+    tmp_path: Path, kind: str, total: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = other_tokenizer(kind)
+    source = text_file(tmp_path, "abc xyz " * 1000 + "é ")
+    for _ in range(2):  # the second time, the dataset comes from the cache
+        dataset = prepare(source, tokenizer)
+        said = capsys.readouterr().err
+        assert f"1 of {total:,} tokens ({100 / total:.2g}%) are unknown to the tokenizer: 'é' (U+00E9) once." in said
+    assert (dataset.unknown["train"].count, dataset.unknown["train"].total) == (1, total)
+    assert all_tokens(dataset).count(tokenizer.unk_id or 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["char", "wordpiece", "unigram", "bpe"])
+def test_a_tokenizer_that_knows_too_little_of_a_text_is_refused(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = other_tokenizer(kind)
+    source = jsonl_file(tmp_path, ["abc xyz", "abc é 漢 é"])
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match="A tokenizer that does not know more than 1% of a text") as caught:
+            prepare(source, tokenizer, val_fraction=0)
+        assert "3 of" in str(caught.value)
+        assert "'é' (U+00E9) 2 times, '漢' (U+6F22) once" in str(caught.value)
+    assert capsys.readouterr().err == ""
+    assert prepare(source, tokenizer, val_fraction=0, allow_unknown=True).unknown["train"].count == 3
+    assert "are unknown to the tokenizer" in capsys.readouterr().err
+
+
+def test_unknown_text_in_the_validation_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, val = text_file(tmp_path, "abc xyz " * 100), text_file(tmp_path, "abc é", "val.txt")
+    with pytest.raises(TokenizerError, match=r"val\.txt: 1 of 5 tokens \(20%\) are unknown"):
+        prepare(train, other_tokenizer("char"), val=val)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        ("char without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
+        ("unigram without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
+        ("bpe without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
+        ("wordlevel without", "6 of 19 characters (32%) have no token: 'éé' 2 times, '漢漢' once."),
+    ],
+)
+def test_text_without_tokens_is_refused_with_what_it_is(tmp_path: Path, cache: Path, kind: str, counted: str) -> None:
+    source = jsonl_file(tmp_path, ["abc xyz", "abc é 漢 é" if kind != "wordlevel without" else "abc éé 漢漢 éé"])
+    with pytest.raises(TokenizerError) as caught:
+        prepare(source, other_tokenizer(kind), val_fraction=0, allow_unknown=True)
+    message = str(caught.value)
+    assert message.startswith(f"{source.path}, line 2: ")
+    assert f"In all, {counted}" in message
+    assert message.endswith("or use --tokenizer bpe, which covers all text.")
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_byte_level_tokens_that_a_vocabulary_lacks_are_found(tmp_path: Path) -> None:
+    pipeline = Pipeline(models.BPE({character: id for id, character in enumerate("abcxyzĠ")}, []))
+    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pipeline.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(pipeline.to_str())
+    assert tokenizer.kind == "bpe"
+    assert len(prepare(text_file(tmp_path, "abc xyz " * 10), tokenizer).train)
+    with pytest.raises(TokenizerError, match=r"1 of 81 characters \(1\.2%\) have no token: '\\n' \(U\+000A\) once"):
+        prepare(text_file(tmp_path, "abc xyz " * 10 + "\n"), tokenizer)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_reading_stops_and_counting_is_bounded_where_no_character_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "ENOUGH_UNKNOWN", 1000)
+    monkeypatch.setattr(preparing, "MAX_UNKNOWN_PARTS", 10)
+    han = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
+    source = text_file(tmp_path, han * 10)
+    with pytest.raises(TokenizerError) as caught:
+        prepare(source, CHAR, workers=1)
+    assert "Up to where reading was stopped, 1,000 of 1,000 characters (100%) have no token: " in str(caught.value)
+    assert "'一' (U+4E00) once" in str(caught.value)
+    assert str(caught.value).count(" once, ") == 5
+    assert ", and others. " in str(caught.value)
+
+
+def test_datasets_of_earlier_versions_are_counted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, source = other_tokenizer("char"), text_file(tmp_path, "abc xyz " * 1000 + "é")
+    dataset = prepare(source, tokenizer)
+    path = dataset.directory / "dataset.json"
+    index = json.loads(path.read_text())
+    del index["texts"]["train"]["unknown"]
+    path.write_text(json.dumps(index))
+    assert open_dataset(dataset.directory).unknown == {}
+    capsys.readouterr()
+    again = prepare(source, tokenizer)
+    assert again.fingerprint == dataset.fingerprint
+    assert again.unknown == dataset.unknown
+    assert "preparing again: unknown tokens were not counted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [" ", "\n\n \t\n"])
@@ -303,7 +433,7 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 def test_an_interruption_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -390,7 +520,7 @@ import sys
 from gptsmith.data import open_source, prepare
 from gptsmith.tokenizer import train_char
 source = open_source(sys.argv[1])
-tokenizer = train_char(piece.text for piece in source.pieces())
+tokenizer = train_char(chunk.text for chunk in source.pieces())
 assert "torch" not in sys.modules
 print(prepare(source, tokenizer).directory)
 """

@@ -1,4 +1,4 @@
-"""Text comes out as it is on disk, in bounded pieces; what is not text is refused by name and place."""
+"""Text comes out as it is on disk, in bounded chunks; what is not text is refused by name and place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gptsmith.data import Piece, open_source
+from gptsmith.data import DocumentChunk, open_source
 from gptsmith.data.sources import FolderSource
 from gptsmith.errors import DataError, GptsmithError, UsageError
 
@@ -26,14 +26,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_of(spec: Path, **options: str) -> str:
-    return "".join(piece.text for piece in open_source(spec, **options).pieces())
+    return "".join(chunk.text for chunk in open_source(spec, **options).pieces())
 
 
 def documents_of(spec: Path, **options: str) -> list[str]:
     documents, text = [], ""
-    for piece in open_source(spec, **options).pieces():
-        text += piece.text
-        if piece.ends_document:
+    for chunk in open_source(spec, **options).pieces():
+        text += chunk.text
+        if chunk.ends_document:
             documents.append(text)
             text = ""
     assert not text, "the last document has no end"
@@ -46,7 +46,7 @@ def documents_of(spec: Path, **options: str) -> list[str]:
 def test_plain_text_is_one_stream_with_its_own_newlines(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     path.write_bytes("\ufeffone\r\ntwo\rthree\n\ufeffé\n".encode())
-    assert list(open_source(path).pieces()) == [Piece("one\r\ntwo\rthree\n\ufeffé\n", ends_document=False)]
+    assert list(open_source(path).pieces()) == [DocumentChunk("one\r\ntwo\rthree\n\ufeffé\n", ends_document=False)]
 
 
 def test_the_fingerprint_of_a_text_is_its_sha256(tmp_path: Path) -> None:
@@ -70,20 +70,20 @@ def test_pieces_are_bounded_and_progress_adds_up(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     read: list[int] = []
     source = open_source(path)
-    pieces = list(source.pieces(read.append))
-    assert len(pieces) > 3
-    assert max(len(piece.text) for piece in pieces) <= sources.PIECE_CHARACTERS
-    assert "".join(piece.text for piece in pieces) == text
+    chunks = list(source.pieces(read.append))
+    assert len(chunks) > 3
+    assert max(len(chunk.text) for chunk in chunks) <= sources.CHUNK_CHARACTERS
+    assert "".join(chunk.text for chunk in chunks) == text
     assert sum(read) == source.size_bytes == path.stat().st_size
 
 
 def test_text_without_any_space_is_still_cut(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
-    text = "漢字" * sources.PIECE_CHARACTERS
+    text = "漢字" * sources.CHUNK_CHARACTERS
     path.write_text(text, encoding="utf-8")
-    pieces = list(open_source(path).pieces())
-    assert {len(piece.text) for piece in pieces} == {sources.PIECE_CHARACTERS}
-    assert "".join(piece.text for piece in pieces) == text
+    chunks = list(open_source(path).pieces())
+    assert {len(chunk.text) for chunk in chunks} == {sources.CHUNK_CHARACTERS}
+    assert "".join(chunk.text for chunk in chunks) == text
 
 
 def _gpt2_like() -> Tokenizer:
@@ -106,12 +106,12 @@ def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(words: list[str], limi
     # " x " now and then: a place to cut within every window
     text = " x ".join(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_CHARACTERS", limit)
+        patch.setattr(sources, "CHUNK_CHARACTERS", limit)
         patch.setattr(sources, "CUT_WINDOW", limit)
-        pieces = list(sources._cut([text[:30], text[30:31], text[31:]]))
-    assert "".join(pieces) == text
-    assert all(0 < len(piece) <= limit for piece in pieces)
-    assert [id for piece in pieces for id in TOKENIZER.encode(piece).ids] == TOKENIZER.encode(text).ids
+        chunks = list(sources._cut([text[:30], text[30:31], text[31:]]))
+    assert "".join(chunks) == text
+    assert all(0 < len(chunk) <= limit for chunk in chunks)
+    assert [id for chunk in chunks for id in TOKENIZER.encode(chunk).ids] == TOKENIZER.encode(text).ids
 
 
 # --- what is not text
@@ -245,7 +245,7 @@ def test_json_lines_compressed(tmp_path: Path) -> None:
 def test_text_compressed(tmp_path: Path) -> None:
     path = tmp_path / "input.txt.gz"
     path.write_bytes(gzip.compress(b"some words"))
-    assert list(open_source(path).pieces()) == [Piece("some words", ends_document=False)]
+    assert list(open_source(path).pieces()) == [DocumentChunk("some words", ends_document=False)]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset, TokenSplit, open_dataset
-from gptsmith.data.sources import Piece, Source, open_source
+from gptsmith.data.sources import DocumentChunk, Source, open_source
 
 __all__ = [
     "Dataset",
-    "Piece",
+    "DocumentChunk",
     "Source",
     "TokenBatch",
     "TokenLoader",

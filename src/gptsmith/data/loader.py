@@ -1,10 +1,10 @@
-"""Batches of windows over tokens: a pure function of the seed and of how many sequences were taken before.
+"""Batches of token windows, as a pure function of the seed and of the number of sequences taken before.
 
-An epoch lays N non-overlapping windows of T tokens over the split, shifted by a random offset, and visits them in a
-random order, so nothing is seen twice before everything was seen once. Offset and order are computed, not stored:
-the order is a Feistel network over [0, N) (M. Luby and C. Rackoff, "How to construct pseudorandom permutations", 1988)
-with cycle walking (J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002). Any batch of any epoch
-costs the same, there is no state but the position, and nothing depends on the number of ranks.
+An epoch divides the split into N windows of T tokens that do not overlap, shifted by a random offset, and visits them
+in a random order, so every window is seen once before any is seen again. Offset and order are computed, not stored: the
+order is a Feistel network over [0, N) (M. Luby and C. Rackoff, "How to construct pseudorandom permutations", 1988) with
+cycle walking (J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002). Every batch of every epoch costs
+the same, the position is the only state, and the order does not depend on the number of ranks.
 
 Axes: B batch, T time, N windows of an epoch.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ROUNDS = 12  # ranges of a few dozen need as many to look random
+ROUNDS = 12  # fewer rounds do not look random for ranges of a few dozen
 
 _U64 = np.uint64
 _STEP = _U64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
@@ -74,9 +74,11 @@ class TokenLoader:
     """Endless training batches, sampled without replacement within an epoch.
 
     `position` counts the sequences taken by all ranks together. Rank r of w takes sequences
-    [position + r*B, position + (r + 1)*B) of one global order, so w ranks of B see what one rank of w*B sees.
+    [position + r*B, position + (r + 1)*B) of one global order, so w ranks with batches of B together see the same
+    sequences as one rank with batches of w*B.
 
-    batch_size: B, sequences per rank; seq_len: T; mask_documents: give document ids, and no target across documents.
+    batch_size: B, sequences per rank. seq_len: T. mask_documents: return document ids, and ignore targets that belong
+    to another document than their token.
     Raises DataError if the split has fewer than T + 1 tokens.
     """
 
@@ -95,24 +97,24 @@ class TokenLoader:
         if len(split) < seq_len + 1:
             raise DataError(
                 f"the training text is too short: it has {len(split):,} tokens, and a context of {seq_len:,} needs at "
-                f"least {seq_len + 1:,}. Use a shorter context, more text, or a smaller part for validation."
+                f"least {seq_len + 1:,}. Use a shorter context, more text, or a smaller validation fraction."
             )
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world_size, self.mask_documents = rank, world_size, mask_documents
         self.position = 0
-        # N is the same for every offset, so that an epoch has the same length whatever its shift. There are T to 2T - 1
-        # offsets (fewer for the shortest texts): enough for each token to come up, and for every alignment of windows.
+        # N is the same for every offset, so all epochs have the same length. There are T to 2T - 1 offsets (fewer for
+        # the shortest texts), which is enough for every token to be seen and for every alignment of windows.
         self.windows_per_epoch = max(1, (len(split) - seq_len) // seq_len)
         self._offsets = len(split) - self.windows_per_epoch * seq_len
         self._seed_key = _mix(np.array([seed & _MASK], dtype=_U64) + _STEP)
 
     @property
     def epoch(self) -> float:
-        """How often the split was gone through, as a fraction."""
+        """The number of passes over the split so far, as a fraction."""
         return self.position / self.windows_per_epoch
 
     def window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the split the given sequences of the global order begin; same shape, (B,) int64."""
+        """Return where in the split the given sequences of the global order begin: (B,) int64, as `sequences`."""
         epoch, index = np.divmod(sequences.astype(_U64), _U64(self.windows_per_epoch))
         key = _mix(epoch * _STEP + self._seed_key)
         offset = _mix(~key) % _U64(self._offsets)
@@ -120,7 +122,7 @@ class TokenLoader:
         return (offset + order * _U64(self.seq_len)).astype(np.int64)
 
     def batch_at(self, position: int) -> TokenBatch:
-        """This rank's batch after `position` sequences were taken by all ranks. Pure."""
+        """Return this rank's batch after all ranks have taken `position` sequences. Pure."""
         first = position + self.rank * self.batch_size
         starts = self.window_starts(np.arange(first, first + self.batch_size))
         window = self.split.windows(starts, self.seq_len + 1)
@@ -136,22 +138,23 @@ class TokenLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what it belongs to."""
+        """Return the position, with the data and options that it is valid for."""
         return {"position": self.position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. CheckpointError if it belongs to other data, another seed, batch or context.
+        """Continue from `state`.
 
-        Another number of ranks is fine, as long as the global batch is the same.
+        The number of ranks may change as long as the global batch stays the same. Raises CheckpointError if the state
+        belongs to other data, or to another seed, batch size or context length.
         """
         for name, value in self._identity().items():
             if name not in state:
-                raise CheckpointError(f"the checkpoint's data cursor has no {name!r}; it cannot be resumed.")
+                raise CheckpointError(f"the checkpoint's data position has no {name!r}; it cannot be resumed.")
             if state[name] != value:
                 raise CheckpointError(_mismatch(name, state[name], value))
         position = state.get("position")
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise CheckpointError(f"the checkpoint's data cursor has position {position!r}; it cannot be resumed.")
+            raise CheckpointError(f"the checkpoint's data position is {position!r}; it cannot be resumed.")
         self.position = position
 
     def _identity(self) -> dict[str, Any]:
@@ -174,17 +177,17 @@ def whole_split_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[TokenBatch]:
-    """Consecutive windows in which every token of the split but the first is a target exactly once.
+    """Return consecutive windows in which every token of the split except the first is a target exactly once.
 
-    All batches have the shape (B, T); what reaches past the end has target -100. Ranks take turns and all get the same
-    number of batches, the last ones perhaps without any target. With `mask_documents` the first token of a document is
-    no target. Raises DataError for a split of fewer than 2 tokens: nothing to predict.
+    All batches have the shape (B, T), with target -100 past the end of the split. Ranks take turns and get the same
+    number of batches, of which the last may have no targets. With `mask_documents`, the first token of a document is
+    not a target. Raises DataError for a split of fewer than 2 tokens, where there is nothing to predict.
     """
     _check_shape(batch_size, seq_len, rank, world_size)
     if len(split) < 2:
         raise DataError(
             f"the validation text is too short: it has {len(split):,} tokens, and at least 2 are needed. "
-            "Use more text, or a larger part for validation."
+            "Use more text, or a larger validation fraction."
         )
     return _whole_split(split, batch_size, seq_len, mask_documents, rank, world_size)
 
@@ -200,19 +203,20 @@ def _whole_split(
         ids = np.zeros(per_batch, np.int64)
         targets = np.full(per_batch, IGNORED, np.int64)
         if high > low:
-            stretch = split.tokens(low, high + 1)
-            ids[: high - low], targets[: high - low] = stretch[:-1], stretch[1:]
+            tokens = split.tokens(low, high + 1)
+            ids[: high - low], targets[: high - low] = tokens[:-1], tokens[1:]
         shape = (batch_size, seq_len)
         starts = first + seq_len * np.arange(batch_size)
         yield _batch(split, ids.reshape(shape), targets.reshape(shape), starts, mask_documents)
 
 
 def permuted(index: NDArray[np.uint64], n: int, key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Where a random permutation of [0, n), chosen by `key`, sends `index`: elementwise, pure, in constant memory.
+    """Return the image of `index` under a random permutation of [0, n) that is chosen by `key`, elementwise.
 
-    index: (B,) uint64 below n; key: (B,) uint64, well mixed. Each round adds to one half of the number, seen as
-    left + a * right with a * b >= n, a hash of the other half: a bijection of [0, a*b). What falls outside [0, n) goes
-    round again, which makes it one of [0, n).
+    index: (B,) uint64 below n. key: (B,) uint64, well mixed. Pure, in constant memory.
+
+    The number is split into left + a * right with a * b >= n. Each round adds to one half a hash of the other, which
+    is a bijection of [0, a*b). Results outside [0, n) are permuted again, which makes it a bijection of [0, n).
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
@@ -226,9 +230,9 @@ def permuted(index: NDArray[np.uint64], n: int, key: NDArray[np.uint64]) -> NDAr
 
 def _feistel(x: NDArray[np.uint64], key: NDArray[np.uint64], a: np.uint64, b: np.uint64) -> NDArray[np.uint64]:
     right, left = np.divmod(x, a)
-    for turn in range(ROUNDS):
+    for round_number in range(ROUNDS):
         key = key + _STEP
-        if turn % 2 == 0:
+        if round_number % 2 == 0:
             left = (left + _half_mix(right + key)) % a
         else:
             right = (right + _half_mix(left + key)) % b
@@ -236,7 +240,7 @@ def _feistel(x: NDArray[np.uint64], key: NDArray[np.uint64], a: np.uint64, b: np
 
 
 def _half_mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash of 64 bits to 32 bits, cheaper than `_mix`. Writes over `x`."""
+    """Hash 64 bits to 32 bits, more cheaply than `_mix`. Overwrites `x`."""
     x *= _U64(0xBF58476D1CE4E5B9)
     x ^= x >> _U64(32)
     x *= _U64(0x94D049BB133111EB)
@@ -245,7 +249,7 @@ def _half_mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash of 64 bits to 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Hash 64 bits to 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
@@ -258,13 +262,13 @@ def _batch(
     starts: NDArray[np.int64],
     mask_documents: bool,
 ) -> TokenBatch:
-    import torch  # here, so that commands that only list or prepare data start quickly
+    import torch  # here, so that commands that only prepare data start quickly
 
     if not mask_documents:
         return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets))
     steps = np.arange(ids.shape[1] + 1)
     documents = split.documents_at(starts[:, None] + steps)
-    targets[documents[:, :-1] != documents[:, 1:]] = IGNORED  # a document does not foretell the next one
+    targets[documents[:, :-1] != documents[:, 1:]] = IGNORED  # a document says nothing about the next one
     document_ids = (documents[:, :-1] - documents[:, :1]).astype(np.int32)
     return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(document_ids))
 

@@ -1,8 +1,11 @@
 """Tokenize text once, in parallel and in bounded memory, into the files that `shards` opens.
 
-Threads do the work: the tokenizers library and numpy let go of Python's global lock while they are busy, so every core
-is used without a process each (whose memory, start-up time and need for an importable main script would be the user's).
-At most `workers + 2` stretches of text are in memory at once.
+The work is done by threads: the tokenizers library and numpy release Python's global lock, so threads use every core
+without the memory and start-up time of processes. At most `workers + 2` batches of text are in memory at once.
+
+Text that the tokenizer does not know never goes unnoticed. If the tokenizer has an unknown token, the number of unknown
+tokens is printed with the most frequent unknown characters (or words), and more than MAX_UNKNOWN of all tokens are an
+error unless they are allowed. If it has none, any such text is an error.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,19 +26,24 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gptsmith.data.shards import FORMAT_VERSION, INDEX_FILE, START_DTYPE, Dataset, open_dataset
-from gptsmith.data.sources import PIECE_CHARACTERS, Piece, Source
+from gptsmith.data.shards import FORMAT_VERSION, INDEX_FILE, START_DTYPE, Dataset, UnknownText, open_dataset
+from gptsmith.data.sources import CHUNK_CHARACTERS, DocumentChunk, Source
 from gptsmith.errors import DataError, GptsmithError, TokenizerError, UsageError
 from gptsmith.log import note, progress
 from gptsmith.runtime import available_cores, cache_directory
 from gptsmith.storage import TEMPORARY_PREFIX, atomic_directory, explain_os_errors
+from gptsmith.tokenizer.tokenizer import UnknownTextError
 
 if TYPE_CHECKING:
     from gptsmith.tokenizer import Tokenizer
 
-SHARD_TOKENS = 1 << 27  # tokens in one file: 256 MB as uint16
-MOST_WORKERS = 16
-LONGEST_CHARACTER = 8  # tokens looked at for the end of a character that spans several
+SHARD_TOKENS = 1 << 27  # tokens per file: 256 MB as uint16
+MAX_WORKERS = 16
+MAX_TOKENS_PER_CHARACTER = 8  # how far to look for the end of a character that consists of several tokens
+MAX_UNKNOWN = 0.01  # the share of unknown tokens above which the tokenizer does not fit the text
+MAX_UNKNOWN_PARTS = 1000  # different unknown characters or words whose occurrences are counted
+MAX_EXAMPLES = 5  # of them that a message names
+ENOUGH_UNKNOWN = 10_000  # characters without a token after which the rest of the text is not read
 
 
 def prepare(
@@ -44,55 +53,99 @@ def prepare(
     val: Source | None = None,
     val_fraction: float = 0.1,
     workers: int | None = None,
+    allow_unknown: bool = False,
 ) -> Dataset:
-    """Tokens of `train`, split into training and validation, ready to be read; from the cache if they were made before.
+    """Tokenize `train` and split it into training and validation. Reuse the cached result if there is one.
 
-    val: validation text; all of `train` is then trained on, and `val_fraction` plays no part.
-    val_fraction: the share of tokens, at the end, that is held out otherwise: 0 (none) to 0.5. The cut is between
-        two documents if one ends near there, else between two characters.
-    workers: threads; all cores by default.
+    val: validation text; if given, all of `train` is for training, and `val_fraction` is ignored.
+    val_fraction: otherwise, the share of tokens at the end of `train` to hold out, from 0 (none) to 0.5. The cut is
+        between two documents if a document ends nearby, else between two characters.
+    workers: number of threads, by default one per core.
+    allow_unknown: accept a text with more than MAX_UNKNOWN unknown tokens.
 
     Raises UsageError for a fraction out of range, DataError for text that cannot be read or split, TokenizerError for
-    text that the tokenizer cannot encode. Whatever happens, the cache holds whole datasets only.
+    text that the tokenizer cannot encode, or knows too little of. The cache never holds an incomplete dataset.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"the number of workers must be at least 1, not {workers}.")
     if val is None and not 0 <= val_fraction <= 0.5:
         raise UsageError(f"the fraction for validation must be between 0 and 0.5, not {val_fraction}. 0.1 is usual.")
-    job = _Job(train, val, tokenizer, val_fraction, workers or min(available_cores(), MOST_WORKERS))
-    directory = cache_directory() / "prepared" / job.key[:40]
-    if (dataset := _opened(directory)) is not None:
+    job = _Job(train, val, tokenizer, val_fraction, workers or min(available_cores(), MAX_WORKERS))
+    dataset = _prepared(job, cache_directory() / "prepared" / job.key[:40])
+    for source, name in zip(job.sources, ("train", "val"), strict=False):
+        if (unknown := dataset.unknown.get(name)) is not None and unknown.count:
+            _report_unknown(source, unknown, allow_unknown)
+    return dataset
+
+
+def _prepared(job: _Job, directory: Path) -> Dataset:
+    """Open the dataset in `directory`, making it first if necessary."""
+    if (dataset := _open_cached(directory, job.tokenizer)) is not None:
         return dataset
-    with _alone(directory):
-        if (dataset := _opened(directory)) is not None:  # another process has made it meanwhile
+    with _exclusive(directory):
+        if (dataset := _open_cached(directory, job.tokenizer)) is not None:  # made by another process meanwhile
             return dataset
         shutil.rmtree(directory, ignore_errors=True)
         try:
             with atomic_directory(directory) as temporary:
                 job.write(temporary)
         except (OSError, GptsmithError):
-            if (dataset := _opened(directory)) is None:  # no lock on this file system, and another process was faster
+            # Without locks on this file system, another process may have been faster.
+            if (dataset := _open_cached(directory, job.tokenizer)) is None:
                 raise
     return open_dataset(directory)
 
 
-def _opened(directory: Path) -> Dataset | None:
-    """The dataset that is there, or None if there is none that can be used."""
+def _open_cached(directory: Path, tokenizer: Tokenizer) -> Dataset | None:
+    """Return the dataset in `directory`, or None if there is none that can be used."""
     if not directory.exists():
         return None
     try:
-        return open_dataset(directory)
+        dataset = open_dataset(directory)
     except DataError as error:
         note(f"preparing again: {error}")
         return None
+    may_lose_text = not tokenizer.covers_all_text and (tokenizer.kind != "char" or tokenizer.replaces_unknown)
+    if may_lose_text and not dataset.unknown:
+        note("preparing again: unknown tokens were not counted by an earlier version of gptsmith.")
+        return None
+    return dataset
+
+
+def _report_unknown(source: Source, unknown: UnknownText, allowed: bool) -> None:
+    """Print how many tokens of a text are unknown. Raise TokenizerError if they are too many."""
+    text = f"{source.spec}: {_describe(unknown, 'tokens')} are unknown to the tokenizer: {_examples(unknown)}."
+    if unknown.share > MAX_UNKNOWN and not allowed:
+        raise TokenizerError(
+            f"{text} A tokenizer that does not know more than {MAX_UNKNOWN:.0%} of a text does not fit it. Use a "
+            "tokenizer made for such text, or a byte-level one, or allow unknown tokens with --unknown."
+        )
+    note(text)
+
+
+def _describe(unknown: UnknownText, units: str) -> str:
+    share = f"{100 * unknown.share:.2g}%" if unknown.share < 0.995 else f"{unknown.share:.0%}"
+    return f"{unknown.count:,} of {unknown.total:,} {units} ({share})"
+
+
+def _examples(unknown: UnknownText) -> str:
+    """The most frequent unknown parts of a text, for messages."""
+
+    def example(part: str, count: int) -> str:
+        shown = repr(part if len(part) <= 20 else part[:20] + "\u2026")
+        code = f" (U+{ord(part):04X})" if len(part) == 1 else ""
+        return f"{shown}{code} {'once' if count == 1 else f'{count:,} times'}"
+
+    shown = [example(part, count) for part, count in itertools.islice(unknown.parts.items(), MAX_EXAMPLES)]
+    return ", ".join(shown) + (", and others" if len(unknown.parts) > MAX_EXAMPLES else "")
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Let one process at a time prepare `directory`, and remove what one that was killed has left of it.
+def _exclusive(directory: Path) -> Iterator[None]:
+    """Let one process at a time prepare `directory`, and remove what killed processes left of it.
 
-    Uses a lock that the system drops with its process. Where there is none (Windows, some network disks) two processes
-    may do the same work; the one that finishes first wins.
+    Uses a lock that the system releases when its process ends. Where there are no such locks (Windows, some network
+    disks) two processes may do the same work; the one that finishes first wins.
     """
     with explain_os_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +164,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 class _Counts(NamedTuple):
-    """Sizes of a stretch of text."""
+    """Sizes of a text, or of a part of one."""
 
     tokens: int
     bytes: int
@@ -123,12 +176,19 @@ NOTHING = _Counts(0, 0, 0)
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A tokenized stretch: (tokens,) ids with separators, and the offsets at which documents have ended, (ended,)."""
+    """A tokenized batch of chunks.
+
+    ids: (tokens,), with separators. ends: (documents,) int64, the offsets in ids at which documents end. unknown: the
+    parts of the text that became unknown tokens. without_tokens: where they have no tokens at all, the message for the
+    first of them, else "".
+    """
 
     ids: NDArray[Any]
     ends: NDArray[np.int64]
     counts: _Counts
-    blank: bool
+    is_blank: bool
+    unknown: Counter[str]
+    without_tokens: str
 
 
 @dataclass(frozen=True)
@@ -143,14 +203,15 @@ class _Split:
 
 
 class _Job:
-    """One dataset to be made."""
+    """The preparation of one dataset. key: the sha256 (hex) of everything that it depends on."""
 
     def __init__(self, train: Source, val: Source | None, tokenizer: Tokenizer, fraction: float, workers: int) -> None:
         self.train, self.val, self.tokenizer = train, val, tokenizer
         self.fraction = 0.0 if val is not None else fraction
         self.workers = workers
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        texts = [source.fingerprint() for source in self._sources()]
+        self.sources = [train] if val is None else [train, val]
+        texts = [source.fingerprint() for source in self.sources]
         identity = {
             "format": FORMAT_VERSION,
             "texts": texts,
@@ -161,9 +222,6 @@ class _Job:
             note("the validation text is the training text itself: its loss says nothing about other text.")
         self._check_unchanged()
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def _sources(self) -> list[Source]:
-        return [self.train] if self.val is None else [self.train, self.val]
 
     def write(self, directory: Path) -> None:
         """Write the files and their index into the empty `directory`."""
@@ -179,52 +237,54 @@ class _Job:
             "fingerprint": self.key,
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "sources": [source.spec for source in self._sources()],
+            "sources": [source.spec for source in self.sources],
             "texts": {name: text.index() for name, text in texts.items()},
             "splits": {name: asdict(split) for name, split in splits.items()},
         }
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def _check_unchanged(self) -> None:
-        for source in self._sources():
+        for source in self.sources:
             if not source.unchanged():
                 raise DataError(f"{source.spec} was changed while it was read. Try again when nothing writes to it.")
 
     def _write_text(self, directory: Path, name: str, source: Source) -> _Text:
         text = _Text(directory, name, self.dtype)
-        blank = True
+        is_blank, without_tokens, whole = True, "", True
         with text, progress(source.size_bytes, f"tokenizing {source.name}", "B") as bar:
-            read = _Backlog()  # text that was read is done only once it is tokenized
-            stretches = ((stretch, read.taken()) for stretch in _stretches(source.pieces(read.add)))
-            with contextlib.closing(_parallel(self._encode, stretches, self.workers)) as results:
+            read = _Backlog()  # progress counts text when it is tokenized, not when it is read
+            batches = ((batch, read.taken()) for batch in _batches(source.pieces(read.add)))
+            with contextlib.closing(_parallel(self._encode, batches, self.workers)) as results:
                 for encoded, size in results:
                     text.append(encoded)
-                    blank = blank and encoded.blank
+                    is_blank = is_blank and encoded.is_blank
+                    without_tokens = without_tokens or encoded.without_tokens
                     bar.advance(size)
-        if blank:
+                    if without_tokens and text.num_unknown >= ENOUGH_UNKNOWN:
+                        whole = False
+                        break
+        if without_tokens:
+            unknown = text.unknown_text(text.total.chars)
+            raise UnknownTextError(
+                f"{without_tokens} {'In all' if whole else 'Up to where reading was stopped'}, "
+                f"{_describe(unknown, 'characters')} have no token: {_examples(unknown)}."
+            )
+        if is_blank:
             raise DataError(f"{source.spec} holds no text: it has nothing but white space.")
         return text
 
-    def _encode(self, pieces: list[Piece]) -> _Encoded:
-        texts = [piece.text for piece in pieces]
-        ids: list[NDArray[Any]] = []
-        try:
-            if self.tokenizer.kind == "char":
-                for text in texts:
-                    ids.append(self.tokenizer.encode_array(text))  # noqa: PERF401 (a failure must tell which)
-            else:
-                ids = [np.asarray(each, self.dtype) for each in self.tokenizer.encode_batch(texts)]
-        except TokenizerError as error:
-            raise TokenizerError(f"{pieces[len(ids)].where}: {error}") from None
+    def _encode(self, chunks: list[DocumentChunk]) -> _Encoded:
+        texts = [chunk.text for chunk in chunks]
+        ids, unknown, without_tokens = self._ids(chunks)
         eos = self.tokenizer.eos_id
         separator = np.array([] if eos is None else [eos], self.dtype)
         parts: list[NDArray[Any]] = []
         ends: list[int] = []
         total = 0
-        for piece, part in zip(pieces, ids, strict=True):
+        for chunk, part in zip(chunks, ids, strict=True):
             parts.append(part)
             total += len(part)
-            if piece.ends_document:
+            if chunk.ends_document:
                 parts.append(separator)
                 total += len(separator)
                 ends.append(total)
@@ -232,11 +292,40 @@ class _Job:
             ids=np.concatenate(parts).astype(self.dtype, copy=False),
             ends=np.array(ends, np.int64),
             counts=_Counts(total, sum(_utf8_length(text) for text in texts), sum(map(len, texts))),
-            blank=all(text.isspace() for text in texts),
+            is_blank=all(text.isspace() for text in texts),
+            unknown=unknown,
+            without_tokens=without_tokens,
         )
 
+    def _ids(self, chunks: list[DocumentChunk]) -> tuple[list[NDArray[Any]], Counter[str], str]:
+        """Return the ids of each chunk, and what of the text is unknown (see `_Encoded`)."""
+        tokenizer, unknown, without_tokens = self.tokenizer, Counter[str](), ""
+        ids: list[NDArray[Any]] = []
+        if tokenizer.kind != "char":
+            with contextlib.suppress(TokenizerError):  # which chunk it was is found below
+                texts = [chunk.text for chunk in chunks]
+                ids = [np.asarray(each, self.dtype) for each in tokenizer.encode_batch(texts)]
+        for chunk in chunks[len(ids) :]:
+            try:
+                ids.append(tokenizer.encode_array(chunk.text))
+            except UnknownTextError as error:
+                without_tokens = without_tokens or f"{chunk.where}: {error.problem}"
+                ids.append(np.zeros(0, self.dtype))
+            except TokenizerError as error:
+                raise TokenizerError(f"{chunk.where}: {error}") from None
+        for chunk, part in zip(chunks, ids, strict=True):
+            if tokenizer.covers_all_text or (tokenizer.replaces_unknown and not (part == tokenizer.unk_id).any()):
+                continue
+            if tokenizer.kind == "char" and not tokenizer.replaces_unknown and not without_tokens:
+                continue  # it would have failed
+            if found := tokenizer.count_unknown(chunk.text):
+                unknown += found
+                if not tokenizer.replaces_unknown and not without_tokens:  # the tokenizer leaves it out
+                    without_tokens = f"{chunk.where}: the tokenizer has no token for {next(iter(found))!r}."
+        return ids, unknown, without_tokens
+
     def _cut(self, directory: Path, text: _Text) -> dict[str, _Split]:
-        """Training and validation ranges: the last `fraction` of the tokens is held out."""
+        """Return the training and validation ranges: the last `fraction` of the tokens is held out."""
         total = text.total.tokens
         if not self.fraction:
             return {"train": text.range(NOTHING, text.total), "val": text.range(text.total, text.total)}
@@ -246,16 +335,16 @@ class _Job:
                 f"{self.train.spec} is too short to hold out {self.fraction:g} of it: it has {total:,} tokens. "
                 "Use more text, or another validation fraction."
             )
-        # np.memmap, not an array: there may be more documents than fit into memory
+        # A memmap, because the offsets of the documents may not fit into memory.
         starts: NDArray[np.int64] = np.memmap(directory / text.documents_file, dtype=START_DTYPE, mode="r")
         after = int(np.searchsorted(starts, target))
         near = [int(start) for start in starts[max(1, after - 1) : after + 1]]
         near = [start for start in near if 0.5 <= (total - start) / (total - target) <= 1.5]
-        if near:  # documents stay whole
+        if near:  # between two documents
             cut = self._counts_before(directory, text, min(near, key=lambda start: abs(start - target)))
-        else:  # one text, or a few long ones
-            forwards = range(target, min(target + LONGEST_CHARACTER, total))
-            backwards = range(target - 1, max(target - LONGEST_CHARACTER, 0), -1)  # the text may end with the character
+        else:  # one document, or a few long ones
+            forwards = range(target, min(target + MAX_TOKENS_PER_CHARACTER, total))
+            backwards = range(target - 1, max(target - MAX_TOKENS_PER_CHARACTER, 0), -1)  # in case the text ends first
             cut = next(
                 (
                     counts
@@ -267,38 +356,44 @@ class _Job:
         return {"train": text.range(NOTHING, cut), "val": text.range(cut, text.total)}
 
     def _counts_before(self, directory: Path, text: _Text, place: int) -> _Counts:
-        """Bytes and characters that the first `place` tokens stand for; if the tokenizer loses text, nearly."""
+        """Return the bytes and characters that the first `place` tokens stand for.
+
+        They are estimated if the text cannot be decoded from the tokens.
+        """
         exact = self._exact_counts_before(directory, text, place)
         if exact is not None:
             return exact
-        before, stretch = text.stretch_at(place)
-        share = (place - before.tokens) / stretch.tokens
-        return _Counts(place, before.bytes + round(share * stretch.bytes), before.chars + round(share * stretch.chars))
+        before, batch = text.batch_at(place)
+        share = (place - before.tokens) / batch.tokens
+        return _Counts(place, before.bytes + round(share * batch.bytes), before.chars + round(share * batch.chars))
 
     def _exact_counts_before(self, directory: Path, text: _Text, place: int) -> _Counts | None:
-        """The same, or None if `place` is inside a character or the text cannot be had back from the tokens."""
-        before, stretch = text.stretch_at(place)
-        ids = text.read(directory, before.tokens, before.tokens + stretch.tokens).tolist()
+        """Return the same, or None if `place` is inside a character or the text cannot be decoded from the tokens."""
+        before, batch = text.batch_at(place)
+        ids = text.read(directory, before.tokens, before.tokens + batch.tokens).tolist()
         head = self.tokenizer.decode(ids[: place - before.tokens])
         tail = self.tokenizer.decode(ids[place - before.tokens :])
         whole = self.tokenizer.decode(ids)
-        if head + tail != whole or (len(whole), _utf8_length(whole)) != (stretch.chars, stretch.bytes):
+        if head + tail != whole or (len(whole), _utf8_length(whole)) != (batch.chars, batch.bytes):
             return None
         return _Counts(place, before.bytes + _utf8_length(head), before.chars + len(head))
 
 
 class _Text:
-    """The files of one tokenized text while they are written, and what the index will say of them."""
+    """The files of one tokenized text while they are written, and their entries in the index."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.name, self.dtype = name, dtype
-        self.stretches: list[_Counts] = []  # one for every stretch of PIECE_CHARACTERS or so
+        self.batches: list[_Counts] = []  # each of about CHUNK_CHARACTERS
         self.total = NOTHING
+        self.num_unknown = 0  # unknown tokens, or characters without tokens
+        self.unknown: Counter[str] = Counter()  # at most MAX_UNKNOWN_PARTS of what they stand for
         self.documents_file = f"{name}-documents.bin"
         self._directory = directory
         self._shards: list[_File] = []
         self._documents = _File(directory / self.documents_file)
         self._in_document = False
+        self._num_separators = 0
 
     def __enter__(self) -> _Text:
         return self
@@ -309,14 +404,20 @@ class _Text:
 
     def append(self, encoded: _Encoded) -> None:
         counts = encoded.counts
+        for part, count in encoded.unknown.items():
+            self.num_unknown += count * (len(part) if encoded.without_tokens else 1)
+            if part in self.unknown or len(self.unknown) < MAX_UNKNOWN_PARTS:
+                self.unknown[part] += count
         if not counts.tokens:
+            self.total = _plus(self.total, counts)
             return
         starts = encoded.ends[encoded.ends < counts.tokens]  # a document that ends here is followed by another
         if not self._in_document:
             starts = np.concatenate([np.zeros(1, np.int64), starts])
         self._documents.write((starts + self.total.tokens).astype(START_DTYPE))
         self._in_document = not len(encoded.ends) or int(encoded.ends[-1]) < counts.tokens
-        self.stretches.append(counts)
+        self.batches.append(counts)
+        self._num_separators += len(encoded.ends)
         self.total = _plus(self.total, counts)
         ids = encoded.ids
         while len(ids):
@@ -328,17 +429,17 @@ class _Text:
             self._shards[-1].write(ids[:room])
             ids = ids[room:]
 
-    def stretch_at(self, place: int) -> tuple[_Counts, _Counts]:
-        """What lies before the stretch that holds token `place`, and the size of that stretch."""
+    def batch_at(self, place: int) -> tuple[_Counts, _Counts]:
+        """Return the size of all batches before the one with token `place`, and the size of that batch."""
         before = NOTHING
-        for counts in self.stretches:
+        for counts in self.batches:
             if place < before.tokens + counts.tokens:
                 return before, counts
             before = _plus(before, counts)
         raise IndexError(place)
 
     def read(self, directory: Path, start: int, stop: int) -> NDArray[Any]:
-        """Ids [start, stop), read back from the finished files."""
+        """Read ids [start, stop) back from the finished files."""
         parts, low = [], 0
         for shard in self._shards:
             first, last = max(start, low) - low, min(stop, low + shard.count) - low
@@ -351,16 +452,20 @@ class _Text:
     def range(self, start: _Counts, stop: _Counts) -> _Split:
         return _Split(self.name, start.tokens, stop.tokens, stop.bytes - start.bytes, stop.chars - start.chars)
 
+    def unknown_text(self, total: int) -> UnknownText:
+        return UnknownText(self.num_unknown, total, dict(self.unknown.most_common(MAX_EXAMPLES + 1)))
+
     def index(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype.str,
             "shards": [shard.index() for shard in self._shards],
             "documents": self._documents.index(),
+            "unknown": asdict(self.unknown_text(self.total.tokens - self._num_separators)),
         }
 
 
 class _File:
-    """A file of numbers that is hashed while it is written."""
+    """A binary file of numbers that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -381,7 +486,7 @@ class _File:
 
 
 class _Backlog:
-    """Bytes read ahead of the tokenization."""
+    """The number of bytes that were read but not yet handed on."""
 
     def __init__(self) -> None:
         self._bytes = 0
@@ -394,29 +499,29 @@ class _Backlog:
         return amount
 
 
-def _stretches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces by the handful, so that short documents are worth a thread's while."""
-    gathered: list[Piece] = []
+def _batches(chunks: Iterable[DocumentChunk]) -> Iterator[list[DocumentChunk]]:
+    """Group short chunks, so that the work for a thread is not too small."""
+    gathered: list[DocumentChunk] = []
     size = 0
-    for piece in pieces:
-        if gathered and size + len(piece.text) > PIECE_CHARACTERS:
+    for chunk in chunks:
+        if gathered and size + len(chunk.text) > CHUNK_CHARACTERS:
             yield gathered
             gathered, size = [], 0
-        gathered.append(piece)
-        size += len(piece.text) + 64  # a document's own cost
+        gathered.append(chunk)
+        size += len(chunk.text) + 64  # the fixed cost per document
     if gathered:
         yield gathered
 
 
 def _parallel(
-    work: Callable[[list[Piece]], _Encoded], items: Iterable[tuple[list[Piece], int]], workers: int
+    work: Callable[[list[DocumentChunk]], _Encoded], items: Iterable[tuple[list[DocumentChunk], int]], workers: int
 ) -> Generator[tuple[_Encoded, int], None, None]:
-    """`work` done on the items by threads; results in order, with only a few items in flight."""
+    """Do `work` on the items in threads. Yield results in order, with at most `workers + 2` items in flight."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gptsmith-tokenize")
     waiting: collections.deque[tuple[Future[_Encoded], int]] = collections.deque()
     try:
-        for pieces, size in items:
-            waiting.append((pool.submit(work, pieces), size))
+        for chunks, size in items:
+            waiting.append((pool.submit(work, chunks), size))
             if len(waiting) >= workers + 2:
                 future, done = waiting.popleft()
                 yield future.result(), done

@@ -1,8 +1,8 @@
 """Prepared text on disk: memory-mapped token shards with an index of documents.
 
-A prepared directory holds `dataset.json` and the little-endian files it names: for each text one or several shards of
-token ids (uint16 where the vocabulary fits, else uint32) and the int64 offsets at which its documents begin. A split is
-a range of the tokens of one text, so training and validation share files but never a token.
+A prepared directory holds `dataset.json` and the little-endian files it names: for each text, one or more shards of
+token ids (uint16 if the vocabulary fits, else uint32) and the int64 offsets at which its documents begin. A split is a
+range of the tokens of one text, so training and validation may share files but never a token.
 
 Axes: B batch, T time.
 """
@@ -10,8 +10,8 @@ Axes: B batch, T time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ START_DTYPE = np.dtype("<i8")
 
 
 class TokenSplit:
-    """A read-only range of token ids that lie in one or several shards, with the documents in it.
+    """A read-only range of token ids in one or more shards, with the documents in it.
 
     num_bytes, num_chars: size of its text as UTF-8 bytes and as characters (for bits per byte).
-    An empty split (no validation wanted) is falsy.
+    An empty split (without validation) is falsy.
     """
 
     def __init__(
@@ -45,8 +45,11 @@ class TokenSplit:
         num_chars: int = 0,
         fingerprint: str = "",
     ) -> None:
-        """shards: 1-D arrays of ids; starts: where documents begin in them; [start, stop): the range of this split."""
-        self._shards = [np.asarray(shard) for shard in shards]  # plain views: indexing a memmap itself is slow
+        """Create a split of the tokens [start, stop) of all shards.
+
+        shards: 1-D arrays of ids. starts: the offsets, over all shards, at which documents begin.
+        """
+        self._shards = [np.asarray(shard) for shard in shards]  # plain arrays: indexing a memmap is slow
         self._bounds = np.cumsum([0, *map(len, shards)], dtype=np.int64)
         self._starts = np.asarray(starts)
         self._start = start
@@ -57,7 +60,7 @@ class TokenSplit:
 
     @classmethod
     def from_array(cls, tokens: NDArray[Any], document_starts: Sequence[int] = (0,), **sizes: Any) -> TokenSplit:
-        """A split over ids in memory."""
+        """Create a split over ids in memory."""
         return cls([np.asarray(tokens)], np.asarray(document_starts, dtype=np.int64), **sizes)
 
     def __len__(self) -> int:
@@ -68,9 +71,9 @@ class TokenSplit:
 
     @cached_property
     def document_starts(self) -> NDArray[np.int64]:
-        """(documents,) int64, increasing: offsets within this split at which documents begin; the first is 0.
+        """The offsets within this split at which documents begin: (documents,) int64, increasing, the first is 0.
 
-        A split that begins inside a document counts the rest of that document as its first.
+        If a split begins inside a document, the rest of that document is its first one.
         """
         first, last = np.searchsorted(self._starts, (self._start, self._stop))
         starts = self._starts[first:last]
@@ -84,7 +87,7 @@ class TokenSplit:
         return len(self.document_starts)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Ids [start, stop) of this split, (stop - start,) uint16 or uint32, also across shards. Do not write to it."""
+        """Return ids [start, stop) of this split, (stop - start,) uint16 or uint32. The array may be read-only."""
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a split of {len(self)}")
@@ -100,7 +103,7 @@ class TokenSplit:
         return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
 
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """Ids of the B windows [s, s + length) for s in `starts`, as (B, length) in the stored type."""
+        """Return the ids of the B windows [s, s + length) for s in `starts`, as (B, length) of the stored type."""
         if len(starts) and (int(starts.min()) < 0 or int(starts.max()) + length > len(self)):
             raise IndexError(f"a window of {length} tokens reaches outside a split of {len(self)}")
         absolute = starts + self._start
@@ -111,22 +114,43 @@ class TokenSplit:
             return found
         found = np.empty((len(starts), length), self._shards[0].dtype)
         shard_of = np.searchsorted(self._bounds, absolute, side="right") - 1
-        joined = absolute + length > self._bounds[1:][shard_of]
-        for shard in np.unique(shard_of[~joined]).tolist():
-            rows = np.flatnonzero((shard_of == shard) & ~joined)
+        crosses_shards = absolute + length > self._bounds[1:][shard_of]
+        for shard in np.unique(shard_of[~crosses_shards]).tolist():
+            rows = np.flatnonzero((shard_of == shard) & ~crosses_shards)
             found[rows] = self._shards[shard][(absolute[rows] - self._bounds[shard])[:, None] + steps]
-        for row in np.flatnonzero(joined).tolist():
+        for row in np.flatnonzero(crosses_shards).tolist():
             found[row] = self.tokens(int(starts[row]), int(starts[row]) + length)
         return found
 
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of the document that each position of this split lies in; same shape as `positions`."""
+        """Return the index of the document at each position of this split, in the shape of `positions`."""
         return np.searchsorted(self.document_starts, positions, side="right") - 1
 
 
 @dataclass(frozen=True)
+class UnknownText:
+    """The unknown tokens in a tokenized text.
+
+    count: how many they are. total: the number of tokens, without separators. parts: the most frequent parts of the
+    text that became unknown tokens, with their counts.
+    """
+
+    count: int
+    total: int
+    parts: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        return self.count / max(1, self.total)
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Prepared text: a training and a validation split that share no token. See `open_dataset`, `prepare`."""
+    """Prepared text: a training and a validation split that share no token. See `open_dataset` and `prepare`.
+
+    unknown: the unknown tokens in each text ("train", "val"); a text that was prepared by a version of this package
+    that did not count them is missing.
+    """
 
     directory: Path
     fingerprint: str
@@ -134,6 +158,7 @@ class Dataset:
     tokenizer_fingerprint: str
     train: TokenSplit
     val: TokenSplit
+    unknown: Mapping[str, UnknownText] = field(default_factory=dict)
 
     @property
     def bytes_train(self) -> int:
@@ -144,7 +169,7 @@ class Dataset:
         return self.val.num_bytes
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a run's record."""
+        """Return the sizes as plain data, for the record of a run."""
         splits = {
             name: {
                 "tokens": len(split),
@@ -163,10 +188,10 @@ class Dataset:
 
 
 def open_dataset(directory: Path, *, verify: bool = False) -> Dataset:
-    """Open what `prepare` wrote, without reading the tokens.
+    """Open the directory that `prepare` wrote, without reading the tokens.
 
-    verify: also read every file and compare its sha256. Sizes are always compared.
-    Raises DataError if anything is missing, damaged or of another version.
+    verify: also read every file and check its sha256. File sizes are always checked.
+    Raises DataError if anything is missing, damaged or of another format version.
     """
     directory = Path(directory)
     try:
@@ -184,6 +209,9 @@ def open_dataset(directory: Path, *, verify: bool = False) -> Dataset:
             tokenizer_fingerprint=index["tokenizer_fingerprint"],
             train=splits["train"],
             val=splits["val"],
+            unknown={
+                name: UnknownText(**text["unknown"]) for name, text in index["texts"].items() if "unknown" in text
+            },
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -203,8 +231,8 @@ def _open_array(directory: Path, entry: dict[str, Any], dtype: np.dtype[Any], ve
     if (size := path.stat().st_size) != expected:
         raise DataError(f"{path} is damaged: it has {size:,} bytes, not {expected:,}. Prepare the text again.")
     if verify and sha256_file(path) != entry["sha256"]:
-        raise DataError(f"{path} is damaged: its content is not what was written. Prepare the text again.")
-    if not expected:  # an empty file cannot be mapped
+        raise DataError(f"{path} is damaged: its content has changed since it was written. Prepare the text again.")
+    if not expected:  # an empty file cannot be memory-mapped
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 

@@ -1,8 +1,8 @@
-"""Where text comes from: a file, a folder, JSON lines, Parquet or a named corpus, read as bounded pieces.
+"""Where text comes from: a file, a folder, JSON lines, Parquet or a named corpus, read as bounded chunks.
 
 Every source is read in bounded memory, whatever its size. A long text is cut only where a tokenizer that splits words
 as GPT-2 does begins a new token anyway: right before a space or a newline that follows a letter or a digit. The tokens
-of the pieces are then exactly the tokens of the whole text.
+of the chunks are then exactly the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from gptsmith.errors import DataError, UsageError, nearest
 from gptsmith.log import note, progress
 
-PIECE_CHARACTERS = 1 << 18  # the most characters in one piece
+CHUNK_CHARACTERS = 1 << 18  # the most characters in one chunk
 CUT_WINDOW = 1 << 16  # how far back from there a good place to cut is looked for
 READ_BYTES = 1 << 18
 LONGEST_LINE = 64 << 20  # bytes of one JSON line
@@ -37,7 +37,7 @@ _AFTER_ANYTHING = re.compile(r"[ \n](?=\S)")
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentChunk:
     """A stretch of text.
 
     ends_document: a document ends with it, so a separator token belongs after it. where: its place, for messages.
@@ -84,8 +84,8 @@ class Source(abc.ABC):
         return self._state() == self._seen
 
     @abc.abstractmethod
-    def pieces(self, advance: Advance | None = None) -> Iterator[Piece]:
-        """The text in order, in pieces of at most PIECE_CHARACTERS characters, none of them empty.
+    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+        """The text in order, in chunks of at most CHUNK_CHARACTERS characters, none of them empty.
 
         advance: called with the number of bytes (of `size_bytes`) read since the last call.
         Raises DataError for anything that is not text, naming file and place.
@@ -102,9 +102,9 @@ class Source(abc.ABC):
 class TextSource(Source):
     """A plain text file (.gz and .zst are unpacked on the way): one stream, without separators."""
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[Piece]:
+    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         blocks = _unpacked_blocks(self.path, advance)
-        yield from _pieces(_decoded(blocks, self.path), str(self.path), document=False)
+        yield from _chunks(_decoded(blocks, self.path), str(self.path), document=False)
 
 
 class JsonLinesSource(Source):
@@ -117,13 +117,13 @@ class JsonLinesSource(Source):
     def _header(self) -> str:
         return f"jsonl {self.field}\n"
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[Piece]:
+    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         for number, line in enumerate(_lines(_unpacked_blocks(self.path, advance), self.path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 where = f"{self.path}, line {number}"
-                yield from _pieces([self._text(line, where)], where)
+                yield from _chunks([self._text(line, where)], where)
 
     def _text(self, line: bytes, where: str) -> str:
         try:
@@ -163,7 +163,7 @@ class ParquetSource(Source):
     def _header(self) -> str:
         return f"parquet {self.field}\n"
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[Piece]:
+    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -179,7 +179,7 @@ class ParquetSource(Source):
                     for text in batch.column(0).to_pylist():
                         if text is None:
                             raise DataError(f"{self.path}, row {row}: column {self.field!r} is null. Remove such rows.")
-                        yield from _pieces([text], f"{self.path}, row {row}")
+                        yield from _chunks([text], f"{self.path}, row {row}")
                         row += 1
                     if advance is not None:
                         advance(round(per_row * batch.num_rows))
@@ -278,9 +278,9 @@ class FolderSource(Source):
             found += [path for path in paths if path.is_file()]
         return sorted(found, key=lambda path: path.relative_to(self.path).as_posix()), hidden
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[Piece]:
+    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         for path in self.files():
-            yield from _pieces(_decoded(_read_blocks(path, advance), path), str(path))
+            yield from _chunks(_decoded(_read_blocks(path, advance), path), str(path))
 
 
 def open_source(spec: str | Path, *, field: str = "text") -> Source:
@@ -481,12 +481,12 @@ def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of at most PIECE_CHARACTERS, cut where a token begins (see the top of this file)."""
+    """The same text in chunks of at most CHUNK_CHARACTERS, cut where a token begins (see the top of this file)."""
     buffer = ""
     for text in texts:
         buffer = buffer + text if buffer else text
         start = 0
-        while len(buffer) - start > PIECE_CHARACTERS:
+        while len(buffer) - start > CHUNK_CHARACTERS:
             end = _place_to_cut(buffer, start)
             yield buffer[start:end]
             start = end
@@ -496,8 +496,8 @@ def _cut(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _place_to_cut(text: str, start: int) -> int:
-    """An index in (start, start + PIECE_CHARACTERS]: the last good one, or that limit itself if no space is near it."""
-    limit = start + PIECE_CHARACTERS
+    """An index in (start, start + CHUNK_CHARACTERS]: the last good one, or that limit itself if no space is near it."""
+    limit = start + CHUNK_CHARACTERS
     window = text[max(start, limit - CUT_WINDOW) : limit + 1][::-1]
     for pattern in (_AFTER_LETTER_OR_DIGIT, _AFTER_ANYTHING):
         if match := pattern.search(window):
@@ -505,17 +505,17 @@ def _place_to_cut(text: str, start: int) -> int:
     return limit
 
 
-def _pieces(texts: Iterable[str], where: str, *, document: bool = True) -> Iterator[Piece]:
-    """The pieces of one text; the last one ends a document if the text is one."""
+def _chunks(texts: Iterable[str], where: str, *, document: bool = True) -> Iterator[DocumentChunk]:
+    """The chunks of one text; the last one ends a document if the text is one."""
     place, line, previous = where, 1, ""
     for text in _cut(texts):
         if previous:
-            yield Piece(previous, False, place)
+            yield DocumentChunk(previous, False, place)
             line += previous.count("\n")
             place = f"{where}, counting from line {line:,}"
         previous = text
     if previous:
-        yield Piece(previous, document, place)
+        yield DocumentChunk(previous, document, place)
 
 
 def _fields(wanted: str, names: Iterable[str]) -> str:

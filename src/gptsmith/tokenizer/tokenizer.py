@@ -1,13 +1,13 @@
-"""The tokenizer: a `tokenizer.json` (Hugging Face `tokenizers`) with exact text, and decoding a token at a time.
+"""The tokenizer: a `tokenizer.json` (Hugging Face `tokenizers`), with exact and incremental decoding.
 
-The file is the tokenizer: what is saved is what was loaded, and it also loads in
-`transformers.PreTrainedTokenizerFast`, with the same ids. Three kinds:
+A tokenizer is saved exactly as it was loaded, and the same file loads in `transformers.PreTrainedTokenizerFast` with
+the same ids. There are three kinds:
 
-- `char`: one id a Unicode code point (made by `train_char`); encoded here through a table, without `tokenizers`.
-- `bpe`: byte-level byte-pair encoding (Radford et al. 2019): any text has ids, and its ids give back exactly that text.
+- `char`: one id per Unicode code point (made by `train_char`). Encoding uses a lookup table, without `tokenizers`.
+- `bpe`: byte-level byte-pair encoding (Radford et al. 2019). Every text has ids, and they decode to exactly that text.
 - `other`: any other `tokenizer.json`, used as it is.
 
-No text becomes a special token here: "<|endoftext|>" in a text is thirteen ordinary characters.
+Text never becomes a special token: "<|endoftext|>" in a text is thirteen ordinary characters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +39,11 @@ END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_ID = np.uint32(0xFFFFFFFF)
 
-# A character is a token: no normalisation, split after every code point, look each up, join without spaces.
+UNKNOWN_ADVICE = (
+    "Remove or replace it, train the tokenizer with --unknown, or use --tokenizer bpe, which covers all text."
+)
+
+# Each character is a token: no normalization, split after every code point, look each up, join without spaces.
 CHAR_PIPELINE: dict[str, Any] = {
     "normalizer": None,
     "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
@@ -46,11 +51,20 @@ CHAR_PIPELINE: dict[str, Any] = {
 }
 
 
+class UnknownTextError(TokenizerError):
+    """Text for which a tokenizer has neither tokens nor an unknown token. problem: the message without the advice."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem} {UNKNOWN_ADVICE}")
+        self.problem = problem
+
+
 class Tokenizer:
-    """A tokenizer.json at work. Immutable; may be passed to other processes.
+    """A tokenizer that is described by a tokenizer.json. Immutable and picklable.
 
     kind: "char", "bpe" or "other". vocab_size: ids are 0 ... vocab_size - 1. eos_id: the document separator (None if
-    there is none). unk_id: the token that stands for unknown text, if there is one. fingerprint: sha256 (hex) of the
+    there is none). unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens
+    becomes the unknown token. covers_all_text: whether there is no such text. fingerprint: sha256 (hex) of the
     canonical tokenizer.json.
     """
 
@@ -58,10 +72,15 @@ class Tokenizer:
     vocab_size: int
     eos_id: int | None
     unk_id: int | None
+    replaces_unknown: bool
+    covers_all_text: bool
     fingerprint: str
 
     def __init__(self, text: str, config: Mapping[str, Any] | None = None) -> None:
-        """text: of a tokenizer.json. config: of its tokenizer_config.json. Raises TokenizerError if it is not one."""
+        """Create it from the text of a tokenizer.json and the values of its tokenizer_config.json.
+
+        Raises TokenizerError if the text is not a tokenizer.json.
+        """
         from tokenizers import Tokenizer as Pipeline
 
         try:
@@ -69,7 +88,7 @@ class Tokenizer:
             self._pipeline: tokenizers.Tokenizer = Pipeline.from_str(text)
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise TokenizerError(f"not a tokenizer.json: {error}.") from None
-        self._pipeline.encode_special_tokens = True  # text stays text
+        self._pipeline.encode_special_tokens = True  # text never becomes a special token
         self._pipeline.no_padding()
         self._pipeline.no_truncation()
         self._text = text
@@ -89,30 +108,42 @@ class Tokenizer:
             self.eos_id = next((vocabulary[token] for token in END_TOKENS if token in contents), None)
         unknown = description["model"].get("unk_token")
         self.unk_id = _token_id(vocabulary, unknown if isinstance(unknown, str) else self._config.get("unk_token"))
+        if description["model"].get("type") == "Unigram":
+            unknown = description["model"].get("unk_id")
+            self.unk_id = unknown if isinstance(unknown, int) else None
+        self.replaces_unknown = unknown is not None and self.unk_id is not None
         if self.kind == "char":
             self._code_points = _code_point_table(description["model"]["vocab"], self._special)
         elif self.kind == "bpe":
             self._token_bytes: dict[int, bytes] = {}  # filled as needed
         self._byte_fallback = '"ByteFallback"' in json.dumps(description.get("decoder"))
+        needed = _BYTE_OF_CHARACTER.keys() if self.kind == "bpe" else {f"<0x{byte:02X}>" for byte in range(256)}
+        has_bytes = self.kind == "bpe" or bool(description["model"].get("byte_fallback"))
+        self.covers_all_text = has_bytes and vocabulary.keys() >= needed
+        self._model: dict[str, Any] = {key: value for key, value in description["model"].items() if key != "merges"}
+        self._has_token: dict[str, bool] = {}  # of parts of texts; see `count_unknown`
 
     # text to ids
 
     def encode(self, text: str) -> list[int]:
-        """The text's ids, nothing added. Raises TokenizerError for text that has none, naming character and place."""
+        """Return the ids of the text, without adding any.
+
+        Raises TokenizerError for text that has no ids, naming the character and where it is.
+        """
         if self.kind == "char":
             ids: list[int] = self.encode_array(text).tolist()
             return ids
         return self.encode_batch([text])[0]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as a (number of tokens,) uint32 array."""
+        """Return the same ids as a (number of tokens,) uint32 array."""
         if self.kind != "char":
             return np.array(self.encode(text), dtype=np.uint32)
         try:
             codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         except UnicodeEncodeError as error:
             raise _surrogate(text, error.start) from None
-        table = self._code_points  # its last entry stands for everything beyond it
+        table = self._code_points  # its last entry stands for all higher code points
         ids: np.ndarray = table[np.minimum(codes, len(table) - 1)]
         unknown = ids == _NO_ID
         if unknown.any():
@@ -122,7 +153,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for several texts, in parallel where the kind allows it."""
+        """Encode several texts, in parallel where the kind allows it."""
         if self.kind == "char":
             return [self.encode(text) for text in texts]
         try:
@@ -133,30 +164,79 @@ class Tokenizer:
                     text.encode("utf-8")
                 except UnicodeEncodeError as surrogate:
                     raise _surrogate(text, surrogate.start) from None
+            if not self.replaces_unknown:
+                raise UnknownTextError(f"the tokenizer cannot encode this text: {error}.") from None
             raise TokenizerError(f"the tokenizer cannot encode this text: {error}.") from None
+
+    def count_unknown(self, text: str) -> Counter[str]:
+        """Return the parts of the text that have no token of their own, and how often each occurs.
+
+        They become the unknown token; without one they cannot be encoded, or the tokenizer leaves them out. The parts
+        are characters, or whatever the tokenizer replaces as a whole (a word, a run of characters). For kinds "bpe"
+        and "other" without an unknown token, they are found by looking up each character or word on its own.
+        """
+        if self.covers_all_text:
+            return Counter()
+        if self.kind == "char":
+            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+            table = self._code_points
+            found, counts = np.unique(codes[table[np.minimum(codes, len(table) - 1)] == _NO_ID], return_counts=True)
+            return Counter(dict(zip(map(chr, found.tolist()), counts.tolist(), strict=True)))
+        if self.replaces_unknown:
+            encoding = self._pipeline.encode(text, add_special_tokens=False)
+            places = np.flatnonzero(np.array(encoding.ids) == self.unk_id).tolist()
+            return Counter(text[slice(*encoding.offsets[place])] for place in places) if places else Counter()
+        whole_words = self._model["type"] in ("WordLevel", "WordPiece")
+        parts = Counter(self._split_words(text) if whole_words else text)
+        return Counter({part: count for part, count in parts.items() if not self._is_known(part)})
+
+    def _is_known(self, part: str) -> bool:
+        """Return whether a character, or a word of a model of whole words, is in the vocabulary."""
+        known = self._has_token.get(part)
+        if known is None:
+            if self._model["type"] in ("WordLevel", "WordPiece"):
+                known = self._pipeline.token_to_id(part) is not None
+            else:
+                before = ("", self._model.get("continuing_subword_prefix") or "")
+                after = ("", self._model.get("end_of_word_suffix") or "")
+                known = all(
+                    any(self._pipeline.token_to_id(a + character + b) is not None for a in before for b in after)
+                    for character in "".join(self._split_words(part)).replace("\u2581", "")
+                )
+            self._has_token[part] = known
+        return known
+
+    def _split_words(self, text: str) -> list[str]:
+        """Return the words that the model of the tokenizer sees, after normalization and pre-tokenization."""
+        normalizer, splitter = self._pipeline.normalizer, self._pipeline.pre_tokenizer
+        normalized: str = text if normalizer is None else normalizer.normalize_str(text)
+        return [normalized] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(normalized)]
 
     # ids to text
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises TokenizerError for an id out of range."""
+        """Return the text of the ids. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises TokenizerError for an id out of range.
+        """
         checked = [self._check(id) for id in ids]
         text: str = self._pipeline.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes one id at a time."""
+        """Return a decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
 
     def special_tokens(self) -> dict[int, str]:
-        """The tokens that no text becomes: id -> its text."""
+        """Return the tokens that no text becomes, as {id: content}."""
         return dict(self._special)
 
     def token_bytes(self, id: int) -> bytes:
-        """What one token stands for; of a tokenizer that is neither `char` nor `bpe`, its name."""
+        """Return the bytes that a token stands for; for kind "other", those of the token's entry in the vocabulary."""
         return self._bytes(self._check(id)) if self.kind == "bpe" else self.token_text(id).encode("utf-8")
 
     def token_text(self, id: int) -> str:
-        """One token for display: its text, bytes of an incomplete character written as \\xNN."""
+        """Return a token's text for display, with the bytes of an incomplete character written as \\xNN."""
         if self.kind == "bpe":
             return self._bytes(self._check(id)).decode("utf-8", "backslashreplace")
         token: str | None = self._pipeline.id_to_token(self._check(id))
@@ -165,13 +245,13 @@ class Tokenizer:
     # files
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into `directory`, as transformers reads them."""
+        """Write tokenizer.json and tokenizer_config.json into `directory`, in the form that transformers reads."""
         write_text(Path(directory) / TOKENIZER_FILE, self._text)
         write_text(Path(directory) / CONFIG_FILE, json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """The tokenizer saved in `directory`. Raises TokenizerError naming the file that is missing or damaged."""
+        """Load the tokenizer saved in `directory`. Raises TokenizerError naming a file that is missing or damaged."""
         path = Path(directory) / TOKENIZER_FILE
         config_path = Path(directory) / CONFIG_FILE
         if not path.is_file():
@@ -191,19 +271,19 @@ class Tokenizer:
         try:
             return cls(text, config)
         except TokenizerError as error:
-            raise TokenizerError(f"{path} is {error} It is damaged, or was not made by a tokenizer.") from None
+            raise TokenizerError(f"{path} is {error} The file is damaged, or does not describe a tokenizer.") from None
 
     def to_json(self) -> str:
-        """The text of tokenizer.json."""
+        """Return the text of tokenizer.json."""
         return self._text
 
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, Any] | None = None) -> Tokenizer:
-        """The tokenizer of a tokenizer.json's text (and of its tokenizer_config.json)."""
+        """Create a tokenizer from the text of a tokenizer.json and the values of its tokenizer_config.json."""
         return cls(text, config)
 
     def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json says: the loaded one, or one that suits transformers."""
+        """Return the values of tokenizer_config.json: the loaded ones, or some that suit transformers."""
         if self._config:
             return dict(self._config)
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -230,26 +310,26 @@ class Tokenizer:
     def _check(self, id: int) -> int:
         value = int(id)
         if not 0 <= value < self.vocab_size:
-            raise TokenizerError(f"{value} is not a token id: they go from 0 to {self.vocab_size - 1}.")
+            raise TokenizerError(f"{value} is not a token id: ids go from 0 to {self.vocab_size - 1}.")
         return value
 
     def _bytes(self, id: int) -> bytes:
-        """What one token of a byte-level tokenizer stands for."""
-        known = self._token_bytes.get(id)
-        if known is None:
+        """Return the bytes that a token of a byte-level tokenizer stands for."""
+        value = self._token_bytes.get(id)
+        if value is None:
             token = self._pipeline.id_to_token(id) or ""
             try:
-                known = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-            except KeyError:  # an added token: its characters are themselves
-                known = token.encode("utf-8")
-            self._token_bytes[id] = known
-        return known
+                value = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token, which is written as plain text
+                value = token.encode("utf-8")
+            self._token_bytes[id] = value
+        return value
 
 
 class StreamDecoder:
-    """Decodes one id at a time. All that is returned, joined, is `decode` of all the ids.
+    """Decode one id at a time. The returned texts, joined, equal `decode` of all the ids.
 
-    Text comes out as soon as it is certain: bytes that may yet become a character wait for the rest of it.
+    Text is returned as soon as it is certain: bytes of an incomplete character are held back until it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -257,11 +337,11 @@ class StreamDecoder:
         self._skipped = frozenset(tokenizer._special) if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []  # kind "other": the last finished tokens and those after them
-        self._finished = 0  # how many of `_ids` have been put out
+        self._ids: list[int] = []  # kind "other": the tokens that were returned last, and those after them
+        self._num_returned = 0  # how many of `_ids` were returned
 
     def push(self, id: int) -> str:
-        """The text that this id completes; may be empty. Raises TokenizerError for an id out of range."""
+        """Return the text that this id completes, which may be empty. Raises TokenizerError for an id out of range."""
         tokenizer = self._tokenizer
         id = tokenizer._check(id)
         if id in self._skipped:
@@ -272,30 +352,33 @@ class StreamDecoder:
             return tokenizer.token_text(id)
         self._ids.append(id)
         if tokenizer._byte_fallback and _BYTE_TOKEN.fullmatch(tokenizer.token_text(id)):
-            return ""  # such a decoder looks at a run of bytes as a whole: wait for its end
+            return ""  # such a decoder decodes a run of bytes as a whole: wait for the end of the run
         return self._new_text(final=False)
 
     def copy(self) -> StreamDecoder:
-        """Another that has taken the same ids."""
+        """Return an independent decoder in the same state."""
         other = copy.copy(self)
         other._utf8, other._ids = copy.copy(self._utf8), list(self._ids)
         return other
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character. The decoder is then as new."""
+        """Return the text that is still held back (U+FFFD for an incomplete character), and start over."""
         text = self._utf8.decode(b"", final=True) + (self._new_text(final=True) if self._ids else "")
         self._utf8.reset()
-        self._ids, self._finished = [], 0
+        self._ids, self._num_returned = [], 0
         return text
 
     def _new_text(self, final: bool) -> str:
-        """Kind "other": how the text grew. A decoder may treat a text's first token in its own way (a space dropped),
-        so the tokens of the last piece put out are decoded again together with the new ones."""
-        before = self._decode(self._ids[: self._finished])
+        """Return how the text grew, for kind "other".
+
+        A decoder may treat the first token of a text specially (drop a space), so the tokens that were returned last
+        are decoded again together with the new ones.
+        """
+        before = self._decode(self._ids[: self._num_returned])
         after = self._decode(self._ids)
         if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
             return ""
-        self._ids, self._finished = self._ids[self._finished :], len(self._ids) - self._finished
+        self._ids, self._num_returned = self._ids[self._num_returned :], len(self._ids) - self._num_returned
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -319,13 +402,13 @@ def _kind(description: Mapping[str, Any]) -> Literal["char", "bpe", "other"]:
 
 
 def _token_id(vocabulary: Mapping[str, int], token: object) -> int | None:
-    """The id of a token that a tokenizer_config.json names as a string or as {"content": ...}."""
+    """Return the id of a token that a tokenizer_config.json names as a string or as {"content": ...}."""
     content = token.get("content") if isinstance(token, dict) else token
     return vocabulary.get(content) if isinstance(content, str) else None
 
 
 def _code_point_table(vocabulary: Mapping[str, int], special: Mapping[int, str]) -> np.ndarray:
-    """table[code point] = id: uint32, one entry longer than the alphabet needs, _NO_ID where there is no token."""
+    """Return table[code point] = id, uint32: one entry more than the alphabet needs, _NO_ID where there is no token."""
     codes = {ord(token): id for token, id in vocabulary.items() if len(token) == 1 and id not in special}
     table = np.full(max(codes, default=-1) + 2, _NO_ID, dtype=np.uint32)
     table[list(codes)] = list(codes.values())
@@ -333,7 +416,7 @@ def _code_point_table(vocabulary: Mapping[str, int], special: Mapping[int, str])
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (Radford et al. 2019, encoder.py): {character: byte}."""
+    """Return GPT-2's printable character for each byte (Radford et al. 2019, encoder.py) as {character: byte}."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -348,17 +431,16 @@ def _place(text: str, position: int) -> str:
     return f"at character {position:,} (line {line:,}, column {column:,})"
 
 
-def _unknown_character(text: str, position: int, num_special: int, vocab_size: int) -> TokenizerError:
+def _unknown_character(text: str, position: int, num_special: int, vocab_size: int) -> UnknownTextError:
     character = text[position]
-    return TokenizerError(
+    return UnknownTextError(
         f"the character {character!r} (U+{ord(character):04X}) {_place(text, position)} is not among the "
-        f"{vocab_size - num_special:,} characters of this tokenizer. Remove or replace it, or make a tokenizer from a "
-        "text that has it, one with an unknown token, or one of kind bpe."
+        f"{vocab_size - num_special:,} characters of this tokenizer."
     )
 
 
 def _surrogate(text: str, position: int) -> TokenizerError:
     return TokenizerError(
-        f"the text holds half a character (a lone surrogate, U+{ord(text[position]):04X}) {_place(text, position)}. "
-        "It was read with a wrong encoding: read it again as UTF-8, or remove it."
+        f"the text has half of a surrogate pair (U+{ord(text[position]):04X}) {_place(text, position)}, which is not "
+        "a character. It was read with the wrong encoding: read it again as UTF-8, or remove it."
     )
