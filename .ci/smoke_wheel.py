@@ -40,7 +40,7 @@ def requirements(package: Distribution, extras: frozenset[str] = frozenset()) ->
 
     Raises SystemExit if one is not installed here in a version that satisfies the requirement.
     """
-    required = set()
+    required: set[tuple[str, frozenset[str]]] = set()
     for line in package.requires or []:
         requirement = Requirement(line)
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
