@@ -1,14 +1,15 @@
-"""The server under load, and its speed: python benchmarks/serving.py load | throughput [options] [--save]
+"""Load test and throughput of the server: python benchmarks/serving.py load | throughput [options] [--save]
 
-load        64 streaming clients for three minutes against a small model; some leave in the middle, some read slowly,
-            some send bodies that are too large. Each answer is compared with what an engine of its own gives for the
-            same seed. In the end the server must hold no blocks, and its memory must have stayed the same (±5 % after
-            a quarter of the time). Exit code 1 if not.
-throughput  16 streaming clients with SmolLM2-135M in 4 bits: tokens a second and the time to the first token, of this
-            server, of the engine without a server, and of llama_cpp.server with the same file; medians of rounds in
-            which each runs once. `pip install "llama-cpp-python[server]"`; it is left out where it is not there.
+load        64 clients for three minutes against a small model. Most stream; some disconnect early, some read slowly,
+            some send oversized bodies. Each answer is compared with that of a separate engine for the same seed. At
+            the end no cache blocks may be in use, and the server's memory must have been constant (±5% after the first
+            quarter of the time). Otherwise the exit code is 1.
+throughput  16 streaming clients with SmolLM2-135M in 4 bits: tokens per second and time to the first token of this
+            server, of the engine without a server, and of llama_cpp.server with the same file. The figures are medians
+            over rounds in which each runs once. llama_cpp.server is skipped if it is not installed
+            (pip install "llama-cpp-python[server]").
 
-Clients speak HTTP over plain sockets, so that most of the time is the server's.
+Clients use plain sockets, so that most of the CPU time is the server's.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ SENTENCES = (
 
 
 class Answer:
-    """A response whose body is read piece by piece."""
+    """A response whose body is read in chunks."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, headers: bytes) -> None:
         self.reader, self.writer, self.status, self.headers = reader, writer, status, headers.lower()
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[bytes]:
         if b"transfer-encoding: chunked" not in self.headers:
             length = re.search(rb"content-length: (\d+)", self.headers)
             yield await self.reader.readexactly(int(length[1]) if length else 0)
@@ -66,23 +67,23 @@ class Answer:
         await self.reader.readline()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Server-sent events with JSON data, but the last, which says that it is the last."""
+        """Yield the JSON data of server-sent events, without the final [DONE]."""
         held = b""
-        async for piece in self.pieces():
-            *events, held = (held + piece.replace(b"\r\n", b"\n")).split(b"\n\n")
+        async for chunk in self.chunks():
+            *events, held = (held + chunk.replace(b"\r\n", b"\n")).split(b"\n\n")
             for each in events:
                 if each.startswith(b"data: {"):
                     yield json.loads(each[6:])
 
     async def body(self) -> bytes:
-        return b"".join([piece async for piece in self.pieces()])
+        return b"".join([chunk async for chunk in self.chunks()])
 
     def close(self) -> None:
         self.writer.close()
 
 
-async def ask(port: int, path: str, body: bytes) -> Answer:
-    """POST a body on a connection of its own."""
+async def post(port: int, path: str, body: bytes) -> Answer:
+    """POST a body on a new connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)
@@ -100,7 +101,7 @@ async def get(port: int, path: str) -> str:
 
 @contextlib.contextmanager
 def server(command: list[str], ready: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server process, and its port, once a line of its output matches `ready` (whose group is the port)."""
+    """Start a server; yield its process and port when a line of its output matches `ready`, whose group is the port."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     port, said = 0, ""
@@ -134,7 +135,7 @@ def gptsmith_command(model: Path, *options: str) -> list[str]:
 
 
 def small_model(directory: Path) -> None:
-    """A model of random weights, and a tokenizer: fast, and as sensitive to mistakes as any."""
+    """Write a small model with random weights, and a tokenizer."""
     import torch
 
     from gptsmith.checkpoint import save_checkpoint
@@ -157,8 +158,8 @@ def small_model(directory: Path) -> None:
     save_checkpoint(directory, Transformer(config), tokenizer)
 
 
-class Alone:
-    """What an engine without a server gives. Requests repeat, so that it need not work as hard as the server."""
+class Reference:
+    """The texts of an engine without a server. Requests repeat and texts are cached, so that it has little to do."""
 
     def __init__(self, directory: Path) -> None:
         import gptsmith
@@ -166,55 +167,55 @@ class Alone:
 
         model, self.tokenizer = gptsmith.load(str(directory))
         self.engine = Engine(model, vocab_size=self.tokenizer.vocab_size)
-        self._known: dict[tuple[str, int, int, int], list[str]] = {}
+        self._cache: dict[tuple[str, int, int, int], list[str]] = {}
 
     def texts(self, prompt: str, seed: int, count: int, n: int) -> list[str]:
         from gptsmith.engine.sampling import SamplingParams
         from gptsmith.engine.text import generate_texts
 
         key = (prompt, seed, count, n)
-        if key not in self._known:
+        if key not in self._cache:
             params = SamplingParams(max_tokens=count, temperature=1.0, seed=seed, n=n)
-            self._known[key] = generate_texts(self.engine, self.tokenizer, [prompt], params)[0]
-        return self._known[key]
+            self._cache[key] = generate_texts(self.engine, self.tokenizer, [prompt], params)[0]
+        return self._cache[key]
 
 
 class Load:
-    """Clients of every kind, and what they found. wrong: what should not have been, in words."""
+    """Clients of several kinds. errors: descriptions of what went wrong."""
 
-    def __init__(self, port: int, alone: Alone, until: float) -> None:
-        self.port, self.alone, self.until = port, alone, until
+    def __init__(self, port: int, reference: Reference, until: float) -> None:
+        self.port, self.reference, self.until = port, reference, until
         self.counts: Counter[str] = Counter()
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
 
     async def client(self, number: int) -> None:
         rng = random.Random(number)
         while time.monotonic() < self.until:
-            kind = rng.choices(("stream", "leave", "slow", "whole", "oversize"), (60, 15, 10, 10, 5))[0]
+            kind = rng.choices(("stream", "disconnect", "slow", "whole", "oversize"), (60, 15, 10, 10, 5))[0]
             prompt, seed = rng.choice(SENTENCES), rng.randrange(12)
             n, count = rng.choice((1, 1, 1, 2)), rng.choice((8, 40, 120))
             self.counts[kind] += 1
             try:
                 await getattr(self, kind)(rng, prompt, seed, count, n)
             except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-                self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+                self.errors.append(f"{kind}: {type(error).__name__}: {error}")
 
-    async def _ask(self, prompt: str, seed: int, count: int, n: int, stream: bool) -> Answer | None:
+    async def _complete(self, prompt: str, seed: int, count: int, n: int, stream: bool) -> Answer | None:
         body = {"model": "model", "prompt": prompt, "seed": seed, "max_tokens": count, "n": n, "stream": stream}
-        answer = await ask(self.port, "/v1/completions", json.dumps(body).encode())
+        answer = await post(self.port, "/v1/completions", json.dumps(body).encode())
         if answer.status == 200:
             return answer
-        self.wrong.append(f"status {answer.status}: {(await answer.body())[:200]!r}")
+        self.errors.append(f"status {answer.status}: {(await answer.body())[:200]!r}")
         answer.close()
         return None
 
-    async def _read(self, answer: Answer, n: int, *, pause: float = 0.0, leave_after: int | None = None) -> list[str]:
+    async def _read(self, answer: Answer, n: int, *, pause: float = 0.0, stop_after: int | None = None) -> list[str]:
         texts, events = [""] * n, 0
         async for event in answer.events():
             for choice in event["choices"]:
                 texts[choice["index"]] += choice["text"]
             events += 1
-            if events == leave_after:
+            if events == stop_after:
                 break
             if pause:
                 await asyncio.sleep(pause)
@@ -222,47 +223,47 @@ class Load:
         return texts
 
     async def stream(self, rng: random.Random, prompt: str, seed: int, count: int, n: int, pause: float = 0.0) -> None:
-        answer = await self._ask(prompt, seed, count, n, True)
+        answer = await self._complete(prompt, seed, count, n, True)
         if answer is not None:
             texts = await self._read(answer, n, pause=pause)
-            if texts != self.alone.texts(prompt, seed, count, n):
-                self.wrong.append(f"another answer to {prompt!r}, seed {seed}, {count} tokens: {texts!r}")
+            if texts != self.reference.texts(prompt, seed, count, n):
+                self.errors.append(f"wrong answer to {prompt!r}, seed {seed}, {count} tokens: {texts!r}")
 
     async def slow(self, rng: random.Random, prompt: str, seed: int, count: int, n: int) -> None:
         await self.stream(rng, prompt, seed, count, n, pause=0.05)
 
-    async def leave(self, rng: random.Random, prompt: str, seed: int, count: int, n: int) -> None:
-        answer = await self._ask(prompt, seed, count, n, True)
+    async def disconnect(self, rng: random.Random, prompt: str, seed: int, count: int, n: int) -> None:
+        answer = await self._complete(prompt, seed, count, n, True)
         if answer is not None:
-            texts = await self._read(answer, n, leave_after=rng.randrange(1, 10))
-            expected = self.alone.texts(prompt, seed, count, n)
+            texts = await self._read(answer, n, stop_after=rng.randrange(1, 10))
+            expected = self.reference.texts(prompt, seed, count, n)
             if not all(whole.startswith(part) for whole, part in zip(expected, texts, strict=True)):
-                self.wrong.append(f"another beginning of {prompt!r}, seed {seed}: {texts!r}")
+                self.errors.append(f"wrong beginning of the answer to {prompt!r}, seed {seed}: {texts!r}")
 
     async def whole(self, rng: random.Random, prompt: str, seed: int, count: int, n: int) -> None:
-        answer = await self._ask(prompt, seed, count, n, False)
+        answer = await self._complete(prompt, seed, count, n, False)
         if answer is not None:
             texts = [choice["text"] for choice in json.loads(await answer.body())["choices"]]
             answer.close()
-            if texts != self.alone.texts(prompt, seed, count, n):
-                self.wrong.append(f"another answer to {prompt!r}, seed {seed}, {count} tokens: {texts!r}")
+            if texts != self.reference.texts(prompt, seed, count, n):
+                self.errors.append(f"wrong answer to {prompt!r}, seed {seed}, {count} tokens: {texts!r}")
 
     async def oversize(self, rng: random.Random, prompt: str, seed: int, count: int, n: int) -> None:
-        answer = await ask(self.port, "/v1/completions", b" " * rng.randrange(1 << 16 | 1, 1 << 20))
+        answer = await post(self.port, "/v1/completions", b" " * rng.randrange(1 << 16 | 1, 1 << 20))
         if answer.status != 413:
-            self.wrong.append(f"a body that is too large: status {answer.status}")
+            self.errors.append(f"oversized body: status {answer.status}, not 413")
         answer.close()
 
     async def run(self, clients: int, process: int) -> list[float]:
-        """The server's resident memory in MB, once a second."""
+        """Run all clients. Return the server's resident memory in MB, once per second."""
         import psutil
 
-        watched, memory = psutil.Process(process), []
-        working = [asyncio.create_task(self.client(number)) for number in range(clients)]
+        server_process, memory = psutil.Process(process), []
+        tasks = [asyncio.create_task(self.client(number)) for number in range(clients)]
         while time.monotonic() < self.until:
             await asyncio.sleep(1)
-            memory.append(watched.memory_info().rss / 1e6)
-        await asyncio.gather(*working)
+            memory.append(server_process.memory_info().rss / 1e6)
+        await asyncio.gather(*tasks)
         return memory
 
 
@@ -270,11 +271,11 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         small_model(directory)
-        alone = Alone(directory)
+        reference = Reference(directory)
         options = ["--max-body", str(1 << 16), "--queue-limit", "1000"]
         with server(gptsmith_command(directory, *options), r"at http://127\.0\.0\.1:(\d+)") as (process, port):
-            work = Load(port, alone, time.monotonic() + arguments.seconds)
-            memory = asyncio.run(work.run(arguments.clients, process.pid))
+            test = Load(port, reference, time.monotonic() + arguments.seconds)
+            memory = asyncio.run(test.run(arguments.clients, process.pid))
             metrics = _settled(port)
         code = process.returncode
     settled = memory[len(memory) // 4 :]
@@ -283,22 +284,22 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {
         "seconds": arguments.seconds,
         "clients": arguments.clients,
-        "requests": dict(work.counts),
+        "requests": dict(test.counts),
         "generated_tokens": metrics["generated_tokens_total"],
-        "wrong_answers": len(work.wrong),
+        "wrong_answers": len(test.errors),
         "memory_mb": round(middle, 1),
         "memory_spread_percent": round(100 * spread, 2),
         "blocks_in_use_at_the_end": metrics["kv_cache_use"] * metrics["kv_cache_blocks"],
         "exit_code": code,
     }
-    for each in work.wrong[:10]:
+    for each in test.errors[:10]:
         print(each, file=sys.stderr)
-    result["ok"] = not work.wrong and spread <= 0.05 and not metrics["kv_cache_use"] and code == 0
+    result["ok"] = not test.errors and spread <= 0.05 and not metrics["kv_cache_use"] and code == 0
     return result
 
 
 def _settled(port: int) -> dict[str, float]:
-    """The server's numbers once nothing is under way."""
+    """Return the server's metrics when no request is running any more."""
     values: dict[str, float] = {}
     for _ in range(200):
         lines = asyncio.run(get(port, "/metrics")).splitlines()
@@ -317,39 +318,39 @@ def _settled(port: int) -> dict[str, float]:
 
 
 async def clients(process: int, port: int, model: str, count: int, rounds: int, tokens: int) -> dict[str, float]:
-    """So many clients at once, each with so many requests one after another; tokens counted as the server says."""
+    """Run `count` clients, each with `rounds` requests in sequence. Count tokens as the server reports them."""
     first: list[float] = []
 
     async def client(number: int) -> int:
-        made = 0
+        generated = 0
         for i in range(rounds):
             body = {"model": model, "prompt": _prompt(number, i), "max_tokens": tokens, "seed": number * 100 + i}
             body |= {"temperature": 0.8, "stream": True}
             if model == "gptsmith":
                 body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
             began = time.perf_counter()
-            answer = await ask(port, "/v1/completions", json.dumps(body).encode())
+            answer = await post(port, "/v1/completions", json.dumps(body).encode())
             if answer.status != 200:
                 raise SystemExit(f"status {answer.status}: {(await answer.body())[:300]!r}")
-            told, pieces, begun = 0, 0, False
+            reported, chunks, started = 0, 0, False
             async for event in answer.events():
                 if event.get("usage"):
-                    told = event["usage"]["completion_tokens"]
+                    reported = event["usage"]["completion_tokens"]
                 if event["choices"]:
-                    pieces += 1
-                    if not begun:
-                        begun = True
+                    chunks += 1
+                    if not started:
+                        started = True
                         first.append(time.perf_counter() - began)
             answer.close()
-            made += told or pieces  # llama_cpp.server sends a piece for each token
-        return made
+            generated += reported or chunks  # llama_cpp.server sends one chunk per token
+        return generated
 
-    began, before = time.perf_counter(), _processor(process)
-    made = sum(await asyncio.gather(*(client(number) for number in range(count))))
-    return _figures(made, time.perf_counter() - began, first, _processor(process) - before)
+    began, before = time.perf_counter(), _cpu_seconds(process)
+    generated = sum(await asyncio.gather(*(client(number) for number in range(count))))
+    return _figures(generated, time.perf_counter() - began, first, _cpu_seconds(process) - before)
 
 
-def _processor(process: int) -> float:
+def _cpu_seconds(process: int) -> float:
     import psutil
 
     times = psutil.Process(process).cpu_times()
@@ -360,20 +361,20 @@ def _prompt(number: int, i: int) -> str:
     return f"{number}, {i}. {SENTENCES[number % len(SENTENCES)]}"
 
 
-def _figures(made: int, seconds: float, first: list[float], processor: float) -> dict[str, float]:
-    """processor: seconds of all cores that the program itself took; they tell more where others work on the machine."""
+def _figures(generated: int, seconds: float, first: list[float], cpu_seconds: float) -> dict[str, float]:
+    """cpu_seconds: of the program on all cores, which other programs on the machine affect less than the wall time."""
     cuts = statistics.quantiles(first, n=100, method="inclusive")
     return {
-        "tokens": made,
-        "tokens_a_second": round(made / seconds, 2),
+        "tokens": generated,
+        "tokens_a_second": round(generated / seconds, 2),
         "first_token_p50": round(cuts[49], 4),
         "first_token_p99": round(cuts[98], 4),
-        "processor_ms_a_token": round(1000 * processor / made, 3),
+        "processor_ms_a_token": round(1000 * cpu_seconds / generated, 3),
     }
 
 
 def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
-    """The same requests, put to an engine as the clients put theirs to a server, without one."""
+    """Submit the same requests directly to an engine, in the order in which the clients would."""
     from gptsmith.engine.sampling import SamplingParams
     from gptsmith.engine.text import encode_prompt
     from gptsmith.server.models import load as load_model
@@ -386,28 +387,28 @@ def engine_alone(arguments: argparse.Namespace) -> dict[str, float]:
         rounds = arguments.rounds if measured else 1
         engine.on_weights_updated()
         first: list[float] = []
-        under_way: dict[int, tuple[int, int, float]] = {}
+        running: dict[int, tuple[int, int, float]] = {}
 
-        def put(number: int, i: int, under_way: dict[int, tuple[int, int, float]] = under_way) -> None:
+        def submit(number: int, i: int, running: dict[int, tuple[int, int, float]] = running) -> None:
             params = SamplingParams(max_tokens=arguments.tokens, temperature=0.8, seed=number * 100 + i)
             ids = encode_prompt(tokenizer, _prompt(number, i))
-            under_way[engine.add_request(ids, params)] = (number, i, time.perf_counter())
+            running[engine.add_request(ids, params)] = (number, i, time.perf_counter())
 
-        began, before, made, seen = time.perf_counter(), time.process_time(), 0, set()
+        began, before, generated, seen = time.perf_counter(), time.process_time(), 0, set()
         for number in range(arguments.clients):
-            put(number, 0)
-        while under_way:
+            submit(number, 0)
+        while running:
             for event in engine.step():
-                number, i, since = under_way[event.request]
+                number, i, since = running[event.request]
                 if event.ids and event.request not in seen:
                     seen.add(event.request)
                     first.append(time.perf_counter() - since)
-                made += len(event.ids)
+                generated += len(event.ids)
                 if event.result is not None:
-                    del under_way[event.request]
+                    del running[event.request]
                     if i + 1 < rounds:
-                        put(number, i + 1)
-        results = _figures(made, time.perf_counter() - began, first, time.process_time() - before)
+                        submit(number, i + 1)
+        results = _figures(generated, time.perf_counter() - began, first, time.process_time() - before)
     return results
 
 
@@ -462,7 +463,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--clients", type=int)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=3, help="requests of each client")
+    parser.add_argument("--rounds", type=int, default=3, help="requests per client")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/serving-*.json")

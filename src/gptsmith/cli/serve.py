@@ -27,15 +27,15 @@ class Serve:
     port: int = 8000
     """Port to bind; 0 picks a free one."""
     api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """API key that requests must send. Can be repeated. Other users of this machine can see command lines, so prefer
+    """API key that requests must send. Other users of this machine can see command lines, so prefer
     --api-key-file or the environment variable GPTSMITH_API_KEY."""
     api_key_file: Path | None = None
     """File with one key per line."""
     alias: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """NAME=MODEL: another name for a model. Can be repeated."""
+    """NAME=MODEL: another name for a model."""
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
     """NAME=DIRECTORY: serve the first model with this LoRA adapter under the given name; NAME=DIRECTORY@MODEL: another
-    model. Can be repeated."""
+    model."""
     preload: Literal["first", "all", "none"] = "first"
     """Models to load at startup; the others are loaded when they are first requested."""
     max_concurrency: int = 32
@@ -49,7 +49,7 @@ class Serve:
     max_body: int = 4 << 20
     """Maximum size of a request body, in bytes."""
     cors: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """Origin (https://example.org) whose web pages may call the API, or * for all. Can be repeated."""
+    """Origin (https://example.org) whose web pages may call the API, or * for all."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
