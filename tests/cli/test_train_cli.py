@@ -375,7 +375,7 @@ def test_structured_output(run_cli: Cli, finished: Path, tmp_path: Path) -> None
     (tmp_path / "no.json").write_text('{"type": "nonsense"}')
     code, _, err = run_cli(*command, "--json-schema", tmp_path / "no.json")
     assert code == 2
-    assert "cannot be followed" in err
+    assert "cannot be used" in err
     assert run_cli(*command, "--json-schema", tmp_path / "nowhere.json")[0] == 2
     code, _, err = run_cli(*command, "--regex", "a", "--choice", "b")
     assert code == 2

@@ -103,7 +103,7 @@ def test_each_request_has_its_own(family: str, tmp_path: Path, naive: Any) -> No
     assert result.ids == naive(models["b"], prompts[0], 8)
     engine.remove_adapter("a")
     (result,) = engine.generate(prompts[:1], SamplingParams(adapter="a"))
-    assert "no adapter 'a'. There are: b" in str(result.error)
+    assert "no adapter 'a'. Known adapters: b" in str(result.error)
 
 
 def test_over_quantized_weights(tmp_path: Path) -> None:

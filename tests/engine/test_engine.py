@@ -530,8 +530,8 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         ([], GREEDY, "empty"),
         ([30], GREEDY, "outside 0..29"),
         ([-1], GREEDY, "outside"),
-        ([1.5], GREEDY, "whole numbers"),  # type: ignore[list-item]
-        (["a"], GREEDY, "whole numbers"),  # type: ignore[list-item]
+        ([1.5], GREEDY, "token ids"),  # type: ignore[list-item]
+        (["a"], GREEDY, "token ids"),  # type: ignore[list-item]
         ([1] * 25, GREEDY, "context"),
         ([1] * 10, GREEDY, "the cache holds 16"),
         ([1], SamplingParams(stop=("x",)), "stop strings"),

@@ -122,9 +122,9 @@ def test_what_cannot_be_followed_is_that_request_alone(engine: Engine, tokenizer
     ):
         bad, fine = engine.generate([start, start], [SamplingParams(constraint=wrong), good])
         assert isinstance(bad.error, UsageError)
-        assert "cannot be followed" in str(bad.error)
+        assert "cannot be used" in str(bad.error)
         assert tokenizer.decode(fine.ids) == "yes"
-    with pytest.raises(UsageError, match="no JSON schema"):
+    with pytest.raises(UsageError, match="not a JSON schema"):
         json_schema(tokenizer, "[1")
     with pytest.raises(UsageError, match="one or more"):
         choices(tokenizer, [])

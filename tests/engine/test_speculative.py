@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptsmith.engine.draft_model import DraftModel
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Sequence
-from gptsmith.engine.speculative import Drafter, DraftModel, PromptLookup, Speculator
+from gptsmith.engine.speculative import Drafter, PromptLookup, Speculator
 from gptsmith.errors import UsageError
 
 
@@ -240,7 +241,7 @@ def test_never_slower_than_nine_tenths_of_plain(
     """By a clock that a plain pass takes to 1, and guesses beyond: the engine, with requests that come and go, against
     the passes it makes without guessing. Where guesses pay, it is indeed faster."""
     clock = Clock()
-    monkeypatch.setattr("gptsmith.engine.engine.time", clock)
+    monkeypatch.setattr("gptsmith.engine.step.time", clock)
     model = make_model("gpt2")
     wishes = [SamplingParams(max_tokens=20, temperature=1.0, seed=i) for i in range(30)]
     prompts = [[i] for i in range(30)]

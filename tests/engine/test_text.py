@@ -12,7 +12,7 @@ import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, TokenLogprob
-from gptsmith.engine.text import Detokenizer, StopText, TextChunk, encode_prompt, generate_texts, stream
+from gptsmith.engine.text import Detokenizer, StopStringFilter, TextChunk, encode_prompt, generate_texts, stream
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -38,7 +38,7 @@ def joined(pieces: list[TextChunk], index: int = 0) -> str:
     data=st.data(),
 )
 def test_stop_strings_cut_exactly_however_text_arrives(text: str, stops: list[str], data: st.DataObject) -> None:
-    watcher, out, rest = StopText(stops), "", text
+    watcher, out, rest = StopStringFilter(stops), "", text
     while rest and not watcher.stopped:
         size = data.draw(st.integers(1, len(rest)))
         out, rest = out + watcher.push(rest[:size]), rest[size:]

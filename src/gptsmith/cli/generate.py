@@ -122,7 +122,8 @@ def speculator(tokenizer: Tokenizer, prompt_lookup: bool, draft_model: str | Non
         return None
     if prompt_lookup and draft_model is not None:
         raise UsageError("give --prompt-lookup or --draft-model, not both.")
-    from gptsmith.engine.speculative import DraftModel, PromptLookup, Speculator
+    from gptsmith.engine.draft_model import DraftModel
+    from gptsmith.engine.speculative import PromptLookup, Speculator
     from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 

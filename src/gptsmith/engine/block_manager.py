@@ -1,8 +1,9 @@
-"""Whose keys and values lie where: blocks handed out, shared, found again by their contents, and taken back.
+"""Manages the blocks of the key/value cache: which sequence holds which, and which can be shared.
 
-A block is in one of three states: held by sequences (it counts them), *kept* (nobody's, but its contents are known by a
-hash and can be found again until the room is needed: the longest unused goes first), or empty. Each group of layers
-(`PagedCache.windows`) has a pool of its own; in a banded group a sequence lets go of what falls behind its window.
+A block is in one of three states: held by one or more sequences (it counts them), cached (held by none, but registered
+under the hash of its contents, so that it can be shared until its room is needed; the least recently used is evicted
+first), or empty. Each group of layers (`PagedCache.windows`) has its own pool. In a group with a sliding window, a
+sequence releases the blocks that fall behind its window.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence as Items
 
 from gptsmith.engine.sequence import Sequence
 
-NO_BLOCK = -1  # in a table: of tokens behind the window, let go
+NO_BLOCK = -1  # table entry of a block that fell behind the window and was released
 
 
 class BlockPool:
@@ -22,24 +23,19 @@ class BlockPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._empty = list(range(size))[::-1]  # a stack: the lowest first, so that little memory is ever touched
+        self._empty = list(range(size))[::-1]  # a stack, lowest first, so that memory is touched only as needed
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * size
-        self._hash: list[bytes | None] = [None] * size
+        self._hashes: list[bytes | None] = [None] * size
         self._by_hash: dict[bytes, int] = {}
 
     @property
     def available(self) -> int:
-        """How many blocks can be taken."""
+        """The number of blocks that can be taken."""
         return len(self._empty) + len(self._cached)
 
-    @property
-    def cached(self) -> int:
-        """How many blocks nobody holds, but which can be found again."""
-        return len(self._cached)
-
     def take(self) -> int:
-        """A block for one holder, its contents undefined. IndexError if none is available."""
+        """Return a block for one holder, with undefined contents. Raise IndexError if none is available."""
         if self._empty:
             block = self._empty.pop()
         elif self._cached:
@@ -51,50 +47,51 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One more holder of a block that is held or kept."""
+        """Add a holder to a block that is held or cached."""
         self._cached.pop(block, None)
         self._holders[block] += 1
 
     def release(self, block: int) -> None:
-        """One holder fewer."""
+        """Remove a holder. Raise ValueError if the block has none."""
         if self._holders[block] <= 0:
-            raise ValueError(f"block {block} is nobody's")
+            raise ValueError(f"block {block} is not held")
         self._holders[block] -= 1
         if self._holders[block] == 0:
-            if self._hash[block] is None:
+            if self._hashes[block] is None:
                 self._empty.append(block)
             else:
                 self._cached[block] = None
 
-    def find(self, key: bytes) -> int | None:
-        """The block with these contents."""
-        return self._by_hash.get(key)
+    def find(self, hash: bytes) -> int | None:
+        """Return the block whose contents have this hash, or None."""
+        return self._by_hash.get(hash)
 
-    def register(self, block: int, key: bytes) -> None:
-        """Make a held block, now full, known by its contents (unless another with the same already is)."""
-        if self._hash[block] is None and key not in self._by_hash:
-            self._hash[block], self._by_hash[key] = key, block
+    def register(self, block: int, hash: bytes) -> None:
+        """Register a held block that is full, unless another with the same contents is registered."""
+        if self._hashes[block] is None and hash not in self._by_hash:
+            self._hashes[block], self._by_hash[hash] = hash, block
 
     def holders(self, block: int) -> int:
+        """Return how many sequences hold the block."""
         return self._holders[block]
 
     def evict(self, block: int) -> None:
-        """A held block's contents are not to be found any more."""
-        key = self._hash[block]
-        if key is not None:
-            del self._by_hash[key]
-            self._hash[block] = None
+        """Unregister a block: its contents can no longer be found."""
+        hash = self._hashes[block]
+        if hash is not None:
+            del self._by_hash[hash]
+            self._hashes[block] = None
 
     def evict_all(self) -> None:
-        """Nothing computed so far is to be found any more (the weights have changed)."""
+        """Unregister all blocks; cached ones become empty."""
         self._empty.extend(reversed(self._cached))
         self._cached.clear()
         self._by_hash.clear()
-        self._hash = [None] * self.size
+        self._hashes = [None] * self.size
 
 
 class BlockManager:
-    """The block tables of all sequences. `windows` and `sizes`: of each group of layers."""
+    """Manages the block tables of all sequences. windows, sizes: the sliding window and pool size of each group."""
 
     def __init__(
         self, windows: Items[int | None], sizes: Items[int], block_size: int, *, prefix_caching: bool = True
@@ -102,19 +99,19 @@ class BlockManager:
         self.windows, self.block_size, self.prefix_caching = tuple(windows), block_size, prefix_caching
         self.pools = [BlockPool(size) for size in sizes]
         self.prefix_tokens = self.prefix_hits = 0
-        """Tokens looked for among what is known, and found."""
+        """Tokens that were looked up in the prefix cache, and how many were found."""
 
     def used(self) -> int:
-        """How many blocks sequences hold, in all groups."""
+        """Return how many blocks sequences hold, in all groups."""
         return sum(pool.size - pool.available for pool in self.pools)
 
     def capacity(self) -> int:
-        """How many tokens a sequence may have if it has all blocks to itself."""
+        """Return how many tokens one sequence can have if it holds all blocks."""
         full = [pool.size for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
         return min(full) * self.block_size if full else 1 << 62
 
     def missing(self, sequence: Sequence) -> list[int]:
-        """How many more blocks the sequence needs for the tokens it has, per group."""
+        """Return how many more blocks the sequence needs for its tokens, for each group."""
         return [self._needed(sequence, g) for g in range(len(self.pools))]
 
     def _needed(self, sequence: Sequence, group: int) -> int:
@@ -125,9 +122,9 @@ class BlockManager:
         return max(0, min(total - held, -(-window // self.block_size) + 1))
 
     def match(self, sequence: Sequence) -> None:
-        """Give a sequence without blocks the longest run of known ones that its tokens start with.
+        """Give a sequence without blocks the registered blocks of its longest known prefix.
 
-        Its last token is never among them: it must be computed, for its logits.
+        The last token is never part of it: it must be computed for its logits.
         """
         if not self.prefix_caching or sequence.request.reads_prompt:
             return
@@ -136,8 +133,8 @@ class BlockManager:
         if first_time:
             self.prefix_tokens += sequence.length
         candidates = (sequence.length - 1) // Z
-        keys = self._hashes(sequence, candidates)
-        found = [[pool.find(key) for key in keys] for pool in self.pools]
+        hashes = self._prefix_hashes(sequence, candidates)
+        found = [[pool.find(hash) for hash in hashes] for pool in self.pools]
         for n in range(candidates, 0, -1):
             firsts = [0 if window is None else max(0, n * Z - window + 1) // Z for window in self.windows]
             if all(None not in blocks[first:n] for blocks, first in zip(found, firsts, strict=True)):
@@ -155,7 +152,8 @@ class BlockManager:
             sequence.request.cached_tokens += n * Z
 
     def extend(self, sequence: Sequence, count: int) -> bool:
-        """Room for `count` tokens after those that are computed; False, and nothing taken, if there are not enough."""
+        """Take the blocks for `count` tokens after those that are computed. Return False, and take none, if too few are
+        available."""
         total = -(-(sequence.computed + count) // self.block_size)
         missing = [total - len(table) for table in sequence.tables]
         if any(n > pool.available for n, pool in zip(missing, self.pools, strict=True)):
@@ -165,15 +163,15 @@ class BlockManager:
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        """After a pass: make full blocks known, let go of those behind the window."""
+        """After a step: register full blocks and release those behind the window."""
         if self.prefix_caching:
             full = sequence.computed // self.block_size
             if full > sequence.num_hashed_blocks:
-                keys = self._hashes(sequence, full)
+                hashes = self._prefix_hashes(sequence, full)
                 for pool, table in zip(self.pools, sequence.tables, strict=True):
                     for i in range(sequence.num_hashed_blocks, full):
                         if table[i] != NO_BLOCK:
-                            pool.register(table[i], keys[i])
+                            pool.register(table[i], hashes[i])
                 sequence.num_hashed_blocks = full
         for pool, window, table in zip(self.pools, self.windows, sequence.tables, strict=True):
             if window is not None:
@@ -185,10 +183,10 @@ class BlockManager:
                     table[i] = NO_BLOCK
 
     def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int, int]]:
-        """Give `child`, a copy of `parent` without blocks, the parent's: full ones shared, the last one copied.
+        """Give `child`, a copy of `parent` without blocks, the parent's blocks: full ones shared, the last one copied.
 
-        Returns the copies to make: (group, from, to). Where there is no block to copy to, the child computes the tokens
-        of the last one anew.
+        Return the copies to make: (group, source, target). If no block is available for the copy, the child computes
+        the tokens of the last block again.
         """
         full, rest = divmod(parent.computed, self.block_size)
         copies = []
@@ -204,18 +202,18 @@ class BlockManager:
                 copies.append((g, parent.tables[g][full], block))
                 child.tables[g].append(block)
             child.computed = parent.computed
-        elif any(self._gone(child, group) for group in range(len(self.pools))):
-            self.release(child)  # what it would go on from lies behind the parent's window already: from the beginning
+        elif any(self._lacks_window(child, group) for group in range(len(self.pools))):
+            self.release(child)  # the parent has released blocks that the child's next token needs: start over
         return copies
 
-    def _gone(self, sequence: Sequence, group: int) -> bool:
-        """Whether blocks that its next token looks back to are no longer there."""
+    def _lacks_window(self, sequence: Sequence, group: int) -> bool:
+        """Return whether blocks within the window of the sequence's next token have been released."""
         window = self.windows[group]
         first = 0 if window is None else max(0, sequence.computed - window + 1) // self.block_size
         return NO_BLOCK in sequence.tables[group][first:]
 
     def release(self, sequence: Sequence) -> None:
-        """Take all of a sequence's blocks back: the last first, so that beginnings are known longest."""
+        """Release all blocks of a sequence, the last first, so that beginnings stay cached longest."""
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             for block in reversed(table):
                 if block != NO_BLOCK:
@@ -223,8 +221,13 @@ class BlockManager:
             table.clear()
         sequence.computed = sequence.num_hashed_blocks = 0
 
+    def evict_all(self) -> None:
+        """Unregister all blocks."""
+        for pool in self.pools:
+            pool.evict_all()
+
     def evict(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
-        """Let nobody find what a sequence computed (it is no number); the blocks to clear, by group."""
+        """Unregister the blocks that only this sequence holds; return them as (group, blocks)."""
         own = []
         for g, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
             blocks = [block for block in table if block != NO_BLOCK and pool.holders(block) == 1]
@@ -233,12 +236,12 @@ class BlockManager:
             own.append((g, blocks))
         return own
 
-    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Hashes of the sequence's first `count` blocks: of their tokens, all those before, and the adapter's name."""
-        keys, Z = sequence.block_hashes, self.block_size
-        while len(keys) < count:
-            previous = keys[-1] if keys else sequence.salt
-            begin = sequence.start + len(keys) * Z
+    def _prefix_hashes(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Return the hashes of the first `count` blocks: of their tokens, all tokens before, and the adapter (salt)."""
+        hashes, Z = sequence.block_hashes, self.block_size
+        while len(hashes) < count:
+            previous = hashes[-1] if hashes else sequence.salt
+            begin = sequence.start + len(hashes) * Z
             tokens = array("q", sequence.tokens[begin : begin + Z])
-            keys.append(hashlib.blake2b(previous + tokens.tobytes(), digest_size=16).digest())
-        return keys[:count]
+            hashes.append(hashlib.blake2b(previous + tokens.tobytes(), digest_size=16).digest())
+        return hashes[:count]

@@ -1,7 +1,9 @@
-"""Small passes on a CPU, where calling PyTorch's operators takes as long as computing: one compiled program for all.
+"""Runs small batches on a CPU as one compiled program, since calling PyTorch's operators takes as long as computing.
 
-Serves dense pre-norm models in float32, 8 or 4 bits, of any position scheme and window; what it does not serve
-(experts, post-norm, adapters, many tokens at once) goes through `Transformer.forward`, which computes the same.
+Supports dense pre-norm models in float32, 8 or 4 bits, with any position scheme and window. All else (experts,
+post-norm, adapters, many tokens at once) goes through `Transformer.forward`, which computes the same.
+
+Axis letters: N new tokens · E query width (all heads) · F intermediate width · R width of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptsmith.engine.cuda_graphs import GraphRunner
 from gptsmith.engine.runner import Runner
 from gptsmith.kernels.threads import announce_compiling, kernels_available, together
 from gptsmith.model.cache import Chunk, PagedCache
@@ -20,12 +21,12 @@ from gptsmith.model.quantized import Packed, QuantizedLinear, bits_of
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
-MIN_PARAMETERS = 20_000_000  # of a float32 model: a smaller one is fast enough, and compiling takes seconds
-MAX_TOKENS = 64  # of a float32 model's pass: beyond it PyTorch's own matrix products are faster
+MIN_PARAMETERS = 20_000_000  # float32 models below this are fast enough, and compiling takes seconds
+MAX_TOKENS = 64  # of a float32 model in one step: beyond it PyTorch's own matrix products are faster
 
 
 def is_supported(model: Transformer) -> bool:
-    """Whether the program can run this model on this machine."""
+    """Return whether the compiled program can run this model on this machine."""
     c = model.config
     weight: Any = model.lm_head.weight
     plain = isinstance(weight, Tensor)
@@ -43,26 +44,32 @@ def is_supported(model: Transformer) -> bool:
     )
 
 
+def worth_compiling(model: Transformer) -> bool:
+    """Return whether the compiled program is worth the seconds that compiling takes."""
+    return bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
+
+
 class CpuRunner(Runner):
-    """A `Runner` that gives small passes to `kernels.forward`."""
+    """A `Runner` that computes small batches with `kernels.cpu_decode.forward`."""
 
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
         super().__init__(model, cache, vocab_size)
         announce_compiling()
-        self._stamp: Any = None
-        self.most_tokens = MAX_TOKENS if bits_of(model) is None else 1 << 30
-        self._room: tuple[np.ndarray, ...] = ()
-        self._room_of = (0, 0)  # tokens, threads
+        self._weights_key: Any = None
+        self.max_tokens = MAX_TOKENS if bits_of(model) is None else 1 << 30
+        self._arrays: tuple[np.ndarray, ...] = ()
+        self._arrays_for = (0, 0)  # tokens, threads
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
-        if len(ids) > self.most_tokens:
+        if len(ids) > self.max_tokens:
             return super()._logits(ids, chunks, rows)
         from gptsmith.kernels import cpu_decode as kernels
 
-        self._look_up()
+        self._update_addresses()
         c, N = self.model.config, len(ids)
-        places = [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)]
-        positions = np.array(places, dtype=np.int64)
+        positions = np.array(
+            [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)], dtype=np.int64
+        )
         x = self.model.embed_tokens(torch.tensor(ids))
         cos = sin = np.zeros((0, 0), dtype=np.float32)
         if c.position == "learned":
@@ -84,21 +91,21 @@ class CpuRunner(Runner):
             *(c.vocab_size, c.attention_scale or c.head_dim**-0.5, c.norm_eps, c.norm == "layernorm"),
             *(_ACTIVATIONS[c.mlp], positions, np.array(units, dtype=np.int64), cos, sin, tables),
             *(self._pools, self.cache.block_size, np.array(rows, dtype=np.int64), x.detach().numpy()),
-            *self._rooms(N),
+            *self._work_arrays(N),
             logits,
         )
         return torch.from_numpy(logits)[:, : self.vocab_size]
 
-    def _rooms(self, N: int) -> tuple[np.ndarray, ...]:
-        """Arrays to work in on N tokens (see `kernels.forward`), kept for passes of up to as many."""
+    def _work_arrays(self, N: int) -> tuple[np.ndarray, ...]:
+        """Return the work arrays of `kernels.cpu_decode.forward` for N tokens; they are reused by later calls."""
         c, threads = self.model.config, torch.get_num_threads()
         E, F = c.num_attention_heads * c.head_dim, c.intermediate_size
         R = E + 2 * c.num_key_value_heads * c.head_dim
         widest = -(-max(2 * F if c.mlp == "swiglu" else F, c.hidden_size) // 16) * 16
-        if self._room_of[0] < N or self._room_of[1] != threads:
-            self._room_of = most, threads = 1 << (N - 1).bit_length(), threads
+        if self._arrays_for[0] < N or self._arrays_for[1] != threads:
+            self._arrays_for = most, threads = 1 << (N - 1).bit_length(), threads
             columns = most * max(c.hidden_size, E, F)
-            self._room = (
+            self._arrays = (
                 np.empty((threads, columns), np.float32),
                 np.empty((threads, columns), np.int8),
                 np.empty((threads, columns // 32), np.float32),
@@ -106,18 +113,18 @@ class CpuRunner(Runner):
                 *(np.empty((most, width), np.float32) for width in (R, E, F, widest)),
                 np.empty((threads, 4, self.context + 2 * self.cache.block_size), np.float32),
             )
-        h, xq, xs, xsum, qkv, mixed, wide, product, scores = self._room
+        h, xq, xs, xsum, qkv, mixed, wide, product, scores = self._arrays
         return h, xq, xs, xsum, qkv[:N], mixed[:N], wide[:N], product[:N], scores
 
-    def _look_up(self) -> None:
-        """The addresses of all weights, looked up again if the model's tensors have been replaced (by `Module.to`, say;
-        numbers that change in place are seen anyway)."""
+    def _update_addresses(self) -> None:
+        """Look up the addresses of all weights if the model's tensors have been replaced (by `Module.to`, for example).
+        Changes in place need no new addresses."""
         from gptsmith.kernels import cpu_decode as k
 
         blocks: Any = self.model.layers
         ends = (self.model.lm_head, blocks[0].attention.qkv_proj, blocks[0].mlp, blocks[-1].mlp.down_proj)
-        stamp = tuple(next(t.data_ptr() for t in (*m.parameters(), *m.buffers())) for m in ends)
-        if stamp == self._stamp:
+        weights_key = tuple(next(t.data_ptr() for t in (*m.parameters(), *m.buffers())) for m in ends)
+        if weights_key == self._weights_key:
             return
         c, cache = self.model.config, self.cache
         self._keep: list[Tensor] = []
@@ -143,14 +150,14 @@ class CpuRunner(Runner):
         self._pools = np.array([sizes[g] for g in range(len(cache.windows))], dtype=np.int64)
         if c.position == "rope":
             self._cos, self._sin = self.model.rope_cos.numpy(), self.model.rope_sin.numpy()
-        self._stamp = stamp
+        self._weights_key = weights_key
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        made = tensor.detach().contiguous()
-        self._keep.append(made)  # alive as long as its address is used
-        return made.data_ptr()
+        contiguous = tensor.detach().contiguous()
+        self._keep.append(contiguous)  # alive as long as its address is used
+        return contiguous.data_ptr()
 
     def _norm(self, norm: nn.Module) -> tuple[int, int]:
         if isinstance(norm, RMSNorm):
@@ -160,20 +167,10 @@ class CpuRunner(Runner):
         return 0, 0
 
     def _matrix(self, module: nn.Module) -> tuple[int, int, int, int]:
-        """Kind, weights, scales, least values."""
+        """Return (bits, address of the weights, of the scales, of the zero points)."""
         if isinstance(module, QuantizedLinear):
             packed: Packed = module.weight
             least = packed.least if packed.bits == 4 else None
             return packed.bits, self._address(packed.packed), self._address(packed.scales), self._address(least)
         assert isinstance(module, nn.Linear)
         return 32, self._address(module.weight), 0, 0
-
-
-def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
-    """The runner for this model on this machine."""
-    if cache.keys[0].is_cuda and not model.config.num_experts:  # experts ask how many tokens each has: no graph
-        return GraphRunner(model, cache, vocab_size)
-    pays = bits_of(model) is not None or sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
-    if pays and is_supported(model) and cache.keys[0].dtype == torch.float32:
-        return CpuRunner(model, cache, vocab_size)
-    return Runner(model, cache, vocab_size)

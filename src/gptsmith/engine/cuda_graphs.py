@@ -1,8 +1,8 @@
-"""Decoding on a GPU as CUDA graphs: hundreds of small kernels a token, started by one call.
+"""Decodes on a GPU with CUDA graphs, which start the hundreds of small kernels of a step with one call.
 
-A graph runs the same kernels on the same memory each time, so a pass that is one reads its ids, positions and block
-tables from tensors that stay where they are (`StaticBatch`). There is a graph for each power of two of sequences and of
-blocks; what is left over repeats the first sequence, which computes and stores the same numbers twice.
+A graph runs the same kernels on the same memory each time, so it reads ids, positions and block tables from tensors
+that stay in place (`StaticBatch`). There is a graph for each power of two of sequences and of blocks. Rows beyond the
+actual sequences repeat the first one, which computes and stores the same numbers twice.
 
 Axis letters: B sequences · W blocks of each · S = W · Z tokens · H heads · K key/value heads · D head_dim · Z tokens of
 a block · V vocabulary.
@@ -21,11 +21,11 @@ from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache
 from gptsmith.model.transformer import Transformer
 
-_LEAST_BLOCKS = 8
+_MIN_BLOCKS = 8
 
 
 class StaticBatch:
-    """One new token of each of B sequences, over up to W blocks: a `Cache` whose tensors are filled, never replaced."""
+    """A `Cache` for one new token of each of B sequences with up to W blocks. Tensors are filled, never replaced."""
 
     def __init__(self, cache: PagedCache, batch: int, blocks: int) -> None:
         self.cache, self.batch, self.blocks = cache, batch, blocks
@@ -34,26 +34,27 @@ class StaticBatch:
         self._positions = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(groups, batch, dtype=torch.int64, device=device)
         self.tables = torch.zeros(groups, batch, blocks, dtype=torch.int64, device=device)
-        self.visible = torch.zeros(groups, 2, batch, dtype=torch.int64, device=device)  # first, and one after the last
+        # For each group and row: the first visible position in its blocks, and one past the last.
+        self.visible_range = torch.zeros(groups, 2, batch, dtype=torch.int64, device=device)
         self._at = torch.arange(blocks * cache.block_size, device=device)
 
     def fill(self, ids: Sequence[int], chunks: Sequence[Chunk]) -> None:
-        """What the next pass is over; rows beyond these repeat the first."""
+        """Set the tokens of the next step, one per sequence. Rows beyond these repeat the first."""
         Z = self.cache.block_size
         rows = [*range(len(ids)), *[0] * (self.batch - len(ids))]
         pasts = [chunks[i].past for i in rows]
         self.ids.copy_(torch.tensor([[ids[i] for i in rows]]), non_blocking=True)
         self._positions.copy_(torch.tensor(pasts), non_blocking=True)
         for g, window in enumerate(self.cache.windows):
-            seen = [0 if window is None else max(0, past + 1 - window) for past in pasts]
+            oldest = [0 if window is None else max(0, past + 1 - window) for past in pasts]
             tables = [list(chunks[i].tables[g]) for i in rows]
             slots = [table[past // Z] * Z + past % Z for table, past in zip(tables, pasts, strict=True)]
-            parts = [table[s // Z : past // Z + 1] for table, s, past in zip(tables, seen, pasts, strict=True)]
+            parts = [table[s // Z : past // Z + 1] for table, s, past in zip(tables, oldest, pasts, strict=True)]
             self.tables[g].copy_(torch.tensor([part + [0] * (self.blocks - len(part)) for part in parts]))
             self.slots[g].copy_(torch.tensor(slots), non_blocking=True)
-            first = [s % Z for s in seen]
-            last = [past + 1 - s // Z * Z for s, past in zip(seen, pasts, strict=True)]
-            self.visible[g].copy_(torch.tensor([first, last]), non_blocking=True)
+            first = [s % Z for s in oldest]
+            last = [past + 1 - s // Z * Z for s, past in zip(oldest, pasts, strict=True)]
+            self.visible_range[g].copy_(torch.tensor([first, last]), non_blocking=True)
 
     def positions(self, T: int) -> Tensor:
         return self._positions
@@ -66,46 +67,47 @@ class StaticBatch:
         values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
         flat = self.tables[group].flatten()
         k, v = (pool.index_select(0, flat).view(B, -1, K, D).transpose(1, 2) for pool in (keys, values))
-        first, last = self.visible[group]
+        first, last = self.visible_range[group]
         mask = (self._at >= first[:, None]) & (self._at < last[:, None])  # (B, S)
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None], scale=scale)
         return y.reshape(B, H, D).transpose(0, 1)[None]
 
     def advance(self, T: int) -> None:
-        """Nothing: whoever owns the sequences knows how long they are."""
+        """Do nothing: the scheduler keeps the lengths of sequences."""
 
 
 class GraphRunner(Runner):
-    """A `Runner` that decodes by graphs. captured: False runs the same passes without, on any device: for comparing."""
+    """A `Runner` that decodes with CUDA graphs. captured: False computes the same without graphs, on any device, for
+    tests."""
 
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int, *, captured: bool = True) -> None:
         super().__init__(model, cache, vocab_size)
         self.captured = captured
-        self._steps: dict[tuple[int, int], tuple[StaticBatch, Any, Tensor]] = {}
-        self._stamp: Any = None
+        self._graphs: dict[tuple[int, int], tuple[StaticBatch, Any, Tensor]] = {}
+        self._weights_key: Any = None
         self._pool: Any = None
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
         longest = max(chunk.past + chunk.size for chunk in chunks)
         if any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
             return super()._logits(ids, chunks, rows)
-        parameters = self.model.parameters()  # of torchao's kinds they have no address of their own
-        stamp = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
-        if stamp != self._stamp:  # the weights lie elsewhere now
-            self._steps.clear()
-            self._stamp = stamp
+        parameters = self.model.parameters()  # torchao's tensor subclasses have no address of their own
+        weights_key = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
+        if weights_key != self._weights_key:  # the weights have been replaced
+            self._graphs.clear()
+            self._weights_key = weights_key
         Z = self.cache.block_size
         batch = 1 << (len(ids) - 1).bit_length()
-        blocks = max(_LEAST_BLOCKS, 1 << (-(-longest // Z) - 1).bit_length())
-        known = self._steps.get((batch, blocks))
+        blocks = max(_MIN_BLOCKS, 1 << (-(-longest // Z) - 1).bit_length())
+        known = self._graphs.get((batch, blocks))
         static = StaticBatch(self.cache, batch, blocks) if known is None else known[0]
         static.fill(ids, chunks)
         if not self.captured:
             logits = self._compute(static)
         elif known is None:
             graph, logits = self._capture(static)
-            self._steps[batch, blocks] = static, graph, logits
+            self._graphs[batch, blocks] = static, graph, logits
         else:
             _, graph, logits = known
             graph.replay()
@@ -118,13 +120,13 @@ class GraphRunner(Runner):
         return logits
 
     def _capture(self, static: StaticBatch) -> tuple[Any, Tensor]:
-        """The graph of a pass that has been filled: running it more than once stores the same keys and values."""
-        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # libraries choose their kernels and make their workspaces
+        """Capture the graph of a filled batch. Running it repeatedly stores the same keys and values."""
+        side_stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(3):  # warm up: libraries choose kernels and allocate workspaces
                 self._compute(static)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._compute(static)

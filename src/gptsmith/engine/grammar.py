@@ -1,9 +1,9 @@
-"""Text that is in a language: JSON of a schema, a regular expression, one of several texts, a grammar in Lark or GBNF.
+"""Structured output: JSON of a schema, a regular expression, one of several texts, or a grammar in Lark or GBNF.
 
     params = SamplingParams(constraint=json_schema(tokenizer, {"type": "object", ...}))
 
-At each step the tokens after which the text could not be completed any more are masked out. `llguidance` computes the
-masks (Earley's algorithm over a lexer of regular-expression derivatives); it is an optional dependency.
+At each step, tokens after which the text could no longer be completed are masked out. `llguidance` computes the masks
+(Earley's algorithm over a lexer of regular-expression derivatives); it is an optional dependency.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ if TYPE_CHECKING:
 
 
 class Grammar:
-    """A language over a tokenizer's tokens, for `SamplingParams.constraint`. source: as `llguidance` takes it.
+    """A language over a tokenizer's tokens, for `SamplingParams.constraint`.
 
-    end_ids: tokens that may stand where the end-of-text token may, because they end an answer (a chat template's).
+    source: a grammar as `llguidance` takes it. end_ids: tokens that are allowed wherever the end-of-text token is,
+    because they end an answer (in a chat template).
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, end_ids: Sequence[int] = ()) -> None:
         self.tokenizer, self.source, self.end_ids = tokenizer, source, tuple(end_ids)
 
     def start(self) -> GrammarState:
-        """The beginning of a text. Raises UsageError for a language that is damaged, too complex or empty."""
+        """Return the state of an empty text. Raise UsageError for a language that is invalid, too complex or empty."""
         ll, tokens = _llguidance(), _tokens(self.tokenizer)
         matcher = ll.LLMatcher(tokens, self.source, log_level=0)
-        place = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
-        if place.matcher.is_error():
-            raise UsageError(f"the grammar cannot be followed: {_reason(place.matcher)}.")
+        state = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
+        if matcher.is_error():
+            raise UsageError(f"the grammar cannot be used: {_reason(matcher)}.")
         try:
-            possible = place.finished or bool(place.allowed().any())
+            possible = state.finished or bool(state.allowed().any())
         except GptsmithError:
             possible = False
         if not possible:
-            raise UsageError("the grammar cannot be followed: no text of this tokenizer's tokens is in it.")
-        return place
+            raise UsageError("the grammar cannot be used: no text of this tokenizer's tokens satisfies it.")
+        return state
 
 
 class GrammarState:
-    """Where a text stands in a language."""
+    """The state of one text in a language: a `ConstraintState`."""
 
     def __init__(
         self, matcher: llguidance.LLMatcher, vocab_size: int, eos_id: int, end_ids: Sequence[int] = ()
@@ -60,18 +61,18 @@ class GrammarState:
 
     @property
     def finished(self) -> bool:
-        """The text is complete and nothing can follow."""
+        """Whether the text is complete and nothing can follow."""
         if self.matcher.is_stopped():
             return not self.matcher.is_error()
-        # A tokenizer without an end has nothing to say that with: its texts end where only the end could follow.
+        # A tokenizer without an end-of-text token: the text ends where only that token could follow.
         return self.eos_id >= self.vocab_size and self.matcher.is_accepting() and not bool(self.allowed().any())
 
     def allowed(self) -> Tensor:
-        """(V,) bool. Raises GptsmithError where the grammar is too complex to go on."""
+        """Return the tokens that can come next: (V,) bool. Raise GptsmithError if the grammar is too complex."""
         if self._allowed is None:
             mask = self.matcher.compute_bitmask()
             if self.matcher.is_error():
-                raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
+                raise GptsmithError(f"the grammar cannot be followed here: {_reason(self.matcher)}.")
             bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
             self._allowed = torch.from_numpy(bits[: self.vocab_size].astype(bool))
             if self.end_ids and self.eos_id < self.vocab_size and bool(self._allowed[self.eos_id]):
@@ -79,71 +80,75 @@ class GrammarState:
         return self._allowed
 
     def push(self, token: int) -> None:
+        """Advance by a token. Raise GptsmithError if the grammar does not allow it."""
         self._allowed = None
         self.matcher.consume_token(token)
         if self.matcher.is_error():
-            raise GptsmithError(f"the grammar cannot be followed any further: {_reason(self.matcher)}.")
+            raise GptsmithError(f"the grammar cannot be followed here: {_reason(self.matcher)}.")
 
     def copy(self) -> GrammarState:
+        """Return an independent copy."""
         return GrammarState(self.matcher.deep_copy(), self.vocab_size, self.eos_id, self.end_ids)
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Grammar:
-    """JSON that the schema describes ({}: any), written with one space after commas and colons."""
+    """Return the language of JSON that matches the schema ({}: any), with one space after commas and colons."""
     try:
         values = json.loads(schema) if isinstance(schema, str) else dict(schema)
         if not isinstance(values, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("not an object")
         style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         return Grammar(tokenizer, _llguidance().LLMatcher.grammar_from_json_schema(values, overrides=style))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"that is no JSON schema: {error}.") from None
+        raise UsageError(f"not a JSON schema: {error}.") from None
 
 
 def regex(tokenizer: Tokenizer, pattern: str) -> Grammar:
-    """Texts that a regular expression matches from beginning to end."""
+    """Return the language of texts that a regular expression matches from beginning to end."""
     return Grammar(tokenizer, _llguidance().LLMatcher.grammar_from_regex(pattern))
 
 
 def choices(tokenizer: Tokenizer, texts: Sequence[str]) -> Grammar:
-    """One of these texts."""
+    """Return the language of these texts."""
     if not texts or not all(texts):
-        raise UsageError("choices must be one or more texts that are not empty.")
+        raise UsageError("choices must be one or more non-empty texts.")
     return Grammar(tokenizer, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
 
 def grammar(tokenizer: Tokenizer, text: str) -> Grammar:
-    """A context-free grammar, in llguidance's variant of Lark or in llama.cpp's GBNF."""
+    """Return the language of a context-free grammar, in llguidance's variant of Lark or in llama.cpp's GBNF."""
     _llguidance()
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         return Grammar(tokenizer, any_to_lark(text))
-    except Exception as error:  # a ValueError, or whatever the converter stumbles over
-        raise UsageError(f"that is no grammar: {error}.") from None
+    except Exception as error:  # a ValueError, or whatever the converter raises
+        raise UsageError(f"not a grammar: {error}.") from None
 
 
 def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise UsageError("structured output needs a package: pip install 'gptsmith[structured]'.") from None
+        raise UsageError("structured output needs llguidance: pip install 'gptsmith[structured]'.") from None
     return llguidance
 
 
 @functools.lru_cache(maxsize=8)
 def _tokens(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
-    """The tokenizer as `llguidance` needs it; takes up to a second for a large one. Without an end-of-text token, one
-    beyond the last stands for it."""
+    """Return the tokenizer as `llguidance` needs it, which takes up to a second for a large one.
+
+    For a tokenizer without an end-of-text token, an id beyond the last one stands for it.
+    """
     ll = _llguidance()
     eos = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
     if tokenizer.kind != "char" and tokenizer.eos_id is not None:
         try:
-            made: llguidance.LLTokenizer = ll.LLTokenizer(
+            exact: llguidance.LLTokenizer = ll.LLTokenizer(
                 tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos
             )
-            return made
-        except Exception:  # a kind of tokenizer it does not know: by the bytes of each token
+            return exact
+        except Exception:  # a kind of tokenizer that it does not know: pass the bytes of each token
             pass
     wrapped = ll.TokenizerWrapper(_Bytes(tokenizer, eos))
     by_bytes: llguidance.LLTokenizer = ll.LLTokenizer(wrapped, n_vocab=max(tokenizer.vocab_size, eos + 1))
@@ -151,7 +156,7 @@ def _tokens(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
 
 
 class _Bytes:
-    """A tokenizer as a list of byte strings."""
+    """A tokenizer as a list of byte strings, in the form that `llguidance` expects."""
 
     def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
         self._tokenizer = tokenizer
@@ -170,7 +175,7 @@ class _Bytes:
         text = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
         try:
             return self._tokenizer.encode(text)
-        except GptsmithError:  # characters that it does not know
+        except GptsmithError:  # it lacks some of the characters
             return []
 
 

@@ -1,4 +1,4 @@
-"""Runs passes: token ids and block tables in, logits out. All that the engine knows of the model is here.
+"""Runs the model: token ids and block tables in, logits out. Only this module and its subclasses know the model.
 
 Axis letters: N new tokens of all sequences · R rows of logits · C hidden · V vocabulary.
 """
@@ -19,9 +19,12 @@ from gptsmith.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A scheduled sequence's logits, of the last tokens it computed: (R, V) float32; none while its prompt is not read
-    to the end, unless the prompt's are wanted too. finite: whether all are."""
+class SequenceLogits:
+    """The logits of a scheduled sequence: (R, V) float32, after each of the last R tokens that were computed.
+
+    R is 0 while the prompt is not computed to its end, unless the prompt's log-probabilities are asked for.
+    finite: whether all logits are.
+    """
 
     scheduled: Scheduled
     logits: Tensor
@@ -29,31 +32,30 @@ class Rows:
 
 
 class Runner:
-    """vocab_size: logits are of the ids below it; a model's vocabulary is often padded beyond its tokenizer's."""
+    """Runs the model's own forward. vocab_size: logits are of the ids below it, without a padded vocabulary's rest."""
 
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
         self.context = model.config.max_position_embeddings
 
     @torch.inference_mode()
-    def run(self, batch: list[Scheduled]) -> list[Rows]:
-        """Compute these tokens' keys and values, and the logits that are wanted."""
+    def run(self, batch: list[Scheduled]) -> list[SequenceLogits]:
+        """Compute the keys and values of the scheduled tokens, and the logits that are needed."""
         ids: list[int] = []
         chunks: list[Chunk] = []
         rows: list[int] = []
-        wanted: list[int] = []
+        num_rows: list[int] = []
         adapted: dict[int, tuple[Adapter, list[int]]] = {}
         for each in batch:
             s = each.sequence
-            begin = s.start + s.computed
-            new = [*s.tokens[begin : begin + each.count], *s.drafts][: each.count]
-            ids += new
+            first = s.start + s.computed
+            ids += [*s.tokens[first : first + each.count], *s.drafts][: each.count]
             chunks.append(Chunk(s.computed, each.count, s.tables))
             if s.request.reads_prompt:
                 count = each.count
             else:
                 count = 1 + len(s.drafts) if each.count == s.remaining + len(s.drafts) else 0
-            wanted.append(count)
+            num_rows.append(count)
             rows += range(len(ids) - count, len(ids))
             adapter = s.request.adapter
             if adapter is not None:
@@ -63,18 +65,18 @@ class Runner:
                 logits = Runner._logits(self, ids, chunks, rows)
         else:
             logits = self._logits(ids, chunks, rows)
-        finite = torch.split(logits.sum(dim=-1).isfinite(), wanted)  # a sum of what is not finite is not
-        parts = zip(batch, torch.split(logits, wanted), finite, strict=True)
-        return [Rows(each, part, bool(sound.all())) for each, part, sound in parts]
+        finite = torch.split(logits.sum(dim=-1).isfinite(), num_rows)  # a sum is finite only if all its terms are
+        parts = zip(batch, torch.split(logits, num_rows), finite, strict=True)
+        return [SequenceLogits(each, part, bool(are_finite.all())) for each, part, are_finite in parts]
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
-        """Logits (R, V) float32 after those of the ids that `rows` tells."""
+        """Return the logits (R, V) float32 after the ids at these positions (`rows`)."""
         device = self.cache.keys[0].device
         paged = PagedBatch(self.cache, chunks, self.context)
         with self._evaluating():
-            hidden = self.model.hidden_states(torch.tensor([ids], device=device), cache=paged)[0]
+            hidden = self.model.hidden_states(torch.tensor([ids], device=device), cache=paged)[0]  # (N, C)
             if len(rows) < len(ids):
-                hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
+                hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]  # (R, C)
             logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]
         return logits
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gptsmith.engine.sampling import SamplingParams
 
+NO_TOKEN_ALLOWED = "no token is allowed next: the grammar, logit_bias and min_tokens together forbid all of them."
+
 
 class SamplerState:
     """All that the choice of a sequence's next token depends on, besides the logits.

@@ -1,11 +1,11 @@
-"""Who computes what in the next pass.
+"""Decides which sequences compute how many tokens in the next step.
 
-Requests are admitted in the order of their arrival, and none overtakes: the head of the queue waits until its tokens
-fit. In a pass every decoding sequence computes its one token (and drafts); the rest of the budget goes to prompts, in
-chunks: a quarter of it to the oldest, which so comes to its end whatever arrives, and the rest to the shortest first,
-so that a short prompt does not wait for a long one. When blocks run out, the youngest sequence gives up its own and
-computes its tokens again later (what it had is often still known by then); the oldest never has to. So the oldest
-request always advances, and every request becomes the oldest.
+Requests are admitted strictly in the order of their arrival: the head of the queue waits until its tokens fit. In a
+step, every decoding sequence computes its one token (and drafts). The rest of the token budget goes to prompts, in
+chunks: a quarter to the oldest, so that it finishes whatever arrives, and the rest to the shortest first, so that a
+short prompt does not wait for a long one. When blocks run out, the youngest sequence is preempted: it releases its
+blocks and computes its tokens again later (often from the prefix cache). The oldest is never preempted. So the oldest
+request always advances, and every request becomes the oldest: none starves.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from gptsmith.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A sequence and how many of its tokens (its drafts last) the pass computes."""
+    """A sequence and how many of its tokens the step computes, drafts included."""
 
     sequence: Sequence
     count: int
 
 
 class Scheduler:
-    """max_batch: most sequences of one pass. max_batch_tokens: most tokens of one pass (more than max_batch)."""
+    """max_batch: most sequences per step. max_batch_tokens: most tokens per step, at least max_batch."""
 
     def __init__(self, blocks: BlockManager, *, max_batch: int, max_batch_tokens: int) -> None:
         self.blocks, self.max_batch, self.max_batch_tokens = blocks, max_batch, max_batch_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.waiting_for_beams: list[Sequence] = []
-        """Beams that wait for their siblings; they compute nothing, but may hold blocks."""
+        """Beams that have candidates and wait for the other beams of their request. They can hold blocks."""
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, at its place in the order of arrival."""
+        """Queue a sequence, in the order of arrival."""
         if self.waiting and sequence.order < self.waiting[-1].order:
             self.waiting = deque(sorted([*self.waiting, sequence], key=lambda s: s.order))
         else:
             self.waiting.append(sequence)
 
     def admit(self, sequence: Sequence) -> None:
-        """Run a sequence that holds blocks at once, if there is a place; else it gives them up and is queued."""
+        """Run a sequence that holds blocks, if the batch has room; otherwise release its blocks and queue it."""
         if len(self.running) < self.max_batch:
             insort(self.running, sequence, key=lambda s: s.order)
         else:
@@ -53,18 +53,19 @@ class Scheduler:
             self.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its blocks are free."""
-        for place in (self.running, self.waiting_for_beams, self.waiting):
-            if sequence in place:
-                place.remove(sequence)
+        """Remove a sequence from wherever it is, and release its blocks."""
+        for sequences in (self.running, self.waiting_for_beams, self.waiting):
+            if sequence in sequences:
+                sequences.remove(sequence)
         self.blocks.release(sequence)
 
     def hold_beam(self, sequence: Sequence) -> None:
+        """Let a running beam wait for the other beams of its request."""
         self.running.remove(sequence)
         self.waiting_for_beams.append(sequence)
 
     def resume_beam(self, sequence: Sequence) -> None:
-        """Back to work, or to the queue if its blocks were taken away meanwhile."""
+        """Run a beam that waited, or queue it if it was preempted meanwhile."""
         if sequence in self.waiting_for_beams:
             self.waiting_for_beams.remove(sequence)
             self.admit(sequence)
@@ -72,13 +73,13 @@ class Scheduler:
             self.add(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next pass; at least one token, if there is any sequence that is not waiting_for_beams."""
+        """Return what the next step computes: at least one token, unless all sequences wait for other beams."""
         chosen: dict[Sequence, int] = {}
         budget = self.max_batch_tokens
         decoding = [s for s in self.running if s.remaining == 1]
-        crowded = len(self.waiting) > 0 or len(decoding) < len(self.running)  # prompts have a use for the budget
+        crowded = len(self.waiting) > 0 or len(decoding) < len(self.running)  # prompts can use the budget
         for i, sequence in enumerate(decoding):
-            if sequence not in self.running:  # given up for an older one
+            if sequence not in self.running:  # preempted for an older one
                 continue
             if crowded or len(decoding) - i + len(sequence.drafts) > budget:
                 sequence.drafts = []
@@ -96,7 +97,7 @@ class Scheduler:
             budget -= shares[oldest]
             for sequence in [*sorted(others, key=lambda s: s.remaining), oldest]:
                 if sequence is oldest and any(shares[s] == s.remaining for s in others):
-                    break  # a prompt ends in this pass: its first token does not wait for the oldest to fill it up
+                    break  # a prompt ends in this step: its first token does not wait for the oldest to fill it up
                 more = min(sequence.remaining - shares[sequence], budget)
                 shares[sequence] += more
                 budget -= more
@@ -115,14 +116,15 @@ class Scheduler:
             insort(self.running, head, key=lambda s: s.order)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for all its tokens, besides what those that run still need for theirs."""
+        """Return whether enough blocks are available for all its tokens and those of the running sequences."""
         promised = [0] * len(self.blocks.pools)
         for other in [*self.running, sequence]:
             promised = [a + b for a, b in zip(promised, self.blocks.missing(other), strict=True)]
         return all(n <= pool.available for n, pool in zip(promised, self.blocks.pools, strict=True))
 
     def _make_room(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> bool:
-        """Blocks for `count` more tokens, if need be from younger sequences; False if the sequence had to give way."""
+        """Take the blocks for `count` more tokens, preempting younger sequences if needed. Return False if the sequence
+        itself was preempted."""
         while not self.blocks.extend(sequence, count):
             idle = [s for s in self.waiting_for_beams if s.computed]
             younger = [s for s in [*self.running, *idle] if s.order > sequence.order]
@@ -139,7 +141,7 @@ class Scheduler:
         sequence.drafts = []
         self.blocks.release(sequence)
         if sequence in self.waiting_for_beams:
-            self.waiting_for_beams.remove(sequence)  # it comes back through `resume_beam`
+            self.waiting_for_beams.remove(sequence)  # `resume_beam` brings it back
         else:
             self.running.remove(sequence)
             self.add(sequence)

@@ -1,4 +1,4 @@
-"""A request and its sequences: what has been asked, what has been made of it, and what comes out."""
+"""The data of the engine: requests, their sequences, and the events and results that they return."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptsmith.errors import GptsmithError
 from gptsmith.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
-"""stop: a stop token, the end of a grammar, or whoever reads the text. length: `max_tokens`. context: the context is
-full and `overflow` allows no more. cancelled: by `abort`. error: see the result's `error`."""
+"""stop: a stop token or stop string, or the end of a grammar. length: `max_tokens` reached. context: the context is
+full and `overflow` does not allow more. cancelled: by `abort`. error: see the result's `error`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability (natural log) of a token among all, before temperature and filters.
+    """The log-probability of a token (in nats), before temperature and filters.
 
-    top: the most probable tokens of that place with theirs, as many as were asked for, best first.
+    top: (token, log-probability) of the most probable tokens at that position, as many as were asked for, best first.
     """
 
     id: int
@@ -30,9 +30,10 @@ class TokenLogprob:
 
 @dataclass
 class Completion:
-    """One sample. ids: the stop token is among them, if one ended it; with `echo` the prompt comes first.
+    """One continuation of a prompt.
 
-    logprobs: of each of ids, if asked for (None for the first token of an echoed prompt, which nothing predicts).
+    ids: generated tokens, including the stop token that ended it, if any; with `echo`, the prompt comes first.
+    logprobs: of each of the ids, if asked for. None for the first token of an echoed prompt, which nothing predicts.
     cumulative_logprob: of all generated ids; None unless log-probabilities, best_of or beams were asked for.
     """
 
@@ -45,11 +46,12 @@ class Completion:
 
 @dataclass
 class Result:
-    """What came of a request.
+    """The result of a request.
 
-    prompt_logprobs: for each token of the prompt, if asked for; None for the first. prompt_ids: as they were read, that
-    is, without what `overflow="truncate"` cut off. cached_tokens: of the prompt, how many were known already.
-    error: why the request failed; its completions hold what had been made before.
+    prompt_ids: the prompt as it was computed, that is, without what `overflow="truncate"` cut off.
+    prompt_logprobs: for each token of the prompt, if asked for; None for the first.
+    cached_tokens: how many tokens of the prompt came from the prefix cache.
+    error: why the request failed; its completions hold what had been generated before.
     """
 
     request: int
@@ -61,15 +63,15 @@ class Result:
 
     @property
     def ids(self) -> list[int]:
-        """The first completion's."""
+        """The ids of the first completion."""
         return self.completions[0].ids
 
 
 @dataclass(slots=True)
 class Event:
-    """News of one sample: ids that are new since the last event, their log-probabilities, and why it ended, if it did.
+    """New tokens of one sample since its last event, their log-probabilities, and why it ended, if it did.
 
-    result: of the whole request, with its last event.
+    result: of the whole request; only on its last event.
     """
 
     request: int
@@ -81,9 +83,10 @@ class Event:
 
 
 class Request:
-    """A prompt, how to continue it, and the sequences that do.
+    """A prompt, its parameters, and the sequences that continue it.
 
-    number: its place in the order of arrival. salt: what is computed is shared among requests of the same.
+    number: its position in the order of arrival. salt: only requests with the same salt share cached blocks.
+    forked: whether the samples after the first have been created.
     """
 
     def __init__(
@@ -106,12 +109,12 @@ class Request:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether logits of the prompt are still wanted: then all of it is computed, whatever is known."""
+        """Whether log-probabilities of the prompt are still missing: then all of it is computed, cached or not."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
 
 
 class Sequence:
-    """Tokens that are being continued.
+    """A list of tokens that is being continued.
 
     tokens: the prompt and the generated tokens; those before `start` are outside the context.
     computed: for how many tokens from `start` on `tables` (one block table per group of layers) holds keys and values;
@@ -134,11 +137,11 @@ class Sequence:
         self.candidates: list[tuple[float, int, TokenLogprob]] | None = None
         self.finish_reason: FinishReason | None = None
         self.emitted, self.emitted_end = 0, False
-        """How many generated tokens events have told of, and whether of the end."""
+        """How many generated tokens events have reported, and whether they have reported the end."""
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who comes first: by arrival, then by index."""
+        """The scheduling order: by arrival, then by index."""
         return self.request.number, self.index
 
     @property
@@ -147,12 +150,12 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens within the context."""
+        """The number of tokens within the context."""
         return len(self.tokens) - self.start
 
     @property
     def remaining(self) -> int:
-        """Tokens that are not computed yet; 1 when decoding."""
+        """The number of tokens that are not computed yet; 1 when decoding."""
         return self.length - self.computed
 
     @property
@@ -160,7 +163,7 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     def push(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Append a token that was chosen."""
+        """Append a generated token."""
         self.tokens.append(token)
         self.sampler.push(token)
         if logprob is not None:
@@ -168,14 +171,14 @@ class Sequence:
             self.cumulative_logprob += logprob.logprob
 
     def fork(self, index: int, seed: int) -> Sequence:
-        """A copy that goes its own way, without blocks."""
+        """Return an independent copy without blocks."""
         child = Sequence(self.request, index, self.sampler.fork(seed), len(self.tables))
         child.tokens, child.start, child.block_hashes = list(self.tokens), self.start, list(self.block_hashes)
         child.logprobs, child.cumulative_logprob = list(self.logprobs), self.cumulative_logprob
         child.preemptions = self.preemptions
         return child
 
-    def shift(self, kept: int) -> None:
-        """Forget all but the last `kept` tokens; they stand at the beginning of the context then."""
-        self.start = len(self.tokens) - kept
+    def shift(self, length: int) -> None:
+        """Move the context forward so that it begins with the last `length` tokens."""
+        self.start = len(self.tokens) - length
         self.block_hashes.clear()

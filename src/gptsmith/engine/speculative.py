@@ -1,197 +1,180 @@
-"""Guessing ahead: several tokens are guessed cheaply and checked in one pass of the model (Leviathan et al. 2023,
+"""Speculative decoding: propose several tokens cheaply and check them in one step of the model (Leviathan et al. 2023,
 2211.17192; prompt lookup: Saxena 2023).
 
-Exact, and more: the model chooses each token as it would have without a guess, with the same random number
-(`SamplerState.uniform`), and a guess counts where it is what was chosen. So the text is the very text that plain
-decoding writes, sampled or greedy, and a guess is right as often as the model gives it probability.
+The generated text does not change. The model chooses each token as it would without drafts, with the same random number
+(`SamplerState.uniform`), and a draft is accepted where it equals the chosen token. So a draft is right as often as the
+model gives it probability.
 
-Checking pays only where guesses are often right. `Speculator` measures, for each number of sequences in a pass, what a
-pass costs with and without guesses and how many tokens either yields, and does without where guessing is slower.
+Checking pays only where drafts are often right. `Speculator` measures, for each number of sequences in a step, what
+steps with and without drafts cost and how many tokens they yield, and stops proposing where that is slower.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Sequence as Items
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from gptsmith.engine.engine import Engine
-from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Sequence
 from gptsmith.errors import UsageError
-from gptsmith.model.transformer import Transformer
+from gptsmith.log import note
 
 
 class Drafter(Protocol):
-    """Guesses what follows."""
+    """Proposes the next tokens of sequences."""
 
     def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
-        """For each sequence up to `count` tokens that may come next."""
+        """Return up to `count` tokens for each sequence."""
 
 
 class PromptLookup:
-    """Where the last tokens occurred before, what followed them then. longest, shortest: how many tokens must agree."""
+    """Proposes what followed the last tokens where they occurred before. longest, shortest: how many must agree."""
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
             raise UsageError(f"prompt lookup needs 1 ≤ shortest ≤ longest, not {shortest} and {longest}.")
         self.longest, self.shortest = longest, shortest
-        self._places: WeakKeyDictionary[Sequence, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
+        # For each sequence: how many of its tokens are indexed, and n-gram -> position after its last occurrence.
+        self._indexes: WeakKeyDictionary[Sequence, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
     def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
-        guesses = []
+        proposals = []
         for sequence in sequences:
-            upto, places = self._places.get(sequence, (0, {}))
+            indexed, index = self._indexes.get(sequence, (0, {}))
             tokens = sequence.tokens
-            for end in range(upto, len(tokens)):  # each run of tokens -> where what follows its last occurrence begins
+            for end in range(indexed, len(tokens)):
                 for size in range(self.shortest, self.longest + 1):
                     if end >= size:
-                        places[tuple(tokens[end - size : end])] = end
-            self._places[sequence] = (len(tokens), places)
-            guesses.append(self._after(tokens, places, count))
-        return guesses
+                        index[tuple(tokens[end - size : end])] = end
+            self._indexes[sequence] = (len(tokens), index)
+            proposals.append(self._continuation(tokens, index, count))
+        return proposals
 
-    def _after(self, tokens: list[int], places: dict[tuple[int, ...], int], count: int) -> list[int]:
+    def _continuation(self, tokens: list[int], index: dict[tuple[int, ...], int], count: int) -> list[int]:
         for size in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
-            place = places.get(tuple(tokens[-size:]))
-            if place is not None:
-                return tokens[place : place + count]
+            after = index.get(tuple(tokens[-size:]))
+            if after is not None:
+                return tokens[after : after + count]
         return []
 
 
-class DraftModel:
-    """A smaller model of the same vocabulary. It draws with the sequence's own random numbers: where it gives tokens
-    about the same probabilities as the large one does, it draws the same tokens."""
-
-    def __init__(self, model: Transformer, *, vocab_size: int | None = None, max_batch: int = 32) -> None:
-        # Small blocks: what the last guess computed is found again but for a few tokens.
-        budget = max(256, max_batch)
-        self.engine = Engine(model, vocab_size=vocab_size, max_batch=max_batch, max_batch_tokens=budget, block_size=8)
-
-    def propose(self, sequences: Items[Sequence], count: int) -> list[list[int]]:
-        context = self.engine.context
-        wishes, prompts, places = [], [], []
-        for i, sequence in enumerate(sequences):
-            room = min(count, context - sequence.length)
-            if room >= 1:
-                params = sequence.request.params
-                prompts.append(sequence.tokens[sequence.start :])
-                wishes.append(
-                    SamplingParams(
-                        max_tokens=room,
-                        temperature=params.temperature,
-                        top_k=params.top_k,
-                        top_p=params.top_p,
-                        min_p=params.min_p,
-                        typical_p=params.typical_p,
-                        seed=sequence.sampler.seed,
-                    )
-                )
-                places.append(i)
-        guesses: list[list[int]] = [[] for _ in sequences]
-        numbers: dict[int, int] = {}
-        for i, prompt, wish in zip(places, prompts, wishes, strict=True):
-            sampler = sequences[i].sampler
-            with contextlib.suppress(UsageError):  # a token it does not have, or too long a text: it has no guess
-                numbers[i] = self.engine.add_request(prompt, wish, offset=sampler.offset + sampler.generated)
-        for i, result in zip(numbers, self.engine.drain(list(numbers.values())), strict=True):
-            guesses[i] = result.ids
-        return guesses
-
-
 class Speculator:
-    """Decides when to guess, and how many tokens: at most `most` at a time. Belongs to one engine.
+    """Decides when to propose drafts: at most `max_drafts` tokens per sequence and step. Belongs to one engine.
 
-    For each number of sequences in a pass, passes with guesses and without are compared by the seconds they take for a
-    token (the median of the last ones: a computer has its moments). What is not done at present is tried again every so
-    often, to notice when a text becomes predictable, or stops to be; the more rarely, the longer that was in vain.
-    Guessing is paid for out of an allowance: a share of the time that plain passes took, and what right guesses saved.
-    So all of it, trials included, costs no more than that share of plain decoding and one guess.
+    For each number of sequences in a step, it compares the seconds per token of steps with and without drafts (by the
+    median of recent steps, since single measurements are noisy). The slower mode is tried again from time to time, in
+    case the text has become predictable, or ceased to be; the more rarely, the more often that was in vain.
+
+    Trials are paid from an allowance: a fraction of the time that steps without drafts take, plus what right drafts
+    saved. So all of it together costs no more than that fraction of plain decoding, and one trial.
     """
 
-    SHARE = 0.05  # of the time of plain passes
-    MOST = 25  # plain passes' time: the most that the allowance comes to, and the most that is owed
+    ALLOWANCE = 0.05  # of the time of steps without drafts
+    MAX_ALLOWANCE = 25  # steps without drafts that the allowance can save, or owe, at most
 
-    def __init__(self, drafter: Drafter, most: int = 4) -> None:
-        if most < 1:
-            raise UsageError(f"speculation needs to guess at least 1 token, not {most}.")
-        self.drafter, self.most = drafter, most
+    def __init__(self, drafter: Drafter, max_drafts: int = 4) -> None:
+        if max_drafts < 1:
+            raise UsageError(f"speculation needs at least 1 draft token, not {max_drafts}.")
+        self.drafter, self.max_drafts = drafter, max_drafts
         self.drafted = self.accepted = 0
         self.failure: Exception | None = None
-        """What the drafter raised; there are no guesses from then on."""
-        self._known: dict[int, _ModeStats] = {}
+        """What the drafter raised; nothing is proposed from then on."""
+        self._stats: dict[int, _ModeStats] = {}
         self._allowance = 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """The share of guesses that were right."""
+        """The fraction of drafts that were right."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def should_speculate(self, batch: int) -> bool:
-        """Whether to guess in the next pass, of `batch` sequences."""
-        known = self._known.get(batch)
-        return known is not None and known.wants_to_guess() and self._allowance >= known.loss
+    def add_drafts(self, sequences: Items[Sequence], *, context: int, vocab_size: int) -> None:
+        """Give drafts to decoding sequences, if that pays. Tokens beyond the vocabulary or the context are dropped."""
+        eligible = [s for s in sequences if s.speculation_enabled and s.request.params.uses_raw_logits]
+        if not eligible or self.failure is not None or not self.should_speculate(len(sequences)):
+            return
+        try:
+            proposals = self.drafter.propose(eligible, self.max_drafts)
+        except Exception as failure:  # speculation is optional: decoding continues without it
+            self.failure = failure
+            note(f"note: speculative decoding failed and is off from now on: {type(failure).__name__}: {failure}")
+            return
+        for sequence, proposal in zip(eligible, proposals, strict=True):
+            room = min(sequence.request.params.max_tokens - sequence.sampler.generated - 1, context - sequence.length)
+            sequence.drafts = [id for id in proposal[: max(0, room)] if 0 <= id < vocab_size]
 
-    def record(self, batch: int, guessed: bool, seconds: float, tokens: int, guessing: float = 0.0) -> None:
-        """A pass of `batch` sequences took so long and yielded so many tokens; `guessing`: how much of the time went to
-        the drafter, whether it had a guess or not."""
-        known = self._known.setdefault(batch, _ModeStats())
-        known.since += 1
-        if guessed:
-            gain = tokens * known.plain.seconds_a_token - seconds
-            known.guessing.add(seconds, tokens)
+    def count_accepted(self, drafts: list[int], chosen: list[int]) -> None:
+        """Count the drafts of a sequence, and those that equal the tokens that were chosen."""
+        self.drafted += len(drafts)
+        self.accepted += next(
+            (i for i, (draft, token) in enumerate(zip(drafts, chosen, strict=False)) if draft != token), len(drafts)
+        )
+
+    def should_speculate(self, batch: int) -> bool:
+        """Return whether to propose drafts in the next step, of `batch` sequences."""
+        stats = self._stats.get(batch)
+        return stats is not None and stats.prefers_drafts() and self._allowance >= stats.expected_loss
+
+    def record(self, batch: int, drafted: bool, seconds: float, tokens: int, drafting: float = 0.0) -> None:
+        """Record what a step of `batch` sequences took and yielded. drafting: the part of the seconds that the drafter
+        took, whether it proposed something or not."""
+        stats = self._stats.setdefault(batch, _ModeStats())
+        stats.steps_in_mode += 1
+        if drafted:
+            gain = tokens * stats.plain.seconds_per_token - seconds
+            stats.speculative.add(seconds, tokens)
         else:
-            known.plain.add(seconds - guessing, tokens)
-            gain = self.SHARE * known.plain.seconds - guessing
-        most = self.MOST * known.plain.seconds
-        self._allowance = max(-most, min(most, self._allowance + gain))
+            stats.plain.add(seconds - drafting, tokens)
+            gain = self.ALLOWANCE * stats.plain.seconds - drafting
+        limit = self.MAX_ALLOWANCE * stats.plain.seconds
+        self._allowance = max(-limit, min(limit, self._allowance + gain))
 
 
 class _ModeStats:
-    """What is known of passes with one number of sequences."""
+    """Steps with and without drafts, for one number of sequences."""
 
-    TRIAL = 4  # passes of a kind to learn from
-    EVERY = 128  # passes until the other kind is tried again, and how many at most
-    RARELY = 1024
+    TRIAL = 4  # steps per trial of a mode
+    TRIAL_EVERY = 128  # steps between trials of the slower mode, at first
+    TRIAL_EVERY_MAX = 1024
 
     def __init__(self) -> None:
-        self.guessing, self.plain = _RunningStats(), _RunningStats()
-        self.since, self.until = 0, self.EVERY
-        """Passes since the other kind was tried, and how many there are to be."""
+        self.speculative, self.plain = _RunningStats(), _RunningStats()
+        self.steps_in_mode, self.trial_after = 0, self.TRIAL_EVERY
 
-    def wants_to_guess(self) -> bool:
+    def prefers_drafts(self) -> bool:
+        """Return whether drafts are faster, or are due for a trial."""
         if self.plain.count < self.TRIAL:
             return False
-        if self.guessing.count < self.TRIAL:
+        if self.speculative.count < self.TRIAL:
             return True
-        better = self.guessing.seconds_a_token < self.plain.seconds_a_token
-        if self.since >= self.until + self.TRIAL:
-            self.since, self.until = 0, self.EVERY if better else min(2 * self.until, self.RARELY)
-        return better != (self.since >= self.until)
+        faster = self.speculative.seconds_per_token < self.plain.seconds_per_token
+        if self.steps_in_mode >= self.trial_after + self.TRIAL:
+            self.steps_in_mode = 0
+            self.trial_after = self.TRIAL_EVERY if faster else min(2 * self.trial_after, self.TRIAL_EVERY_MAX)
+        in_trial = self.steps_in_mode >= self.trial_after
+        return faster != in_trial
 
     @property
-    def loss(self) -> float:
-        """The seconds that a pass with guesses will probably lose; as long as there was none, as if it took two."""
-        if not self.guessing.count:
+    def expected_loss(self) -> float:
+        """The seconds that a step with drafts is expected to lose. Before the first such step: as if it took two."""
+        if not self.speculative.count:
             return self.plain.seconds
-        return max(0.0, self.guessing.seconds - self.guessing.tokens * self.plain.seconds_a_token)
+        return max(0.0, self.speculative.seconds - self.speculative.tokens * self.plain.seconds_per_token)
 
 
 class _RunningStats:
-    """The last passes of a kind: the median of their seconds, the mean of their tokens. count: of all there were."""
+    """The last 16 steps of a mode: the median of their seconds and the mean of their tokens. count: of all steps."""
 
     def __init__(self) -> None:
         self.count, self.seconds, self.tokens = 0, 0.0, 0.0
-        self._steps = deque[tuple[float, int]](maxlen=16)
+        self._recent = deque[tuple[float, int]](maxlen=16)
 
     def add(self, seconds: float, tokens: int) -> None:
-        self._steps.append((seconds, tokens))
+        self._recent.append((seconds, tokens))
         self.count += 1
-        self.seconds = sorted(seconds for seconds, _ in self._steps)[len(self._steps) // 2]
-        self.tokens = sum(tokens for _, tokens in self._steps) / len(self._steps)
+        self.seconds = sorted(seconds for seconds, _ in self._recent)[len(self._recent) // 2]
+        self.tokens = sum(tokens for _, tokens in self._recent) / len(self._recent)
 
     @property
-    def seconds_a_token(self) -> float:
+    def seconds_per_token(self) -> float:
         return self.seconds / max(self.tokens, 1e-9)

@@ -1,0 +1,20 @@
+"""Selects how a model is run."""
+
+from __future__ import annotations
+
+import torch
+
+from gptsmith.engine.cpu_runner import CpuRunner, is_supported, worth_compiling
+from gptsmith.engine.cuda_graphs import GraphRunner
+from gptsmith.engine.runner import Runner
+from gptsmith.model.cache import PagedCache
+from gptsmith.model.transformer import Transformer
+
+
+def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
+    """Return the fastest runner for this model on its device."""
+    if cache.keys[0].is_cuda and not model.config.num_experts:  # how many tokens an expert has is not known to a graph
+        return GraphRunner(model, cache, vocab_size)
+    if worth_compiling(model) and is_supported(model) and cache.keys[0].dtype == torch.float32:
+        return CpuRunner(model, cache, vocab_size)
+    return Runner(model, cache, vocab_size)

@@ -1,0 +1,126 @@
+"""Chooses the next tokens of sequences whose logits have been computed, and appends them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptsmith.engine.beam import BeamSearch
+from gptsmith.engine.lifecycle import Lifecycle
+from gptsmith.engine.output import token_logprobs
+from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust, choose
+from gptsmith.engine.sequence import FinishReason, Request, Sequence, TokenLogprob
+from gptsmith.engine.speculative import Speculator
+from gptsmith.errors import GptsmithError
+
+
+class TokenSampler:
+    """Samples the tokens of all sequences of a step together. Sequences of a beam search go to `beam_search`."""
+
+    def __init__(self, lifecycle: Lifecycle, beam_search: BeamSearch, speculator: Speculator | None) -> None:
+        self._lifecycle, self._beam_search, self._speculator = lifecycle, beam_search, speculator
+
+    def sample(self, ready: list[tuple[Sequence, Tensor]]) -> None:
+        """Choose and append the next tokens of these sequences. logits: (1 + drafts, V) each, which predict the first
+        draft, ..., and the token after the last draft. A failure ends the request that caused it."""
+        beams: dict[Request, list[tuple[Sequence, Tensor]]] = {}
+        sampled: list[tuple[Sequence, Tensor]] = []
+        for sequence, logits in ready:
+            request = sequence.request
+            if request.params.beams > 1:
+                beams.setdefault(request, []).append((sequence, logits))
+                continue
+            try:  # the drafts are the parent's: siblings take only its first row
+                sampled += [(sequence, logits), *((child, logits[:1]) for child in self._fork_samples(sequence))]
+            except Exception as failure:  # out of memory, or a grammar that cannot be copied
+                self._lifecycle.fail(request, failure)
+        for request, beams_of_request in beams.items():
+            try:
+                self._beam_search.advance(request, beams_of_request)
+            except Exception as failure:
+                self._lifecycle.fail(request, failure)
+        sampled = [(sequence, logits) for sequence, logits in sampled if sequence.finish_reason is None]
+        if sampled:
+            self._sample_batch(sampled)
+
+    def _fork_samples(self, sequence: Sequence) -> list[Sequence]:
+        """Return the other samples of a prompt that has just been computed; they share its blocks."""
+        request = sequence.request
+        if request.forked or request.params.samples == 1:
+            return []
+        request.forked = True
+        children = [sequence.fork(i, request.seed + i) for i in range(1, request.params.samples)]
+        for child in children:
+            self._lifecycle.admit_fork(sequence, child)
+        return children
+
+    def _sample_batch(self, batch: list[tuple[Sequence, Tensor]]) -> None:
+        """Sample all together. If that fails, retry one by one to isolate the failing sequence."""
+        positions = [(sequence, ahead) for sequence, logits in batch for ahead in range(len(logits))]
+        raw = batch[0][1] if len(batch) == 1 else torch.cat([logits for _, logits in batch])
+        try:
+            adjusted = adjust(raw, [sequence.sampler for sequence, _ in positions])
+            _check_tokens_left(adjusted, [sequence for sequence, _ in positions])
+            ahead_of = [ahead for _, ahead in positions]
+            chosen = choose(adjusted, [sequence.sampler for sequence, _ in positions], ahead_of).tolist()
+        except Exception as failure:
+            if len(batch) == 1:
+                self._lifecycle.fail(batch[0][0].request, failure)
+            else:
+                for each in batch:
+                    if each[0].finish_reason is None:  # its request may have failed with an earlier sequence
+                        self._sample_batch([each])
+            return
+        all_params = [sequence.request.params for sequence, _ in positions]
+        top = [params.logprobs if params.best_of is None else 0 for params in all_params]
+        logprobs: list[TokenLogprob | None] = [None] * len(chosen)
+        if any(count is not None for count in top):
+            logprobs = token_logprobs(raw, chosen, top)
+        tokens = iter(list(zip(chosen, logprobs, strict=True)))
+        for sequence, logits in batch:
+            its_tokens = [next(tokens) for _ in range(len(logits))]
+            if sequence.finish_reason is None:
+                try:
+                    self._append(sequence, its_tokens)
+                except Exception as failure:  # of a grammar
+                    self._lifecycle.fail(sequence.request, failure)
+
+    def _append(self, sequence: Sequence, chosen: list[tuple[int, TokenLogprob | None]]) -> None:
+        """Append the chosen tokens as far as the drafts agree with them, and the token after."""
+        drafts, sequence.drafts = sequence.drafts, []
+        if self._speculator is not None:
+            self._speculator.count_accepted(drafts, [token for token, _ in chosen])
+        for i, (token, logprob) in enumerate(chosen):
+            self._lifecycle.append(sequence, token, logprob)
+            reason = _finish_reason(sequence, token, self._lifecycle.context)
+            if reason is not None:
+                self._lifecycle.finish(sequence, reason)
+                return
+            if i < len(drafts):
+                if drafts[i] != token:
+                    break
+                sequence.computed += 1  # the draft was right, so its keys and values are those of the token
+        self._lifecycle.blocks.commit(sequence)
+        self._lifecycle.shift_if_full(sequence)
+
+
+def _finish_reason(sequence: Sequence, token: int, context: int) -> FinishReason | None:
+    """Return why the sequence ends with this last token; None if it does not."""
+    params, sampler = sequence.request.params, sequence.sampler
+    if token in params.stop_ids and sampler.generated > params.min_tokens:
+        return "stop"
+    if sampler.stopped or (sampler.constraint is not None and sampler.constraint.finished):
+        return "stop"
+    if sampler.generated >= params.max_tokens:
+        return "length"
+    if sequence.length > context and params.overflow != "shift":
+        return "context"
+    return None
+
+
+def _check_tokens_left(adjusted: Tensor, sequences: list[Sequence]) -> None:
+    """Raise GptsmithError if a row of the adjusted logits (R, V) forbids every token."""
+    if all(sequence.sampler.params.uses_raw_logits for sequence in sequences):
+        return
+    if bool((adjusted.amax(dim=-1) == -torch.inf).any()):
+        raise GptsmithError(NO_TOKEN_ALLOWED)
