@@ -1,4 +1,4 @@
-"""Every mistake a person can make: one clear message, exit code 1 or 2, no traceback, existing files as they were."""
+"""User errors give one clear message and exit code 1 or 2, without a traceback, and leave existing files unchanged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Snapshot = Callable[[Path], dict[str, bytes | str | None]]
 
 
 @pytest.fixture
-def refused(run_cli: Cli, tmp_path: Path, snapshot: Snapshot) -> Callable[..., str]:
-    """Run a command that must fail: (its message, without line breaks and boxes). Nothing in tmp_path may change."""
+def rejected(run_cli: Cli, tmp_path: Path, snapshot: Snapshot) -> Callable[..., str]:
+    """Run a command that must fail and return its message in one line. Files in tmp_path must not change."""
 
     def check(*arguments: object, code: int, unchanged: Path = tmp_path) -> str:
         before = snapshot(unchanged)
@@ -66,45 +66,45 @@ HAVE_AN_ALPHABET = {"white space", "shorter than the context", "a few characters
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_text_that_cannot_be_trained_on(case: str, refused: Any, tmp_path: Path, tiny: list[str]) -> None:
+def test_unusable_text(case: str, rejected: Any, tmp_path: Path, tiny: list[str]) -> None:
     name, content, code, message = BAD_TEXTS[case]
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    assert message.format(path=path) in refused("train", path, "--out", tmp_path / "run", *tiny, code=code)
+    assert message.format(path=path) in rejected("train", path, "--out", tmp_path / "run", *tiny, code=code)
 
 
 @pytest.mark.parametrize("case", sorted(BAD_TEXTS.keys() - HAVE_AN_ALPHABET))
-def test_text_that_has_no_alphabet(case: str, refused: Any, tmp_path: Path) -> None:
+def test_text_without_characters(case: str, rejected: Any, tmp_path: Path) -> None:
     name, content, code, message = BAD_TEXTS[case]
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    err = refused("tokenizer", "train", path, "--kind", "char", "--out", tmp_path / "tok", code=code)
+    err = rejected("tokenizer", "train", path, "--kind", "char", "--out", tmp_path / "tok", code=code)
     assert message.format(path=path) in err
 
 
-def test_a_folder_without_text(refused: Any, tmp_path: Path, tiny: list[str]) -> None:
+def test_a_folder_without_text(rejected: Any, tmp_path: Path, tiny: list[str]) -> None:
     folder = tmp_path / "folder"
     (folder / "inner").mkdir(parents=True)
-    assert "no text in the folder" in refused("train", folder, *tiny, "--out", tmp_path / "run", code=1)
+    assert "no text in the folder" in rejected("train", folder, *tiny, "--out", tmp_path / "run", code=1)
     (folder / "inner" / "image.png").write_bytes(bytes(100))
     (folder / ".hidden").write_text("words")
-    assert "2 are hidden or binary" in refused("train", folder, *tiny, "--out", tmp_path / "run", code=1)
+    assert "2 are hidden or binary" in rejected("train", folder, *tiny, "--out", tmp_path / "run", code=1)
 
 
-def test_validation_text_of_ones_own(refused: Any, tmp_path: Path, text_file: Path, tiny: list[str]) -> None:
+def test_bad_validation_text(rejected: Any, tmp_path: Path, text_file: Path, tiny: list[str]) -> None:
     command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--val"]
-    assert "no such file" in refused(*command, tmp_path / "nothing.txt", code=2)
+    assert "no such file" in rejected(*command, tmp_path / "nothing.txt", code=2)
     (tmp_path / "one.txt").write_text("x")
-    assert "validation" in refused(*command, tmp_path / "one.txt", code=1)
+    assert "validation" in rejected(*command, tmp_path / "one.txt", code=1)
 
 
 @pytest.mark.parametrize("name", ["", "."])
-def test_no_text_at_all(name: str, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_text_at_all(name: str, rejected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused("train", *([name] if name else []), code=1 if name else 2)
-    assert "train on what?" in refused("train", "", code=2)
+    rejected("train", *([name] if name else []), code=1 if name else 2)
+    assert "train on what?" in rejected("train", "", code=2)
 
 
 # Names and values ----------------------------------------------------------------------------------------------------
@@ -134,14 +134,14 @@ def test_no_text_at_all(name: str, refused: Any, tmp_path: Path, monkeypatch: py
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_misspelt_name(
-    arguments: list[str], nearest: str, refused: Any, text_file: Path, finished: Path, tmp_path: Path
+def test_a_misspelled_name(
+    arguments: list[str], nearest: str, rejected: Any, text_file: Path, finished: Path, tmp_path: Path
 ) -> None:
     def resolved(argument: str) -> str:
         return argument.replace("TEXT", str(text_file)).replace("RUN", str(finished)).replace("TMP", str(tmp_path))
 
     code = 1 if arguments == ["generate", "RUNN"] else 2
-    assert nearest in refused(*map(resolved, arguments), code=code)
+    assert nearest in rejected(*map(resolved, arguments), code=code)
 
 
 @pytest.mark.parametrize(
@@ -192,26 +192,26 @@ def test_a_misspelt_name(
     ],
 )
 def test_a_value_out_of_range(
-    option: str, value: str, refused: Any, text_file: Path, tmp_path: Path, tiny: list[str]
+    option: str, value: str, rejected: Any, text_file: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    err = refused("train", text_file, "--out", tmp_path / "run", *tiny, option, value, code=2)
+    err = rejected("train", text_file, "--out", tmp_path / "run", *tiny, option, value, code=2)
     name = option.removeprefix("--").split(".")[-1]
     assert name in err.replace("_", "-")
 
 
 def test_compiling_without_a_compiler(
-    refused: Any, text_file: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    rejected: Any, text_file: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gptsmith.train.run.compiler_available", lambda device: False)
-    err = refused("train", text_file, "--out", tmp_path / "run", *tiny, "--compile", "on", code=1)
+    err = rejected("train", text_file, "--out", tmp_path / "run", *tiny, "--compile", "on", code=1)
     assert "--compile on needs a C++ compiler" in err
 
 
-def test_a_vocabulary_below_the_alphabet(refused: Any, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_a_vocabulary_below_the_alphabet(rejected: Any, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
     command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--tokenizer", "bpe", "--vocab-size", "100"]
-    assert "--vocab-size 100 is too small for byte-level BPE: at least 257" in refused(*command, code=2)
+    assert "--vocab-size 100 is too small for byte-level BPE: at least 257" in rejected(*command, code=2)
     command = ["tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size", "100"]
-    assert "--vocab-size 100 is too small" in refused(*command, code=2)
+    assert "--vocab-size 100 is too small" in rejected(*command, code=2)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +235,12 @@ def test_a_vocabulary_below_the_alphabet(refused: Any, text_file: Path, tmp_path
         ("--device", "meta"),
     ],
 )
-def test_a_sampling_value_out_of_range(option: str, value: str, refused: Any, finished: Path) -> None:
-    assert option in refused("generate", finished, option, value, code=2)
+def test_a_sampling_value_out_of_range(option: str, value: str, rejected: Any, finished: Path) -> None:
+    assert option in rejected("generate", finished, option, value, code=2)
 
 
-def test_a_prompt_the_tokenizer_does_not_know(refused: Any, finished: Path) -> None:
-    err = refused("generate", finished, "--prompt", "ba ko\nmi X", code=1)
+def test_a_prompt_the_tokenizer_does_not_know(rejected: Any, finished: Path) -> None:
+    err = rejected("generate", finished, "--prompt", "ba ko\nmi X", code=1)
     assert "'X' (U+0058) at character 9 (line 2, column 4)" in err
 
 
@@ -260,46 +260,46 @@ def test_a_prompt_the_tokenizer_does_not_know(refused: Any, finished: Path) -> N
     ],
 )
 def test_a_bad_configuration_file(
-    content: str | None, message: str, refused: Any, text_file: Path, tmp_path: Path
+    content: str | None, message: str, rejected: Any, text_file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    err = refused("train", text_file, "--out", tmp_path / "run", "--config", path, code=2)
+    err = rejected("train", text_file, "--out", tmp_path / "run", "--config", path, code=2)
     assert message in err
     assert str(path) in err
 
 
-def test_configurations_do_not_mix(refused: Any, text_file: Path, stopped: Path) -> None:
-    assert "use one of them" in refused("train", "--resume", stopped, "--preset", "char-small", code=2)
-    assert "leave the text and --out away" in refused("train", text_file, "--resume", stopped, code=2)
+def test_configurations_do_not_mix(rejected: Any, text_file: Path, stopped: Path) -> None:
+    assert "use one of them" in rejected("train", "--resume", stopped, "--preset", "char-small", code=2)
+    assert "leave the text and --out away" in rejected("train", text_file, "--resume", stopped, code=2)
 
 
 # Places --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_place_that_holds_another_run(refused: Any, text_file: Path, tiny: list[str], finished_copy: Path) -> None:
-    err = refused("train", text_file, "--out", finished_copy, *tiny, code=2)
+def test_an_output_with_another_run(rejected: Any, text_file: Path, tiny: list[str], finished_copy: Path) -> None:
+    err = rejected("train", text_file, "--out", finished_copy, *tiny, code=2)
     assert f"already holds a run. Continue it with `gptsmith train --resume {finished_copy}`" in err
 
 
-def test_a_place_that_holds_other_files(refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_an_output_with_other_files(rejected: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for out in (tmp_path / "mine", text_file):
         command = ["train", text_file, "--out", out, *tiny]
-        assert f"{out} exists and is not an empty directory" in refused(*command, code=2)
-        assert f"{out} exists" in refused("tokenizer", "train", text_file, "--out", out, code=2)
+        assert f"{out} exists and is not an empty directory" in rejected(*command, code=2)
+        assert f"{out} exists" in rejected("tokenizer", "train", text_file, "--out", out, code=2)
 
 
-def test_a_place_below_a_file(refused: Any, text_file: Path, tiny: list[str]) -> None:
-    err = refused("train", text_file, "--out", text_file / "run", *tiny, code=1)
+def test_an_output_below_a_file(rejected: Any, text_file: Path, tiny: list[str]) -> None:
+    err = rejected("train", text_file, "--out", text_file / "run", *tiny, code=1)
     assert "part of that path is a file, not a directory" in err
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system of one's own, with options; called again it is mounted with other ones."""
+    """Mount a small file system with options. Another call remounts it with other options."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a file system takes root on Linux")
     disk = tmp_path / "disk"
@@ -319,32 +319,32 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_no_permission(refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_no_permission(rejected: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     if os.name == "nt" or os.geteuid() == 0:
         pytest.skip("everything is permitted to root; see the read-only disk")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     try:
-        err = refused("train", text_file, "--out", locked / "run", *tiny, code=1)
+        err = rejected("train", text_file, "--out", locked / "run", *tiny, code=1)
         assert f"no permission to write {locked / 'run'}" in err
-        assert "no permission" in refused("tokenizer", "train", text_file, "--out", locked / "tok", code=1)
+        assert "no permission" in rejected("tokenizer", "train", text_file, "--out", locked / "tok", code=1)
         text_file.chmod(0)
-        err = refused("train", text_file, "--out", locked / "run", *tiny, code=1, unchanged=locked)
+        err = rejected("train", text_file, "--out", locked / "run", *tiny, code=1, unchanged=locked)
         assert f"cannot read {text_file}: permission denied" in err
     finally:
         text_file.chmod(0o644)
         locked.chmod(0o755)
 
 
-def test_a_read_only_disk(small_disk: Any, refused: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_a_read_only_disk(small_disk: Any, rejected: Any, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     disk = small_disk("ro")
-    err = refused("train", text_file, "--out", disk / "run", *tiny, code=1)
+    err = rejected("train", text_file, "--out", disk / "run", *tiny, code=1)
     assert f"no permission to write {disk / 'run'}" in err
-    assert "no permission" in refused("tokenizer", "train", text_file, "--out", disk / "tok", code=1)
-    assert "no permission" in refused("data", "get", "python-stdlib", "--out", disk / "text", code=1)
+    assert "no permission" in rejected("tokenizer", "train", text_file, "--out", disk / "tok", code=1)
+    assert "no permission" in rejected("data", "get", "python-stdlib", "--out", disk / "text", code=1)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_later(
+def test_a_full_disk_stops_the_run_which_resumes_later(
     small_disk: Any, run_cli: Cli, text_file: Path, tiny: list[str], finished: Path
 ) -> None:
     disk = small_disk("size=700k")
@@ -371,7 +371,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(
 def test_no_space_for_a_checkpoint(
     full_from: int, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same without a disk of one's own: the system says there is no space, from some step on."""
+    """The same with a simulated full disk from some step on."""
     from gptsmith.train.trainer import Trainer
 
     fsync, update, full = os.fsync, Trainer.update, [False]
@@ -448,8 +448,8 @@ def _garble(path: Path) -> None:
     path.write_text("{ not JSON")
 
 
-def _lie(path: Path) -> None:
-    """A manifest that fits another file."""
+def _change_checksum(path: Path) -> None:
+    """Change the checksum in the manifest."""
     manifest = json.loads(path.read_text())
     manifest["model.safetensors"]["sha256"] = "0" * 64
     path.write_text(json.dumps(manifest))
@@ -469,7 +469,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "tokenizer garbled": ("tokenizer.json", _garble),
     "tokenizer missing": ("tokenizer.json", Path.unlink),
     "manifest garbled": ("manifest.json", _garble),
-    "manifest lies": ("manifest.json", _lie),
+    "wrong checksum in the manifest": ("manifest.json", _change_checksum),
     "manifest missing": ("manifest.json", Path.unlink),
     "manifest emptied": ("manifest.json", _emptied_manifest),
     "optimizer state flipped": ("train/state.safetensors", _flip),
@@ -479,17 +479,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def _name_in_message(file: str, kind: str) -> str:
-    return "model.safetensors" if kind == "manifest lies" else file
+    return "model.safetensors" if kind == "wrong checksum in the manifest" else file
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     kind: str, stopped_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from gptsmith.checkpoint import CheckpointStore
 
-    file, spoil = DAMAGE[kind]
-    spoil(stopped_copy / "checkpoints" / "step-00000015" / file)
+    file, damage = DAMAGE[kind]
+    damage(stopped_copy / "checkpoints" / "step-00000015" / file)
     assert CheckpointStore(stopped_copy).newest_intact().name == "step-00000010"
     (warning,) = capfd.readouterr().err.splitlines()
     assert warning.startswith("warning: ")
@@ -497,11 +497,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 
 @pytest.mark.parametrize("kind", ["weights cut short", "optimizer state flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
+def test_resume_reports_a_damaged_checkpoint_and_uses_the_previous_one(
     kind: str, run_cli: Cli, stopped_copy: Path, finished: Path
 ) -> None:
-    file, spoil = DAMAGE[kind]
-    spoil(stopped_copy / "checkpoints" / "step-00000015" / file)
+    file, damage = DAMAGE[kind]
+    damage(stopped_copy / "checkpoints" / "step-00000015" / file)
     code, _, err = run_cli("train", "--resume", stopped_copy)
     assert code == 0, err
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
@@ -511,15 +511,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
 
 
 @pytest.mark.parametrize("kind", ["weights cut short", "configuration garbled"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_generates(
+def test_generate_reports_a_damaged_checkpoint_and_uses_the_previous_one(
     kind: str, run_cli: Cli, finished_copy: Path
 ) -> None:
-    file, spoil = DAMAGE[kind]
+    file, damage = DAMAGE[kind]
     best = (finished_copy / "best").resolve()
     assert best.name == "step-00000020"
     arguments = ["--prompt", "ba", "--temperature", "0", "--max-tokens", "5"]
     expected = run_cli("generate", finished_copy / "checkpoints" / "step-00000015", *arguments)[1]
-    spoil(best / file)
+    damage(best / file)
     code, out, err = run_cli("generate", finished_copy, *arguments)
     assert (code, out) == (0, expected)
     (warning,) = err.splitlines()
@@ -528,19 +528,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_generates(
 
 
 @pytest.mark.parametrize("kind", sorted(set(DAMAGE) - {"manifest missing", "manifest emptied"}))
-def test_a_damaged_model_directory_is_refused(kind: str, refused: Any, finished_copy: Path) -> None:
-    file, spoil = DAMAGE[kind]
+def test_a_damaged_model_directory_is_rejected(kind: str, rejected: Any, finished_copy: Path) -> None:
+    file, damage = DAMAGE[kind]
     directory = finished_copy / "checkpoints" / "step-00000020"
-    spoil(directory / file)
-    err = refused("generate", directory, code=1)
+    damage(directory / file)
+    err = rejected("generate", directory, code=1)
     assert kind == "configuration missing" or str(directory / _name_in_message(file, kind)) in err
 
 
-def test_no_checkpoint_is_left(refused: Any, stopped_copy: Path) -> None:
+def test_no_intact_checkpoint(rejected: Any, stopped_copy: Path) -> None:
     for checkpoint in (stopped_copy / "checkpoints").iterdir():
         _cut(checkpoint / "model.safetensors")
     for command in (["train", "--resume", stopped_copy], ["generate", stopped_copy]):
-        err = refused(*command, code=1)
+        err = rejected(*command, code=1)
         assert f"no checkpoint in {stopped_copy / 'checkpoints'} is intact" in err
         assert all(f"step-000000{step}/model.safetensors" in err for step in ("05", "10", "15"))
 
@@ -563,52 +563,54 @@ def test_no_checkpoint_is_left(refused: Any, stopped_copy: Path) -> None:
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_a_mismatched_model_directory(changes: dict[str, Any], message: str, refused: Any, finished_copy: Path) -> None:
-    """Made elsewhere, so without a manifest: only what it says of itself can be checked."""
+def test_a_mismatched_model_directory(
+    changes: dict[str, Any], message: str, rejected: Any, finished_copy: Path
+) -> None:
+    """A directory from elsewhere has no manifest; only its own consistency can be checked."""
     directory = finished_copy / "checkpoints" / "step-00000020"
     (directory / "manifest.json").unlink()
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, **changes}))
-    assert message in refused("generate", directory, code=1)
+    assert message in rejected("generate", directory, code=1)
 
 
-def test_a_tokenizer_of_another_model(refused: Any, finished_copy: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_a_tokenizer_of_another_model(rejected: Any, finished_copy: Path, tmp_path: Path, run_cli: Cli) -> None:
     directory = finished_copy / "checkpoints" / "step-00000020"
     (directory / "manifest.json").unlink()
     (tmp_path / "wide.txt").write_text("".join(map(chr, range(33, 200))))
     assert run_cli("tokenizer", "train", tmp_path / "wide.txt", "--kind", "char", "--out", tmp_path / "tok")[0] == 0
     shutil.copy(tmp_path / "tok" / "tokenizer.json", directory)
-    assert "the tokenizer has 168 tokens, the model only 19" in refused("generate", directory, code=1)
+    assert "the tokenizer has 168 tokens, the model only 19" in rejected("generate", directory, code=1)
 
 
-def test_what_is_no_model_or_run(refused: Any, tmp_path: Path, text_file: Path) -> None:
+def test_a_path_that_is_not_a_model_or_run(rejected: Any, tmp_path: Path, text_file: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nothing", tmp_path / "empty", text_file):
-        assert str(path) in refused("generate", path, code=1)
-        assert f"{path} is not a run: it has no run.json" in refused("train", "--resume", path, code=1)
-        assert "run.json" in refused("report", path, code=1) or not path.exists()
+        assert str(path) in rejected("generate", path, code=1)
+        assert f"{path} is not a run: it has no run.json" in rejected("train", "--resume", path, code=1)
+        assert "run.json" in rejected("report", path, code=1) or not path.exists()
 
 
-def test_resuming_with_another_architecture(refused: Any, stopped_copy: Path) -> None:
-    err = refused("train", "--resume", stopped_copy, "--model.hidden-size", "64", code=2)
+def test_resuming_with_another_architecture(rejected: Any, stopped_copy: Path) -> None:
+    err = rejected("train", "--resume", stopped_copy, "--model.hidden-size", "64", code=2)
     assert "model.hidden_size (32 → 64)" in err
-    err = refused("train", "--resume", stopped_copy, "--steps", "40", "--optim.lr", "0.1", code=2)
+    err = rejected("train", "--resume", stopped_copy, "--steps", "40", "--optim.lr", "0.1", code=2)
     assert "steps (20 → 40), optim.lr (0.02 → 0.1)" in err
 
 
 def test_a_checkpoint_of_another_architecture(
-    refused: Any, stopped_copy: Path, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path
+    rejected: Any, stopped_copy: Path, run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path
 ) -> None:
-    """A whole checkpoint, but of another run."""
+    """The checkpoint is intact but belongs to another run."""
     assert run_cli("train", text_file, "--out", tmp_path / "other", *tiny, "--model.hidden-size", "64")[0] == 0
     shutil.rmtree(stopped_copy / "checkpoints")
     shutil.copytree(tmp_path / "other" / "checkpoints", stopped_copy / "checkpoints")
-    err = refused("train", "--resume", stopped_copy, code=1)
+    err = rejected("train", "--resume", stopped_copy, code=1)
     assert "step-00000020 has another architecture than" in err
 
 
 @pytest.mark.parametrize("change", ["a line more", "a letter", "a new character", "gone"])
-def test_resuming_with_changed_data(change: str, refused: Any, stopped_copy: Path, words: str, tmp_path: Path) -> None:
+def test_resuming_with_changed_data(change: str, rejected: Any, stopped_copy: Path, words: str, tmp_path: Path) -> None:
     text = tmp_path / "moved.txt"
     text.write_text(words)
     record = json.loads((stopped_copy / "run.json").read_text())
@@ -616,20 +618,20 @@ def test_resuming_with_changed_data(change: str, refused: Any, stopped_copy: Pat
     (stopped_copy / "run.json").write_text(json.dumps(record))
     if change == "gone":
         text.unlink()
-        assert str(text) in refused("train", "--resume", stopped_copy, code=2)
+        assert str(text) in rejected("train", "--resume", stopped_copy, code=2)
         return
     changed = {"a line more": words + "ba\n", "a letter": "k" + words[1:], "a new character": "Ü" + words[1:]}
     text.write_text(changed[change])
-    err = refused("train", "--resume", stopped_copy, code=1)
+    err = rejected("train", "--resume", stopped_copy, code=1)
     assert f"the data of {stopped_copy} has changed since the run began ({text})" in err
 
 
-def test_resuming_a_finished_run(refused: Any, finished_copy: Path) -> None:
-    assert "is finished: all 20 steps are done" in refused("train", "--resume", finished_copy, code=2)
+def test_resuming_a_finished_run(rejected: Any, finished_copy: Path) -> None:
+    assert "is finished: all 20 steps are done" in rejected("train", "--resume", finished_copy, code=2)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda record: "{ not JSON", "run.json is damaged"),
         (lambda record: "[]", "run.json is damaged"),
@@ -642,18 +644,18 @@ def test_resuming_a_finished_run(refused: Any, finished_copy: Path) -> None:
     ],
     ids=["garbled", "no object", "no config", "no status", "no precision", "no data", "unknown key", "wrong type"],
 )
-def test_a_damaged_run_record(spoil: Callable[[Any], Any], message: str, refused: Any, stopped_copy: Path) -> None:
+def test_a_damaged_run_record(damage: Callable[[Any], Any], message: str, rejected: Any, stopped_copy: Path) -> None:
     path = stopped_copy / "run.json"
-    spoilt = spoil(json.loads(path.read_text()))
+    spoilt = damage(json.loads(path.read_text()))
     path.write_text(spoilt if isinstance(spoilt, str) else json.dumps(spoilt))
-    assert message in refused("train", "--resume", stopped_copy, code=1)
+    assert message in rejected("train", "--resume", stopped_copy, code=1)
 
 
-def test_a_run_that_another_process_trains(refused: Any, stopped_copy: Path) -> None:
+def test_a_run_that_another_process_trains(rejected: Any, stopped_copy: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with open(stopped_copy / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process is training in" in refused("train", "--resume", stopped_copy, code=2)
+        assert "another process is training in" in rejected("train", "--resume", stopped_copy, code=2)
 
 
 # The real thing ------------------------------------------------------------------------------------------------------
@@ -663,7 +665,7 @@ def test_a_run_that_another_process_trains(refused: Any, stopped_copy: Path) -> 
     ("arguments", "code"),
     [(["train", "nothing.txt"], 2), (["train", "empty.txt"], 1), (["generate", "."], 1), (["--bad"], 2), ([], 2)],
 )
-def test_in_a_process_of_its_own(arguments: list[str], code: int, tmp_path: Path) -> None:
+def test_in_a_new_process(arguments: list[str], code: int, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     done = subprocess.run([sys.executable, "-m", "gptsmith", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == code

@@ -1,4 +1,4 @@
-"""`gptsmith import` and `gptsmith export`: in, out, and in again."""
+"""`gptsmith import` and `gptsmith export`, and round trips through both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY, CONTEXT = 300, 24
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable[[str], Path]:
-    """A small random model of each family as transformers writes it. Not to be changed."""
+    """Return a small random model of a family as transformers writes it. Do not change it."""
     made: dict[str, Path] = {}
 
     def get(model_type: str) -> Path:
@@ -76,7 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable
 
 @pytest.fixture
 def source(models: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A directory to spoil."""
+    """A model directory that a test can damage."""
     return Path(shutil.copytree(models("qwen3"), tmp_path / "source"))
 
 
@@ -93,7 +93,7 @@ def set_in(path: Path, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
-def test_import_export_import_changes_no_bit(
+def test_import_export_import_is_exact(
     model_type: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
 ) -> None:
     first, out, second = tmp_path / "first", tmp_path / "out", tmp_path / "second"
@@ -113,7 +113,7 @@ def test_import_export_import_changes_no_bit(
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", None), ("fp16", None)])
-def test_what_is_exported_loads_in_transformers(
+def test_exported_models_load_in_transformers(
     model_type: str, dtype: str, tolerance: float | None, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +131,7 @@ def test_what_is_exported_loads_in_transformers(
     assert AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
 
 
-def test_precision_is_kept_unless_asked(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_precision_is_kept_by_default(source: Path, tmp_path: Path, run_cli: Cli) -> None:
     half = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(half, source / "model.safetensors", metadata={"format": "pt"})
     assert "bf16" in run_cli("import", source, "--out", tmp_path / "same")[1]
@@ -176,7 +176,7 @@ def test_upcycling(models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) 
         expected = load_model(dense)[0](ids)
         torch.testing.assert_close(load_model(outs[0])[0](ids), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert "upcycled to 3 experts, 1 a token" in (outs[0] / "README.md").read_text()
+    assert "upcycled to 3 experts, 1 per token" in (outs[0] / "README.md").read_text()
     assert run_cli("export", dense, "--to", "gguf", "--upcycle", 2, "--out", tmp_path / "x.gguf")[0] == 0
     assert load_model(tmp_path / "x.gguf")[0].config.num_experts == 2
 
@@ -186,15 +186,15 @@ def test_upcycling(models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) 
     [
         ("gpt2", ("--context", "99"), "learned positions end at 64; only rotary positions can be extended"),
         ("qwen3", ("--context", "10"), "the context is 64 already"),
-        ("qwen3", ("--context", "99999999"), "more than 2,097,152 tokens"),
-        ("qwen3", ("--rope-scaling", "ntk"), "give both"),
-        ("qwen3", ("--experts-per-tok", "2"), "give both"),
-        ("qwen3", ("--upcycle", "0"), "at least 1 expert"),
+        ("qwen3", ("--context", "99999999"), "limit of 2,097,152 tokens"),
+        ("qwen3", ("--rope-scaling", "ntk"), "requires --context"),
+        ("qwen3", ("--experts-per-tok", "2"), "requires --upcycle"),
+        ("qwen3", ("--upcycle", "0"), "must be at least 1"),
         ("qwen3", ("--upcycle", "2", "--experts-per-tok", "3"), "num_experts_per_tok (3) must be 1 to 2"),
         ("gpt2", ("--upcycle", "2"), "a gpt2 model cannot be upcycled; these can: llama, mistral, qwen3"),
     ],
 )
-def test_what_cannot_be_changed_is_said(
+def test_unsupported_transforms_are_reported(
     model_type: str,
     arguments: tuple[str, ...],
     message: str,
@@ -208,7 +208,7 @@ def test_what_cannot_be_changed_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_template_ids_card_and_license_go_along(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_settings_template_ids_card_and_license_are_copied(source: Path, tmp_path: Path, run_cli: Cli) -> None:
     set_in(source / "config.json", bos_token_id=3, eos_token_id=[0, 5], pad_token_id=4)
     set_in(source / "tokenizer_config.json", pad_token="<|endoftext|>")
     (source / "generation_config.json").write_text('{"eos_token_id": [0, 5], "top_k": 20}')
@@ -252,7 +252,7 @@ def test_a_run_is_exported_with_its_card(finished: Path, tmp_path: Path, run_cli
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
 
 
-def test_large_models_are_cut_into_shards(source: Path, tmp_path: Path) -> None:
+def test_large_models_are_split_into_shards(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = load_model(source)
@@ -266,7 +266,7 @@ def test_large_models_are_cut_into_shards(source: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_existing_places_are_refused(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_existing_outputs_are_rejected(source: Path, tmp_path: Path, run_cli: Cli) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
     for command in ("import", "export"):
@@ -279,7 +279,7 @@ def test_existing_places_are_refused(source: Path, tmp_path: Path, run_cli: Cli)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float, source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_weights_that_are_not_finite_are_rejected(value: float, source: Path, tmp_path: Path, run_cli: Cli) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = value
@@ -294,7 +294,7 @@ def test_weights_that_are_no_numbers_are_refused(value: float, source: Path, tmp
     load_model(source)  # not looked for at every load
 
 
-def test_weights_beyond_fp16_are_refused(source: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_weights_beyond_fp16_are_rejected(source: Path, tmp_path: Path, run_cli: Cli) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -312,11 +312,11 @@ def test_weights_beyond_fp16_are_refused(source: Path, tmp_path: Path, run_cli: 
         (("--to", "hf", "--dtype", "q8_0"), "no --dtype q8_0"),
         (("--to", "gguf", "--dtype", "bf16"), "no --dtype bf16"),
         (("--to", "gguf"), "ends in .gguf"),
-        (("--license", "a b"), "no identifier"),
+        (("--license", "a b"), "not a license identifier"),
         (("--to", "onnx"), "invalid choice"),
     ],
 )
-def test_wrong_options_are_explained(
+def test_wrong_options_are_reported(
     arguments: tuple[str, ...], message: str, source: Path, tmp_path: Path, run_cli: Cli
 ) -> None:
     code, out, err = run_cli("export", source, "--out", tmp_path / "out", *arguments)
@@ -325,14 +325,14 @@ def test_wrong_options_are_explained(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_larger_than_its_model_is_refused(source: Path, tmp_path: Path, run_cli: Cli, words: str) -> None:
+def test_a_tokenizer_larger_than_its_model_is_rejected(source: Path, tmp_path: Path, run_cli: Cli, words: str) -> None:
     train_bpe([words], VOCABULARY + 10).save(source)
     code, _, err = run_cli("import", source, "--out", tmp_path / "out")
     assert code == 1
     assert "the model only 300" in err
 
 
-def test_a_full_disk_is_explained(source: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(source: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
     def full(*_: object, **__: object) -> None:
@@ -345,7 +345,7 @@ def test_a_full_disk_is_explained(source: Path, tmp_path: Path, run_cli: Cli, mo
     assert names(tmp_path) == ["source"]
 
 
-def test_a_checkpoint_of_this_package_comes_back(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_a_checkpoint_round_trips(tmp_path: Path, bpe: Tokenizer) -> None:
     model = tiny_model("gpt2", vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1)
     save_checkpoint(tmp_path / "model", model, bpe)
     export_directory(tmp_path / "model", tmp_path / "out")
@@ -355,7 +355,7 @@ def test_a_checkpoint_of_this_package_comes_back(tmp_path: Path, bpe: Tokenizer)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
-def test_gguf_goes_out_and_comes_in(dtype: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) -> None:
+def test_gguf_round_trips(dtype: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) -> None:
     pytest.importorskip("gguf")
     source, file = models("qwen3"), tmp_path / "model.gguf"
     code, text, err = run_cli("export", source, "--to", "gguf", "--dtype", dtype, "--out", file)
@@ -375,7 +375,7 @@ def test_gguf_goes_out_and_comes_in(dtype: str, models: Callable[[str], Path], t
 
 
 @pytest.mark.parametrize("model_type", ["openai-gpt", "gpt_neo"])
-def test_gguf_without_such_a_family_is_refused(
+def test_gguf_rejects_unsupported_families(
     model_type: str, models: Callable[[str], Path], tmp_path: Path, run_cli: Cli
 ) -> None:
     pytest.importorskip("gguf")

@@ -1,4 +1,4 @@
-"""The model card says what is known, and what it quotes stays text."""
+"""The model card states what is known, and escapes what it quotes."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def run_directory(tmp_path: Path) -> Path:
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Its values are JSON, which any YAML reader reads alike."""
+    """Parse the front matter. Its values are JSON, which is valid YAML."""
     assert card.startswith("---\n")
     matter = card[4 : card.index("\n---\n", 4)]
     return {key: json.loads(value) for key, _, value in (line.partition(": ") for line in matter.splitlines())}
 
 
-def test_a_card_tells_data_recipe_and_results(run_directory: Path) -> None:
+def test_a_card_states_data_recipe_and_results(run_directory: Path) -> None:
     card = model_card(ABOUT, CONFIG, 1234567, read_run(run_directory))
     assert front_matter(card) == {
         "license": "mit",
@@ -73,9 +73,9 @@ def test_a_card_tells_data_recipe_and_results(run_directory: Path) -> None:
     assert "ffff" not in card
 
 
-def test_a_card_without_a_run_says_where_the_model_is_from() -> None:
+def test_a_card_without_a_run_states_the_origin() -> None:
     card = model_card(About("x", "apache-2.0", "bf16", "org/some_name"), CONFIG, 5)
-    assert "It comes from org/some_name." in card
+    assert "Origin: org/some_name." in card
     for heading in ("## Data", "## Recipe", "## Results"):
         assert heading not in card
 
@@ -129,8 +129,8 @@ def test_markdown_is_escaped(text: str, shown: str) -> None:
 
 
 @given(text=st.text(st.characters(categories=None), max_size=60))
-def test_no_text_breaks_out(text: str) -> None:
-    """A table cell stays a cell, a code block is closed by its own end alone, and all of it can be written."""
+def test_text_cannot_escape_its_cell_or_code_block(text: str) -> None:
+    """A cell stays one cell, only its own fence closes a code block, and the result is valid UTF-8."""
     cell = escape(text)
     assert "\n" not in cell
     unescaped = cell.replace("\\\\", "").replace("\\|", "").replace("\\<", "")
@@ -144,7 +144,7 @@ def test_no_text_breaks_out(text: str) -> None:
 
 
 @given(title=st.text(st.characters(categories=None), max_size=40), license=st.text(max_size=20))
-def test_the_front_matter_stays_what_it_is(title: str, license: str) -> None:
+def test_the_front_matter_round_trips(title: str, license: str) -> None:
     card = model_card(About(title, license, "fp32", title), CONFIG, 5)
     assert front_matter(card)["license"] == license
     card.encode("utf-8")

@@ -1,4 +1,4 @@
-"""Perplexity of a text: how many tokens a model hesitates between, on average."""
+"""Perplexity of a text: exp of the mean loss, the effective number of tokens a model chooses between."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from gptsmith.model.transformer import Transformer
 
 @torch.inference_mode()
 def perplexity(model: Transformer, ids: Sequence[int], *, window: int = 512) -> float:
-    """exp of the mean loss over the tokens of a text (at least two), in consecutive windows that do not overlap.
+    """Return exp of the mean loss over the tokens of a text, in consecutive windows that do not overlap.
 
-    The first token of a window is not predicted. Leaves the model's mode.
+    The first token of each window is context only and not scored. The model's training mode is restored.
+    Raises UsageError for a text of fewer than two tokens.
     """
     window = min(window, model.config.max_position_embeddings)
     parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     parts = [part for part in parts if len(part) > 1]
     if not parts:
-        raise UsageError("the text is too short to measure perplexity on: it has fewer than two tokens.")
+        raise UsageError("the text is too short to measure perplexity: it has fewer than two tokens.")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -1,9 +1,9 @@
-"""Models on the way out: a Hugging Face directory in a chosen precision, or a GGUF file. Written whole or not at all.
+"""Export a model as a Hugging Face directory in a chosen precision, or as a GGUF file. Both are written atomically.
 
     export_directory("runs/bard", Path("bard"), dtype="bf16")
     export_gguf("runs/bard", Path("bard.gguf"), dtype="q8_0")
 
-What is written has been looked at more closely than what is merely used: every weight is a finite number.
+Unlike loading for use, exporting checks that every weight is a finite number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import explain_full_disk
-from gptsmith.errors import CheckpointError, TokenizerError, UsageError
+from gptsmith.errors import CheckpointError, TokenizerError, UsageError, first_few
 from gptsmith.export.model_card import About, license_of, model_card, run_of
 from gptsmith.export.transforms import ModelTransform
 from gptsmith.formats.hf import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, config_to_hf, weights_to_hf
@@ -35,13 +35,13 @@ from gptsmith.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gptsmith.formats.gguf import GgufType
 
-UNCHANGED = ModelTransform()
+NO_TRANSFORM = ModelTransform()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARD_FILE = "README.md"
-SHARD_BYTES = 5_000_000_000  # larger models are cut into files of at most this
+SHARD_BYTES = 5_000_000_000  # larger models are split into files of at most this size
 
-_KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LARGEST_KEPT_FILE = 1 << 20  # bytes, of a card or license that goes along
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MAX_COPIED_BYTES = 1 << 20  # of a model card or license file
 
 
 def export_directory(
@@ -50,20 +50,20 @@ def export_directory(
     *,
     dtype: str = "auto",
     license: str | None = None,
-    transform: ModelTransform = UNCHANGED,
+    transform: ModelTransform = NO_TRANSFORM,
 ) -> tuple[Transformer, str]:
-    """Write the model that `spec` means (see `resolve_model`) as a Hugging Face directory with a model card.
+    """Write the model that `spec` refers to (see `resolve_model`) as a Hugging Face directory with a model card.
 
-    dtype: fp32, bf16, fp16, or auto: as it is stored there. license: for the card, instead of the model's own.
-    transform: what is changed in the model before.
-    Returns the model and the type its weights were stored in. Raises as `read_complete` and `write_directory` do.
+    dtype: fp32, bf16, fp16, or auto for the type in which the model is stored. license: for the card; overrides the
+    model's own. transform: applied to the model before it is written.
+    Returns the model and the name of the type it was written in. Raises as `read_verified` and `write_directory` do.
     """
-    refuse_existing(out)
+    reject_existing(out)
     if license is not None and not re.fullmatch(r"[\w.\-+]{1,64}", license):
-        raise UsageError(f"--license {license!r} is no identifier of a license, such as mit or apache-2.0.")
+        raise UsageError(f"--license {license!r} is not a license identifier, such as mit or apache-2.0.")
     source = open_model(resolve_model(spec))
     stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
-    model, tokenizer = read_complete(source)
+    model, tokenizer = read_verified(source)
     model = transform.apply(model)
     card = _card(spec, source, model, dtype_name(stored), license, transform.describe())
     write_directory(out, model, tokenizer, dtype=stored, source=source, card=card)
@@ -71,36 +71,36 @@ def export_directory(
 
 
 def export_gguf(
-    spec: str | Path, out: Path, *, dtype: GgufType = "f16", transform: ModelTransform = UNCHANGED
+    spec: str | Path, out: Path, *, dtype: GgufType = "f16", transform: ModelTransform = NO_TRANSFORM
 ) -> Transformer:
-    """Write the model that `spec` means as one GGUF file, for llama.cpp and its kin; returns the model.
+    """Write the model that `spec` refers to as one GGUF file for llama.cpp and compatible programs. Return the model.
 
-    dtype: f32, f16, q8_0 or q4_0. transform: what is changed in the model before. Raises UsageError for a family or
-    setting that llama.cpp does not have, and as `read_complete` does.
+    dtype: f32, f16, q8_0 or q4_0. transform: applied to the model before it is written.
+    Raises UsageError for a family or setting that llama.cpp does not support, and as `read_verified` does.
     """
     from gptsmith.formats.gguf import write_gguf
     from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
 
-    refuse_existing(out)
-    model, tokenizer = read_complete(open_model(resolve_model(spec)))
+    reject_existing(out)
+    model, tokenizer = read_verified(open_model(resolve_model(spec)))
     model = transform.apply(model)
     write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
     return model
 
 
-def refuse_existing(out: Path) -> None:
-    """UsageError if something is at `out` already (an empty directory does not count)."""
+def reject_existing(out: Path) -> None:
+    """Raise UsageError if `out` exists, unless it is an empty directory."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out} exists already. Choose another --out.")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`fp32`, `bf16` or `fp16`."""
+    """Return `fp32`, `bf16` or `fp16`."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def describe(out: Path, model: Transformer, dtype: str) -> str:
-    """What was written, in a line: parameters, family, context, vocabulary, precision, size."""
+    """Describe an exported model in one line: parameters, family, context, vocabulary, precision, size."""
     c = model.config
     size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))
     return (
@@ -110,10 +110,11 @@ def describe(out: Path, model: Transformer, dtype: str) -> str:
     )
 
 
-def read_complete(source: ModelSource) -> tuple[Transformer, Tokenizer]:
-    """The model in fp32 with its tokenizer, looked at more closely than for mere use: every weight is a finite number.
+def read_verified(source: ModelSource) -> tuple[Transformer, Tokenizer]:
+    """Read the model in fp32 and its tokenizer, and check that every weight is a finite number.
 
-    Raises CheckpointError that lists the tensors with NaN or infinite weights, TokenizerError for a misfit.
+    Raises CheckpointError that lists tensors with NaN or infinite weights, and TokenizerError if the tokenizer does not
+    fit the model.
     """
     tokenizer = source.tokenizer()
     if tokenizer.vocab_size > source.config.vocab_size:
@@ -122,7 +123,7 @@ def read_complete(source: ModelSource) -> tuple[Transformer, Tokenizer]:
             f"{source.config.vocab_size:,}."
         )
     model = source.model()
-    _refuse_not_finite(weights_to_hf(model), f"{source.path} has weights that are NaN or infinite")
+    _check_finite(weights_to_hf(model), f"{source.path} has weights that are NaN or infinite")
     return model, tokenizer
 
 
@@ -136,16 +137,16 @@ def write_directory(
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face model directory that transformers loads: configuration, weights, tokenizer, card.
+    """Write a Hugging Face model directory that transformers can load: configuration, weights, tokenizer, model card.
 
-    source: where the model came from; its special token ids, generation settings and license file go along.
-    Raises UsageError if `out` exists, CheckpointError if weights do not fit into `dtype`, GptsmithError for a full
-    disk.
+    source: the model's origin, whose special token ids, generation settings and license file are copied.
+    Raises UsageError if `out` exists, CheckpointError if weights exceed the range of `dtype`, and GptsmithError if the
+    disk is full.
     """
-    refuse_existing(out)
+    reject_existing(out)
     weights = {name: tensor.to(dtype) for name, tensor in weights_to_hf(model).items()}
     if dtype != torch.float32:
-        _refuse_not_finite(weights, f"weights beyond the range of {dtype_name(dtype)} (use bf16 or fp32)")
+        _check_finite(weights, f"weights beyond the range of {dtype_name(dtype)} (use bf16 or fp32)")
     with atomic_directory(out) as directory, explain_full_disk(out):
         _write_json(directory / CONFIG_FILE, _configuration(model.config, tokenizer, dtype, source))
         _write_json(directory / GENERATION_FILE, _generation(tokenizer, source))
@@ -158,23 +159,24 @@ def write_directory(
             write_text(directory / CARD_FILE, card)
 
 
-def _refuse_not_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    bad = []
+def _check_finite(weights: Mapping[str, Tensor], problem: str) -> None:
+    not_finite = []
     for name, tensor in weights.items():
         if tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # a NaN anywhere makes both NaN; no copy is made
+            low, high = torch.aminmax(tensor.detach())  # both are NaN if any number is; needs no copy
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                bad.append(name)
-    if bad:
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise CheckpointError(f"{what}: {', '.join(bad[:8])}{more}.")
+                not_finite.append(name)
+    if not_finite:
+        raise CheckpointError(f"{problem}: {first_few(not_finite)}.")
 
 
 def _card(
     spec: str | Path, source: ModelSource, model: Transformer, dtype: str, license: str | None, changes: str
 ) -> str:
-    """The card to write: the model's own where it has one that still holds and is not of a run here, else one made of
-    what is known."""
+    """Return the model card: the model's own where it is still accurate, else a new one.
+
+    A run's card is always new, and so is that of a model that was transformed or gets another license.
+    """
     run = run_of(source.path)
     own = _own_card(source.path / CARD_FILE)
     if own is not None and run is None and not changes and license in (None, license_of(own)):
@@ -190,7 +192,7 @@ def _card(
 
 
 def _own_card(path: Path) -> str | None:
-    if not path.is_file() or path.stat().st_size > _LARGEST_KEPT_FILE:
+    if not path.is_file() or path.stat().st_size > _MAX_COPIED_BYTES:
         return None
     return path.read_text(encoding="utf-8", errors="replace")
 
@@ -200,7 +202,7 @@ def _configuration(
 ) -> dict[str, Any]:
     values = config_to_hf(config, eos_token_id=tokenizer.eos_id)
     if source is not None:
-        values |= {key: source.hf_config[key] for key in _KEPT_IDS if key in source.hf_config}
+        values |= {key: source.hf_config[key] for key in _TOKEN_IDS if key in source.hf_config}
     return values | {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -209,7 +211,7 @@ def _generation(tokenizer: Tokenizer, source: ModelSource | None) -> dict[str, A
         return dict(source.generation_config)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
     if source is not None:
-        ids |= {key: source.hf_config[key] for key in _KEPT_IDS if source.hf_config.get(key) is not None}
+        ids |= {key: source.hf_config[key] for key in _TOKEN_IDS if source.hf_config.get(key) is not None}
     return {**ids, "do_sample": True, "temperature": 0.8}
 
 
@@ -218,7 +220,7 @@ def _write_weights(directory: Path, weights: Mapping[str, Tensor], shard_bytes: 
 
     def save(shard: dict[str, Tensor], name: str) -> None:
         save_file(shard, directory / name, metadata={"format": "pt"})
-        shutil.copymode(directory / CONFIG_FILE, directory / name)  # it makes files that only their owner can read
+        shutil.copymode(directory / CONFIG_FILE, directory / name)  # safetensors makes the file private
 
     shards = list(_split(weights, shard_bytes))
     if len(shards) == 1:
@@ -234,7 +236,7 @@ def _write_weights(directory: Path, weights: Mapping[str, Tensor], shard_bytes: 
 
 
 def _split(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in order, in groups of at most `shard_bytes` (a larger tensor is alone)."""
+    """Yield the tensors in order, in groups of at most `shard_bytes`. A larger tensor gets a group of its own."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in weights.items():
@@ -247,12 +249,12 @@ def _split(weights: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str
 
 
 def _license_files(path: Path) -> list[Path]:
-    """The license and notice files beside a model; they go where it goes."""
+    """Return the license and notice files in a model's directory, which must accompany copies of the model."""
     if not path.is_dir():
         return []
     names = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
     files = [path / name for name in names]
-    return [file for file in files if file.is_file() and file.stat().st_size <= _LARGEST_KEPT_FILE]
+    return [file for file in files if file.is_file() and file.stat().st_size <= _MAX_COPIED_BYTES]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The model card: README.md of a model directory, with what is known of data, recipe and results.
+"""The model card: README.md of a model directory, with what is known about data, recipe and results.
 
-Its front matter is what model hubs read (license, library, kind of model). All that comes from elsewhere — names,
-settings, samples — is escaped: it stays text, whatever characters it has.
+Its front matter is read by model hubs (license, library, kind of model). Names, settings and samples are escaped, so
+that any characters in them are shown as text.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from gptsmith.log import duration
 from gptsmith.model.config import ModelConfig
 from gptsmith.run_directory import Run, best_validation, last_number, number, read_run
 
-_LONGEST_SAMPLE = 1500  # characters
+_MAX_SAMPLE = 1500  # characters
 _TAGS = ["gptsmith"]
 
 
 @dataclass(frozen=True)
 class About:
-    """What the card says that neither the model nor its run knows. license: an identifier such as `mit`."""
+    """What the card states besides the model's and the run's properties. license: an identifier such as `mit`."""
 
     title: str
     license: str
     dtype: str
     origin: str | None = None
-    """Where a model came from that was not trained here."""
+    """The origin of a model that was not trained here."""
     changes: str = ""
-    """What was changed in it since it was trained, in sentences."""
+    """Changes since training, in sentences."""
 
 
 def model_card(about: About, config: ModelConfig, parameters: int, run: Run | None = None) -> str:
-    """The text of README.md. run: the one that trained the model, if it is known."""
+    """Return the text of README.md. run: the run that trained the model, if known."""
     front = {
         "license": about.license,
         "library_name": "transformers",
@@ -49,7 +49,7 @@ def model_card(about: About, config: ModelConfig, parameters: int, run: Run | No
     sections = [
         f"# {escape(about.title)}",
         _introduction(about, config, parameters, run),
-        _table(_shape(config, about)),
+        _table(_properties(config, about)),
     ]
     if run is not None:
         sections += _training(run)
@@ -62,14 +62,14 @@ def model_card(about: About, config: ModelConfig, parameters: int, run: Run | No
         "```",
         'or `gptsmith generate DIR --prompt "..."`, where DIR is this directory.',
         "## Limits",
-        "A language model continues text in the manner of the text it was trained on. What it writes may be wrong, "
-        "unfair, or copied from that text; read it before you use it.",
+        "A language model imitates the text it was trained on. What it writes can be wrong, biased, or copied from "
+        "that text; check it before you use it.",
     ]
     return f"---\n{matter}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def run_of(directory: Path) -> Run | None:
-    """The run that a model directory belongs to: itself a run, or one of its checkpoints; None if neither."""
+    """Return the run that a directory is, or whose checkpoint it is; None if it is neither."""
     directory = Path(directory)
     resolved = directory.resolve()
     candidates = [directory, *([resolved.parent.parent] if resolved.parent.name == "checkpoints" else [])]
@@ -83,7 +83,7 @@ def run_of(directory: Path) -> Run | None:
 
 
 def license_of(readme: str) -> str | None:
-    """The license that a card's front matter gives, None if it gives none."""
+    """Return the license in a card's front matter, None if there is none."""
     matter = re.match(r"---\r?\n(.*?)\r?\n---\s", readme, re.DOTALL)
     line = (
         re.search(r"^license:[ \t]*[\"']?([\w.\-+]{1,64})[\"']?[ \t]*\r?$", matter[1], re.MULTILINE) if matter else None
@@ -92,32 +92,32 @@ def license_of(readme: str) -> str | None:
 
 
 def escape(text: str) -> str:
-    """`text` as Markdown that shows just that, on one line."""
+    """Return Markdown that shows exactly `text`, on one line."""
     line = " ".join(_printable(word) for word in str(text).split())
     return re.sub(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
 
 
 def fence(text: str) -> str:
-    """`text` in a code block that none of its own backticks closes."""
+    """Return `text` in a code block with a fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     return f"{marks}text\n{_printable(text, keep=chr(10) + chr(9))}\n{marks}"
 
 
 def _printable(text: str, *, keep: str = "") -> str:
-    """`text` with control characters, halves of characters and the like replaced."""
+    """Replace control characters, lone surrogates and other unprintable characters."""
     return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
 
 
 def _introduction(about: About, config: ModelConfig, parameters: int, run: Run | None) -> str:
-    made = f"trained with gptsmith {escape(str(run.info.get('version', __version__)))}" if run else "in gptsmith's form"
-    text = f"A language model of {parameters:,} parameters ({escape(config.model_type)}), {made}."
+    trained = f", trained with gptsmith {escape(str(run.info.get('version', __version__)))}" if run else ""
+    text = f"A language model of {parameters:,} parameters ({escape(config.model_type)}){trained}."
     if about.origin is not None:
-        text += f" It comes from {escape(about.origin)}."
+        text += f" Origin: {escape(about.origin)}."
     return f"{text} {escape(about.changes)}" if about.changes else text
 
 
-def _shape(config: ModelConfig, about: About) -> list[tuple[str, str]]:
+def _properties(config: ModelConfig, about: About) -> list[tuple[str, str]]:
     return [
         ("layers", f"{config.num_hidden_layers:,}"),
         ("width", f"{config.hidden_size:,}"),
@@ -130,7 +130,7 @@ def _shape(config: ModelConfig, about: About) -> list[tuple[str, str]]:
 
 def _training(run: Run) -> list[str]:
     sections = []
-    data = [  # a text's name, not where on somebody's disk it lay
+    data = [  # only file names: paths on the trainer's disk are private
         (name, Path(value).name if name in ("spec", "val") else value)
         for name, value in _flat(run.part("data"))
         if name != "fingerprint"
@@ -146,8 +146,8 @@ def _training(run: Run) -> list[str]:
     samples = [sample for sample in run.samples if str(sample.get("text", "")).strip()]
     if samples:
         last = samples[-1]
-        text = f"{last.get('prompt') or ''}{last['text']}"[:_LONGEST_SAMPLE]
-        sections += ["## A sample", f"Not chosen; at temperature {number(last.get('temperature')):g}:", fence(text)]
+        text = f"{last.get('prompt') or ''}{last['text']}"[:_MAX_SAMPLE]
+        sections += ["## A sample", f"Not selected; temperature {number(last.get('temperature')):g}:", fence(text)]
     return sections
 
 
@@ -171,7 +171,7 @@ def _results(run: Run) -> list[tuple[str, str]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as rows of (dotted name, value)."""
+    """Return nested settings as rows of (dotted name, value)."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
