@@ -56,7 +56,7 @@ BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
     "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "no field 'text'. There is txt"),
     "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
     "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
-    "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a sound gzip file"),
+    "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a valid gzip file"),
     "broken zstd": ("rows.jsonl.zst", b"not zstd at all", 1, "{path}"),
     "broken parquet": ("rows.parquet", b"PAR1 not parquet PAR1", 1, "{path}"),
 }  # fmt: skip

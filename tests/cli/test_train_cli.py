@@ -210,7 +210,7 @@ def test_another_field(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]
     command = ["train", path, "--out", tmp_path / "run", *tiny, "--steps", "2", "--sample-tokens", "0"]
     code, _, err = run_cli(*command)
     assert code == 1
-    option = err.split("Name the right one with ")[1].rstrip(".\n")
+    option = err.split("Choose the field with ")[1].rstrip(".\n")
     assert run_cli(*command, option, "body")[0] == 0  # the message names the option that helps
 
 

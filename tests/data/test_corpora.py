@@ -96,7 +96,7 @@ def test_every_corpus_is_fully_described() -> None:
         assert corpus.sha256 is None or len(bytes.fromhex(corpus.sha256)) == 32
         assert corpus.source is None or len(bytes.fromhex(corpus.source.sha256)) == 32
         assert not corpus.cached
-    assert "nearly, not exactly" in CORPORA["tinyshakespeare"].description
+    assert "nearly, but not exactly" in CORPORA["tinyshakespeare"].description
 
 
 def test_unknown_name_suggests_the_nearest() -> None:

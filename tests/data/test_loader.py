@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, position): nothing is seen twice in an epoch, whatever the number of ranks."""
+"""Batches are a pure function of seed and position, and show no token twice in an epoch for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptsmith.model.config import IGNORED
 
 
 def counting(length: int, document_starts: tuple[int, ...] = (0,), **options: object) -> TokenSplit:
-    """A split in which every token is its own position."""
+    """Return a split in which every token equals its position."""
     return TokenSplit.from_array(np.arange(length, dtype=np.uint32), document_starts, **options)
 
 
@@ -45,10 +45,10 @@ def test_permutations_look_random() -> None:
     offsets = starts.min(axis=1)
     order = (starts - offsets[:, None]) // 4
     assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (epochs, 1)))
-    expected = epochs / n  # each window is as likely as any other to come first, last, ...
+    expected = epochs / n  # each window is equally likely at every place
     for place in range(0, n, 7):
         chi_squared = np.sum((np.bincount(order[:, place], minlength=n) - expected) ** 2) / expected
-        assert chi_squared < 100  # 49 degrees of freedom: beyond 100 once in fifty thousand
+        assert chi_squared < 100  # with 49 degrees of freedom, 100 is exceeded once in fifty thousand
     neighbours = np.mean(np.diff(order, axis=1) % n == 1)
     assert neighbours == pytest.approx(1 / n, rel=0.1)
     assert np.bincount(offsets, minlength=4).min() > epochs / 4 * 0.85
@@ -75,7 +75,7 @@ def test_an_epoch_sees_no_target_twice(length: int, seq_len: int, seed: int, epo
     assert np.array_equal(batch.targets, batch.ids + 1)
 
 
-def test_every_token_comes_up_sooner_or_later() -> None:
+def test_every_token_is_a_target_at_some_time() -> None:
     loader = TokenLoader(counting(103), batch_size=12, seq_len=8, seed=0)
     seen: set[int] = set()
     for _ in range(100):
@@ -129,7 +129,7 @@ def test_a_batch_depends_on_seed_and_position_only() -> None:
     assert len({ids.numpy().tobytes() for ids in run}) == 40
 
 
-def test_the_cursor_survives_json() -> None:
+def test_the_position_survives_json() -> None:
     options: dict[str, Any] = {"batch_size": 4, "seq_len": 16, "seed": 5}
     loader = TokenLoader(counting(1000, fingerprint="abc"), **options)
     for _ in range(33):
@@ -145,7 +145,7 @@ def test_the_cursor_survives_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"seed": 6}, "the seed has changed (checkpoint: 5, now: 6)"),
         ({"seq_len": 8}, "the context length has changed"),
@@ -155,7 +155,7 @@ def test_the_cursor_survives_json() -> None:
         ({"mask_documents": True}, "the masking across documents has changed"),
     ],
 )
-def test_a_cursor_of_another_run_is_refused(change: dict[str, Any], says: str) -> None:
+def test_the_position_of_another_run_is_refused(change: dict[str, Any], message: str) -> None:
     def make(length: int = 1000, fingerprint: str = "abc", **options: Any) -> TokenLoader:
         return TokenLoader(
             counting(length, fingerprint=fingerprint), **{"batch_size": 4, "seq_len": 16, "seed": 5, **options}
@@ -164,12 +164,12 @@ def test_a_cursor_of_another_run_is_refused(change: dict[str, Any], says: str) -
     loader = make(**change)
     with pytest.raises(CheckpointError) as caught:
         loader.load_state_dict(make().state_dict())
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert loader.position == 0
 
 
 @pytest.mark.parametrize("change", [{"position": -1}, {"position": "7"}, {"position": None}, {"seed": ...}])
-def test_a_damaged_cursor_is_refused(change: dict[str, object]) -> None:
+def test_a_damaged_position_is_refused(change: dict[str, object]) -> None:
     loader = TokenLoader(counting(100), batch_size=4, seq_len=16, seed=5)
     state = {key: value for key, value in {**loader.state_dict(), **change}.items() if value is not ...}
     with pytest.raises(CheckpointError, match="cannot be resumed"):
@@ -192,7 +192,7 @@ def document_splits(draw: st.DrawFn) -> tuple[TokenSplit, tuple[int, ...]]:
 
 
 @given(document_splits(), st.integers(1, 15), st.integers(0, 1000))
-def test_documents_are_told_apart(case: tuple[TokenSplit, tuple[int, ...]], seq_len: int, position: int) -> None:
+def test_document_ids_separate_documents(case: tuple[TokenSplit, tuple[int, ...]], seq_len: int, position: int) -> None:
     split, starts = case
     masked = TokenLoader(split, batch_size=5, seq_len=seq_len, seed=1, mask_documents=True).batch_at(position)
     plain = TokenLoader(split, batch_size=5, seq_len=seq_len, seed=1).batch_at(position)

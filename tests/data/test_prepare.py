@@ -1,4 +1,4 @@
-"""Prepared tokens are exactly the tokenizer's, made once, split without overlap, and never left half-written."""
+"""Prepared tokens equal the tokenizer's. They are made once, split without overlap, and never left incomplete."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_tokens_are_those_of_the_whole_text(tmp_path: Path, tokenizer: Tokenizer
     assert open_dataset(dataset.directory, verify=True).fingerprint == dataset.fingerprint
 
 
-def test_the_cut_of_characters_is_exact(tmp_path: Path) -> None:
+def test_character_tokens_are_cut_exactly(tmp_path: Path) -> None:
     text = (WORDS * 20)[:1003]
     dataset = prepare(text_file(tmp_path, text), CHAR)
     assert len(dataset.train) == int(len(text) * 0.9)
@@ -148,7 +148,7 @@ def test_a_long_document_may_be_cut(tmp_path: Path) -> None:
     assert CHAR.decode(dataset.train.tokens()) + CHAR.decode(dataset.val.tokens()) == WORDS * 20
 
 
-def test_own_validation_text(tmp_path: Path) -> None:
+def test_separate_validation_text(tmp_path: Path) -> None:
     train = text_file(tmp_path, "abc xyz " * 100)
     val = text_file(tmp_path, "xyz é abc"[:4], "val.txt")
     dataset = prepare(train, CHAR, val=val, val_fraction=7.0)
@@ -427,14 +427,14 @@ def test_a_changed_byte_is_found_on_request(tmp_path: Path) -> None:
         open_dataset(directory, verify=True)
 
 
-def test_a_missing_directory(tmp_path: Path) -> None:
+def test_a_missing_dataset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing or damaged"):
         open_dataset(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.usefixtures("small_chunks")
-def test_an_interruption_leaves_nothing(
+def test_an_interruption_leaves_no_files(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     source = text_file(tmp_path, WORDS * 100)
@@ -459,8 +459,8 @@ def test_an_interruption_leaves_nothing(
     assert BPE.decode(all_tokens(prepare(source, BPE))) == WORDS * 100
 
 
-@pytest.mark.skipif(os.name == "nt", reason="leftovers are known only where there are file locks")
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="leftovers are only recognized where there are file locks")
+def test_files_of_a_killed_process_are_removed(tmp_path: Path, cache: Path) -> None:
     source = text_file(tmp_path, WORDS * 10)
     directory = prepare(source, CHAR).directory
     left = cache / f".tmp-abc123-{directory.name}"

@@ -1,4 +1,4 @@
-"""A split reads the same whether its tokens lie in one file or many, and damage is noticed."""
+"""A split reads the same for one shard or many, and refuses reads outside of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptsmith.data import TokenSplit
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[TokenSplit, list[int], list[int]]:
-    """A split over some shards, its ids, and where documents begin in it."""
+    """Draw a split over several shards, its ids, and the offsets at which its documents begin."""
     sizes = draw(st.lists(st.integers(0, 12), min_size=1, max_size=5))
     total = sum(sizes)
     ids = np.arange(total, dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""Text comes out as it is on disk, in bounded chunks; what is not text is refused by name and place."""
+"""Sources yield the text on disk in bounded chunks, and refuse what is not text with its file and place."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_characters_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert text_of(path) == text[1:]
 
 
-def test_pieces_are_bounded_and_progress_adds_up(tmp_path: Path) -> None:
+def test_chunks_are_bounded_and_progress_adds_up(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     text = "the quick brown fox, é\n" * 50_000
     path.write_text(text, encoding="utf-8")
@@ -102,8 +102,8 @@ WORDS = st.text(alphabet="abé漢1²'.,-_  \n\n\r\t", min_size=1, max_size=8)
 
 @settings(max_examples=300, deadline=None)
 @given(words=st.lists(WORDS, max_size=60), limit=st.integers(20, 50))
-def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(words: list[str], limit: int) -> None:
-    # " x " now and then: a place to cut within every window
+def test_tokens_of_the_chunks_are_the_tokens_of_the_whole_text(words: list[str], limit: int) -> None:
+    # " x " at intervals, so that every window has a place to cut
     text = " x ".join(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "CHUNK_CHARACTERS", limit)
@@ -118,7 +118,7 @@ def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(words: list[str], limi
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"caf\xe9 au lait", "byte 3"),
         (b"ok" * 200_000 + b"\xff", "byte 400000"),
@@ -127,10 +127,10 @@ def test_tokens_of_the_pieces_are_the_tokens_of_the_whole(words: list[str], limi
         ("hello".encode("utf-16"), "UTF-16"),
     ],
 )
-def test_not_utf8(tmp_path: Path, content: bytes, says: str) -> None:
+def test_not_utf8(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "input.txt"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         text_of(path)
     assert str(path) in str(caught.value)
 
@@ -188,7 +188,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path, capsys: pytest.Capt
     assert "2 text files; skipped 4" in capsys.readouterr().err
 
 
-def test_a_folder_fingerprint_knows_names_and_contents(tmp_path: Path) -> None:
+def test_a_folder_fingerprint_depends_on_names_and_contents(tmp_path: Path) -> None:
     prints = set()
     for place, (name, text) in enumerate([("a", "x"), ("b", "x"), ("a", "y"), ("a", "x")]):
         folder = tmp_path / str(place)
@@ -249,43 +249,43 @@ def test_text_compressed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (b'{"text": "unfinished', "line 2: not valid JSON"),
-        (b'["text"]', "line 2: a JSON object"),
-        (b'{"Text": "a", "id": 3}', "line 2: no field 'text'. There is Text, id. Did you mean 'Text'"),
+        (b'["text"]', "line 2: expected a JSON object"),
+        (b'{"Text": "a", "id": 3}', "line 2: no field 'text'. The fields are Text, id. Did you mean 'Text'"),
         (b'{"text": 7}', "line 2: field 'text' holds a number"),
         (b'{"text": null}', "line 2: field 'text' holds null"),
         (b'{"text": "caf\xe9"}', "line 2: not UTF-8 text"),
-        (b'{"text": "\\ud800"}', "line 2: half a surrogate"),
+        (b'{"text": "\\ud800"}', "line 2: half of a surrogate pair"),
         (b"[" * 100_000, "line 2: the JSON is nested too deeply"),
     ],
 )
-def test_bad_json_lines(tmp_path: Path, line: bytes, says: str) -> None:
+def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     with pytest.raises(DataError) as caught:
         text_of(path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1 << 20)
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "' + b"a" * (3 << 20))
     with pytest.raises(DataError, match="line 2: longer than 1 MB"):
         text_of(path)
 
 
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("compression", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["cut", "not packed"])
-def test_damaged_archives(tmp_path: Path, packing: str, damage: str) -> None:
+def test_damaged_archives(tmp_path: Path, compression: str, damage: str) -> None:
     rows = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(20_000))
-    packed = gzip.compress(rows) if packing == "gz" else pytest.importorskip("zstandard").compress(rows)
-    path = tmp_path / f"data.jsonl.{packing}"
+    packed = gzip.compress(rows) if compression == "gz" else pytest.importorskip("zstandard").compress(rows)
+    path = tmp_path / f"data.jsonl.{compression}"
     path.write_bytes(packed[: len(packed) // 2] if damage == "cut" else rows)
-    with pytest.raises(DataError, match="is cut short" if damage == "cut" else "is not a sound") as caught:
+    with pytest.raises(DataError, match="is incomplete" if damage == "cut" else "is not a valid") as caught:
         text_of(path)
     assert str(path) in str(caught.value)
 
@@ -303,7 +303,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), path, row_group_size=300)
     assert documents_of(path, field="body") == texts
     assert documents_of(path, field="kind")[:3] == ["a", "b", "a"]
-    with pytest.raises(DataError, match=r"no column 'text'\. There is body, id, kind"):
+    with pytest.raises(DataError, match=r"no column 'text'\. The fields are body, id, kind"):
         text_of(path)
     with pytest.raises(DataError, match="column 'id' holds int64"):
         text_of(path, field="id")

@@ -266,8 +266,8 @@ def test_gpt1_tokenizer_equals_transformers(llama: Path) -> None:
         ({"vocab.json": "{", "merges.txt": ""}, "vocab.json"),
         ({"vocab.json": "[]", "merges.txt": ""}, "not a JSON object"),
         ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "not a vocabulary"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "a q\n"}, "do not go together"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, "must go on from 1"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a q\n"}, "do not match"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, "must continue from 1"),
     ],
 )
 def test_unusable_tokenizers_are_reported(files: dict[str, str], message: str, llama: Path) -> None:

@@ -37,14 +37,14 @@ def test_learns_the_frequent_words() -> None:
     assert {tokenizer.token_text(id) for id in range(1, 257)} >= set("aZ~ \n\x00")
 
 
-def test_how_the_text_is_cut_into_pieces_does_not_matter() -> None:
+def test_the_division_of_the_text_does_not_matter() -> None:
     text = sample_text(20_000)
     assert len(text) > 2 * _CHUNK
     words = re.split(r"(?<=\S)(?=\s)", text)
     assert train_bpe([text], 290).to_json() == train_bpe(iter(words), 290).to_json()
 
 
-def test_every_process_learns_the_same() -> None:
+def test_training_does_not_depend_on_threads_or_hash_seeds() -> None:
     program = (
         "import sys; from gptsmith.tokenizer import train_bpe\nprint(train_bpe([sys.stdin.read()], 350).fingerprint)\n"
     )
@@ -63,16 +63,16 @@ def test_every_process_learns_the_same() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * (3 * _CHUNK), "a b\n" * _CHUNK, "", "\n", "ab " * 7, " " * (2 * _CHUNK + 5)])
-def test_chunks_are_the_text_in_small_parts(text: str) -> None:
+def test_chunks_are_short_and_join_to_the_text(text: str) -> None:
     chunks = list(_chunks(text))
     assert "".join(chunks) == text
     assert all(0 < len(chunk) <= _CHUNK for chunk in chunks)
 
 
-def test_a_very_long_text_is_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpe, "_WHOLE", 1000)
-    pieces = [f"{number:09} " for number in range(1600)]  # 16 times what is read whole
-    used = [int(piece) for piece in bpe._reading(pieces, 300)]
+def test_a_very_long_text_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_UNSAMPLED", 1000)
+    texts = [f"{number:09} " for number in range(1600)]  # 16 times the part that is used in full
+    used = [int(text) for text in bpe._sampled(texts, 300)]
     assert used[:100] == list(range(100))
     steps = [(below, [number for number in used if below <= number < 2 * below]) for below in (100, 200, 400, 800)]
     for below, numbers in steps:
@@ -91,22 +91,22 @@ def test_smallest_vocabulary_is_named() -> None:
 
 def test_small_text_gives_a_smaller_vocabulary_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_bpe(["aa aa"], 5000).vocab_size < 300
-    assert "fewer than the 5,000" in capsys.readouterr().err
+    assert "too small for 5,000 tokens" in capsys.readouterr().err
 
 
 def test_empty_text_is_refused() -> None:
-    for pieces in ([], [""]):
+    for texts in ([], [""]):
         with pytest.raises(TokenizerError, match="empty"):
-            train_bpe(pieces, 300)
+            train_bpe(texts, 300)
 
 
 def test_an_error_while_reading_passes_through() -> None:
-    def pieces() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         yield "some text"
         raise DataError("line 7 is not JSON")
 
     with pytest.raises(DataError, match="line 7"):
-        train_bpe(pieces(), 300)
+        train_bpe(texts(), 300)
 
 
 def test_importing_is_light() -> None:

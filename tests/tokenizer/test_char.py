@@ -16,21 +16,21 @@ def test_specials_first_then_the_alphabet_by_code_point() -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=5))
-def test_any_text_can_be_an_alphabet(pieces: list[str]) -> None:
-    tokenizer = train_char(pieces)
-    text = "".join(pieces)
+def test_any_text_can_be_an_alphabet(texts: list[str]) -> None:
+    tokenizer = train_char(texts)
+    text = "".join(texts)
     assert tokenizer.vocab_size == len(set(text)) + 1
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_order_of_pieces_does_not_matter() -> None:
+def test_order_of_texts_does_not_matter() -> None:
     assert train_char(["ab", "c"]).fingerprint == train_char(iter(["cb", "aaa"])).fingerprint
 
 
-@pytest.mark.parametrize("pieces", [[], [""], ["", ""]])
-def test_empty_text_is_refused(pieces: list[str]) -> None:
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_empty_text_is_refused(texts: list[str]) -> None:
     with pytest.raises(TokenizerError, match="empty"):
-        train_char(pieces)
+        train_char(texts)
 
 
 def test_lone_surrogate_is_refused() -> None:

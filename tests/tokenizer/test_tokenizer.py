@@ -29,7 +29,7 @@ known_text = st.text(st.sampled_from(sorted(set(TEXT))), max_size=60)
 
 
 def other_tokenizer() -> Tokenizer:
-    """One of a kind not made here: SentencePiece-like, with byte fallback (as Llama's)."""
+    """Return a tokenizer of kind "other": like SentencePiece with byte fallback, as in Llama."""
     from tokenizers import Tokenizer as Pipeline
     from tokenizers import decoders, models, normalizers
 
@@ -54,7 +54,7 @@ def other_tokenizer() -> Tokenizer:
 OTHER = other_tokenizer()
 
 
-def test_what_each_kind_says_of_itself() -> None:
+def test_attributes_of_each_kind() -> None:
     alphabet = len(set(TEXT))
     assert (CHAR.kind, CHAR.vocab_size, CHAR.eos_id, CHAR.unk_id) == ("char", alphabet + 1, 0, None)
     assert (CHAR_UNKNOWN.kind, CHAR_UNKNOWN.vocab_size, CHAR_UNKNOWN.eos_id) == ("char", alphabet + 2, 0)
@@ -64,7 +64,7 @@ def test_what_each_kind_says_of_itself() -> None:
 
 
 @given(any_text)
-def test_bpe_gives_back_any_text_exactly(text: str) -> None:
+def test_bpe_decodes_any_text_exactly(text: str) -> None:
     ids = BPE.encode(text)
     assert BPE.decode(ids) == text
     assert all(0 <= id < BPE.vocab_size for id in ids)
@@ -72,7 +72,7 @@ def test_bpe_gives_back_any_text_exactly(text: str) -> None:
 
 @pytest.mark.parametrize("tokenizer", [CHAR, CHAR_UNKNOWN], ids=NAMES[:2])
 @given(text=known_text)
-def test_char_gives_back_known_text_exactly(tokenizer: Tokenizer, text: str) -> None:
+def test_char_decodes_known_text_exactly(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
@@ -98,7 +98,7 @@ def test_streaming_gives_the_same_text_as_decoding_all(tokenizer: Tokenizer, dat
 
 
 @given(any_text)
-def test_streaming_never_puts_out_half_a_character(text: str) -> None:
+def test_streaming_never_returns_a_part_of_a_character(text: str) -> None:
     stream = BPE.stream()
     done = ""
     for id in BPE.encode(text):
@@ -107,7 +107,7 @@ def test_streaming_never_puts_out_half_a_character(text: str) -> None:
     assert done + stream.finish() == text
 
 
-def test_streaming_keeps_bytes_back_until_the_character_is_whole() -> None:
+def test_streaming_holds_bytes_back_until_the_character_is_complete() -> None:
     tokenizer = train_bpe(["abc"], 257)
     first, second, third = tokenizer.encode("€")
     stream = tokenizer.stream()
@@ -153,7 +153,7 @@ def test_odd_texts(text: str) -> None:
         assert array.shape == (len(tokenizer.encode(text)),)
 
 
-def test_batch_is_each_alone() -> None:
+def test_a_batch_encodes_as_single_texts_do() -> None:
     texts = ["", "All: speak", "😀 two"]
     for tokenizer in [*TOKENIZERS, OTHER]:
         assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -193,7 +193,7 @@ def test_decode_takes_arrays() -> None:
         assert tokenizer.decode(np.array(tokenizer.encode("All"), dtype=np.int64)) == "All"
 
 
-def test_token_text_is_for_the_eye() -> None:
+def test_token_text_is_readable() -> None:
     assert CHAR.token_text(CHAR.encode("\n")[0]) == "\n"
     assert CHAR.token_text(0) == BPE.token_text(0) == END_OF_TEXT
     assert [train_bpe(["abc"], 257).token_text(id) for id in train_bpe(["abc"], 257).encode("é a")] == [
@@ -264,7 +264,7 @@ def encode_elsewhere(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def test_tokenizers_go_to_other_processes() -> None:
+def test_tokenizers_can_be_pickled() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         jobs = [pool.apply_async(encode_elsewhere, (tokenizer, "All: speak")) for tokenizer in (CHAR, BPE)]
         assert [job.get(timeout=60) for job in jobs] == [tokenizer.encode("All: speak") for tokenizer in (CHAR, BPE)]

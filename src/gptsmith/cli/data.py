@@ -15,16 +15,16 @@ from gptsmith.storage import atomic_file
 
 @dataclass(frozen=True)
 class List:
-    """List the named corpora: what they are, how large, under which license."""
+    """List the named corpora with their size, state, description and license."""
 
 
 @dataclass(frozen=True)
 class Get:
-    """Fetch a named corpus (once; it is verified and cached) and print where it is."""
+    """Fetch a named corpus, if it is not cached yet, and print its path."""
 
     name: tyro.conf.Positional[str]
     out: Path | None = None
-    """Also copy it here (must not exist)."""
+    """Also copy the text to this file, which must not exist."""
 
 
 def main(arguments: list[str]) -> int:
@@ -32,19 +32,19 @@ def main(arguments: list[str]) -> int:
         Annotated[List, tyro.conf.subcommand("list")] | Annotated[Get, tyro.conf.subcommand("get")],
         prog="gptsmith data",
         args=arguments,
-        description="Named corpora: real text, fetched on first use, verified and cached.",
+        description="List and fetch named corpora. They are fetched on first use, verified and cached.",
     )
     from gptsmith.data.corpora import CORPORA, corpus_path
 
     if isinstance(chosen, List):
         for corpus in CORPORA.values():
-            state = "cached" if corpus.cached else "not fetched yet"
+            state = "cached" if corpus.cached else "not prepared"
             size = f"{corpus.size / 1e6:,.1f} MB"
-            print(f"{corpus.name:16} {size:>9}  {state:16} {corpus.description} License: {corpus.license}.")
+            print(f"{corpus.name:16} {size:>9}  {state:13} {corpus.description}. License: {corpus.license}.")
         return 0
     assert isinstance(chosen, Get)
     if chosen.out is not None and chosen.out.exists():
-        raise UsageError(f"{chosen.out} exists already. Choose another --out.")
+        raise UsageError(f"{chosen.out} already exists. Choose another --out.")
     path = corpus_path(chosen.name)
     if chosen.out is not None:
         with open(path, "rb") as source, atomic_file(chosen.out) as copy:

@@ -1,4 +1,4 @@
-"""`gptsmith tokenizer`: train one."""
+"""`gptsmith tokenizer`: train a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gptsmith.errors import UsageError
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Train a tokenizer on a text and save it as tokenizer.json, which transformers reads as well."""
+    """Train a tokenizer on a text and save it as tokenizer.json, which transformers can also read."""
 
     data: tyro.conf.Positional[str]
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus."""
     out: Path
-    """The directory to write."""
+    """Directory to write, which must be empty or not exist."""
     kind: Literal["bpe", "char"] = "bpe"
-    """bpe: byte-level, any text encodes. char: a token for each character of the text."""
+    """bpe: byte-level byte-pair encoding, which can encode any text. char: one token per character of the text."""
     vocab_size: int = 4096
-    """Number of tokens of a bpe tokenizer."""
+    """Vocabulary size of a bpe tokenizer."""
     unknown: bool = False
-    """Give a char tokenizer a token for characters it has not seen."""
+    """Add a token for unknown characters to a char tokenizer."""
     field: str = "text"
-    """The field that holds the text, for JSONL and parquet."""
+    """Field or column with the text, for JSON lines and Parquet."""
 
 
 def main(arguments: list[str]) -> int:
     chosen: TrainTokenizer = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainTokenizer}, prog="gptsmith tokenizer", args=arguments, description="Make tokenizers."
+        {"train": TrainTokenizer}, prog="gptsmith tokenizer", args=arguments, description="Train tokenizers."
     )
     from gptsmith.data.sources import open_source
     from gptsmith.tokenizer import train_bpe, train_char

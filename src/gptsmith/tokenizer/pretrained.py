@@ -1,5 +1,7 @@
-"""The tokenizer of a Hugging Face model directory, whatever files it is in: tokenizer.json, or the older vocab.json and
-merges.txt (GPT-2's bytes, or GPT-1's words). The chat template travels in the tokenizer's configuration.
+"""The tokenizer of a Hugging Face model directory.
+
+It is read from tokenizer.json, or from the older vocab.json and merges.txt (byte-level as in GPT-2, or of whole words
+as in GPT-1). The chat template becomes part of the tokenizer's configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _END_OF_WORD = "</w>"
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a model directory. Raises TokenizerError naming the file that is missing or damaged."""
+    """Read the tokenizer of a model directory. Raises TokenizerError naming a file that is missing or damaged."""
     directory = Path(directory)
     if (directory / TOKENIZER_FILE).is_file():
         tokenizer = Tokenizer.load(directory)
@@ -31,11 +33,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     elif any(directory.glob("*.model")):
         name = next(iter(sorted(directory.glob("*.model")))).name
         raise TokenizerError(
-            f"{directory} has its tokenizer only as SentencePiece ({name}), which is not read. Make a "
-            f"{TOKENIZER_FILE} of it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+            f"{directory} has only a SentencePiece tokenizer ({name}), which is not supported. Convert it to "
+            f"{TOKENIZER_FILE} with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
     else:
-        return Tokenizer.load(directory)  # says what is missing
+        return Tokenizer.load(directory)  # raises an error that names the missing file
     config = tokenizer.config()
     for role, token in _object(directory / "special_tokens_map.json").items():
         if role in _SPECIAL_ROLES and config.get(role) is None:
@@ -47,11 +49,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _from_vocabulary(directory: Path) -> Tokenizer:
-    """A tokenizer from vocab.json (token: id) and merges.txt (a pair a line, in order)."""
+    """Read a tokenizer from vocab.json (token: id) and merges.txt (one pair per line, in order)."""
     where = directory / "vocab.json"
     vocabulary = _object(where)
     if not vocabulary or not all(isinstance(id, int) and 0 <= id < 1 << 24 for id in vocabulary.values()):
-        raise TokenizerError(f"{where} is not a vocabulary: it must give each token its number.")
+        raise TokenizerError(f"{where} is not a vocabulary: it must map each token to its id.")
     lines = _text(directory / "merges.txt").split("\n")
     rules = [line for line in lines if line.strip() and not line.startswith("#version")]
     merges = [(left, right) for left, _, right in (rule.partition(" ") for rule in rules)]
@@ -63,17 +65,21 @@ def _from_vocabulary(directory: Path) -> Tokenizer:
             pipeline = _byte_level(vocabulary, merges)
             pipeline.add_special_tokens([_special_token(END_OF_TEXT)] if END_OF_TEXT in vocabulary else [])
     except Exception as error:  # `tokenizers` raises bare Exceptions
-        raise TokenizerError(f"{where} and merges.txt do not go together: {error}.") from None
+        raise TokenizerError(f"{where} and merges.txt do not match: {error}.") from None
     added = {id: token for token, id in _object(directory / "added_tokens.json").items() if token not in vocabulary}
     first = pipeline.get_vocab_size()
     if set(added) != set(range(first, first + len(added))):
-        raise TokenizerError(f"{directory / 'added_tokens.json'}: the numbers of added tokens must go on from {first}.")
+        raise TokenizerError(f"{directory / 'added_tokens.json'}: the ids of added tokens must continue from {first}.")
     pipeline.add_special_tokens([_special_token(added[id]) for id in sorted(added)])
     return Tokenizer(pipeline.to_str(pretty=True), config)
 
 
 def _whole_words(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """GPT-1's: lower case, words and punctuation apart, merges within words, the last piece of a word marked `</w>`."""
+    """Return a tokenizer like that of GPT-1.
+
+    It lower-cases the text, splits words and punctuation, merges within words, and marks the last token of a word with
+    `</w>`.
+    """
     from tokenizers import Tokenizer as Pipeline
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -89,7 +95,7 @@ def _whole_words(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file. Return an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
