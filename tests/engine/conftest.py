@@ -1,4 +1,4 @@
-"""Small models of every family, and the loop that needs no engine: the reference for all that follows."""
+"""Small models of every family, and the naive generation loop that the engine is compared with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_model() -> MakeModel:
 
 @pytest.fixture(scope="session")
 def naive() -> Naive:
-    """Greedy continuation by the whole model over all tokens, every time."""
+    """Return the greedy continuation, computed by running the whole model over all tokens for each token."""
 
     @torch.no_grad()
     def continue_(model: Transformer, prompt: Sequence[int], count: int) -> list[int]:

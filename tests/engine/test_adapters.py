@@ -1,4 +1,4 @@
-"""Adapters: what merging them into the weights would give, for each row its own, in PEFT's files."""
+"""LoRA adapters: equal to merged weights, a different one for each row, read from PEFT's files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_model(family: str) -> Transformer:
 def write(
     directory: Path, model: Transformer, *, seed: int = 0, rank: int = 4, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """An adapter of random numbers for every projection, as PEFT writes it; what it adds to each of their weights."""
+    """Write an adapter with random numbers for every projection in PEFT's format; return its weight deltas."""
     torch.manual_seed(seed)
     tensors, added = {}, {}
     for mapping in weight_mappings(model.config):
@@ -62,8 +62,8 @@ def write(
 
 def merged(model: Transformer, added: dict[str, torch.Tensor]) -> Transformer:
     other = copy.deepcopy(model)
-    theirs = {name: tensor + added.get(name, 0) for name, tensor in weights_to_hf(model).items()}
-    load_weights(other, theirs, "here")
+    reference = {name: tensor + added.get(name, 0) for name, tensor in weights_to_hf(model).items()}
+    load_weights(other, reference, "here")
     return other
 
 
@@ -76,13 +76,13 @@ def test_equals_merged_weights(family: str, tmp_path: Path) -> None:
         plain = model(ids)
         with applied(model, [(adapter, range(12))]):
             torch.testing.assert_close(model(ids), with_it(ids), atol=1e-4, rtol=1e-4)
-        assert torch.equal(model(ids), plain)  # and nothing of it is left
+        assert torch.equal(model(ids), plain)  # the adapter leaves no trace
     assert not torch.allclose(plain, with_it(ids), atol=1e-2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
-def test_each_request_has_its_own(family: str, tmp_path: Path, naive: Any) -> None:
-    """Requests with this adapter, that, and none in the same passes; blocks are not shared between them."""
+def test_requests_of_one_batch_use_different_adapters(family: str, tmp_path: Path, naive: Any) -> None:
+    """Requests with either adapter and with none run in the same steps and share no blocks."""
     model = make_model(family)
     models = {
         None: model,
@@ -98,7 +98,7 @@ def test_each_request_has_its_own(family: str, tmp_path: Path, naive: Any) -> No
         results = engine.generate(prompts, [SamplingParams(max_tokens=8, temperature=0, adapter=n) for n in names])
         assert [r.ids for r in results] == [naive(models[n], p, 8) for n, p in zip(names, prompts, strict=True)]
     assert engine.stats.prefix_hit_rate > 0
-    engine.add_adapter("a", tmp_path / "b")  # replaced: nothing of the old one is found
+    engine.add_adapter("a", tmp_path / "b")  # replaced: no block of the old adapter is found
     (result,) = engine.generate(prompts[:1], SamplingParams(max_tokens=8, temperature=0, adapter="a"))
     assert result.ids == naive(models["b"], prompts[0], 8)
     engine.remove_adapter("a")
@@ -106,7 +106,7 @@ def test_each_request_has_its_own(family: str, tmp_path: Path, naive: Any) -> No
     assert "no adapter 'a'. Known adapters: b" in str(result.error)
 
 
-def test_over_quantized_weights(tmp_path: Path) -> None:
+def test_adapters_on_quantized_weights(tmp_path: Path) -> None:
     model = make_model("llama")
     write(tmp_path, model)
     quantize(model, 8)
@@ -117,7 +117,7 @@ def test_over_quantized_weights(tmp_path: Path) -> None:
             assert not torch.allclose(model(ids), plain, atol=1e-2)
 
 
-def test_what_is_no_adapter_or_another_models(tmp_path: Path) -> None:
+def test_rejects_files_that_are_no_adapter_of_the_model(tmp_path: Path) -> None:
     model = make_model("llama")
     with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
         read_adapter(tmp_path, model)
@@ -141,7 +141,7 @@ def test_what_is_no_adapter_or_another_models(tmp_path: Path) -> None:
         read_adapter(tmp_path, model)
 
 
-def test_rank_stabilised(tmp_path: Path) -> None:
+def test_rank_stabilized(tmp_path: Path) -> None:
     model = make_model("gpt2")
     write(tmp_path / "plain", model)
     write(tmp_path / "rs", model, use_rslora=True)
@@ -150,7 +150,7 @@ def test_rank_stabilised(tmp_path: Path) -> None:
     torch.testing.assert_close(rs.updates[name][0].B, 2 * plain.updates[name][0].B)  # 8 / √4 instead of 8 / 4
 
 
-def test_not_finite_or_of_experts(tmp_path: Path) -> None:
+def test_rejects_adapters_that_are_not_finite_or_for_experts(tmp_path: Path) -> None:
     model = make_model("llama")
     write(tmp_path, model)
     file = tmp_path / "adapter_model.safetensors"
@@ -168,18 +168,18 @@ def test_not_finite_or_of_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT, which uses deprecated parts of transformers
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_equals_peft(family: str, stabilised: bool, tmp_path: Path) -> None:
-    """PEFT itself makes the adapter and computes with it."""
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_equals_peft(family: str, stabilized: bool, tmp_path: Path) -> None:
+    """PEFT itself creates the adapter and computes the expected logits."""
     peft: Any = pytest.importorskip("peft", reason="the package peft is not installed")
     from transformers import AutoModelForCausalLM
 
     model = make_model(family)
     (tmp_path / "model").mkdir()
     save_model(model, tmp_path / "model")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     wanted = (
         ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     )
@@ -187,14 +187,14 @@ def test_equals_peft(family: str, stabilised: bool, tmp_path: Path) -> None:
         r=4,
         lora_alpha=12,
         target_modules=wanted,
-        use_rslora=stabilised,
+        use_rslora=stabilized,
         fan_in_fan_out=family == "gpt2",
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    theirs = peft.get_peft_model(theirs, config).eval()
-    theirs.save_pretrained(tmp_path / "adapter")
+    reference = peft.get_peft_model(reference, config).eval()
+    reference.save_pretrained(tmp_path / "adapter")
     ids = torch.randint(0, 40, (1, 12))
     adapter = read_adapter(tmp_path / "adapter", model)
     with torch.no_grad(), applied(model, [(adapter, range(12))]):
-        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids), reference(ids).logits, atol=1e-4, rtol=1e-4)

@@ -1,3 +1,5 @@
+"""The engine in its own thread, used from asyncio."""
+
 from __future__ import annotations
 
 import asyncio
@@ -42,7 +44,7 @@ def test_many_tasks_share_one_engine(engine: AsyncEngine, make_model: Any, naive
     assert made[:10] + [result.ids for result in made[10:]] == expected
 
 
-def test_who_leaves_off_reading_frees_the_blocks(engine: AsyncEngine) -> None:
+def test_leaving_a_stream_frees_its_blocks(engine: AsyncEngine) -> None:
     endless = SamplingParams(max_tokens=100_000, temperature=0, overflow="shift")
 
     async def leave() -> None:
@@ -59,13 +61,13 @@ def test_who_leaves_off_reading_frees_the_blocks(engine: AsyncEngine) -> None:
             if not engine.engine.has_work:
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError("the engine still works for nobody")
+        raise AssertionError("the engine still works on an abandoned request")
 
     asyncio.run(leave())
     assert engine.stats.blocks_used == 0
 
 
-def test_one_sample_is_stopped(engine: AsyncEngine) -> None:
+def test_stopping_one_sample(engine: AsyncEngine) -> None:
     async def stop() -> Any:
         params = SamplingParams(max_tokens=100_000, temperature=0, n=2, overflow="shift")
         stopped: set[int] = set()
@@ -81,7 +83,7 @@ def test_one_sample_is_stopped(engine: AsyncEngine) -> None:
     assert [c.finish_reason for c in result.completions] == ["stop", "stop"]
 
 
-def test_mistakes_are_raised_where_they_were_made(engine: AsyncEngine) -> None:
+def test_errors_are_raised_to_the_caller(engine: AsyncEngine) -> None:
     async def mistake() -> None:
         with pytest.raises(UsageError, match="empty"):
             await engine.generate([], GREEDY)
@@ -117,20 +119,20 @@ def test_closing_drains_or_cancels(make_model: Any) -> None:
             asyncio.run(engine.generate([1], GREEDY))
 
 
-def test_an_engine_that_breaks_says_so(make_model: Any) -> None:
+def test_an_engine_failure_is_reported_to_all_requests(make_model: Any) -> None:
     engine = AsyncEngine(Engine(make_model("gpt2")))
 
     def broken() -> None:
-        raise ZeroDivisionError("a mistake of ours")
+        raise ZeroDivisionError("a bug of ours")
 
     engine.engine.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
     for _ in range(2):
-        with pytest.raises(GptsmithError, match="a mistake of ours"):
+        with pytest.raises(GptsmithError, match="a bug of ours"):
             asyncio.run(engine.generate([1], GREEDY))
 
 
-def test_what_is_called_between_steps(engine: AsyncEngine) -> None:
-    """It runs in the engine's thread while requests do, and its errors are the caller's."""
+def test_functions_called_between_steps(engine: AsyncEngine) -> None:
+    """A function runs in the engine's thread while requests run, and its errors are raised to its caller."""
 
     async def scene() -> tuple[list[Any], Any]:
         answers = asyncio.create_task(engine.generate([1, 2], GREEDY))

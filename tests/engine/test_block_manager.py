@@ -1,4 +1,4 @@
-"""Blocks are never lost, never given to two who do not share them, and found again by their contents."""
+"""Blocks are never lost, never given to two sequences that do not share them, and found again by their contents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compute(manager: BlockManager, sequence: Sequence, count: int) -> bool:
     return True
 
 
-def test_a_common_beginning_is_found() -> None:
+def test_a_common_prefix_is_found() -> None:
     manager = BlockManager([None], [10], 4)
     first = make_sequence(list(range(11)))
     assert compute(manager, first, 11)
@@ -43,7 +43,7 @@ def test_a_common_beginning_is_found() -> None:
     assert (manager.prefix_hits, manager.prefix_tokens) == (12, 19)
 
 
-def test_adapters_do_not_share() -> None:
+def test_sequences_with_different_adapters_share_no_blocks() -> None:
     manager = BlockManager([None], [10], 4)
     compute(manager, make_sequence(list(range(9))), 9)
     other = make_sequence(list(range(9)))
@@ -52,7 +52,7 @@ def test_adapters_do_not_share() -> None:
     assert other.computed == 0
 
 
-def test_the_longest_unused_is_given_up_first() -> None:
+def test_the_least_recently_used_block_is_evicted_first() -> None:
     pool = BlockPool(2)
     a, b = pool.take(), pool.take()
     pool.register(a, b"a")
@@ -66,23 +66,23 @@ def test_the_longest_unused_is_given_up_first() -> None:
         [pool.take() for _ in range(2)]
 
 
-def test_a_banded_group_lets_go_of_what_is_behind() -> None:
+def test_a_sliding_window_group_releases_blocks_behind_the_window() -> None:
     manager = BlockManager([None, 6], [20, 8], 4)
     sequence = make_sequence(list(range(40)), groups=2)
     for _ in range(8):
         assert compute(manager, sequence, 4)
-    full, banded = sequence.tables
+    full, windowed = sequence.tables
     assert NO_BLOCK not in full
-    assert [block == NO_BLOCK for block in banded] == [True] * 6 + [False] * 2
+    assert [block == NO_BLOCK for block in windowed] == [True] * 6 + [False] * 2
     other = make_sequence([*range(33), 77], groups=2)
     manager.match(other)
-    assert other.computed == 32  # the last window is known, and that is all that is needed of the banded group
+    assert other.computed == 32  # of the group with the window, only the blocks within it are needed
     manager.release(sequence)
     manager.release(other)
     assert manager.used() == 0
 
 
-def test_releasing_twice_is_noticed() -> None:
+def test_releasing_twice_raises() -> None:
     pool = BlockPool(1)
     block = pool.take()
     pool.release(block)
@@ -90,8 +90,8 @@ def test_releasing_twice_is_noticed() -> None:
         pool.release(block)
 
 
-class Storm(RuleBasedStateMachine):
-    """Sequences over two letters, so that they share beginnings all the time."""
+class RandomOperations(RuleBasedStateMachine):
+    """Sequences over two tokens, so that they often share prefixes."""
 
     @initialize(size=st.integers(1, 4), blocks=st.integers(4, 12), window=st.none() | st.integers(1, 9))
     def begin(self, size: int, blocks: int, window: int | None) -> None:
@@ -106,7 +106,8 @@ class Storm(RuleBasedStateMachine):
         self.manager.match(sequence)
         self.live.append(sequence)
         Z = self.manager.block_size
-        for g, table in enumerate(sequence.tables):  # what is found holds exactly these tokens, and those before
+        # A block that is found holds exactly these tokens, after the same tokens.
+        for g, table in enumerate(sequence.tables):
             for i, block in enumerate(table):
                 if block != NO_BLOCK:
                     assert self.contents[g, block] == tuple(tokens[: (i + 1) * Z])
@@ -153,7 +154,7 @@ class Storm(RuleBasedStateMachine):
             for block in range(pool.size):
                 count = sum(s.tables[g].count(block) for s in self.live)
                 assert pool.holders(block) == count
-        for s in self.live:  # what it needs is there, with its own tokens in it
+        for s in self.live:  # the blocks that it needs hold its own tokens
             for g, window in enumerate(self.manager.windows):
                 first = 0 if window is None else max(0, s.computed - window + 1)
                 for i in range(first // Z, -(-s.computed // Z)):
@@ -168,5 +169,5 @@ class Storm(RuleBasedStateMachine):
             assert self.manager.used() == 0
 
 
-TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRandomOperations = RandomOperations.TestCase
+TestRandomOperations.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptsmith.engine import cpu_runner as fast
+from gptsmith.engine import cpu_runner
 from gptsmith.engine.cpu_runner import CpuRunner, is_supported
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.runner import Runner
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="needs numba and
 
 
 @pytest.fixture(autouse=True)
-def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "MIN_PARAMETERS", 0)
+def compile_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_runner, "MIN_PARAMETERS", 0)
 
 
 def make_model(family: str, **overrides: Any) -> Transformer:
@@ -39,23 +39,23 @@ def make_model(family: str, **overrides: Any) -> Transformer:
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("family", ["gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3"])
 def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
-    """Pass by pass, with prompts in chunks, several sequences, and guesses to check."""
+    """Compare each step, with chunked prompts and several sequences."""
     model = make_model(family)
     if bits != 32:
         quantize(model, bits)  # type: ignore[arg-type]
     engine = Engine(model, block_size=4, max_batch=6, max_batch_tokens=8 if bits == 32 else 30)
     runner = engine.runner
     assert isinstance(runner, CpuRunner)
-    passes = 0
+    steps = 0
     program = runner._logits
 
     def both(*arguments: Any) -> torch.Tensor:
-        nonlocal passes
-        passes += 1
-        ours, theirs = program(*arguments), Runner._logits(runner, *arguments)
-        # Inputs are rounded to 8 bits where weights are: a number at the edge between two may fall either way.
-        assert (ours - theirs).norm() <= (1e-5 if bits == 32 else 0.03) * theirs.norm()
-        return ours
+        nonlocal steps
+        steps += 1
+        actual, expected = program(*arguments), Runner._logits(runner, *arguments)
+        # Quantized weights round their inputs to 8 bits, too: a value halfway between two can be rounded either way.
+        assert (actual - expected).norm() <= (1e-5 if bits == 32 else 0.03) * expected.norm()
+        return actual
 
     runner._logits = both  # type: ignore[assignment, method-assign]
     before = torch.get_num_threads()
@@ -65,7 +65,7 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
         engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0, prompt_logprobs=0))
     finally:
         torch.set_num_threads(before)
-    assert passes > 10
+    assert steps > 10
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
@@ -81,7 +81,7 @@ def test_greedy_equals_the_naive_loop(family: str, bits: int, naive: Any) -> Non
     assert all(len(r.ids) == 8 for r in results)
 
 
-def test_what_is_not_served_goes_the_other_way() -> None:
+def test_unsupported_models_use_the_plain_runner() -> None:
     for family in families.FAMILIES:
         assert is_supported(make_model(family)) is (family not in ("gpt1", "mixtral", "qwen2_moe", "qwen3_moe"))
     assert not is_supported(make_model("gpt2", hidden_size=40))
@@ -90,7 +90,7 @@ def test_what_is_not_served_goes_the_other_way() -> None:
     assert len(engine.generate([[1]], SamplingParams(max_tokens=3))[0].ids) == 3
 
 
-def test_replaced_and_changed_weights_are_seen(naive: Any) -> None:
+def test_uses_weights_that_were_replaced_or_changed(naive: Any) -> None:
     model, greedy = make_model("qwen3"), SamplingParams(max_tokens=8, temperature=0)
     engine = Engine(model, prefix_caching=False)
     engine.generate([[1]], greedy)
@@ -104,8 +104,8 @@ def test_replaced_and_changed_weights_are_seen(naive: Any) -> None:
     assert engine.generate([[1]], greedy)[0].ids == naive(third, [1], 8)
 
 
-def test_many_threads_at_once() -> None:
-    """Engines in several threads share the processors one after the other."""
+def test_engines_in_several_threads() -> None:
+    """The compiled program is called by one thread at a time."""
     from concurrent.futures import ThreadPoolExecutor
 
     greedy = SamplingParams(max_tokens=20, temperature=0)

@@ -1,4 +1,4 @@
-"""Decoding with tensors that stay where they are gives what decoding with new ones does; on a GPU, as graphs."""
+"""Decoding with static tensors, and on a GPU with graphs, equals decoding with new tensors."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ PROMPTS = [[1, 2, 3], [4], list(range(11)), [9, 9], [5, 6, 7, 8]]
 
 
 def compare(model: Transformer, captured: bool, tolerance: float) -> int:
-    """How many passes were decoded so; each pass's logits are compared."""
+    """Compare the logits of each step with the plain runner's; return how many steps used static tensors."""
     engine = Engine(model, block_size=4, max_batch=4, cache_tokens=80)
     plain = engine.runner
     runner = GraphRunner(model, plain.cache, engine.vocab_size, captured=captured)
-    passes = 0
+    steps = 0
     compute = runner._logits
 
     def both(*arguments: Any) -> torch.Tensor:
-        nonlocal passes
+        nonlocal steps
         ids, _, rows = arguments
-        passes += len(ids) == len(rows)
-        ours, theirs = compute(*arguments), Runner._logits(runner, *arguments)
-        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
-        return ours
+        steps += len(ids) == len(rows)
+        actual, expected = compute(*arguments), Runner._logits(runner, *arguments)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+        return actual
 
     runner._logits = both  # type: ignore[assignment, method-assign]
     engine.runner = runner
     results = engine.generate(PROMPTS, SamplingParams(max_tokens=9, temperature=0))
     assert [len(result.ids) for result in results] == [9] * len(PROMPTS)
-    return passes
+    return steps
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_equals_plain_steps(family: str, make_model: MakeModel) -> None:
+def test_static_batches_equal_plain_steps(family: str, make_model: MakeModel) -> None:
     assert compare(make_model(family), captured=False, tolerance=1e-4) > 10
 
 

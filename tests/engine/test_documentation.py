@@ -1,4 +1,4 @@
-"""The examples of docs/engine.md, run one after the other."""
+"""Runs the examples of docs/engine.md, one after the other."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_the_examples_run(make_model: Any, tmp_path: Path, monkeypatch: pytest.M
     assert names["engine"].stats.blocks_used == 0
     out = capsys.readouterr().out
     assert "the prompt is empty" in out
-    assert re.search(r"^\d+ of \d+ guesses were right", out, re.MULTILINE)
+    assert re.search(r"^\d+ of \d+ draft tokens were accepted", out, re.MULTILINE)
     assert re.search(r"^(yes|no) stop$", out, re.MULTILINE)

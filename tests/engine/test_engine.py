@@ -1,4 +1,4 @@
-"""The engine against the loop that needs none: alone, together, with too little room, with interruptions."""
+"""The engine against the naive loop: single requests and batches, with a cache too small, with cancellations."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_greedy_equals_the_naive_loop(make_model: Any, naive: Any, family: str, 
         assert [r.ids for r in results] == [naive(model, p, 9) for p in given]
         assert engine.stats.blocks_used == 0
     if room.get("cache_tokens") == 40 and family != "mistral":
-        assert engine.stats.preemptions > 0  # the cache was indeed too small for all
+        assert engine.stats.preemptions > 0  # the cache was too small for all of them
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str) -> None:
-    """Within 1e-5, in batches of 1 to 32, however prompts are cut."""
+def test_logits_are_batch_invariant(make_model: Any, family: str) -> None:
+    """In batches of 1 to 32, however prompts are cut into chunks."""
     model, seen = make_model(family), dict[tuple[int, ...], torch.Tensor]()
     for batch, budget in ((1, 64), (8, 11), (32, 40)):
         engine = Engine(model, max_batch=batch, max_batch_tokens=budget, block_size=4, prefix_caching=False)
@@ -88,7 +88,7 @@ def test_logits_do_not_depend_on_who_else_is_there(make_model: Any, family: str)
 
 
 def uncached(model: Transformer, prompt: list[int], params: SamplingParams, sample: int) -> tuple[list[int], str]:
-    """What sample `sample` of a request must be, and why it ends: the whole model over all tokens, every time."""
+    """Return the ids and finish reason of one sample, computed by running the whole model over all tokens each time."""
     tokens, start = list(prompt), 0
     state = SamplerState(params, (params.seed or 0) + sample, prompt, model.config.vocab_size)
     while True:
@@ -107,7 +107,7 @@ def uncached(model: Transformer, prompt: list[int], params: SamplingParams, samp
             return tokens[len(prompt) :], "length"
 
 
-WISHES = st.builds(
+PARAMS = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 12),
     temperature=st.sampled_from([0.0, 0.0, 0.8]),
@@ -121,8 +121,8 @@ WISHES = st.builds(
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=18)
 
 
-class Storm(RuleBasedStateMachine):
-    """Requests come, alone and in crowds, and are cancelled while others run, in a cache too small for all of them."""
+class RandomRequests(RuleBasedStateMachine):
+    """Requests arrive one by one and in bursts, and are cancelled while others run. The cache is too small for all."""
 
     @initialize(
         block_size=st.integers(1, 5),
@@ -130,9 +130,9 @@ class Storm(RuleBasedStateMachine):
         batch=st.sampled_from([1, 2, 3, 5, 32]),
         budget=st.integers(0, 9),
         caching=st.booleans(),
-        guessing=st.booleans(),
+        speculative=st.booleans(),
     )
-    def begin(self, block_size: int, extra: int, batch: int, budget: int, caching: bool, guessing: bool) -> None:
+    def begin(self, block_size: int, extra: int, batch: int, budget: int, caching: bool, speculative: bool) -> None:
         speculator = Speculator(PromptLookup(2, 1), 2)
         speculator.should_speculate = lambda batch: True  # type: ignore[method-assign]
         self.engine = Engine(
@@ -142,14 +142,14 @@ class Storm(RuleBasedStateMachine):
             max_batch=batch,
             max_batch_tokens=batch + budget,
             prefix_caching=caching,
-            speculator=speculator if guessing else None,
+            speculator=speculator if speculative else None,
         )
         self.asked: dict[int, tuple[list[int], SamplingParams]] = {}
         self.cancelled: set[int] = set()
         self.results: dict[int, Result] = {}
         self.streamed: dict[tuple[int, int], list[int]] = {}
 
-    @rule(prompt=PROMPTS, params=WISHES)
+    @rule(prompt=PROMPTS, params=PARAMS)
     def arrive(self, prompt: list[int], params: SamplingParams) -> None:
         self.asked[self.engine.add_request(prompt, params)] = (prompt, params)
 
@@ -174,7 +174,7 @@ class Storm(RuleBasedStateMachine):
             *self.engine.scheduler.waiting,
             *self.engine.scheduler.waiting_for_beams,
         ]
-        assert all(s.request.number != number for s in held)  # gone at once, and its blocks with it
+        assert all(s.request.number != number for s in held)  # removed at once, with its blocks
         blocks = {(g, block) for s in held for g, table in enumerate(s.tables) for block in table if block != NO_BLOCK}
         assert self.engine.blocks.used() == len(blocks)
         if before:
@@ -190,11 +190,11 @@ class Storm(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        passes = 0
+        steps = 0
         while self.engine.has_work:
             self._read(self.engine.step())
-            passes += 1
-            assert passes < 20_000, "a request waits for ever"
+            steps += 1
+            assert steps < 20_000, "a request starves"
         assert self.engine.blocks.used() == 0
         assert self.results.keys() == self.asked.keys()
         for number, (prompt, params) in self.asked.items():
@@ -211,7 +211,7 @@ class Storm(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_storm(make_model: Any, family: str) -> None:
+def test_random_requests(make_model: Any, family: str) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     model, known = make_model(family), dict[Any, tuple[list[int], str]]()
@@ -222,23 +222,25 @@ def test_storm(make_model: Any, family: str) -> None:
             known[key] = uncached(model, prompt, params, sample)
         return known[key]
 
-    class OfFamily(Storm):
+    class RequestsToFamily(RandomRequests):
         pass
 
-    OfFamily.model, OfFamily.expected = model, staticmethod(remembered)
-    run_state_machine_as_test(OfFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None))
+    RequestsToFamily.model, RequestsToFamily.expected = model, staticmethod(remembered)
+    run_state_machine_as_test(
+        RequestsToFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None)
+    )
 
 
 # sampling through the engine ------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(make_model: Any) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(make_model: Any) -> None:
     model = make_model("qwen3")
-    wishes = [SamplingParams(max_tokens=8, temperature=1.0, seed=i, top_p=0.9 if i % 2 else None) for i in range(12)]
+    params = [SamplingParams(max_tokens=8, temperature=1.0, seed=i, top_p=0.9 if i % 2 else None) for i in range(12)]
     given = prompts(12)
-    alone = [Engine(model).generate([p], w)[0].ids for p, w in zip(given, wishes, strict=True)]
+    alone = [Engine(model).generate([p], w)[0].ids for p, w in zip(given, params, strict=True)]
     for room in TIGHT:
-        assert [r.ids for r in Engine(model, **room).generate(given, wishes)] == alone
+        assert [r.ids for r in Engine(model, **room).generate(given, params)] == alone
     assert len({tuple(ids) for ids in alone}) > 6
 
 
@@ -253,7 +255,7 @@ def test_sample_i_of_several_uses_seed_plus_i(make_model: Any) -> None:
             assert completion.index == i
 
 
-def test_without_a_seed_texts_differ(make_model: Any) -> None:
+def test_without_a_seed_samples_differ(make_model: Any) -> None:
     engine = Engine(make_model("gpt2"))
     params = SamplingParams(max_tokens=15, temperature=1.5)
     assert len({tuple(engine.generate([[1]], params)[0].ids) for _ in range(4)}) > 1
@@ -283,7 +285,7 @@ def test_beam_search_equals_transformers(
 
     model = make_model("gpt2", context=40)
     save_model(model, tmp_path)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     rooms: tuple[dict[str, Any], ...] = (
         {},
         {"block_size": 4, "cache_tokens": 44, "max_batch": 4, "max_batch_tokens": 8},
@@ -301,7 +303,7 @@ def test_beam_search_equals_transformers(
             stop_ids=() if eos is None else (eos,),
         )
         for prompt, result in zip(given, engine.generate(given, params), strict=True):
-            expected = theirs.generate(
+            expected = reference.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                 num_beams=4,
@@ -315,17 +317,21 @@ def test_beam_search_equals_transformers(
                 output_scores=True,
                 return_dict_in_generate=True,
             )
-            for ours, ids, score in zip(
+            for completion, ids, score in zip(
                 result.completions, expected.sequences.tolist(), expected.sequences_scores.tolist(), strict=True
             ):
-                assert ours.ids == ids[len(prompt) : len(prompt) + len(ours.ids)]
-                assert (ours.cumulative_logprob or 0) / len(ours.ids) ** penalty == pytest.approx(score, abs=1e-4)
+                assert completion.ids == ids[len(prompt) : len(prompt) + len(completion.ids)]
+                assert (completion.cumulative_logprob or 0) / len(completion.ids) ** penalty == pytest.approx(
+                    score, abs=1e-4
+                )
         assert engine.stats.blocks_used == 0
 
 
-@pytest.mark.parametrize("wishes", [{"repetition_penalty": 1.6}, {"min_tokens": 6}, {"logit_bias": {4: 2.5, 9: -3.0}}])
+@pytest.mark.parametrize(
+    "adjustments", [{"repetition_penalty": 1.6}, {"min_tokens": 6}, {"logit_bias": {4: 2.5, 9: -3.0}}]
+)
 def test_beam_search_with_adjustments_equals_transformers(
-    make_model: Any, tmp_path: Any, wishes: dict[str, Any]
+    make_model: Any, tmp_path: Any, adjustments: dict[str, Any]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -333,18 +339,18 @@ def test_beam_search_with_adjustments_equals_transformers(
 
     model = make_model("qwen3", context=40)
     save_model(model, tmp_path)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    params = SamplingParams(max_tokens=10, temperature=0, beams=3, n=3, stop_ids=(7,), **wishes)
-    bias = {(token,): value for token, value in wishes.get("logit_bias", {}).items()}
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    params = SamplingParams(max_tokens=10, temperature=0, beams=3, n=3, stop_ids=(7,), **adjustments)
+    bias = {(token,): value for token, value in adjustments.get("logit_bias", {}).items()}
     for prompt in ([1, 2, 3], [5], [9, 8, 7, 6]):
-        expected = theirs.generate(
+        expected = reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             num_beams=3,
             num_return_sequences=3,
             max_new_tokens=10,
-            min_new_tokens=wishes.get("min_tokens"),
-            repetition_penalty=wishes.get("repetition_penalty"),
+            min_new_tokens=adjustments.get("min_tokens"),
+            repetition_penalty=adjustments.get("repetition_penalty"),
             sequence_bias=bias or None,
             do_sample=False,
             eos_token_id=7,
@@ -353,15 +359,15 @@ def test_beam_search_with_adjustments_equals_transformers(
             return_dict_in_generate=True,
         )
         (result,) = Engine(model).generate([prompt], params)
-        for ours, ids, score in zip(
+        for completion, ids, score in zip(
             result.completions, expected.sequences.tolist(), expected.sequences_scores.tolist(), strict=True
         ):
-            assert ours.ids == ids[len(prompt) : len(prompt) + len(ours.ids)]
-            assert (ours.cumulative_logprob or 0) / len(ours.ids) == pytest.approx(score, abs=1e-4)
+            assert completion.ids == ids[len(prompt) : len(prompt) + len(completion.ids)]
+            assert (completion.cumulative_logprob or 0) / len(completion.ids) == pytest.approx(score, abs=1e-4)
 
 
-def test_beams_never_hold_what_is_forbidden(make_model: Any) -> None:
-    """Not even where that leaves fewer of them."""
+def test_beams_never_contain_forbidden_tokens(make_model: Any) -> None:
+    """Even if fewer beams remain."""
     engine = Engine(make_model("qwen3"))
     for allowed in ({4}, {4, 9}):
         bias = {token: float("-inf") for token in range(30) if token not in allowed}
@@ -378,19 +384,19 @@ def test_beams_never_hold_what_is_forbidden(make_model: Any) -> None:
 
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_beams_and_samples_and_greedy_together(make_model: Any, data: st.DataObject) -> None:
-    """Whatever runs beside them, requests give what they give alone; cancelled beams leave nothing behind."""
+def test_beams_samples_and_greedy_in_one_batch(make_model: Any, data: st.DataObject) -> None:
+    """Requests return the same as alone, whatever else runs; cancelled beams leave nothing behind."""
     model = make_model("qwen3")
     kinds = [
         SamplingParams(max_tokens=6, temperature=0, beams=3, n=2),
         SamplingParams(max_tokens=6, temperature=1.0, seed=1, n=3),
         GREEDY,
     ]
-    wishes = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))
+    params = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))
     engine = Engine(model, block_size=4, cache_tokens=data.draw(st.integers(28, 90)), max_batch=4, max_batch_tokens=9)
-    given = prompts(len(wishes), 12)
-    cancel = data.draw(st.sets(st.integers(0, len(wishes) - 1), max_size=2))
-    numbers = [engine.add_request(p, w) for p, w in zip(given, wishes, strict=True)]
+    given = prompts(len(params), 12)
+    cancel = data.draw(st.sets(st.integers(0, len(params) - 1), max_size=2))
+    numbers = [engine.add_request(p, w) for p, w in zip(given, params, strict=True)]
     events = []
     for _ in range(data.draw(st.integers(0, 12))):
         events += engine.step()
@@ -399,14 +405,14 @@ def test_beams_and_samples_and_greedy_together(make_model: Any, data: st.DataObj
     events += drained(engine)
     results = {e.request: e.result for e in events if e.result is not None}
     assert results.keys() == set(numbers)
-    for i, (prompt, wish) in enumerate(zip(given, wishes, strict=True)):
+    for i, (prompt, its_params) in enumerate(zip(given, params, strict=True)):
         if i not in cancel:
-            (alone,) = Engine(model).generate([prompt], wish)
+            (alone,) = Engine(model).generate([prompt], its_params)
             together = results[numbers[i]]
             assert [c.ids for c in together.completions] == [c.ids for c in alone.completions]
 
 
-def test_stop_tokens_and_least_lengths(make_model: Any, naive: Any) -> None:
+def test_stop_tokens_and_min_tokens(make_model: Any, naive: Any) -> None:
     model = make_model("qwen2")
     greedy = naive(model, [1, 2], 12)
     stop = next(token for token in greedy[2:] if token not in greedy[:2])
@@ -425,12 +431,12 @@ def test_log_probabilities(make_model: Any) -> None:
     prompt = [4, 9, 9, 1, 0, 3, 8]
     for budget in (3, 64):
         engine = Engine(model, max_batch=2, max_batch_tokens=budget, block_size=2)
-        engine.generate([prompt], GREEDY)  # so that there is something to be found
+        engine.generate([prompt], GREEDY)  # fill the prefix cache
         params = SamplingParams(max_tokens=6, temperature=0.7, seed=0, logprobs=3, prompt_logprobs=2, echo=True)
         (result,) = engine.generate([prompt], params)
         ids = result.ids
         assert ids[:7] == prompt
-        assert result.cached_tokens == 0  # all of the prompt is computed where its logits are wanted
+        assert result.cached_tokens == 0  # log-probabilities of the prompt need all of it computed
         with torch.no_grad():
             expected = model(torch.tensor([ids]))[0].log_softmax(-1)
         (completion,) = result.completions
@@ -452,7 +458,7 @@ def test_log_probabilities(make_model: Any) -> None:
         assert [s and s.id for s in streamed] == [s and s.id for s in completion.logprobs]
 
 
-def test_penalties_and_bias_reach_the_choice(make_model: Any) -> None:
+def test_penalties_and_bias_affect_the_choice(make_model: Any) -> None:
     engine = Engine(make_model("gpt1"))
     (plain,) = engine.generate([[1, 2, 3]], GREEDY)
     forbidden = plain.ids[0]
@@ -466,8 +472,8 @@ def test_penalties_and_bias_reach_the_choice(make_model: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
-def test_beyond_the_context_the_window_shifts(make_model: Any, family: str) -> None:
-    """After the context is full, its last three quarters are read again: the naive loop that does so agrees."""
+def test_context_shift(make_model: Any, family: str) -> None:
+    """When the context is full, its last three quarters are computed again, as in a naive loop that does so."""
     model = make_model(family)
     params = SamplingParams(max_tokens=60, temperature=0, overflow="shift")
     for room in TIGHT:
@@ -482,7 +488,7 @@ def test_beyond_the_context_the_window_shifts(make_model: Any, family: str) -> N
         assert result.completions[0].finish_reason == "length"
 
 
-def test_a_long_prompt_is_refused_cut_or_shifted(make_model: Any, naive: Any) -> None:
+def test_a_long_prompt_is_refused_truncated_or_shifted(make_model: Any, naive: Any) -> None:
     model = make_model("llama")
     engine, prompt = Engine(model), (prompts(1, 29)[0] * 40)[:40]
     (refused,) = engine.generate([prompt], GREEDY)
@@ -496,14 +502,14 @@ def test_a_long_prompt_is_refused_cut_or_shifted(make_model: Any, naive: Any) ->
     assert shifted.prompt_ids == prompt
 
 
-def test_a_full_context_ends_it_and_says_so(make_model: Any, naive: Any) -> None:
+def test_a_full_context_ends_a_request_with_its_reason(make_model: Any, naive: Any) -> None:
     model = make_model("gpt2")
     (result,) = Engine(model).generate([[1, 2, 3, 4]], SamplingParams(max_tokens=500, temperature=0))
     assert result.completions[0].finish_reason == "context"
     assert result.ids == naive(model, [1, 2, 3, 4], CONTEXT - 4 + 1)
 
 
-def test_banded_layers_keep_only_their_window(make_model: Any, naive: Any) -> None:
+def test_sliding_window_layers_keep_only_their_window(make_model: Any, naive: Any) -> None:
     model = make_model("mistral", context=400)
     engine = Engine(model, block_size=4, cache_tokens=400, max_batch=1, max_batch_tokens=8)
     prompt = (prompts(1, 29)[0] * 300)[:300]
@@ -520,10 +526,10 @@ def test_banded_layers_keep_only_their_window(make_model: Any, naive: Any) -> No
     assert engine.stats.blocks <= (7 + 8) // 4 + 3
 
 
-# what goes wrong ------------------------------------------------------------------------------------------------------
+# failures -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive: Any) -> None:
+def test_an_invalid_request_does_not_affect_others(make_model: Any, naive: Any) -> None:
     model = make_model("qwen3")
     engine = Engine(model, cache_tokens=16, block_size=4)
     wrong: list[tuple[list[int], SamplingParams, str]] = [
@@ -560,7 +566,7 @@ def test_a_request_that_cannot_be_served_is_its_own_error(make_model: Any, naive
         engine.stream([], GREEDY)
 
 
-def test_logits_that_are_no_numbers_fail_their_request_alone(make_model: Any, naive: Any) -> None:
+def test_nan_logits_fail_only_their_request(make_model: Any, naive: Any) -> None:
     model = make_model("gpt2")
     expected = naive(model, [1, 2, 3], 9)
     damaged = next(token for token in range(30) if token not in [1, 2, 3, *expected])
@@ -572,12 +578,12 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(make_model: Any, na
         bad, good = engine.generate([[1, 2, damaged], [1, 2, 3]], GREEDY)
         assert "NaN" in str(bad.error)
         assert bad.completions[0].finish_reason == "error"
-        assert good.ids == expected  # the damaged blocks were cleared before others got them
+        assert good.ids == expected  # the damaged blocks were cleared before other sequences got them
     assert engine.stats.blocks_used == 0
 
 
 @pytest.mark.parametrize("params", [SamplingParams(n=3), SamplingParams(temperature=0, beams=3)], ids=["n", "beams"])
-def test_memory_short_where_samples_part_is_their_request_s_alone(
+def test_out_of_memory_while_forking_fails_only_that_request(
     make_model: Any, naive: Any, params: SamplingParams
 ) -> None:
     model = make_model("gpt2")
@@ -595,7 +601,7 @@ def test_memory_short_where_samples_part_is_their_request_s_alone(
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("no"), ZeroDivisionError("oh")])
-def test_a_pass_that_fails_is_tried_for_each_alone(make_model: Any, naive: Any, failure: Exception) -> None:
+def test_a_failing_step_is_retried_for_each_sequence(make_model: Any, naive: Any, failure: Exception) -> None:
     model = make_model("gpt2")
     engine = Engine(model)
     hidden_states = model.hidden_states
@@ -614,7 +620,7 @@ def test_a_pass_that_fails_is_tried_for_each_alone(make_model: Any, naive: Any, 
     assert engine.stats.blocks_used == 0
 
 
-def test_engines_that_make_no_sense(make_model: Any) -> None:
+def test_rejects_contradictory_sizes(make_model: Any) -> None:
     model = make_model("gpt2")
     impossible: tuple[dict[str, Any], ...] = (
         {"max_batch": 0},
@@ -629,10 +635,10 @@ def test_engines_that_make_no_sense(make_model: Any) -> None:
         Engine(model).generate([[1], [2]], [GREEDY])
 
 
-# coming and going -----------------------------------------------------------------------------------------------------
+# scheduling -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_shared_beginning_is_computed_once(make_model: Any) -> None:
+def test_a_shared_prefix_is_computed_once(make_model: Any) -> None:
     model = make_model("qwen3")
     engine, beginning = Engine(model, block_size=4), list(range(16))
     engine.generate([[*beginning, 20]], GREEDY)
@@ -658,7 +664,7 @@ def test_a_shared_beginning_is_computed_once(make_model: Any) -> None:
     )
 
 
-def test_samples_share_their_prompt(make_model: Any) -> None:
+def test_samples_share_the_blocks_of_their_prompt(make_model: Any) -> None:
     model = make_model("qwen3")
     engine = Engine(model, block_size=4)
     number = engine.add_request(list(range(16)), SamplingParams(max_tokens=4, n=5, seed=0))
@@ -668,7 +674,7 @@ def test_samples_share_their_prompt(make_model: Any) -> None:
     assert engine.stats.blocks_used == 0
 
 
-def test_one_sample_can_be_stopped(make_model: Any, naive: Any) -> None:
+def test_stopping_one_sample(make_model: Any, naive: Any) -> None:
     model = make_model("qwen3")
     engine = Engine(model)
     number = engine.add_request([1], SamplingParams(max_tokens=9, temperature=0, n=2))
@@ -683,21 +689,21 @@ def test_one_sample_can_be_stopped(make_model: Any, naive: Any) -> None:
     assert (second.ids, second.finish_reason) == (expected, "length")
 
 
-def test_a_stream_that_nobody_reads_to_the_end_is_cancelled(make_model: Any, naive: Any) -> None:
+def test_closing_a_stream_cancels_its_request(make_model: Any, naive: Any) -> None:
     model = make_model("qwen3")
     engine = Engine(model)
-    engine.stream([1], GREEDY)  # never begun: nothing is queued
+    engine.stream([1], GREEDY)  # never iterated: nothing is queued
     other = engine.add_request([2], GREEDY)
     stream = engine.stream([1], GREEDY)
     assert next(stream).ids == naive(model, [1], 1)
     stream.close()
     assert engine.stats.running == 1
     events = drained(engine)
-    assert {e.request for e in events} == {other}  # and nothing of the other was lost
+    assert {e.request for e in events} == {other}  # no event of the other request was lost
     assert [id for e in events for id in e.ids] == naive(model, [2], 9)
 
 
-def test_the_model_is_left_in_its_mode(make_model: Any) -> None:
+def test_the_model_stays_in_training_mode(make_model: Any) -> None:
     model = make_model("gpt2").train()
     model.dropout = 0.5
     engine = Engine(model)
@@ -705,7 +711,7 @@ def test_the_model_is_left_in_its_mode(make_model: Any) -> None:
     assert model.training
 
 
-def test_padding_of_the_vocabulary_is_never_chosen(make_model: Any) -> None:
+def test_ids_beyond_vocab_size_are_never_chosen(make_model: Any) -> None:
     engine = Engine(make_model("gpt2"), vocab_size=7)
     params = SamplingParams(max_tokens=15, temperature=5.0, seed=0, repetition_penalty=1.1, n=4, logprobs=7)
     (result,) = engine.generate([[1]], params)
@@ -713,16 +719,16 @@ def test_padding_of_the_vocabulary_is_never_chosen(make_model: Any) -> None:
     assert "outside 0..6" in str(engine.generate([[7]], params)[0].error)
 
 
-def test_the_oldest_advances_and_short_prompts_do_not_wait_for_long_ones(make_model: Any) -> None:
+def test_the_oldest_request_advances_and_short_prompts_overtake_long_ones(make_model: Any) -> None:
     model = make_model("gpt2", context=600)
     engine = Engine(model, max_batch=4, max_batch_tokens=16)
     long = engine.add_request([1] * 500, SamplingParams(max_tokens=2, temperature=0))
     engine.step()
     short = engine.add_request([2] * 12, SamplingParams(max_tokens=2, temperature=0))
-    assert [e.request for _ in range(2) for e in engine.step()] == [short, short]  # at once, not after thirty passes
+    assert [e.request for _ in range(2) for e in engine.step()] == [short, short]  # at once, not after thirty steps
     engine.step()
     finished: list[int] = []
-    for i in range(200):  # short ones keep coming, as many as there is room for: the long one ends nevertheless
+    for i in range(200):  # short requests keep arriving, as many as fit: the long one still ends
         engine.add_request([3 + i % 20] * 12, SamplingParams(max_tokens=1, temperature=0))
         finished += [e.request for e in engine.step() if e.result is not None]
         if long in finished:
@@ -731,19 +737,19 @@ def test_the_oldest_advances_and_short_prompts_do_not_wait_for_long_ones(make_mo
     drained(engine)
 
 
-def test_who_decodes_is_not_kept_waiting_by_a_long_prompt(make_model: Any) -> None:
-    """It is read in chunks of what a pass has room for, and each pass gives everybody else their token."""
+def test_a_long_prompt_does_not_delay_decoding(make_model: Any) -> None:
+    """Each step computes a chunk of the prompt and one token of every other request."""
     model = make_model("gpt2", context=600)
     engine = Engine(model, max_batch=4, max_batch_tokens=16)
     decoding = [engine.add_request([i], SamplingParams(max_tokens=60, temperature=0)) for i in range(3)]
     engine.step()
     long = engine.add_request([7] * 500, SamplingParams(max_tokens=1, temperature=0))
-    told = [[e.request for e in engine.step()] for _ in range(500 // 13 + 1)]
-    assert told == [decoding] * (500 // 13) + [[*decoding, long]]
+    seen_requests = [[e.request for e in engine.step()] for _ in range(500 // 13 + 1)]
+    assert seen_requests == [decoding] * (500 // 13) + [[*decoding, long]]
 
 
-def test_who_is_preempted_goes_on_and_nobody_waits_for_ever(make_model: Any, naive: Any) -> None:
-    """Long ones grow beyond the cache together, while as many short ones come as find room."""
+def test_preempted_requests_continue_and_none_starves(make_model: Any, naive: Any) -> None:
+    """Long requests outgrow the cache together, while as many short ones arrive as fit."""
     model = make_model("llama")
     engine = Engine(model, max_batch=4, max_batch_tokens=8, cache_tokens=28, block_size=2)
     size = SamplingParams(max_tokens=20, temperature=0)
@@ -754,13 +760,13 @@ def test_who_is_preempted_goes_on_and_nobody_waits_for_ever(make_model: Any, nai
             asked[engine.add_request([i % 30], SamplingParams(max_tokens=2, temperature=0))] = naive(model, [i % 30], 2)
         results |= {e.request: e.result for e in engine.step() if e.result is not None}
         if i == 99:
-            assert {0, 1, 2} <= results.keys()  # before the stream of short ones ended
+            assert {0, 1, 2} <= results.keys()  # before the short requests stopped arriving
     results |= {e.request: e.result for e in drained(engine) if e.result is not None}
     assert engine.stats.preemptions > 0
     assert {number: result.ids for number, result in results.items()} == asked
 
 
-def test_arrival_decides_who_is_admitted(make_model: Any) -> None:
+def test_requests_are_admitted_in_the_order_of_arrival(make_model: Any) -> None:
     engine = Engine(make_model("gpt2"), max_batch=2, max_batch_tokens=64, cache_tokens=24, block_size=4)
     numbers = [engine.add_request([i] * (14 if i % 3 == 0 else 2), GREEDY) for i in range(9)]
     started: list[int] = []
@@ -771,7 +777,7 @@ def test_arrival_decides_who_is_admitted(make_model: Any) -> None:
     assert started == numbers
 
 
-def test_events_tell_of_a_sequence_once(make_model: Any) -> None:
+def test_events_report_each_token_once(make_model: Any) -> None:
     engine = Engine(make_model("gpt2"), max_batch=3, max_batch_tokens=3, cache_tokens=24, block_size=2)
     for i in range(5):
         engine.add_request([i, i], SamplingParams(max_tokens=7, temperature=0, n=2))

@@ -1,4 +1,4 @@
-"""Structured output: always in the language, or ended by length and saying so."""
+"""Structured output is always in the language, unless it ended with finish_reason length."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def engine(make_model: Any, tokenizer: Tokenizer) -> Engine:
 
 
 def texts(engine: Engine, tokenizer: Tokenizer, constraint: Grammar, count: int = 12, **options: Any) -> list[Any]:
-    """Texts of as many seeds, together, and why they ended."""
-    wishes: dict[str, Any] = {"max_tokens": 120, "temperature": 1.5} | options
-    params = SamplingParams(constraint=constraint, n=count, seed=0, **wishes)
-    writing = Detokenizer(tokenizer, "", params)
-    (result,) = engine.generate([encode_prompt(tokenizer, "")], writing.engine_params)
+    """Return this many samples, as (text, finish reason)."""
+    merged: dict[str, Any] = {"max_tokens": 120, "temperature": 1.5} | options
+    params = SamplingParams(constraint=constraint, n=count, seed=0, **merged)
+    detokenizer = Detokenizer(tokenizer, "", params)
+    (result,) = engine.generate([encode_prompt(tokenizer, "")], detokenizer.engine_params)
     if result.error is not None:
         raise result.error
     return [(tokenizer.decode(c.ids), c.finish_reason) for c in result.completions]
@@ -98,8 +98,8 @@ def test_grammars_in_lark_and_gbnf(engine: Engine, tokenizer: Tokenizer) -> None
             assert reason == "length" or text.count("(") + text.count("[") == text.count(")") + text.count("]")
 
 
-def test_greedy_and_others_in_the_batch(engine: Engine, tokenizer: Tokenizer) -> None:
-    """The constrained do not disturb the free, and the other way round."""
+def test_constrained_and_free_requests_in_one_batch(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Neither kind affects the other."""
     free = SamplingParams(max_tokens=10, temperature=1.0, seed=3)
     bound = SamplingParams(max_tokens=20, temperature=0, constraint=choices(tokenizer, ["yes", "no"]))
     start = encode_prompt(tokenizer, "")
@@ -110,7 +110,7 @@ def test_greedy_and_others_in_the_batch(engine: Engine, tokenizer: Tokenizer) ->
     assert tokenizer.decode(one.ids) in ("yes", "no")
 
 
-def test_what_cannot_be_followed_is_that_request_alone(engine: Engine, tokenizer: Tokenizer) -> None:
+def test_an_invalid_grammar_fails_only_its_request(engine: Engine, tokenizer: Tokenizer) -> None:
     start = encode_prompt(tokenizer, "")
     good = SamplingParams(max_tokens=5, constraint=choices(tokenizer, ["yes"]))
     for wrong in (
@@ -130,7 +130,7 @@ def test_what_cannot_be_followed_is_that_request_alone(engine: Engine, tokenizer
         choices(tokenizer, [])
 
 
-def test_a_tokenizer_without_an_end(make_model: Any) -> None:
+def test_a_tokenizer_without_an_end_of_text_token(make_model: Any) -> None:
     full = train_char(["yesno"])
     description = json.loads(full.to_json())
     end = {token["id"]: token["content"] for token in description["added_tokens"]}

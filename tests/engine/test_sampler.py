@@ -1,4 +1,4 @@
-"""Choosing tokens: parity with transformers' processors, distributions, and rows that do not look at each other."""
+"""Choosing tokens: parity with transformers' processors, the right distributions, and independent rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptsmith.engine.sampling import SamplingParams
 
 V = 50
 
-WISHES = st.fixed_dictionaries(
+PARAMS = st.fixed_dictionaries(
     {
         "temperature": st.floats(0.1, 3),
         "top_k": st.none() | st.integers(1, 60),
@@ -26,7 +26,7 @@ WISHES = st.fixed_dictionaries(
 
 
 def reference(logits: Tensor, params: SamplingParams) -> Tensor:
-    """transformers' own processors, in the order it applies them."""
+    """Apply transformers' own processors in its order."""
     from transformers import (
         MinPLogitsWarper,
         TemperatureLogitsWarper,
@@ -49,29 +49,30 @@ def reference(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 @settings(max_examples=80, deadline=None)
-@given(wishes=st.lists(WISHES, min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_filters_equal_transformers(wishes: list[dict[str, Any]], seed: int) -> None:
-    """Each row by its own parameters, in one batch."""
+@given(values=st.lists(PARAMS, min_size=1, max_size=5), seed=st.integers(0, 999))
+def test_filters_equal_transformers(values: list[dict[str, Any]], seed: int) -> None:
+    """Each row has its own parameters."""
     torch.manual_seed(seed)
-    params = [SamplingParams(**each) for each in wishes]
+    params = [SamplingParams(**each) for each in values]
     logits = torch.randn(len(params), V) * 3
-    ours = filter_logits(logits, params).softmax(-1)
+    actual = filter_logits(logits, params).softmax(-1)
     for row, one in enumerate(params):
-        theirs = reference(logits[row : row + 1], one).softmax(-1)[0]
-        torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-4)
+        expected = reference(logits[row : row + 1], one).softmax(-1)[0]
+        torch.testing.assert_close(actual[row], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_flat_nucleus_over_a_large_vocabulary() -> None:
-    """The nucleus reaches beyond the most probable thousand: all are sorted then."""
+    """The nucleus extends beyond the 1,024 most probable tokens, so all are sorted."""
     torch.manual_seed(0)
     logits = torch.randn(3, 5000) * 0.01
     logits[1, :3] += 12
     params = [SamplingParams(temperature=1.0, top_p=p) for p in (0.9, 0.5, 0.3)]
-    ours = filter_logits(logits, params)
+    actual = filter_logits(logits, params)
     for row, one in enumerate(params):
-        theirs = reference(logits[row : row + 1], one)[0]
-        assert abs(int(torch.isfinite(ours[row]).sum()) - int(torch.isfinite(theirs).sum())) <= 1  # a sum's last bit
-    assert torch.isfinite(ours[1]).sum() <= 3
+        expected = reference(logits[row : row + 1], one)[0]
+        sizes = [int(torch.isfinite(each).sum()) for each in (actual[row], expected)]
+        assert abs(sizes[0] - sizes[1]) <= 1  # the last bit of a sum can differ
+    assert torch.isfinite(actual[1]).sum() <= 3
 
 
 def state(prompt: list[int], made: list[int], seed: int = 0, **params: Any) -> SamplerState:
@@ -84,7 +85,7 @@ def state(prompt: list[int], made: list[int], seed: int = 0, **params: Any) -> S
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_adjustments_equal_transformers(data: st.DataObject) -> None:
-    """Repetition penalty, bias and least length, each row by its own; presence and frequency by OpenAI's formula."""
+    """Repetition penalty, bias and minimum length per row; presence and frequency penalty by OpenAI's formula."""
     from transformers import (
         MinNewTokensLengthLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
@@ -126,13 +127,13 @@ def test_adjustments_equal_transformers(data: st.DataObject) -> None:
     torch.testing.assert_close(adjust(logits, states), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_sampled_tokens_follow_the_distribution() -> None:
     """Chi-squared over 20,000 draws (6 degrees of freedom: 22.5 is the 0.1 % point), and against transformers' filters
     over the same logits."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0])
     n = 20_000
-    for wishes in ({"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8, "top_k": 5}):
-        params = SamplingParams(**wishes)  # type: ignore[arg-type]
+    for values in ({"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8, "top_k": 5}):
+        params = SamplingParams(**values)  # type: ignore[arg-type]
         states = [SamplerState(params, seed, [0], 7) for seed in range(n)]
         drawn = choose(logits.expand(n, 7), states)
         counts = torch.bincount(drawn, minlength=7).float()
@@ -142,8 +143,8 @@ def test_draws_follow_the_distribution() -> None:
         assert ((counts - expected)[likely] ** 2 / expected[likely]).sum() < 22.5
 
 
-def test_numbers_of_a_seed_are_independent_and_even() -> None:
-    """Uniform over tokens, places ahead and purposes: the mean and the lag-one correlation of 10,000 of each."""
+def test_random_numbers_of_a_seed_are_uniform_and_independent() -> None:
+    """Check mean and lag-one correlation over 10,000 positions, for two purposes."""
     one = SamplerState(SamplingParams(), 7, [0], 7)
     for purpose in (0, 1):
         numbers = torch.tensor([one.uniform(ahead, purpose) for ahead in range(10_000)], dtype=torch.float64)
@@ -158,7 +159,7 @@ def test_numbers_of_a_seed_are_independent_and_even() -> None:
     assert one.uniform(purpose=1) != expected
 
 
-def test_rows_draw_for_themselves() -> None:
+def test_rows_are_independent() -> None:
     logits = torch.randn(3, V)
     kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 9}]
     states = [state([1], [2], seed, **kind) for seed, kind in enumerate(kinds)]
@@ -167,12 +168,12 @@ def test_rows_draw_for_themselves() -> None:
     assert together[0] == logits[0].argmax()
 
 
-def test_the_ends_of_the_distribution() -> None:
+def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]] * 3)
-    assert draw(logits, [0.0, 0.5, 1 - 2**-53]).tolist() == [1, 3, 3]  # what is impossible is never drawn
+    assert draw(logits, [0.0, 0.5, 1 - 2**-53]).tolist() == [1, 3, 3]
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_a_fork_is_independent() -> None:
     one = state([1], [2], 5, presence_penalty=1.0, repetition_penalty=1.2)
     two = one.fork(6)
     two.push(9)

@@ -1,4 +1,4 @@
-"""Guessing ahead changes nothing but the time: the same tokens, greedy or sampled; and it ends where it is slow."""
+"""Speculative decoding returns the same tokens, greedy or sampled, and stops where it is slower."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class Always(Speculator):
 
 
 class Oracle:
-    """Guesses that are right with a given probability."""
+    """A drafter that is right with a given probability."""
 
     def __init__(self, texts: dict[tuple[int, ...], list[int]], right: float) -> None:
         self.texts, self.right, self.rng = texts, right, random.Random(0)
 
     def propose(self, sequences: Any, count: int) -> list[list[int]]:
-        guesses = []
+        proposals = []
         for s in sequences:
             after = self.texts[tuple(s.request.prompt)][len(s.generated) :][:count]
-            guesses.append([id if self.rng.random() < self.right else (id + 1) % 30 for id in after])
-        return guesses
+            proposals.append([id if self.rng.random() < self.right else (id + 1) % 30 for id in after])
+        return proposals
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mistral", "mixtral"])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_the_text_is_the_very_same(make_model: Any, family: str, data: st.DataObject) -> None:
+def test_tokens_are_the_same_as_without_speculation(make_model: Any, family: str, data: st.DataObject) -> None:
     model = make_model(family)
     count = data.draw(st.integers(1, 5))
     prompts = [[data.draw(st.integers(0, 5)) for _ in range(data.draw(st.integers(1, 9)))] for _ in range(count)]
-    wishes = [
+    params_of = [
         SamplingParams(
             max_tokens=14,
             temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])),
@@ -60,7 +60,7 @@ def test_the_text_is_the_very_same(make_model: Any, family: str, data: st.DataOb
         )
         for i in range(count)
     ]
-    plain = Engine(model).generate(prompts, wishes)
+    plain = Engine(model).generate(prompts, params_of)
     texts = {tuple(p): r.ids for p, r in zip(prompts, plain, strict=True)}
     other = make_model(family, seed=4)
     drafters: list[Drafter] = [PromptLookup(3, 1), Oracle(texts, 0.7), DraftModel(model), DraftModel(other)]
@@ -73,35 +73,35 @@ def test_the_text_is_the_very_same(make_model: Any, family: str, data: st.DataOb
         max_batch_tokens=data.draw(st.integers(4, 30)),
         speculator=Always(drafter, data.draw(st.integers(1, 5))),
     )
-    for ours, theirs in zip(engine.generate(prompts, wishes), plain, strict=True):
-        assert ours.error is None
-        for a, b in zip(ours.completions, theirs.completions, strict=True):
+    for actual, expected in zip(engine.generate(prompts, params_of), plain, strict=True):
+        assert actual.error is None
+        for a, b in zip(actual.completions, expected.completions, strict=True):
             assert (a.ids, a.finish_reason) == (b.ids, b.finish_reason)
             assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)
     assert engine.stats.blocks_used == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral"])
-def test_samples_that_part_where_guesses_are_checked(make_model: Any, family: str) -> None:
-    """A prompt whose last token is read alone has guesses after it, when its samples part: they are the first one's."""
+def test_samples_that_fork_in_a_step_with_drafts(make_model: Any, family: str) -> None:
+    """If the last prompt token is computed alone, it can have drafts when samples fork: the first sample's."""
     model = make_model(family)
     prompts = [[0, 0], [0, 0], [0]]
     for seed in range(6):
         first = SamplingParams(max_tokens=14, temperature=0.7, n=2, seed=seed)
-        wishes = [first, *[SamplingParams(max_tokens=14, temperature=0)] * 2]
+        params_of = [first, *[SamplingParams(max_tokens=14, temperature=0)] * 2]
         speculator = Always(PromptLookup(3, 1), 1)
         engine = Engine(model, block_size=1, cache_tokens=30, max_batch=4, max_batch_tokens=4, speculator=speculator)
-        made = engine.generate(prompts, wishes)
-        plain = Engine(model).generate(prompts, wishes)
+        made = engine.generate(prompts, params_of)
+        plain = Engine(model).generate(prompts, params_of)
         assert [[c.ids for c in r.completions] for r in made] == [[c.ids for c in r.completions] for r in plain]
         assert engine.stats.drafted > 0
 
 
-def test_right_guesses_save_steps(make_model: Any) -> None:
+def test_right_drafts_save_steps(make_model: Any) -> None:
     model = make_model("qwen3", context=80)
     params = SamplingParams(max_tokens=50, temperature=1.0, seed=0)
     (plain,) = Engine(model).generate([[1]], params)
-    for drafter in (Oracle({(1,): plain.ids}, 1.0), DraftModel(model)):  # the model itself guesses rightly
+    for drafter in (Oracle({(1,): plain.ids}, 1.0), DraftModel(model)):  # the model itself is always right
         engine = Engine(model, speculator=Always(drafter, 4))
         assert engine.generate([[1]], params)[0].ids == plain.ids
         assert engine.stats.steps <= 12
@@ -111,8 +111,8 @@ def test_right_guesses_save_steps(make_model: Any) -> None:
     assert never.stats.acceptance_rate == 0.0
 
 
-def test_right_guesses_are_counted_whoever_else_is_there(make_model: Any) -> None:
-    """Samples that part in a pass, or end in it, do not look like right guesses."""
+def test_accepted_drafts_are_counted_with_several_samples(make_model: Any) -> None:
+    """Samples that fork or end in a step do not count as accepted drafts."""
     model = make_model("qwen3")
     params = SamplingParams(max_tokens=9, temperature=1.0, seed=0, n=3, stop_ids=(4,))
     for right in (0.0, 1.0):
@@ -120,12 +120,12 @@ def test_right_guesses_are_counted_whoever_else_is_there(make_model: Any) -> Non
         (result,) = engine.generate([[1]], params)
         stats = engine.stats
         assert stats.drafted > 0
-        passes = [t for c in result.completions for t in c.ids]
-        assert stats.accepted <= (passes.count(7) if right else passes.count(8))
+        ids = [id for completion in result.completions for id in completion.ids]
+        assert stats.accepted <= (ids.count(7) if right else ids.count(8))
 
 
-def test_a_guess_that_the_model_makes_no_numbers_of_is_only_wrong(make_model: Any, naive: Any) -> None:
-    """It is not the request's fault; and what was computed of it disturbs nobody later on."""
+def test_a_draft_with_nan_logits_is_only_rejected(make_model: Any, naive: Any) -> None:
+    """The request continues, and no other sequence reads what was computed for the draft."""
     model = make_model("gpt2")
     expected = {p: naive(model, p, 9) for p in [(1, 2, 3), (5,)]}
     damaged = next(token for token in range(30) if token not in {1, 2, 3, 5, *expected[1, 2, 3], *expected[5,]})
@@ -146,7 +146,7 @@ def test_a_guess_that_the_model_makes_no_numbers_of_is_only_wrong(make_model: An
         assert engine.stats.blocks_used == 0
 
 
-def test_a_drafter_that_fails_is_done_without(make_model: Any, naive: Any, capsys: Any) -> None:
+def test_decoding_continues_without_a_failing_drafter(make_model: Any, naive: Any, capsys: Any) -> None:
     class Failing:
         def propose(self, sequences: Any, count: int) -> list[list[int]]:
             raise MemoryError("no room")
@@ -156,21 +156,21 @@ def test_a_drafter_that_fails_is_done_without(make_model: Any, naive: Any, capsy
     engine = Engine(model, speculator=Always(Failing(), 3))
     assert engine.generate([[1]], params)[0].ids == naive(model, [1], 9)
     assert capsys.readouterr().err.count("off from now on: MemoryError: no room") == 1
-    # A draft model with fewer tokens, or a shorter context, guesses where it can.
+    # A draft model with fewer tokens, or a shorter context, proposes where it can.
     small = Engine(model, speculator=Always(DraftModel(make_model("qwen3", 9, context=8)), 3))
     assert [r.ids for r in small.generate([[20], [1]], params)] == [naive(model, [20], 9), naive(model, [1], 9)]
 
 
 @pytest.mark.parametrize("kind", ["prompt-lookup", "draft-model"])
 def test_sampled_tokens_keep_their_distribution(make_model: Any, kind: str) -> None:
-    """Chi-squared of the second and third token over seeds, with guesses from the text or of another model, against
+    """Chi-squared of the second and third token over seeds, with drafts from the text or another model, against
     exact probabilities (99.9 % points)."""
     model, other = make_model("gpt2", 6), make_model("gpt2", 6, seed=4)
     drafter = PromptLookup(2, 1) if kind == "prompt-lookup" else DraftModel(other)
     engine = Engine(model, speculator=Always(drafter, 3), max_batch=64, max_batch_tokens=400)
     n = 1500
     params = [SamplingParams(max_tokens=4, temperature=1.0, seed=10 * i) for i in range(n)]
-    batches = [params[i : i + 60] for i in range(0, n, 60)]  # nobody may wait: there are no guesses then
+    batches = [params[i : i + 60] for i in range(0, n, 60)]  # no request may wait, since there are no drafts then
     ids = torch.tensor([r.ids for batch in batches for r in engine.generate([[1, 2]] * len(batch), batch)])
     assert engine.stats.drafted > n
     assert 0.05 < engine.stats.acceptance_rate < 0.95
@@ -186,7 +186,7 @@ def test_sampled_tokens_keep_their_distribution(make_model: Any, kind: str) -> N
         assert ((counts - expected * n) ** 2 / (expected * n)).sum() < 20.5  # 5 degrees of freedom
 
 
-def test_prompt_lookup_finds_what_followed() -> None:
+def test_prompt_lookup_proposes_what_followed() -> None:
     class Fake:
         tokens = [1, 2, 3, 4, 9, 2, 3, 5, 7, 2, 3]  # noqa: RUF012
 
@@ -200,29 +200,29 @@ def test_prompt_lookup_finds_what_followed() -> None:
         PromptLookup(1, 2)
 
 
-def test_guessing_leaves_off_where_it_is_slow_and_begins_where_it_pays() -> None:
-    class Nobody:
+def test_speculates_where_it_is_faster_and_only_there() -> None:
+    class Silent:
         def propose(self, sequences: collections.abc.Sequence[Sequence], count: int) -> list[list[int]]:
             return []
 
     for cost, expected in ((3.0, False), (1.1, True)):
-        speculator, guessed, seconds = Speculator(Nobody()), 0, 0.0
+        speculator, num_drafted, seconds = Speculator(Silent()), 0, 0.0
         tokens = 0
         for _ in range(2000):
-            guess = speculator.should_speculate(1)
-            made = 2 if guess else 1
-            speculator.record(1, guess, cost if guess else 1.0, made)
-            seconds += cost if guess else 1.0
+            drafts = speculator.should_speculate(1)
+            made = 2 if drafts else 1
+            speculator.record(1, drafts, cost if drafts else 1.0, made)
+            seconds += cost if drafts else 1.0
             tokens += made
-            guessed += guess
-        assert (guessed > 1000) is expected
-        assert tokens / seconds > 0.95  # plain decoding makes a token a second
+            num_drafted += drafts
+        assert (num_drafted > 1000) is expected
+        assert tokens / seconds > 0.95  # plain decoding generates one token per second
     with pytest.raises(UsageError):
-        Speculator(Nobody(), 0)
+        Speculator(Silent(), 0)
 
 
 class Clock:
-    """Time that passes only where it is told to."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -235,18 +235,18 @@ class Clock:
     ("right", "drafting", "checking"),
     [(0.0, 0.0, 0.3), (0.0, 60.0, 2.0), (0.3, 4.0, 0.3), (1.0, 0.5, 0.3)],
 )
-def test_never_slower_than_nine_tenths_of_plain(
+def test_never_slower_than_nine_tenths_of_plain_decoding(
     make_model: Any, monkeypatch: pytest.MonkeyPatch, right: float, drafting: float, checking: float
 ) -> None:
-    """By a clock that a plain pass takes to 1, and guesses beyond: the engine, with requests that come and go, against
-    the passes it makes without guessing. Where guesses pay, it is indeed faster."""
+    """On a simulated clock, a plain step takes 1, plus the costs of proposing and checking drafts. The engine, with
+    requests that arrive and leave, takes at most 10/9 of the time without drafts, and less where drafts pay."""
     clock = Clock()
     monkeypatch.setattr("gptsmith.engine.step.time", clock)
     model = make_model("gpt2")
-    wishes = [SamplingParams(max_tokens=20, temperature=1.0, seed=i) for i in range(30)]
+    params_of = [SamplingParams(max_tokens=20, temperature=1.0, seed=i) for i in range(30)]
     prompts = [[i] for i in range(30)]
     plain = Engine(model, max_batch=2)
-    texts = {tuple(p): r.ids for p, r in zip(prompts, plain.generate(prompts, wishes), strict=True)}
+    texts = {tuple(p): r.ids for p, r in zip(prompts, plain.generate(prompts, params_of), strict=True)}
 
     class Slow(Oracle):
         def propose(self, sequences: Any, count: int) -> list[list[int]]:
@@ -263,31 +263,33 @@ def test_never_slower_than_nine_tenths_of_plain(
     engine.runner.run = timed  # type: ignore[method-assign]
     for first in [*range(0, 30, 2)] * 2:
         some = slice(first, first + (1 if first % 4 else 2))
-        assert [r.ids for r in engine.generate(prompts[some], wishes[some])] == [texts[tuple(p)] for p in prompts[some]]
+        assert [r.ids for r in engine.generate(prompts[some], params_of[some])] == [
+            texts[tuple(p)] for p in prompts[some]
+        ]
     without = 30 * 20
     assert engine.stats.drafted > 0
-    first_guess = drafting + checking  # only then is it known what one costs
-    assert clock.now <= without / 0.9 + first_guess
+    first_trial = drafting + checking  # its cost is not known before
+    assert clock.now <= without / 0.9 + first_trial
     if right == 1.0 and drafting + checking < 1:
         assert clock.now < 0.6 * without
 
 
 @pytest.mark.slow
-def test_measured_it_is_not_slower_than_nine_tenths_of_plain(make_model: Any) -> None:
-    """By the computer's clock, trials included: the wrong guesses of a model as large as the one that checks them. The
-    two take turns; the best of three attempts counts, since other programs have their moments too."""
+def test_measured_speed_is_at_least_nine_tenths_of_plain_decoding(make_model: Any) -> None:
+    """Measured, trials included, with mostly wrong drafts of a model as large as the one that checks them. The two
+    alternate, and the best of three attempts counts, since other programs disturb."""
     model, other = make_model("qwen3", context=300), make_model("qwen3", context=300, seed=4)
     params = SamplingParams(max_tokens=250, temperature=2.0, seed=0)
     speeds: list[float] = []
     while len(speeds) < 3 and max(speeds, default=0.0) < 0.9:
-        plain, guessing = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
-        spent = {plain: 0.0, guessing: 0.0}
+        plain, speculative = Engine(model), Engine(model, speculator=Speculator(DraftModel(other), 4))
+        spent = {plain: 0.0, speculative: 0.0}
         for _ in range(4):
             for engine in spent:
                 began = time.process_time()
                 assert len(engine.generate([[1]], params)[0].ids) == 250
                 spent[engine] += time.process_time() - began
-        assert guessing.stats.drafted > 0  # it did try
-        assert guessing.stats.acceptance_rate < 0.5
-        speeds.append(spent[plain] / spent[guessing])
+        assert speculative.stats.drafted > 0  # it was tried
+        assert speculative.stats.acceptance_rate < 0.5
+        speeds.append(spent[plain] / spent[speculative])
     assert max(speeds) >= 0.9
