@@ -312,7 +312,6 @@ def test_unknown_text_in_the_validation_text(tmp_path: Path, capsys: pytest.Capt
     [
         ("char without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
         ("unigram without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
-        ("bpe without", "3 of 16 characters (19%) have no token: 'é' (U+00E9) 2 times, '漢' (U+6F22) once."),
         ("wordlevel without", "6 of 19 characters (32%) have no token: 'éé' 2 times, '漢漢' once."),
     ],
 )
@@ -327,15 +326,25 @@ def test_text_without_tokens_is_refused_with_what_it_is(tmp_path: Path, cache: P
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_byte_level_tokens_that_a_vocabulary_lacks_are_found(tmp_path: Path) -> None:
+def test_text_that_a_tokenizer_leaves_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = Pipeline(models.BPE({character: id for id, character in enumerate("abcxyzĠ")}, []))
     pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pipeline.decoder = decoders.ByteLevel()
-    tokenizer = Tokenizer(pipeline.to_str())
-    assert tokenizer.kind == "bpe"
-    assert len(prepare(text_file(tmp_path, "abc xyz " * 10), tokenizer).train)
-    with pytest.raises(TokenizerError, match=r"1 of 81 characters \(1\.2%\) have no token: '\\n' \(U\+000A\) once"):
-        prepare(text_file(tmp_path, "abc xyz " * 10 + "\n"), tokenizer)
+    without_some_bytes = Tokenizer(pipeline.to_str())
+    assert without_some_bytes.kind == "bpe"
+    for tokenizer in (without_some_bytes, other_tokenizer("bpe without")):
+        prepare(text_file(tmp_path, "abc xyz " * 1000), tokenizer)
+        assert capsys.readouterr().err == ""
+        few = text_file(tmp_path, "abc xyz " * 1000 + "\x04")
+        for _ in range(2):
+            assert prepare(few, tokenizer).unknown["train"].count == 1
+            said = capsys.readouterr().err
+            assert "1 of 8,001 characters (0.012%) have no token and are left out: '\\x04' (U+0004) once." in said
+        many = jsonl_file(tmp_path, ["abc xyz", "abc é 漢 é"])
+        with pytest.raises(TokenizerError, match=r"3 of 16 characters \(19%\) have no token and are left out: 'é'"):
+            prepare(many, tokenizer, val_fraction=0)
+        assert prepare(many, tokenizer, val_fraction=0, allow_unknown=True).unknown["train"].count == 3
+        capsys.readouterr()
 
 
 @pytest.mark.usefixtures("small_chunks")

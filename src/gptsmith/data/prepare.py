@@ -3,9 +3,9 @@
 The work is done by threads: the tokenizers library and numpy release Python's global lock, so threads use every core
 without the memory and start-up time of processes. At most `workers + 2` batches of text are in memory at once.
 
-Text that the tokenizer does not know never goes unnoticed. If the tokenizer has an unknown token, the number of unknown
-tokens is printed with the most frequent unknown characters (or words), and more than MAX_UNKNOWN of all tokens are an
-error unless they are allowed. If it has none, any such text is an error.
+Text that the tokenizer does not know never goes unnoticed. If it becomes unknown tokens, or is left out (some byte-level
+tokenizers lack rare bytes), the amount is printed with the most frequent characters or words, and more than MAX_UNKNOWN
+of the text is an error unless it is allowed. Text that cannot be encoded at all is always an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SHARD_TOKENS = 1 << 27  # tokens per file: 256 MB as uint16
 MAX_WORKERS = 16
 MAX_TOKENS_PER_CHARACTER = 8  # how far to look for the end of a character that consists of several tokens
-MAX_UNKNOWN = 0.01  # the share of unknown tokens above which the tokenizer does not fit the text
+MAX_UNKNOWN = 0.01  # the share of unknown text above which a tokenizer does not fit the text
 MAX_UNKNOWN_PARTS = 1000  # different unknown characters or words whose occurrences are counted
 MAX_EXAMPLES = 5  # of them that a message names
 ENOUGH_UNKNOWN = 10_000  # characters without a token after which the rest of the text is not read
@@ -61,7 +61,7 @@ def prepare(
     val_fraction: otherwise, the share of tokens at the end of `train` to hold out, from 0 (none) to 0.5. The cut is
         between two documents if a document ends nearby, else between two characters.
     workers: number of threads, by default one per core.
-    allow_unknown: accept a text with more than MAX_UNKNOWN unknown tokens.
+    allow_unknown: accept a text of which the tokenizer does not know more than MAX_UNKNOWN.
 
     Raises UsageError for a fraction out of range, DataError for text that cannot be read or split, TokenizerError for
     text that the tokenizer cannot encode, or knows too little of. The cache never holds an incomplete dataset.
@@ -113,12 +113,16 @@ def _open_cached(directory: Path, tokenizer: Tokenizer) -> Dataset | None:
 
 
 def _report_unknown(source: Source, unknown: UnknownText, allowed: bool) -> None:
-    """Print how many tokens of a text are unknown. Raise TokenizerError if they are too many."""
-    text = f"{source.spec}: {_describe(unknown, 'tokens')} are unknown to the tokenizer: {_examples(unknown)}."
+    """Print how much of a text is unknown. Raise TokenizerError if it is too much."""
+    if unknown.left_out:
+        what = f"{_describe(unknown, 'characters')} have no token and are left out"
+    else:
+        what = f"{_describe(unknown, 'tokens')} are unknown to the tokenizer"
+    text = f"{source.spec}: {what}: {_examples(unknown)}."
     if unknown.share > MAX_UNKNOWN and not allowed:
         raise TokenizerError(
             f"{text} A tokenizer that does not know more than {MAX_UNKNOWN:.0%} of a text does not fit it. Use a "
-            "tokenizer made for such text, or a byte-level one, or allow unknown tokens with --unknown."
+            "tokenizer made for such text, or a byte-level one, or allow unknown text with --unknown."
         )
     note(text)
 
@@ -179,8 +183,8 @@ class _Encoded:
     """A tokenized batch of chunks.
 
     ids: (tokens,), with separators. ends: (documents,) int64, the offsets in ids at which documents end. unknown: the
-    parts of the text that became unknown tokens. without_tokens: where they have no tokens at all, the message for the
-    first of them, else "".
+    parts of the text that became unknown tokens, were left out or could not be encoded. cannot_encode: the message for
+    the first part that could not be encoded, or "".
     """
 
     ids: NDArray[Any]
@@ -188,7 +192,7 @@ class _Encoded:
     counts: _Counts
     is_blank: bool
     unknown: Counter[str]
-    without_tokens: str
+    cannot_encode: str
 
 
 @dataclass(frozen=True)
@@ -249,8 +253,8 @@ class _Job:
                 raise DataError(f"{source.spec} was changed while it was read. Try again when nothing writes to it.")
 
     def _write_text(self, directory: Path, name: str, source: Source) -> _Text:
-        text = _Text(directory, name, self.dtype)
-        is_blank, without_tokens, whole = True, "", True
+        text = _Text(directory, name, self.dtype, left_out=not self.tokenizer.replaces_unknown)
+        is_blank, cannot_encode, whole = True, "", True
         with text, progress(source.size_bytes, f"tokenizing {source.name}", "B") as bar:
             read = _Backlog()  # progress counts text when it is tokenized, not when it is read
             batches = ((batch, read.taken()) for batch in _batches(source.pieces(read.add)))
@@ -258,15 +262,17 @@ class _Job:
                 for encoded, size in results:
                     text.append(encoded)
                     is_blank = is_blank and encoded.is_blank
-                    without_tokens = without_tokens or encoded.without_tokens
+                    cannot_encode = cannot_encode or encoded.cannot_encode
                     bar.advance(size)
-                    if without_tokens and text.num_unknown >= ENOUGH_UNKNOWN:
+                    if cannot_encode and text.num_unknown >= ENOUGH_UNKNOWN:
                         whole = False
                         break
-        if without_tokens:
-            unknown = text.unknown_text(text.total.chars)
+        if cannot_encode:
+            if not text.num_unknown:
+                raise UnknownTextError(cannot_encode)
+            unknown = text.unknown_text()
             raise UnknownTextError(
-                f"{without_tokens} {'In all' if whole else 'Up to where reading was stopped'}, "
+                f"{cannot_encode} {'In all' if whole else 'Up to where reading was stopped'}, "
                 f"{_describe(unknown, 'characters')} have no token: {_examples(unknown)}."
             )
         if is_blank:
@@ -275,7 +281,7 @@ class _Job:
 
     def _encode(self, chunks: list[DocumentChunk]) -> _Encoded:
         texts = [chunk.text for chunk in chunks]
-        ids, unknown, without_tokens = self._ids(chunks)
+        ids, unknown, cannot_encode = self._ids(chunks)
         eos = self.tokenizer.eos_id
         separator = np.array([] if eos is None else [eos], self.dtype)
         parts: list[NDArray[Any]] = []
@@ -294,12 +300,12 @@ class _Job:
             counts=_Counts(total, sum(_utf8_length(text) for text in texts), sum(map(len, texts))),
             is_blank=all(text.isspace() for text in texts),
             unknown=unknown,
-            without_tokens=without_tokens,
+            cannot_encode=cannot_encode,
         )
 
     def _ids(self, chunks: list[DocumentChunk]) -> tuple[list[NDArray[Any]], Counter[str], str]:
         """Return the ids of each chunk, and what of the text is unknown (see `_Encoded`)."""
-        tokenizer, unknown, without_tokens = self.tokenizer, Counter[str](), ""
+        tokenizer, unknown, cannot_encode = self.tokenizer, Counter[str](), ""
         ids: list[NDArray[Any]] = []
         if tokenizer.kind != "char":
             with contextlib.suppress(TokenizerError):  # which chunk it was is found below
@@ -309,20 +315,16 @@ class _Job:
             try:
                 ids.append(tokenizer.encode_array(chunk.text))
             except UnknownTextError as error:
-                without_tokens = without_tokens or f"{chunk.where}: {error.problem}"
+                cannot_encode = cannot_encode or f"{chunk.where}: {error.problem}"
                 ids.append(np.zeros(0, self.dtype))
             except TokenizerError as error:
                 raise TokenizerError(f"{chunk.where}: {error}") from None
         for chunk, part in zip(chunks, ids, strict=True):
             if tokenizer.covers_all_text or (tokenizer.replaces_unknown and not (part == tokenizer.unk_id).any()):
                 continue
-            if tokenizer.kind == "char" and not tokenizer.replaces_unknown and not without_tokens:
-                continue  # it would have failed
-            if found := tokenizer.count_unknown(chunk.text):
-                unknown += found
-                if not tokenizer.replaces_unknown and not without_tokens:  # the tokenizer leaves it out
-                    without_tokens = f"{chunk.where}: the tokenizer has no token for {next(iter(found))!r}."
-        return ids, unknown, without_tokens
+            if tokenizer.kind != "char" or tokenizer.replaces_unknown or cannot_encode:
+                unknown += tokenizer.count_unknown(chunk.text)
+        return ids, unknown, cannot_encode
 
     def _cut(self, directory: Path, text: _Text) -> dict[str, _Split]:
         """Return the training and validation ranges: the last `fraction` of the tokens is held out."""
@@ -382,11 +384,12 @@ class _Job:
 class _Text:
     """The files of one tokenized text while they are written, and their entries in the index."""
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], *, left_out: bool) -> None:
         self.name, self.dtype = name, dtype
         self.batches: list[_Counts] = []  # each of about CHUNK_CHARACTERS
         self.total = NOTHING
-        self.num_unknown = 0  # unknown tokens, or characters without tokens
+        self.left_out = left_out  # whether unknown text is left out, and counted in characters
+        self.num_unknown = 0
         self.unknown: Counter[str] = Counter()  # at most MAX_UNKNOWN_PARTS of what they stand for
         self.documents_file = f"{name}-documents.bin"
         self._directory = directory
@@ -405,7 +408,7 @@ class _Text:
     def append(self, encoded: _Encoded) -> None:
         counts = encoded.counts
         for part, count in encoded.unknown.items():
-            self.num_unknown += count * (len(part) if encoded.without_tokens else 1)
+            self.num_unknown += count * (len(part) if self.left_out else 1)
             if part in self.unknown or len(self.unknown) < MAX_UNKNOWN_PARTS:
                 self.unknown[part] += count
         if not counts.tokens:
@@ -452,15 +455,16 @@ class _Text:
     def range(self, start: _Counts, stop: _Counts) -> _Split:
         return _Split(self.name, start.tokens, stop.tokens, stop.bytes - start.bytes, stop.chars - start.chars)
 
-    def unknown_text(self, total: int) -> UnknownText:
-        return UnknownText(self.num_unknown, total, dict(self.unknown.most_common(MAX_EXAMPLES + 1)))
+    def unknown_text(self) -> UnknownText:
+        total = self.total.chars if self.left_out else self.total.tokens - self._num_separators
+        return UnknownText(self.num_unknown, total, dict(self.unknown.most_common(MAX_EXAMPLES + 1)), self.left_out)
 
     def index(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype.str,
             "shards": [shard.index() for shard in self._shards],
             "documents": self._documents.index(),
-            "unknown": asdict(self.unknown_text(self.total.tokens - self._num_separators)),
+            "unknown": asdict(self.unknown_text()),
         }
 
 

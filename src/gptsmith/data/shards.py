@@ -129,15 +129,17 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class UnknownText:
-    """The unknown tokens in a tokenized text.
+    """What a tokenizer does not know of a text.
 
-    count: how many they are. total: the number of tokens, without separators. parts: the most frequent parts of the
-    text that became unknown tokens, with their counts.
+    left_out: whether the tokenizer leaves such text out, because it has no unknown token. count: the number of unknown
+    tokens, or of characters that are left out. total: the number of all tokens (without separators), or of all
+    characters. parts: the most frequent parts of the text that are unknown, with their counts.
     """
 
     count: int
     total: int
     parts: Mapping[str, int]
+    left_out: bool = False
 
     @property
     def share(self) -> float:
@@ -148,8 +150,8 @@ class UnknownText:
 class Dataset:
     """Prepared text: a training and a validation split that share no token. See `open_dataset` and `prepare`.
 
-    unknown: the unknown tokens in each text ("train", "val"); a text that was prepared by a version of this package
-    that did not count them is missing.
+    unknown: what is unknown of each text ("train", "val"); a text is missing if it was prepared by a version of this
+    package that did not count it.
     """
 
     directory: Path

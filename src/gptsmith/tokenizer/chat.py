@@ -211,8 +211,8 @@ class ChatTemplate:
             return TokenizerError(
                 f"message {index + 1} cannot be trained on: the tokenizer{of} joins its beginning with the end of the "
                 f"prompt ({before!r} becomes {now!r}), so a served model would see other tokens. Remove white space at "
-                "the beginning of the message, or use a chat template in which a special token or a single line break "
-                "comes before it."
+                "the beginning of the message, or use a chat template with a special token or one line break before "
+                "it."
             )
         return TokenizerError(
             f"the chat template{of} cannot be used to train on message {index + 1}: it writes the beginning of a "

@@ -186,9 +186,9 @@ class Tokenizer:
             encoding = self._pipeline.encode(text, add_special_tokens=False)
             places = np.flatnonzero(np.array(encoding.ids) == self.unk_id).tolist()
             return Counter(text[slice(*encoding.offsets[place])] for place in places) if places else Counter()
-        whole_words = self._model["type"] in ("WordLevel", "WordPiece")
-        parts = Counter(self._split_words(text) if whole_words else text)
-        return Counter({part: count for part, count in parts.items() if not self._is_known(part)})
+        if self._model["type"] in ("WordLevel", "WordPiece"):
+            return Counter(word for word in self._split_words(text) if not self._is_known(word))
+        return Counter({character: text.count(character) for character in set(text) if not self._is_known(character)})
 
     def _is_known(self, part: str) -> bool:
         """Return whether a character, or a word of a model of whole words, is in the vocabulary."""
