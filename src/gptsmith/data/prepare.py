@@ -3,7 +3,7 @@
 The work is done by threads: the tokenizers library and numpy release Python's global lock, so threads use every core
 without the memory and start-up time of processes. At most `workers + 2` batches of text are in memory at once.
 
-Text that the tokenizer does not know never goes unnoticed. If it becomes unknown tokens, or is left out (some byte-level
+Text that the tokenizer does not know never goes unnoticed. If it becomes unknown tokens or is left out (some byte-level
 tokenizers lack rare bytes), the amount is printed with the most frequent characters or words, and more than MAX_UNKNOWN
 of the text is an error unless it is allowed. Text that cannot be encoded at all is always an error.
 """
