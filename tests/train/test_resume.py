@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert CheckpointStore(out).newest_intact() == CheckpointStore(out).path(before)
     message = capfd.readouterr().err
     assert str(CheckpointStore(out).path(newest) / name) in message
-    assert "before it" in message
+    assert "Trying the previous checkpoint" in message
 
 
 def test_all_checkpoints_damaged(uninterrupted: Path, tmp_path: Path) -> None:
