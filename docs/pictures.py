@@ -9,7 +9,9 @@ import torch
 
 import gptsmith
 from gptsmith.log import JsonLines
-from gptsmith.report.plots import attention_figure, causal_mask_figure, loss_figure, save_png
+from gptsmith.report.attention_maps import attention_figure, causal_mask_figure
+from gptsmith.report.curves import loss_figure
+from gptsmith.report.figures import save_png
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -1,3 +1,5 @@
+"""The report page of complete, young, interrupted and damaged runs."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,7 @@ EVIL = "<script>alert('&amp;')</script>"
 
 
 class Page(HTMLParser):
-    """A page taken apart; raises if its elements do not nest."""
+    """A parsed page. Raises if its elements do not nest."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ def make_run(
     heads: int = 2,
     **info: Any,
 ) -> Path:
-    """A run directory with a tiny random model, as training leaves it."""
+    """Make a run directory with a tiny random model, as training leaves it."""
     directory.mkdir(parents=True)
     tokenizer = train_char([TEXT]) if kind == "char" else train_bpe([TEXT * 3], 270)
     config = tiny_config(
@@ -137,7 +139,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(path)
 
 
-def test_every_section_is_there_and_linked(finished: Page) -> None:
+def test_every_section_exists_and_is_linked(finished: Page) -> None:
     assert [section["id"] for section in finished.all("section")] == SECTIONS
     links = [link["href"] for link in finished.all("a")]
     assert links == [f"#{id}" for id in SECTIONS]
@@ -145,7 +147,7 @@ def test_every_section_is_there_and_linked(finished: Page) -> None:
     assert all(section["aria-labelledby"] in headings for section in finished.all("section"))
 
 
-def test_the_page_asks_nothing_of_the_network(finished: Page) -> None:
+def test_the_page_loads_nothing_from_the_network(finished: Page) -> None:
     assert not finished.all("script")
     for _, attributes in finished.elements:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
@@ -161,7 +163,7 @@ def test_text_from_the_run_is_escaped(finished: Page) -> None:
     assert "alert(" in "".join(finished.words[""])  # the run's name
 
 
-def test_ids_are_unique_and_pictures_described(finished: Page) -> None:
+def test_ids_are_unique_and_pictures_have_text_alternatives(finished: Page) -> None:
     ids = [attributes["id"] for _, attributes in finished.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     pictures = finished.all("svg")
@@ -185,12 +187,12 @@ def test_samples_are_in_order_of_temperature(finished: Page) -> None:
     text = finished.text("samples")
     places = [text.index(f"Temperature {t}") for t in ("0.2", "0.8", "1.2")]
     assert places == sorted(places)
-    assert text.index("How the samples grew") > places[-1]
+    assert text.index("Samples during training") > places[-1]
     assert "Step 50, temperature 0.8" in text
     assert finished.source.count("<b>ROMEO:</b>") == 3
 
 
-def test_configuration_is_grouped_and_whole(finished: Page) -> None:
+def test_configuration_is_grouped_and_complete(finished: Page) -> None:
     text = finished.text("configuration")
     for row in (
         "lr 0.02",
@@ -209,13 +211,13 @@ def test_configuration_is_grouped_and_whole(finished: Page) -> None:
     assert captions == ["training", "training: optim", "model, as built", "data", "machine", "outcome"]
 
 
-def test_attention_is_that_of_the_text_and_causal(tmp_path: Path) -> None:
-    from gptsmith.report.page import _look_inside
+def test_attention_belongs_to_the_text_and_is_causal(tmp_path: Path) -> None:
+    from gptsmith.report.trained_model import inspect_trained_model
     from gptsmith.run_directory import read_run
 
     for family in ("gpt2", "qwen3"):
         run = make_run(tmp_path / family, family=family)
-        attention = _look_inside(read_run(run), "the king").attention
+        attention = inspect_trained_model(read_run(run), "the king").attention
         assert attention is not None
         assert "".join(attention.tokens) == "the king"
         assert len(attention.weights) == 2
@@ -232,7 +234,7 @@ def test_attention_text_can_be_chosen(tmp_path: Path) -> None:
     assert "nats per character" not in page.source
 
 
-def test_a_text_that_the_tokenizer_lacks_is_refused_and_the_old_report_stays(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_encoded_is_rejected_and_the_old_report_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "report.html").write_text("old")
     for text in ("Ж!", "a", ""):
@@ -241,9 +243,9 @@ def test_a_text_that_the_tokenizer_lacks_is_refused_and_the_old_report_stays(tmp
     assert (run / "report.html").read_text() == "old"
 
 
-def test_many_layers_and_heads_are_thinned_out_and_it_is_said(tmp_path: Path) -> None:
+def test_of_many_layers_and_heads_a_stated_selection_is_shown(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run", layers=9, heads=10)))
-    assert "Of its 9 layers and 10 heads, 6 layers and 8 heads are drawn" in page.text("attention")
+    assert "Of its 9 layers and 10 heads, 6 layers and 8 heads are shown" in page.text("attention")
     assert len(page.source) < 3_000_000
 
 
@@ -256,14 +258,14 @@ def test_a_run_before_its_first_step(tmp_path: Path) -> None:
     assert "not known yet" in page.text("results")
     assert "No loss had been logged" in page.text("loss")
     assert "No sample had been written" in page.text("samples")
-    assert "No checkpoint had been saved yet" in page.text("attention")
+    assert "No checkpoint had been saved" in page.text("attention")
     assert len(page.all("svg")) == 1  # the causal mask needs no model
 
 
-def test_a_run_that_says_nothing_of_itself(tmp_path: Path) -> None:
+def test_a_run_with_an_empty_run_json(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     page = Page(write_report(tmp_path))
-    assert "run.json says nothing of the configuration" in page.text("configuration")
+    assert "run.json does not contain a configuration" in page.text("configuration")
 
 
 def test_an_interrupted_run_shows_its_last_preview(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_an_interrupted_run_shows_its_last_preview(tmp_path: Path) -> None:
     assert page.text("samples").index("preview 20") < page.text("samples").index("preview 10")
 
 
-def test_a_diverged_run_with_numbers_that_are_none(tmp_path: Path) -> None:
+def test_a_diverged_run_with_values_that_are_not_finite(tmp_path: Path) -> None:
     metrics = [{"step": s, "time": float(s), "loss": 3.0 if s < 30 else math.nan, "lr": None} for s in range(1, 41)]
     metrics += [{"step": 40, "time": None, "val_loss": math.inf, "grad_norm": math.nan}]
     run = make_run(tmp_path / "run", metrics=metrics, status="diverged", data={"val_tokens": "?", "val_bytes": 0})
@@ -284,11 +286,13 @@ def test_a_diverged_run_with_numbers_that_are_none(tmp_path: Path) -> None:
     assert "diverged" in page.text("")
     assert "training loss 3.0000 nats per character, not validated yet" in page.text("")
     assert "loss is not a finite number" in page.text("loss")
-    assert "Left out: 1 unreadable line" in page.text("results")
+    assert "Skipped 1 unreadable line" in page.text("results")
     assert "nan" not in page.text("results").lower()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_rest_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_rest_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run")
     weights = run / "checkpoints" / "step-00000100" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
@@ -298,7 +302,7 @@ def test_a_damaged_checkpoint_is_named_and_the_rest_written(tmp_path: Path, caps
     assert "2.0000" in page.text("results")
 
 
-def test_characters_that_html_cannot_hold(tmp_path: Path) -> None:
+def test_characters_that_html_does_not_allow(tmp_path: Path) -> None:
     sample = {
         "step": 1,
         "temperature": 1.0,
@@ -311,20 +315,20 @@ def test_characters_that_html_cannot_hold(tmp_path: Path) -> None:
     assert '<pre tabindex="0">\n\n\nnul' in page.source  # HTML drops the first of these newlines only
 
 
-def test_long_samples_and_many_previews_are_cut_and_it_is_said(tmp_path: Path) -> None:
+def test_long_samples_and_many_previews_are_shortened_with_a_note(tmp_path: Path) -> None:
     samples = [{"step": s, "temperature": 0.8, "prompt": "", "text": "a" * 9000, "final": s == 99} for s in range(100)]
     page = Page(write_report(make_run(tmp_path / "run", samples=samples)))
     assert "(3,000 more characters)" in page.text("samples")
     assert "30 of 99" in page.text("samples")
 
 
-def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(GptsmithError, match="is not a run directory"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", checkpoint=False)
     (run / "report.html").write_text("old")
 

@@ -175,7 +175,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
 LIMITED = """
 import re, resource, sys
 import numpy, torch
-import gptsmith.report.plots, gptsmith.train.run, matplotlib.figure
+import gptsmith.report.curves, gptsmith.train.run, matplotlib.figure
 from gptsmith.cli import main
 x = torch.nn.Parameter(torch.zeros(256, 256))
 torch.autograd.backward((x @ x).sum())

@@ -63,7 +63,8 @@ def main(arguments: list[str]) -> int:
 
     out = _place(chosen.out, open_source(chosen.data, field=chosen.run.field).name)
 
-    from gptsmith.report.plots import learning_rate_figure, save_png
+    from gptsmith.report.curves import learning_rate_figure
+    from gptsmith.report.figures import save_png
     from gptsmith.runtime import choose_device, keep_freed_memory
     from gptsmith.storage import explain_os_errors
     from gptsmith.train.range_test import range_test

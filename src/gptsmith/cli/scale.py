@@ -127,7 +127,8 @@ def _result(directory: Path) -> dict[str, Any]:
 
 def _conclude(rungs: list[dict[str, Any]], out: Path) -> str:
     """Fit, predict, draw, write; the table to print."""
-    from gptsmith.report.plots import save_png, scaling_figure
+    from gptsmith.report.curves import scaling_figure
+    from gptsmith.report.figures import save_png
     from gptsmith.storage import write_text
     from gptsmith.train.budget.scaling import fit, fit_with_floor
 

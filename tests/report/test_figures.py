@@ -1,3 +1,5 @@
+"""Figures: curves, the causal mask, attention, and their output as PNG and SVG."""
+
 from __future__ import annotations
 
 import math
@@ -13,11 +15,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from gptsmith.errors import GptsmithError
-from gptsmith.report import plots
+from gptsmith.report import attention_maps, curves, figures
 
 
 def random_attention(layers: int, heads: int, tokens: int, seed: int = 0) -> list[Any]:
-    """Causal rows that sum to 1, (1, H, T, T) as a model gives them."""
+    """Return causal weights whose rows sum to 1, (1, H, T, T) per layer."""
     scores = np.random.default_rng(seed).random((layers, 1, heads, tokens, tokens)) * np.tril(np.ones((tokens, tokens)))
     return list(scores / scores.sum(-1, keepdims=True))
 
@@ -38,25 +40,25 @@ METRICS = [{"step": s, "time": s / 2, "loss": 4 / math.sqrt(s)} for s in range(1
 ]
 
 
-def test_loss_figure_shows_every_loss_and_names_the_best() -> None:
-    figure = plots.loss_figure(METRICS)
+def test_loss_figure_shows_every_loss_and_marks_the_best() -> None:
+    figure = curves.loss_figure(METRICS)
     lines: dict[Any, Any] = {line.get_label(): line for line in figure.axes[0].lines}
     np.testing.assert_allclose(lines["training, as logged"].get_ydata(), [4 / math.sqrt(s) for s in range(1, 101)])
     assert list(lines["validation"].get_xdata()) == [50, 100]
     assert "best 0.7000 at step 50" in texts(figure)
 
 
-def test_loss_figure_against_time_is_in_fitting_units() -> None:
-    assert plots.loss_figure(METRICS, x="time").axes[0].get_xlabel() == "seconds of training"
+def test_loss_figure_against_time_uses_suitable_units() -> None:
+    assert curves.loss_figure(METRICS, x="time").axes[0].get_xlabel() == "seconds of training"
     hours = [{**row, "time": 36000 * row["step"]} for row in METRICS]
-    figure = plots.loss_figure(hours, x="time")
+    figure = curves.loss_figure(hours, x="time")
     assert figure.axes[0].get_xlabel() == "hours of training"
     validation: Any = next(line for line in figure.axes[0].lines if line.get_label() == "validation")
     assert list(validation.get_xdata()) == [500, 1000]
 
 
 @pytest.mark.parametrize(
-    ("metrics", "said"),
+    ("metrics", "expected"),
     [
         ([], "no losses were logged"),
         ([{"step": 1, "loss": math.nan, "val_loss": None}], "no loss is a finite number"),
@@ -64,62 +66,64 @@ def test_loss_figure_against_time_is_in_fitting_units() -> None:
         ([{"step": 1, "loss": 2.0}], "training"),
     ],
 )
-def test_loss_figure_of_little_or_broken_metrics(metrics: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
-    figure = plots.loss_figure(metrics)
-    plots.save_png(figure, tmp_path / "loss.png")
-    assert said in texts(figure)
+def test_loss_figure_of_few_or_broken_metrics(metrics: list[dict[str, Any]], expected: str, tmp_path: Path) -> None:
+    figure = curves.loss_figure(metrics)
+    figures.save_png(figure, tmp_path / "loss.png")
+    assert expected in texts(figure)
 
 
-def test_metric_figure_is_not_flattened_by_one_wild_value() -> None:
+def test_metric_figure_is_not_flattened_by_an_outlier() -> None:
     rows = [{"step": s, "grad_norm": 1e9 if s == 500 else 1.0} for s in range(1000)]
-    assert plots.metric_figure(rows, "grad_norm").axes[0].get_ylim()[1] == pytest.approx(1.12)
-    assert "not logged" in texts(plots.metric_figure(rows, "lr"))
+    assert curves.metric_figure(rows, "grad_norm").axes[0].get_ylim()[1] == pytest.approx(1.12)
+    assert "not logged" in texts(curves.metric_figure(rows, "lr"))
 
 
 @given(st.lists(st.one_of(st.floats(-1e3, 1e3), st.just(math.nan)), max_size=400))
 def test_smoothing_stays_within_the_data_and_keeps_its_gaps(values: list[float]) -> None:
     raw = np.array(values, dtype=np.float64)
-    smooth = plots._smooth(raw)
+    smooth = curves._smooth(raw)
     assert (np.isnan(smooth) == np.isnan(raw)).all()
     if np.isfinite(raw).any():
         assert np.nanmin(smooth) >= np.nanmin(raw) - 1e-6
         assert np.nanmax(smooth) <= np.nanmax(raw) + 1e-6
 
 
-def test_smoothing_is_the_mean_of_a_centred_window() -> None:
+def test_smoothing_is_the_mean_of_a_centered_window() -> None:
     raw = np.random.default_rng(0).random(300)
-    assert plots._smooth(raw)[150] == pytest.approx(raw[140:161].mean())
-    assert plots._smooth(raw)[0] == raw[0]
+    assert curves._smooth(raw)[150] == pytest.approx(raw[140:161].mean())
+    assert curves._smooth(raw)[0] == raw[0]
 
 
 @given(st.integers(0, 5000), st.integers(0, 2**32 - 1))
 @settings(max_examples=30)
-def test_thinning_keeps_order_and_extremes(count: int, seed: int) -> None:
+def test_downsampling_keeps_order_and_extremes(count: int, seed: int) -> None:
     y = np.random.default_rng(seed).normal(size=count)
-    x, thin = plots._thin(np.arange(count, dtype=np.float64), y)
-    assert len(x) == len(thin) <= max(plots.POINTS, 0)
+    x, thin = curves._downsample(np.arange(count, dtype=np.float64), y)
+    assert len(x) == len(thin) <= curves.MAX_POINTS
     assert (np.diff(x) > 0).all()
     if count:
         assert (thin.min(), thin.max()) == (y.min(), y.max())
 
 
 @given(st.integers(1, 200), st.integers(2, 20))
-def test_shown_is_spread_from_first_to_last(count: int, limit: int) -> None:
-    chosen = plots.shown(count, limit)
+def test_evenly_spaced_indices_include_first_and_last(count: int, limit: int) -> None:
+    chosen = figures.evenly_spaced(count, limit)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(count, limit)
     assert (chosen[0], chosen[-1]) == (0, count - 1)
 
 
-def test_visible_draws_blanks_and_controls() -> None:
-    assert plots.visible(" a\n\t\r") == "␣a↵⇥␍"
-    assert plots.visible("\x00") == "\\x00"
-    assert plots.visible("abcdefghijkl") == "abcdefghi…"
-    assert plots.visible(plots.visible(" a\n")) == plots.visible(" a\n")
+def test_labels_show_whitespace_and_control_characters() -> None:
+    assert attention_maps.printable_label(" a\n\t\r") == "␣a↵⇥␍"
+    assert attention_maps.printable_label("\x00") == "\\x00"
+    assert attention_maps.printable_label("abcdefghijkl") == "abcdefghi…"
+    assert attention_maps.printable_label(attention_maps.printable_label(" a\n")) == attention_maps.printable_label(
+        " a\n"
+    )
 
 
 def test_causal_mask_hides_exactly_the_future() -> None:
-    figure = plots.causal_mask_figure(list("To be"))
+    figure = attention_maps.causal_mask_figure(list("To be"))
     mesh = figure.axes[0].collections[0].get_array()
     assert isinstance(mesh, np.ma.MaskedArray)
     np.testing.assert_array_equal(np.ma.getmaskarray(mesh), np.triu(np.ones((5, 5), dtype=bool), 1))
@@ -128,9 +132,9 @@ def test_causal_mask_hides_exactly_the_future() -> None:
     assert cells == [*"T", *"To", *"To␣", *"To␣b", *"To␣be", "→ o", "→ ␣", "→ b", "→ e"]
 
 
-def test_attention_figure_draws_the_weights_and_no_future() -> None:
+def test_attention_figure_shows_the_weights_without_the_future() -> None:
     weights = random_attention(2, 3, 6)
-    maps = heat_maps(plots.attention_figure(weights, list("abc de")))
+    maps = heat_maps(attention_maps.attention_figure(weights, list("abc de")))
     assert len(maps) == 6
     for i, picture in enumerate(maps):
         expected = weights[i // 3][0, i % 3]
@@ -138,44 +142,44 @@ def test_attention_figure_draws_the_weights_and_no_future() -> None:
         np.testing.assert_array_equal(np.ma.getmaskarray(picture), np.triu(np.ones((6, 6), dtype=bool), 1))
 
 
-def test_attention_figure_takes_tensors_and_caps_what_it_draws() -> None:
+def test_attention_figure_accepts_tensors_and_limits_layers_and_heads() -> None:
     torch = pytest.importorskip("torch")
     weights = [torch.tensor(layer, dtype=torch.bfloat16) for layer in random_attention(9, 20, 4)]
-    figure = plots.attention_figure(weights, ["a", "b", "c", "d"])
-    assert len(heat_maps(figure)) == plots.MAX_LAYERS * plots.MAX_HEADS
+    figure = attention_maps.attention_figure(weights, ["a", "b", "c", "d"])
+    assert len(heat_maps(figure)) == attention_maps.MAX_LAYERS * attention_maps.MAX_HEADS
     assert {"layer 1", "layer 9", "head 1", "head 20"} <= set(texts(figure))
 
 
-def test_head_figure_is_that_head() -> None:
+def test_head_figure_shows_that_head() -> None:
     weights = random_attention(2, 3, 5)
-    (picture,) = heat_maps(plots.head_figure(weights, list("hello"), 1, 2))[:1]
+    (picture,) = heat_maps(attention_maps.head_figure(weights, list("hello"), 1, 2))[:1]
     np.testing.assert_allclose(picture.filled(0), weights[1][0, 2])
 
 
-def test_sharpest_head_is_the_one_that_singles_out_an_older_token() -> None:
+def test_sharpest_head_attends_to_one_earlier_token() -> None:
     weights = [np.tril(np.ones((1, 2, 6, 6))) / np.arange(1, 7)[:, None] for _ in range(2)]
     weights[0][0, 0] = np.eye(6)  # itself
-    weights[0][0, 1] = np.eye(6, k=-1)  # its neighbour
+    weights[0][0, 1] = np.eye(6, k=-1)  # its neighbor
     weights[1][0, 1] = np.eye(6, k=-3)
-    assert plots.sharpest_head(weights) == (1, 1)
+    assert attention_maps.sharpest_head(weights) == (1, 1)
 
 
-def test_labels_of_any_script_and_of_markup(tmp_path: Path) -> None:
+def test_labels_can_be_in_any_script_and_contain_markup(tmp_path: Path) -> None:
     tokens = ["中", "$x$", "<b>", "&", '"', "\x00", "🙂", " "]
-    figure = plots.attention_figure(random_attention(1, 1, 8), tokens)
-    plots.save_png(figure, tmp_path / "a.png")  # warnings are errors: a missing glyph must not warn
-    svg = plots.to_svg(figure, alt='weights of "<b>"', prefix="a")
+    figure = attention_maps.attention_figure(random_attention(1, 1, 8), tokens)
+    figures.save_png(figure, tmp_path / "a.png")  # warnings are errors: a missing glyph must not warn
+    svg = figures.to_svg(figure, alt='weights of "<b>"', prefix="a")
     root = ET.fromstring(svg)
     labels = {element.text for element in root.iter("text")}
     assert {"中", "$x$", "<b>", "&", '"', "\\x00", "🙂", "␣"} <= labels
     assert root.get("aria-label") == 'weights of "<b>"'
 
 
-def test_svg_stands_alone_in_a_page() -> None:
-    figures = [plots.loss_figure(METRICS), plots.attention_figure(random_attention(1, 2, 4), list("abcd"))]
+def test_svg_is_self_contained() -> None:
+    drawn = [curves.loss_figure(METRICS), attention_maps.attention_figure(random_attention(1, 2, 4), list("abcd"))]
     ids: list[str] = []
-    for i, figure in enumerate(figures):
-        svg = plots.to_svg(figure, alt="picture", prefix=f"p{i}")
+    for i, figure in enumerate(drawn):
+        svg = figures.to_svg(figure, alt="picture", prefix=f"p{i}")
         ET.fromstring(svg)
         found = re.findall(r'\bid="([^"]*)"', svg)
         used = re.findall(r'href="#([^"]*)"', svg) + re.findall(r"url\(#([^)]*)\)", svg)
@@ -184,28 +188,28 @@ def test_svg_stands_alone_in_a_page() -> None:
         assert "http" not in svg
         assert "<style" not in svg
         assert "var(--ink)" in svg
-        assert not any(colour in svg for colour in plots.THEME)
+        assert not any(color in svg for color in figures.THEME)
     assert len(ids) == len(set(ids))
 
 
-def test_svg_is_the_same_each_time() -> None:
-    first, second = (plots.to_svg(plots.loss_figure(METRICS), alt="", prefix="p") for _ in range(2))
+def test_svg_is_deterministic() -> None:
+    first, second = (figures.to_svg(curves.loss_figure(METRICS), alt="", prefix="p") for _ in range(2))
     assert first == second
 
 
-def test_matplotlib_settings_are_left_alone(tmp_path: Path) -> None:
+def test_matplotlib_settings_are_unchanged(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots.to_svg(plots.loss_figure(METRICS), alt="", prefix="p")
-    plots.save_png(plots.causal_mask_figure("ab"), tmp_path / "mask.png")
+    figures.to_svg(curves.loss_figure(METRICS), alt="", prefix="p")
+    figures.save_png(attention_maps.causal_mask_figure("ab"), tmp_path / "mask.png")
     assert dict(matplotlib.rcParams) == before
 
 
-def test_png_is_written_whole_or_refused(tmp_path: Path) -> None:
+def test_png_is_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "pictures" / "mask.png"
-    plots.save_png(plots.causal_mask_figure(list("hello")), path)
+    figures.save_png(attention_maps.causal_mask_figure(list("hello")), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [entry.name for entry in path.parent.iterdir()] == ["mask.png"]
     with pytest.raises(GptsmithError, match="part of that path is a file"):
-        plots.save_png(plots.causal_mask_figure(list("hello")), path / "mask.png")
+        figures.save_png(attention_maps.causal_mask_figure(list("hello")), path / "mask.png")
