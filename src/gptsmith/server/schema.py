@@ -60,7 +60,7 @@ class GenerationRequest(Request):
         None, description=f"{SAMPLING_OPTIONS['logit_bias'].help} -100 bans a token."
     )
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream=true.")
     user: str | None = Field(None, max_length=512, description="Written to the log.")
     service_tier: Literal["auto", "default"] | None = None
 
@@ -120,7 +120,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int | None = sampling_field("max_tokens", "Default 16.")
     echo: bool | None = sampling_field("echo")
     logprobs: int | None = sampling_field("logprobs")
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(None, description="The format of the output: text or JSON.")
 
     suffix: None = None
 
@@ -213,16 +213,22 @@ class NamedTool(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(
+        min_length=1, description="The conversation, ending with the message to answer."
+    )
     max_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each generated token.")
     top_logprobs: int | None = sampling_field(
         "logprobs", help="Also return this many of the most probable tokens at each position."
     )
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    response_format: ResponseFormat | None = Field(None, description="The format of the output: text or JSON.")
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
+        None, description="Functions that the model can call, if its chat template supports tools."
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Whether the model can (auto) or must (required) call a function, or which one. Default auto."
+    )
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls in one answer. Default true.")
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
@@ -306,8 +312,10 @@ class ResponseStreamOptions(BaseModel):
 
 
 class ResponsesRequest(Request):
-    input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput]
-    instructions: str | None = None
+    input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput] = Field(
+        description="A text, or the conversation: messages, function calls and their outputs."
+    )
+    instructions: str | None = Field(None, description="A system message to put before the conversation.")
     max_output_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
     temperature: float | None = sampling_field("temperature", "Default 1.")
     top_p: float | None = sampling_field("top_p")
