@@ -90,12 +90,12 @@ def progress(total: float | None, description: str, unit: str = "it") -> Iterato
 
 def duration(seconds: float) -> str:
     """Format a duration: `42 s`, `3 min 07 s`, `5 h 12 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole // 60 % 60:02d} min"
+    rounded = max(0, round(seconds))
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded // 60 % 60:02d} min"
 
 
 class JsonLines:

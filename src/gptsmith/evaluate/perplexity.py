@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from gptsmith.data.loader import TokenBatch
 from gptsmith.errors import UsageError
+from gptsmith.evaluate.validation import split_loss
 from gptsmith.log import progress
 from gptsmith.model.transformer import Transformer
 
 
-@torch.inference_mode()
 def perplexity(model: Transformer, ids: Sequence[int], *, window: int = 512) -> float:
     """Return exp of the mean loss over the tokens of a text, in consecutive windows that do not overlap.
 
-    The first token of each window is context only and not scored. The model's training mode is restored.
-    Raises UsageError for a text of fewer than two tokens.
+    window: tokens, at most the model's context. The first token of each window is context only and not scored. The
+    model's training mode is restored. Raises UsageError for a text of fewer than two tokens.
     """
     window = min(window, model.config.max_position_embeddings)
-    parts = [ids[start : start + window] for start in range(0, len(ids), window)]
-    parts = [part for part in parts if len(part) > 1]
-    if not parts:
+    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
+    windows = [part for part in windows if len(part) > 1]
+    if not windows:
         raise UsageError("the text is too short to measure perplexity: it has fewer than two tokens.")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    try:
-        with progress(len(parts), "Measuring perplexity") as bar:
-            for part in parts:
-                row = torch.tensor([list(part)], device=device)
-                loss = torch.nn.functional.cross_entropy(model(row[:, :-1])[0].float(), row[0, 1:], reduction="sum")
-                total, count = total + float(loss), count + len(part) - 1
+    with progress(len(windows), "Measuring perplexity") as bar:
+
+        def batches() -> Iterator[TokenBatch]:
+            for part in windows:
+                row = torch.tensor([list(part)])
+                yield TokenBatch(row[:, :-1], row[:, 1:])
                 bar.advance(1)
-    finally:
-        model.train(was_training)
-    return math.exp(total / count)
+
+        loss = split_loss(model, batches())
+    assert loss is not None, "nothing stops it"
+    return math.exp(loss)

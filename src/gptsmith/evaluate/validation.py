@@ -1,4 +1,4 @@
-"""Loss over a whole split: every token predicted once, in consecutive windows that do not overlap."""
+"""Mean loss over a split of the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def split_loss(
     loss: LossFunction = token_loss_sum,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss in nats per token over `batches`; None if `should_stop()` broke it off. Leaves the model's mode."""
+    """Return the mean loss over all targets in `batches`, in nats per token; NaN if there are none.
+
+    loss: returns the sum over one batch. should_stop: called before each batch; the result is None once it is true.
+    The model is in eval mode meanwhile, and its mode is restored.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

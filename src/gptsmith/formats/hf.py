@@ -1,4 +1,4 @@
-"""The Hugging Face layouts: one table per `model_type` that maps our configuration and weights to theirs and back.
+"""The Hugging Face layouts: one table per `model_type` that maps our configuration and weights to Hugging Face's.
 
 A model directory of this package *is* a Hugging Face model directory (`config.json`, `model.safetensors`); there is no
 other format. `LAYOUTS` is the only place that knows the names and shapes under which weights are stored; its parts are

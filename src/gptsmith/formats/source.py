@@ -193,7 +193,7 @@ def _checked_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     if quantized and described_bits(quantized) is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{where}: weights quantized with {method or 'quantization_config'} are not supported. "
+            f"{where}: this quantization_config ({method or 'without a quant_method'}) is not supported. "
             "Use the model's full-precision weights, or a GGUF file of it."
         )
     config = config_from_hf(values, where)
