@@ -188,7 +188,9 @@ class Tokenizer:
             return Counter(text[slice(*encoding.offsets[place])] for place in places) if places else Counter()
         if self._model["type"] in ("WordLevel", "WordPiece"):
             return Counter(word for word in self._split_words(text) if not self._is_known(word))
-        return Counter({character: text.count(character) for character in set(text) if not self._is_known(character)})
+        return Counter(
+            {character: text.count(character) for character in sorted(set(text)) if not self._is_known(character)}
+        )
 
     def _is_known(self, part: str) -> bool:
         """Return whether a character, or a word of a model of whole words, is in the vocabulary."""
