@@ -53,8 +53,8 @@ BAD_TEXTS: dict[str, tuple[str, bytes | None, int, str]] = {
     "shorter than the context": ("short.txt", b"Too short for this context.", 1, "context of 32 needs at least 33"),
     "a few characters": ("tiny.txt", b"short", 1, "{path} is too short"),
     "malformed JSONL": ("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"te', 1, "{path}, line 3: not valid JSON"),
-    "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "no field 'text'. There is txt"),
-    "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: a JSON object"),
+    "JSONL without the field": ("rows.jsonl", b'{"text": "1"}\n{"txt": "2"}', 1, "no field 'text'. The fields are txt"),
+    "JSONL of something else": ("rows.jsonl", b'"one"\n', 1, "{path}, line 1: expected a JSON object"),
     "JSONL with a number": ("rows.jsonl", b'{"text": 5}\n', 1, "{path}, line 1: field 'text' holds a number"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip at all", 1, "{path} is not a valid gzip file"),
     "broken zstd": ("rows.jsonl.zst", b"not zstd at all", 1, "{path}"),
@@ -209,7 +209,7 @@ def test_compiling_without_a_compiler(
 
 def test_a_vocabulary_below_the_alphabet(rejected: Any, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
     command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--tokenizer", "bpe", "--vocab-size", "100"]
-    assert "--vocab-size 100 is too small for byte-level BPE: at least 257" in rejected(*command, code=2)
+    assert "--vocab-size 100 is too small for byte-level BPE. It needs at least 257" in rejected(*command, code=2)
     command = ["tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size", "100"]
     assert "--vocab-size 100 is too small" in rejected(*command, code=2)
 
