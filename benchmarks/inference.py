@@ -265,7 +265,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = [(16 + 3 * i, 16 + 97 * ((7 * i) % 32) // 31) for i in range(32)]
     prompts = [list(range(100, 100 + n)) for n, _ in sizes]
     total = sum(m for _, m in sizes)
-    wishes = [SamplingParams(max_tokens=m, temperature=0) for _, m in sizes]
+    params = [SamplingParams(max_tokens=m, temperature=0) for _, m in sizes]
     programs: dict[str, Program] = {}
     models = {full: model} | ({"int8": gpt2(8, device), "int4": gpt2(4, device)} if device == "cpu" else {})
     for name, each in models.items():
@@ -274,7 +274,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         def run(engine: Any = engine) -> dict[str, float]:
             engine.on_weights_updated()
             began = time.perf_counter()
-            results = engine.generate(prompts, wishes)
+            results = engine.generate(prompts, params)
             seconds = time.perf_counter() - began
             assert sum(len(r.ids) for r in results) == total
             return {"tokens_a_second": total / seconds}

@@ -103,14 +103,14 @@ class CpuRunner(Runner):
         R = E + 2 * c.num_key_value_heads * c.head_dim
         widest = -(-max(2 * F if c.mlp == "swiglu" else F, c.hidden_size) // 16) * 16
         if self._arrays_for[0] < N or self._arrays_for[1] != threads:
-            self._arrays_for = most, threads = 1 << (N - 1).bit_length(), threads
-            columns = most * max(c.hidden_size, E, F)
+            self._arrays_for = capacity, threads = 1 << (N - 1).bit_length(), threads
+            columns = capacity * max(c.hidden_size, E, F)
             self._arrays = (
                 np.empty((threads, columns), np.float32),
                 np.empty((threads, columns), np.int8),
                 np.empty((threads, columns // 32), np.float32),
                 np.empty((threads, columns // 32), np.float32),
-                *(np.empty((most, width), np.float32) for width in (R, E, F, widest)),
+                *(np.empty((capacity, width), np.float32) for width in (R, E, F, widest)),
                 np.empty((threads, 4, self.context + 2 * self.cache.block_size), np.float32),
             )
         h, xq, xs, xsum, qkv, mixed, wide, product, scores = self._arrays

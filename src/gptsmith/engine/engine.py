@@ -79,10 +79,13 @@ class EngineStats:
 class Engine:
     """Generates for any number of requests with one model. Not thread-safe: see `AsyncEngine`.
 
-    vocab_size: token ids must be below it, and only such are generated (default: the model's; a tokenizer's is often
-    smaller). max_batch: most sequences per step. max_batch_tokens: most tokens per step; longer prompts are computed in
-    chunks. cache_tokens: room for the keys and values of this many tokens (default: what `max_batch` sequences can
-    need, up to a quarter of the memory on a CPU and four fifths on a GPU). block_size: tokens per block of the cache.
+    vocab_size: only ids below it are accepted and generated (default: the model's; a tokenizer's is often smaller).
+    max_batch: maximum number of sequences per step.
+    max_batch_tokens: maximum number of tokens per step. Longer prompts are computed in chunks.
+    cache_tokens: room for the keys and values of this many tokens (default: what `max_batch` sequences can need, up to
+    a quarter of the memory on a CPU and four fifths on a GPU).
+    block_size: tokens per block of the cache.
+    prefix_caching: share the blocks of common prefixes.
     speculator: proposes tokens where that is faster (`engine.speculative`); what is generated stays the same.
     Raise UsageError for sizes that contradict each other.
 

@@ -13,8 +13,11 @@ from gptsmith.errors import UsageError
 
 @dataclass(frozen=True)
 class Limits:
-    """vocab_size: token ids must be below it. context: most tokens the model attends to. capacity: most tokens of one
-    sequence that the cache can hold."""
+    """What an engine can serve.
+
+    vocab_size: token ids must be below it. context: maximum number of tokens that the model attends to. capacity:
+    maximum number of tokens of one sequence that the cache can hold.
+    """
 
     vocab_size: int
     context: int

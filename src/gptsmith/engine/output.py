@@ -129,8 +129,8 @@ def token_logprobs(logits: Tensor, chosen: Items[int], top: Items[int | None]) -
         return []
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0].tolist()
-    most = max((count or 0 for count in top), default=0)
-    best, ids = ([], []) if most == 0 else (t.tolist() for t in logprobs.topk(most))
+    max_count = max((count or 0 for count in top), default=0)
+    best, ids = ([], []) if max_count == 0 else (t.tolist() for t in logprobs.topk(max_count))
     return [
         None
         if count is None

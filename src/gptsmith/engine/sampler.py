@@ -159,9 +159,9 @@ def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
         logits = _change_rows(logits, rows, lambda x: _nucleus(x, shares))
     rows = [i for i, p in enumerate(params) if p.min_p]
     if rows:
-        least = _column([math.log(params[i].min_p or 1.0) for i in rows], device)
+        threshold = _column([math.log(params[i].min_p or 1.0) for i in rows], device)
         logits = _change_rows(
-            logits, rows, lambda x: x.masked_fill(x < x.amax(dim=-1, keepdim=True) + least, -torch.inf)
+            logits, rows, lambda x: x.masked_fill(x < x.amax(dim=-1, keepdim=True) + threshold, -torch.inf)
         )
     rows = [i for i, p in enumerate(params) if p.typical_p is not None and p.typical_p < 1]
     if rows:

@@ -27,7 +27,10 @@ class Scheduled:
 
 
 class Scheduler:
-    """max_batch: most sequences per step. max_batch_tokens: most tokens per step, at least max_batch."""
+    """Queues and runs sequences.
+
+    max_batch: maximum number of sequences per step. max_batch_tokens: maximum number of tokens, at least max_batch.
+    """
 
     def __init__(self, blocks: BlockManager, *, max_batch: int, max_batch_tokens: int) -> None:
         self.blocks, self.max_batch, self.max_batch_tokens = blocks, max_batch, max_batch_tokens
