@@ -20,8 +20,8 @@ ROUNDS, PASSES = 5, 20
 
 def main() -> None:
     config = preset("char-small")
-    ids = torch.randint(0, 65, (16, config.context))
-    models = {p: Transformer(config.model.build(65, config.context), dropout=p).train() for p in (0.0, 0.1)}
+    ids = torch.randint(0, 65, (16, config.loop.context))
+    models = {p: Transformer(config.model.build(65, config.loop.context), dropout=p).train() for p in (0.0, 0.1)}
     seconds: dict[float, list[float]] = {p: [] for p in models}
     for model in models.values():
         compile_blocks(model)

@@ -21,14 +21,15 @@ from typing import Any
 import machine
 import torch
 
+from gptsmith.data.loader import TokenBatch
 from gptsmith.formats.hf import config_to_hf
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import gpt2, qwen3
 from gptsmith.model.flops import count_parameters, flops_per_token
-from gptsmith.model.transformer import Transformer
-from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.train.budget.machine import example_step
+from gptsmith.train.compile import compile_blocks
+from gptsmith.train.config import OptimConfig, run_config
 from gptsmith.train.forecast.memory import Forecaster
-from gptsmith.train.step import Update
 
 CONTEXT, VOCABULARY = 1024, 50304
 
@@ -58,12 +59,14 @@ LABELS = {"adamw": "gptsmith", "transformers": "transformers", "muon": "gptsmith
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
 
 
-def ours(config: ModelConfig, batch: int, name: str, precision: Any) -> Callable[[torch.Tensor], None]:
-    options = TrainConfig(context=CONTEXT, batch_size=batch, optim=OptimConfig(name=name, lr=3e-4))  # type: ignore[arg-type]
-    return Update(Transformer(config).cuda(), options, precision, compiled=True)
+def ours(config: ModelConfig, batch: int, name: str, precision: Any) -> Callable[[torch.Tensor], object]:
+    options = run_config(context=CONTEXT, batch_size=batch, optim=OptimConfig(name=name, lr=3e-4))  # type: ignore[arg-type]
+    step = example_step(options, config, torch.device("cuda"), precision)
+    compile_blocks(step.models.policy)
+    return lambda ids: step(TokenBatch(ids.cpu(), ids.cpu()), 1.0)
 
 
-def theirs(config: ModelConfig) -> Callable[[torch.Tensor], None]:
+def theirs(config: ModelConfig) -> Callable[[torch.Tensor], object]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = config_to_hf(config)
@@ -84,7 +87,7 @@ def theirs(config: ModelConfig) -> Callable[[torch.Tensor], None]:
     return update
 
 
-def timed(update: Callable[[torch.Tensor], None], ids: torch.Tensor, updates: int) -> float:
+def timed(update: Callable[[torch.Tensor], object], ids: torch.Tensor, updates: int) -> float:
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(updates):
@@ -96,7 +99,7 @@ def timed(update: Callable[[torch.Tensor], None], ids: torch.Tensor, updates: in
 def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
     config, batch, kinds = MODELS[name]
     ids = torch.randint(VOCABULARY, (batch, CONTEXT), device="cuda")
-    makers: dict[str, Callable[[], Callable[[torch.Tensor], None]]] = {
+    makers: dict[str, Callable[[], Callable[[torch.Tensor], object]]] = {
         "adamw": lambda: ours(config, batch, "adamw", "bf16"),
         "transformers": lambda: theirs(config),
         "muon": lambda: ours(config, batch, "muon", "bf16"),
@@ -141,7 +144,7 @@ def measure(name: str, repeats: int, deadline: float) -> dict[str, Any]:
 
 def forecast(config: ModelConfig, batch: int) -> int:
     """What `gptsmith plan` says that ours takes, bytes."""
-    options = TrainConfig(context=CONTEXT, batch_size=batch, optim=OptimConfig(name="adamw"))
+    options = run_config(context=CONTEXT, batch_size=batch, optim=OptimConfig(name="adamw"))
     return Forecaster(options, config, device=torch.device("cuda"), precision="bf16", compiled=True).at(batch).total
 
 

@@ -14,25 +14,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import machine
 import torch
 
+from gptsmith.data.loader import TokenBatch
 from gptsmith.model.flops import flops_per_token
-from gptsmith.model.transformer import Transformer
 from gptsmith.presets import preset
 from gptsmith.runtime import keep_freed_memory
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
-from gptsmith.train.step import Update
+from gptsmith.train.budget.machine import example_step
+from gptsmith.train.compile import compile_blocks
+from gptsmith.train.config import ModelOptions, OptimConfig, RunConfig, run_config
 
 VOCABULARY = 65
 
 
-def gpt2_small_text() -> TrainConfig:
+def gpt2_small_text() -> RunConfig:
     """GPT-2's layout, 6 layers, 6 heads, 384 wide, context 256, batch 8, AdamW: 10.7M parameters."""
-    return TrainConfig(
+    return run_config(
         model=ModelOptions(family="gpt2", num_hidden_layers=6, hidden_size=384, num_attention_heads=6),
         context=256,
         batch_size=8,
@@ -40,18 +40,18 @@ def gpt2_small_text() -> TrainConfig:
     )
 
 
-def char_small() -> TrainConfig:
+def char_small() -> RunConfig:
     """The default 0.8M-parameter model with Muon."""
-    return replace(preset("char-small"))
+    return preset("char-small")
 
 
-def transformers_update(config: TrainConfig) -> Callable[[torch.Tensor], None]:
+def transformers_update(config: RunConfig) -> Callable[[torch.Tensor], object]:
     """One AdamW update of the same model in transformers, as its documentation trains."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from gptsmith.formats.hf import config_to_hf
 
-    values = config_to_hf(config.model.build(VOCABULARY, config.context))
+    values = config_to_hf(config.model.build(VOCABULARY, config.loop.context))
     make: Any = AutoModelForCausalLM
     theirs = make.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
@@ -71,12 +71,13 @@ def work(model: str, contestant: str) -> None:
     config = MODELS[model]()
     if contestant == "gptsmith":
         keep_freed_memory()
-        update: Callable[[torch.Tensor], None] = Update(
-            Transformer(config.model.build(VOCABULARY, config.context)), config, compiled=True
-        )
+        model_config = config.model.build(VOCABULARY, config.loop.context)
+        step = example_step(config, model_config, torch.device("cpu"), "fp32")
+        compile_blocks(step.models.policy)
+        update: Callable[[torch.Tensor], object] = lambda ids: step(TokenBatch(ids, ids), 1.0)  # noqa: E731
     else:
         update = transformers_update(config)
-    ids = torch.randint(VOCABULARY, (config.batch_size, config.context))
+    ids = torch.randint(VOCABULARY, (config.loop.batch_size, config.loop.context))
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
@@ -106,8 +107,8 @@ class Contestant:
 
 def measure(model: str, repeats: int, updates: int) -> dict[str, Any]:
     config = MODELS[model]()
-    tokens = config.batch_size * config.context
-    per_token = flops_per_token(config.model.build(VOCABULARY, config.context), config.context)
+    tokens = config.loop.batch_size * config.loop.context
+    per_token = flops_per_token(config.model.build(VOCABULARY, config.loop.context), config.loop.context)
     contestants = {name: Contestant(model, name) for name in ("gptsmith", "transformers")}
     for contestant in contestants.values():
         contestant.seconds(3)  # compiles, makes buffers

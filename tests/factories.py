@@ -9,7 +9,7 @@ import torch
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
-from gptsmith.train.config import ModelOptions, TrainConfig
+from gptsmith.train.config import ModelOptions, RunConfig, run_config
 
 
 def tiny_config(family: str = "qwen3", **options: Any) -> ModelConfig:
@@ -43,7 +43,7 @@ def tiny_model(family: str = "qwen3", *, seed: int = 0, **options: Any) -> Trans
     return Transformer(tiny_config(family, **options)).eval()
 
 
-def tiny_train_config(**options: Any) -> TrainConfig:
+def tiny_run_config(**options: Any) -> RunConfig:
     """Return the configuration of a run that takes about a second; `options` override any field."""
     defaults: dict[str, Any] = {
         "model": ModelOptions(num_hidden_layers=2, hidden_size=32, num_attention_heads=2),
@@ -54,4 +54,4 @@ def tiny_train_config(**options: Any) -> TrainConfig:
         "compile": "off",
         "device": "cpu",
     }
-    return TrainConfig(**defaults | options)
+    return run_config(**defaults | options)

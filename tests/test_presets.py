@@ -12,20 +12,20 @@ from gptsmith.errors import UsageError
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
 from gptsmith.presets import OWN, RECIPES, describe_presets, preset
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
 
 
 def parameters(name: str, vocab_size: int) -> int:
     config = preset(name)
     with torch.device("meta"):
-        return Transformer(config.model.build(vocab_size, config.context)).num_parameters()
+        return Transformer(config.model.build(vocab_size, config.loop.context)).num_parameters()
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_each_builds_a_model(name: str) -> None:
     config = preset(name)
-    assert parameters(name, config.vocab_size) > 0
-    assert config.batch_size % (config.micro_batch_size or 1) == 0
+    assert parameters(name, config.init.vocab_size) > 0
+    assert config.loop.batch_size % (config.loop.micro_batch_size or 1) == 0
 
 
 def test_sizes() -> None:
@@ -34,13 +34,13 @@ def test_sizes() -> None:
 
 
 def test_the_default_is_char_small() -> None:
-    assert preset("char-small") == TrainConfig()
+    assert preset("char-small") == RunConfig()
 
 
 def test_nanogpts_recipe_for_a_cpu() -> None:
     """github.com/karpathy/nanoGPT, README: "I only have a macbook"."""
     config = preset("nanogpt-cpu")
-    assert (config.context, config.batch_size, config.steps, config.dropout) == (64, 12, 2000, 0.0)
+    assert (config.loop.context, config.loop.batch_size, config.loop.steps, config.loop.dropout) == (64, 12, 2000, 0.0)
     assert (config.model.num_hidden_layers, config.model.num_attention_heads, config.model.hidden_size) == (4, 4, 128)
     assert (config.optim.name, config.optim.lr, config.optim.schedule) == ("adamw", 1e-3, "cosine")
     assert config.optim.lr * config.optim.final_factor == pytest.approx(1e-4)
@@ -65,15 +65,15 @@ def test_every_published_size_is_a_preset(name: str) -> None:
     """What it trains has the shape of the published model, but for what is done after training."""
     family, options = families.SIZES[name]
     published, chosen = families.FAMILIES[family](**options), preset(name)
-    built = chosen.model.build(chosen.vocab_size, chosen.context)
+    built = chosen.model.build(chosen.init.vocab_size, chosen.loop.context)
     later: dict[str, Any] = {
-        "max_position_embeddings": chosen.context,
+        "max_position_embeddings": chosen.loop.context,
         "rope_scaling": None,
         "norm_eps": built.norm_eps,
     }
     assert built == replace(published, **later)
-    assert chosen.batch_size % (chosen.micro_batch_size or 1) == 0
-    tokens = chosen.steps * chosen.batch_size * chosen.context
+    assert chosen.loop.batch_size % (chosen.loop.micro_batch_size or 1) == 0
+    tokens = chosen.loop.steps * chosen.loop.batch_size * chosen.loop.context
     assert tokens == pytest.approx(RECIPES[name].tokens, rel=0.01)
 
 
@@ -92,13 +92,18 @@ def test_every_published_size_is_a_preset(name: str) -> None:
 )
 def test_table_2_1_of_gpt3(name: str, batch: float, rate: float) -> None:
     config = preset(name)
-    tokens = config.batch_size * config.context
+    tokens = config.loop.batch_size * config.loop.context
     assert tokens == pytest.approx(batch, rel=0.05)
     assert config.optim.warmup_steps * tokens == pytest.approx(375e6, rel=0.01)
-    assert (config.optim.lr, config.optim.beta2, config.optim.clip, config.context) == (rate, 0.95, 1.0, 2048)
+    assert (config.optim.lr, config.optim.beta2, config.optim.clip, config.loop.context) == (rate, 0.95, 1.0, 2048)
 
 
 def test_gpt1_has_a_byte_pair_vocabulary_of_its_own_size() -> None:
     config = preset("gpt1-117m")
-    assert (config.tokenizer, config.vocab_size, config.context, config.batch_size) == ("bpe", 40478, 512, 64)
-    assert parameters("gpt1-117m", config.vocab_size) == 116_534_784
+    assert (config.init.tokenizer, config.init.vocab_size, config.loop.context, config.loop.batch_size) == (
+        "bpe",
+        40478,
+        512,
+        64,
+    )
+    assert parameters("gpt1-117m", config.init.vocab_size) == 116_534_784

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptsmith.errors import GptsmithError
-from gptsmith.run_directory import best_validation, last_number, number, read_metrics, read_run
+from gptsmith.run_directory import best_evaluation, last_number, number, read_metrics, read_run
 
 
 def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
@@ -86,7 +86,7 @@ def test_numbers_that_are_none() -> None:
         {"val_loss": math.nan, "step": 3},
         {"step": 4},
     ]
-    assert best_validation(rows) == rows[1]
+    assert best_evaluation(rows) == rows[1]
     assert last_number(rows, "val_loss") == 1.0
-    assert best_validation([{"val_loss": math.inf}]) is None
+    assert best_evaluation([{"val_loss": math.inf}]) is None
     assert math.isnan(last_number([], "loss"))

@@ -4,6 +4,7 @@
     model, tokenizer = gptsmith.load("runs/bard")
     logits = model(ids)                                    # ids: (B, T) int64 -> logits: (B, T, V)
     text = gptsmith.generate(model, tokenizer, "ROMEO:", max_tokens=200, temperature=0.8)
+    run = gptsmith.fit("input.txt", steps=500)             # train; gptsmith.runs("runs") lists the runs
 
 Importing this package is fast: torch is imported by the first call.
 """
@@ -13,15 +14,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "load"]
+__all__ = ["__version__", "fit", "generate", "load", "runs"]
 
 if TYPE_CHECKING:
+    from gptsmith.api import fit, runs
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
 
 _EXPORTS = {  # name: module and attribute, imported on first use
+    "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
     "load": ("gptsmith.loading", "load_model"),
+    "runs": ("gptsmith.api", "runs"),
 }
 
 

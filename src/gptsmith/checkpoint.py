@@ -26,8 +26,9 @@ from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError
 from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
-from gptsmith.log import JsonLines, note
+from gptsmith.log import note
 from gptsmith.model.transformer import Transformer
+from gptsmith.run_directory import DEFAULT_SELECTION, best_evaluation, read_info, read_metrics, selection_of
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ def verify(directory: Path) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. The best is the one with the lowest `val_loss` in the run's metrics."""
+    """The checkpoints of one run. `run_directory.best_evaluation` defines which is the best."""
 
     def __init__(self, run_directory: Path) -> None:
         self.run_directory = Path(run_directory)
@@ -127,14 +128,15 @@ class CheckpointStore:
         return sorted(found)
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss among those with a checkpoint."""
+        """Return the step of the best evaluation among those with a checkpoint; None where there is none."""
         present = set(self.steps())
-        losses = [
-            (row["val_loss"], row["step"])
-            for row in JsonLines(self.run_directory / "metrics.jsonl").read()
-            if row.get("val_loss") is not None and row["val_loss"] == row["val_loss"] and row["step"] in present
-        ]
-        return min(losses)[1] if losses else None
+        try:
+            selection = selection_of(read_info(self.run_directory))
+        except CheckpointError:  # run.json is missing or damaged: the checkpoints can be used all the same
+            selection = DEFAULT_SELECTION
+        rows = [row for row in read_metrics(self.run_directory) if row["step"] in present]
+        best = best_evaluation(rows, selection)
+        return None if best is None else int(best["step"])
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, state: TrainState, *, keep: int) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep` and the best."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import os
 import sys
@@ -13,9 +14,27 @@ from typing import Any, Protocol
 
 from gptsmith.storage import atomic_file, explain_os_errors
 
+_QUIET: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Print no notes and show no progress meanwhile, in this thread."""
+    token = _QUIET.set(on)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def is_quiet() -> bool:
+    return _QUIET.get()
+
 
 def note(text: str) -> None:
     """Print one line for the user on standard error. (Standard output is for results.)"""
+    if is_quiet():
+        return
     with contextlib.suppress(BrokenPipeError):  # the reader has exited, which is no reason to stop
         print(text, file=sys.stderr, flush=True)
 
@@ -30,7 +49,7 @@ class _Bar:
     def __init__(self, total: float | None, description: str, unit: str) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done, self.started, self.shown = 0.0, time.monotonic(), 0.0
-        self.interactive = is_terminal()
+        self.interactive = is_terminal() and not is_quiet()
         self.rich: Any = None
 
     def advance(self, amount: float) -> None:

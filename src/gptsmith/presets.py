@@ -1,4 +1,4 @@
-"""Named starting points for training: functions that return a `TrainConfig`. Those of our own describe themselves in
+"""Named starting points for training: functions that return a `RunConfig`. Those of our own describe themselves in
 their docstrings; those of published sizes come from two tables, `families.SIZES` and `RECIPES`.
 
 Every value can be overridden on the command line.
@@ -7,28 +7,28 @@ Every value can be overridden on the command line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model import families
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import ModelOptions, OptimConfig, RunConfig, run_config
 
 
-def char_small() -> TrainConfig:
+def char_small() -> RunConfig:
     """0.8M parameters, one token a character, modern layout with Muon: minutes on a laptop CPU. The default."""
-    return TrainConfig()
+    return RunConfig()
 
 
-def shakespeare_3min() -> TrainConfig:
+def shakespeare_3min() -> RunConfig:
     """The demo: char-small over 1,200 steps, about two minutes on two CPU cores."""
-    return replace(char_small(), steps=1200, eval_every=400)
+    return char_small().replace(steps=1200, eval_every=400)
 
 
-def shakespeare_quick() -> TrainConfig:
+def shakespeare_quick() -> RunConfig:
     """0.2M parameters, context 64: readable Shakespeare in seconds."""
-    return TrainConfig(
+    return run_config(
         model=ModelOptions(num_hidden_layers=2, hidden_size=96, num_attention_heads=3, tie_word_embeddings=False),
         context=64,
         batch_size=16,
@@ -38,9 +38,9 @@ def shakespeare_quick() -> TrainConfig:
     )
 
 
-def nanogpt_cpu() -> TrainConfig:
+def nanogpt_cpu() -> RunConfig:
     """nanoGPT's published recipe for a CPU (GPT-2 layout, AdamW, context 64), to compare with."""
-    return TrainConfig(
+    return run_config(
         model=ModelOptions(family="gpt2", num_hidden_layers=4, hidden_size=128, num_attention_heads=4),
         context=64,
         batch_size=12,
@@ -58,9 +58,9 @@ def nanogpt_cpu() -> TrainConfig:
     )
 
 
-def bpe_small() -> TrainConfig:
+def bpe_small() -> RunConfig:
     """12M parameters over a byte-level BPE vocabulary trained on your text (books, code, notes): hours on a CPU."""
-    return TrainConfig(
+    return run_config(
         tokenizer="bpe",
         vocab_size=4096,
         model=ModelOptions(num_hidden_layers=6, hidden_size=384, num_attention_heads=6),
@@ -120,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def published_size(name: str) -> TrainConfig:
+def published_size(name: str) -> RunConfig:
     """A model of `families.SIZES`, trained from the start as its paper says, or as `Recipe` says where it is silent.
 
     All of it by AdamW and a cosine. GPT-2 and GPT-3 with GPT-2's vocabulary; for the others a BPE of the published size
@@ -130,7 +130,7 @@ def published_size(name: str) -> TrainConfig:
     family, options = families.SIZES[name]
     c, recipe = families.FAMILIES[family](**options), RECIPES[name]
     first = family == "gpt1"
-    return TrainConfig(
+    return run_config(
         tokenizer="gpt2" if family in ("gpt2", "gpt3") else "bpe",
         vocab_size=c.vocab_size,
         model=ModelOptions(
@@ -168,17 +168,17 @@ def published_size(name: str) -> TrainConfig:
     )
 
 
-OWN: dict[str, Callable[[], TrainConfig]] = {
+OWN: dict[str, Callable[[], RunConfig]] = {
     "char-small": char_small,
     "shakespeare-3min": shakespeare_3min,
     "shakespeare-quick": shakespeare_quick,
     "nanogpt-cpu": nanogpt_cpu,
     "bpe-small": bpe_small,
 }
-PRESETS: dict[str, Callable[[], TrainConfig]] = OWN | {name: partial(published_size, name) for name in RECIPES}
+PRESETS: dict[str, Callable[[], RunConfig]] = OWN | {name: partial(published_size, name) for name in RECIPES}
 
 
-def preset(name: str) -> TrainConfig:
+def preset(name: str) -> RunConfig:
     """The configuration of a preset. UsageError that names the nearest for an unknown one."""
     if name not in PRESETS:
         raise UsageError(f"there is no preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}.")

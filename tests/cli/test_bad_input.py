@@ -104,7 +104,7 @@ def test_bad_validation_text(rejected: Any, tmp_path: Path, text_file: Path, tin
 def test_no_text_at_all(name: str, rejected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rejected("train", *([name] if name else []), code=1 if name else 2)
-    assert "train on what?" in rejected("train", "", code=2)
+    assert "No data given" in rejected("train", "", code=2)
 
 
 # Names and values ----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_a_prompt_the_tokenizer_does_not_know(rejected: Any, finished: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"stepz": 5}', "unknown configuration key 'stepz'. Did you mean 'steps'?"),
+        ('{"stepz": 5}', "unknown option 'stepz'. Did you mean 'steps'?"),
         ('{"optim": {"lrr": 5}}', "unknown configuration key 'optim.lrr'. Did you mean 'lr'?"),
         ('{"steps": "five"}', "steps must be int, not 'five'"),
         ('{"steps": 0}', "--steps must be at least 1"),
@@ -272,7 +272,7 @@ def test_a_bad_configuration_file(
 
 def test_configurations_do_not_mix(rejected: Any, text_file: Path, stopped: Path) -> None:
     assert "use one of them" in rejected("train", "--resume", stopped, "--preset", "char-small", code=2)
-    assert "leave the text and --out away" in rejected("train", text_file, "--resume", stopped, code=2)
+    assert "omit the data argument and --out" in rejected("train", text_file, "--resume", stopped, code=2)
 
 
 # Places --------------------------------------------------------------------------------------------------------------
@@ -587,7 +587,8 @@ def test_a_path_that_is_not_a_model_or_run(rejected: Any, tmp_path: Path, text_f
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nothing", tmp_path / "empty", text_file):
         assert str(path) in rejected("generate", path, code=1)
-        assert f"{path} is not a run: it has no run.json" in rejected("train", "--resume", path, code=1)
+        err = rejected("train", "--resume", path, code=1)
+        assert f"{path} is not a run directory: it has no run.json" in err or f"no run directory {path}" in err
         assert "run.json" in rejected("report", path, code=1) or not path.exists()
 
 
@@ -595,7 +596,7 @@ def test_resuming_with_another_architecture(rejected: Any, stopped_copy: Path) -
     err = rejected("train", "--resume", stopped_copy, "--model.hidden-size", "64", code=2)
     assert "model.hidden_size (32 → 64)" in err
     err = rejected("train", "--resume", stopped_copy, "--steps", "40", "--optim.lr", "0.1", code=2)
-    assert "steps (20 → 40), optim.lr (0.02 → 0.1)" in err
+    assert "optim.lr (0.02 → 0.1), steps (20 → 40)" in err
 
 
 def test_a_checkpoint_of_another_architecture(
@@ -627,7 +628,7 @@ def test_resuming_with_changed_data(change: str, rejected: Any, stopped_copy: Pa
 
 
 def test_resuming_a_finished_run(rejected: Any, finished_copy: Path) -> None:
-    assert "is finished: all 20 steps are done" in rejected("train", "--resume", finished_copy, code=2)
+    assert "has already finished all 20 steps" in rejected("train", "--resume", finished_copy, code=2)
 
 
 @pytest.mark.parametrize(
@@ -640,9 +641,14 @@ def test_resuming_a_finished_run(rejected: Any, finished_copy: Path) -> None:
         (lambda record: {k: v for k, v in record.items() if k != "precision"}, "run.json is damaged"),
         (lambda record: {**record, "data": {}}, "run.json is damaged"),
         (lambda record: {**record, "config": {**record["config"], "stepz": 1}}, "run.json"),
-        (lambda record: {**record, "config": {**record["config"], "steps": "x"}}, "run.json"),
+        (lambda record: {**record, "config": {**record["config"], "loop": {"steps": "x"}}}, "run.json"),
+        (lambda record: {**record, "schema": 3}, "has schema 3; this version of gptsmith reads 1 to 2"),
+        (lambda record: {**record, "schema": "new"}, "has schema 'new'"),
     ],
-    ids=["garbled", "no object", "no config", "no status", "no precision", "no data", "unknown key", "wrong type"],
+    ids=[
+        *("garbled", "no object", "no config", "no status", "no precision", "no data", "unknown key", "wrong type"),
+        *("later schema", "unknown schema"),
+    ],
 )
 def test_a_damaged_run_record(damage: Callable[[Any], Any], message: str, rejected: Any, stopped_copy: Path) -> None:
     path = stopped_copy / "run.json"

@@ -36,7 +36,7 @@ def test_a_budget_of_tokens_chooses_and_says_why(run_cli: Cli, text_file: Path, 
     assert rows[-1]["val_loss"] < 3.0
     config = record(out)["config"]
     assert isinstance(config, dict)
-    assert (config["budget"], config["context"]) == ("30ktok", 32)
+    assert (config["auto"]["budget"], config["loop"]["context"]) == ("30ktok", 32)
     assert len(record(out)["choice"]["reasons"]) == 3  # type: ignore[index]
 
 
@@ -56,7 +56,7 @@ def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path)
     code, _, err = run_cli("train", path, "--budget", "20ktok", "--out", tmp_path / "run", "--context", "32", *QUICK)
     assert code == 0, err
     assert "more than 256 different characters" in err
-    assert record(tmp_path / "run")["config"]["tokenizer"] == "bpe"  # type: ignore[index]
+    assert record(tmp_path / "run")["config"]["init"]["tokenizer"] == "bpe"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path)
         (("--budget", "soon"), "is not a budget.*5m, 2h"),
         (("--budget", "1s"), "too short to learn anything.*Give at least"),
         (("--budget", "10tok"), "Give more"),
-        (("--budget", "5m", "--steps", "10"), "both say how long"),
+        (("--budget", "5m", "--steps", "10"), "both set the length"),
         (("--depth", "0"), "depth must be at least 1"),
         (("--budgett", "5m"), "budget"),
     ],
@@ -85,7 +85,7 @@ def test_a_ladder_is_fitted_drawn_and_continued(run_cli: Cli, text_file: Path, t
     command = ("scale", text_file, "--out", out, "--budgets", "16ktok,4ktok,8ktok", *QUICK, "--context", "32")
     code, printed, err = run_cli(*command)
     assert code == 0, err
-    assert err.index("rung 1 of 3: 4ktok") < err.index("rung 3 of 3: 16ktok")
+    assert err.index("run 1 of 3: 4ktok") < err.index("run 3 of 3: 16ktok")
     assert "at 10× the largest" in printed
     result = json.loads((out / "scale.json").read_text())
     losses = [rung["val_loss"] for rung in result["rungs"]]
@@ -103,11 +103,11 @@ def test_a_ladder_reads_the_same_tokens_on_every_rung(
     run_cli: Cli, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_budget = {4000.0: ("bpe", 300), 8000.0: ("bpe", 400)}
-    monkeypatch.setattr("gptsmith.train.run.tokenizer_for", lambda _, __, budget, ___: by_budget[budget.amount])
+    monkeypatch.setattr("gptsmith.train.text.tokenizer_for", lambda _, __, budget, ___: by_budget[budget.amount])
     command = ("scale", text_file, "--out", tmp_path / "ladder", "--budgets", "4ktok,8ktok", *QUICK, "--context", "32")
     code, _, err = run_cli(*command)
     assert code == 0, err
-    sizes = [record(tmp_path / "ladder" / rung)["config"]["vocab_size"] for rung in ("4ktok", "8ktok")]  # type: ignore[index]
+    sizes = [record(tmp_path / "ladder" / rung)["config"]["init"]["vocab_size"] for rung in ("4ktok", "8ktok")]  # type: ignore[index]
     assert sizes == [400, 400]
 
 

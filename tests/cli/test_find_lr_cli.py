@@ -40,7 +40,7 @@ def test_mistakes(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken.png"
     taken.write_text("mine")
     for arguments, message in (
-        ([], "try it on what?"),
+        ([], "No data given"),
         ([text_file, "--out", taken], "exists. Choose another name."),
         ([text_file, "--depth", "3"], "choose the learning rate themselves"),
         ([text_file, *OPTIONS, "--updates", "3"], "at least 10 updates"),

@@ -105,7 +105,7 @@ def test_options_override_a_configuration(run_cli: Cli, text_file: Path, tmp_pat
     command = ["train", text_file, "--config", tmp_path / "config.json", "--out", tmp_path / "run", *options]
     assert run_cli(*command)[0] == 0
     config = record(tmp_path / "run")["config"]
-    assert (config["steps"], config["optim"]["lr"], config["model"]["family"]) == (7, 0.01, "gpt2")
+    assert (config["loop"]["steps"], config["optim"]["lr"], config["model"]["family"]) == (7, 0.01, "gpt2")
     assert config["optim"]["beta2"] == 0.99  # what neither gives is the default
 
 
@@ -124,7 +124,7 @@ def test_a_preset_is_a_starting_point(run_cli: Cli, text_file: Path, tmp_path: P
     assert run_cli(*command)[0] == 0
     config = record(tmp_path / "run")["config"]  # the last of two counts
     assert (config["model"]["family"], config["optim"]["name"]) == ("gpt2", "adamw")
-    assert (config["steps"], config["context"]) == (20, 32)
+    assert (config["loop"]["steps"], config["loop"]["context"]) == (20, 32)
 
 
 def test_runs_are_numbered(

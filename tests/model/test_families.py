@@ -55,7 +55,7 @@ def test_width_by_depth(depth: int, width: int) -> None:
     assert families.by_depth(depth)["hidden_size"] == width
 
 
-@pytest.mark.parametrize("family", families.DIALLED)
+@pytest.mark.parametrize("family", families.DEPTH_SCALED)
 def test_every_depth_is_a_model_larger_than_the_one_before(family: str) -> None:
     sizes = [families.by_depth(depth, family) for depth in range(1, 49)]
     for size in sizes:

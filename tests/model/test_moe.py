@@ -13,7 +13,7 @@ from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
 from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss, swiglu
 from gptsmith.model.upcycle import upcycle
-from gptsmith.train.config import ModelOptions, TrainConfig
+from gptsmith.train.config import ModelOptions, run_config
 from gptsmith.train.run import start
 from tests.factories import tiny_config, tiny_model
 
@@ -77,7 +77,7 @@ def test_upcycling_starts_as_the_dense_model() -> None:
 def test_experts_learn_and_their_load_is_logged(
     family: str, optimizer: Literal["muon", "adamw"], text_file: Path, tmp_path: Path
 ) -> None:
-    config = TrainConfig(
+    config = run_config(
         model=ModelOptions(
             family=family,  # type: ignore[arg-type]
             num_hidden_layers=2,
@@ -96,7 +96,7 @@ def test_experts_learn_and_their_load_is_logged(
         compile="off",
         device="cpu",
     )
-    config = replace(config, optim=replace(config.optim, name=optimizer, lr=0.02 if optimizer == "muon" else 0.01))
+    config = config.replace(optim=replace(config.optim, name=optimizer, lr=0.02 if optimizer == "muon" else 0.01))
     start(str(text_file), config, tmp_path / "run")
     rows = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
     assert rows[-1]["val_loss"] < 2.2

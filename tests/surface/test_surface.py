@@ -54,7 +54,7 @@ PUBLIC = {
     "SamplingParams": "gptsmith.engine.sampling",
     "Settings": "gptsmith.server.service",
     "Tokenizer": "gptsmith.tokenizer",
-    "TrainConfig": "gptsmith.train.config",
+    "RunConfig": "gptsmith.train.config",
     "Transformer": "gptsmith.model.transformer",
     "choices": "gptsmith.engine.grammar",
     "create_app": "gptsmith.server.app",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptsmith.model.loss import token_loss_sum
-from gptsmith.train.compile import compile_blocks, costs, partitioned, pays, undo_compile
+from gptsmith.train.compile import compile_blocks, costs, partitioned, undo_compile, worth_compiling
 from tests.factories import tiny_model
 
 
@@ -62,5 +62,5 @@ def test_what_flows_into_a_loop_is_not_written_and_what_a_product_takes_is() -> 
 def test_compiling_pays_in_long_runs(kind: str) -> None:
     device = torch.device(kind)
     seconds, saves = costs(device)
-    assert not pays(seconds / saves, device)  # what it saves is what it takes
-    assert pays(2 * seconds / saves, device)
+    assert not worth_compiling(seconds / saves, device)  # what it saves is what it takes
+    assert worth_compiling(2 * seconds / saves, device)

@@ -121,7 +121,7 @@ def test_an_older_checkpoint_takes_over_from_a_damaged_one(old: Path, run_cli: R
 def test_a_finished_run_is_not_resumed(old: Path, run_cli: RunCli) -> None:
     code, _, errors = run_cli("train", "--resume", old / "finished")
     assert code == 2
-    assert "is finished" in errors
+    assert "already finished" in errors
 
 
 @pytest.mark.parametrize("name", ["finished", "interrupted"])

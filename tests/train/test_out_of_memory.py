@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from gptsmith.runtime import out_of_memory
 from gptsmith.train.config import ModelOptions
 from gptsmith.train.objectives import pretrain
 from gptsmith.train.run import resume, start
-from tests.factories import tiny_train_config
+from tests.factories import tiny_run_config
 
-CONFIG = tiny_train_config(batch_size=12, steps=10, eval_every=5)
+CONFIG = tiny_run_config(batch_size=12, steps=10, eval_every=5)
 
 
 def losses(directory: Path) -> list[float]:
@@ -42,8 +41,7 @@ class Scarce:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, first: int = 1, eval_rows: int = 10**9) -> None:
         self.rows, self.first, self.eval_rows, self.passes = rows, first, eval_rows, 0
         self.loss = token_loss_sum
-        defaults = pretrain.Pretrain.__init__.__kwdefaults__ or {}
-        monkeypatch.setattr(pretrain.Pretrain.__init__, "__kwdefaults__", {**defaults, "loss": self.training})
+        monkeypatch.setattr(pretrain, "token_loss_sum", self.training)
         monkeypatch.setattr(pretrain, "split_loss", self.evaluation(split_loss))
 
     def training(self, model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -70,16 +68,15 @@ def test_the_step_is_repeated_as_if_the_micro_batch_had_been_small_from_the_star
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With dropout: random numbers, too, are those of a run that never failed."""
-    config = replace(CONFIG, dropout=0.2)
-    start(str(text_file), replace(config, micro_batch_size=3), tmp_path / "small")
+    config = CONFIG.replace(dropout=0.2)
+    start(str(text_file), config.replace(micro_batch_size=3), tmp_path / "small")
     Scarce(monkeypatch, rows=3)
     capsys.readouterr()
     start(str(text_file), config, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "small")
     said = [line for line in capsys.readouterr().err.splitlines() if "memory ran out" in line]
     assert said == [
-        f"memory ran out at step 1: going on with micro-batches of {new} instead of {old}, "
-        "from the beginning of the step"
+        f"memory ran out at step 1: restarting the step with micro-batches of {new} instead of {old}"
         for old, new in ((12, 6), (6, 3))
     ]
     assert saved_micro_batch(tmp_path / "run") == 3
@@ -102,7 +99,7 @@ def test_a_resumed_run_goes_on_with_the_smaller_micro_batch(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit the run that was not interrupted, though memory is there again."""
-    config = replace(CONFIG, dropout=0.1)
+    config = CONFIG.replace(dropout=0.1)
     with pytest.MonkeyPatch.context() as patch:
         Scarce(patch, rows=4, first=3)
         start(str(text_file), config, tmp_path / "run")
@@ -122,7 +119,7 @@ def test_one_sequence_too_much_ends_with_the_checkpoint_named(
     with pytest.raises(TrainingError) as error:
         start(str(text_file), CONFIG, tmp_path / "run")
     message = str(error.value)
-    assert message.startswith("memory ran out at step 7: even one sequence at a time is too much (CUDA out of memory.")
+    assert message.startswith("memory ran out at step 7: even one row at a time is too much (CUDA out of memory.")
     assert "step-00000005 is intact" in message
     assert "\n" not in message
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -203,10 +200,10 @@ def test_a_real_limit(megabytes: int, code: int, text_file: Path, tmp_path: Path
         timeout=300,
     )
     assert ended.returncode == code, ended.stderr
-    assert "memory ran out at step 1: going on with micro-batches of" in ended.stderr
+    assert "memory ran out at step 1: restarting the step with micro-batches of" in ended.stderr
     assert "Traceback" not in ended.stderr
     if code:
-        assert "even one sequence at a time is too much" in ended.stderr or "do not help here" in ended.stderr
+        assert "even one row at a time is too much" in ended.stderr or "do not help here" in ended.stderr
         return
     whole = subprocess.run(
         [sys.executable, "-m", "gptsmith", *command[:3], str(tmp_path / "whole"), *options],
@@ -228,7 +225,7 @@ def test_a_gpu_that_is_too_small(text_file: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(memory, "certainly_fits", lambda *_: True)  # nobody foresaw it
     model = ModelOptions(num_hidden_layers=4, hidden_size=256, num_attention_heads=4)
-    config = replace(CONFIG, model=model, context=256, batch_size=64, device="cuda", precision="fp32")
+    config = CONFIG.replace(model=model, context=256, batch_size=64, device="cuda", precision="fp32")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start(str(text_file), config, tmp_path / "enough")

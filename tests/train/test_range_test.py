@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gptsmith.errors import UsageError
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import ModelOptions, OptimConfig, run_config
 from gptsmith.train.range_test import RangeTest, range_test
-from gptsmith.train.run import read_text
-from tests.factories import tiny_train_config
+from gptsmith.train.text import read_text
+from tests.factories import tiny_run_config
 
 
 def known(noise: float = 0.0) -> RangeTest:
@@ -28,7 +28,7 @@ def test_steepest_descent_and_minimum_are_found(noise: float) -> None:
     found = known(noise)
     assert np.log10(found.steepest) == pytest.approx(-2, abs=0.25)
     assert np.log10(found.tenth_of_lowest) == pytest.approx(-1, abs=0.35)
-    assert found.says_something
+    assert found.is_conclusive
 
 
 def test_smoothing_does_not_move_the_curve() -> None:
@@ -39,11 +39,11 @@ def test_smoothing_does_not_move_the_curve() -> None:
 
 def test_noise_says_nothing() -> None:
     losses = 4 + 0.1 * np.random.default_rng(0).standard_normal(60)
-    assert not RangeTest(np.geomspace(1e-5, 1, 60), losses).says_something
+    assert not RangeTest(np.geomspace(1e-5, 1, 60), losses).is_conclusive
 
 
 def test_a_real_one_ends_where_the_loss_explodes(text_file: Path) -> None:
-    config = tiny_train_config(
+    config = tiny_run_config(
         model=ModelOptions(num_hidden_layers=1, hidden_size=32, num_attention_heads=2),
         optim=OptimConfig(name="adamw", lr=0.01),
     )
@@ -61,7 +61,7 @@ def test_a_real_one_ends_where_the_loss_explodes(text_file: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"updates": 5}, {"lowest": 1.0, "highest": 0.1}, {"lowest": 0.0}])
 def test_impossible_ranges_are_refused(options: dict[str, float], text_file: Path) -> None:
-    config = TrainConfig(device="cpu")
+    config = run_config(device="cpu")
     tokenizer, dataset = read_text(str(text_file), config)
     with pytest.raises(UsageError, match="at least 10 updates"):
         range_test(config, tokenizer, dataset, torch.device("cpu"), **options)  # type: ignore[arg-type]

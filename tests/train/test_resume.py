@@ -24,11 +24,11 @@ from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.log import JsonLines
 from gptsmith.train.config import OptimConfig
 from gptsmith.train.run import resume, start
-from tests.factories import tiny_train_config
+from tests.factories import tiny_run_config
 
 KILLED = 1 if os.name == "nt" else -signal.SIGKILL  # the exit status of a killed process
 # Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
-CONFIG = tiny_train_config(
+CONFIG = tiny_run_config(
     micro_batch_size=4,
     dropout=0.1,
     steps=60,
@@ -89,7 +89,7 @@ def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = F
         "from pathlib import Path",
         "torch.set_num_threads(1)",
         "from gptsmith.config import from_dict",
-        "from gptsmith.train.config import TrainConfig",
+        "from gptsmith.train.config import RunConfig",
         "from gptsmith.train.run import resume, start",
     ]
     if slow_save:
@@ -98,7 +98,7 @@ def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = F
         code.append(f"resume(Path({str(out)!r}))")
     else:
         config = json.dumps(to_dict(CONFIG))
-        code.append(f"start({str(text)!r}, from_dict(TrainConfig, json.loads({config!r})), Path({str(out)!r}))")
+        code.append(f"start({str(text)!r}, from_dict(RunConfig, json.loads({config!r})), Path({str(out)!r}))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(errors_of(out), "ab") as errors:
         return subprocess.Popen(
@@ -232,8 +232,8 @@ def test_all_checkpoints_damaged(uninterrupted: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_resumed(uninterrupted: Path, text: Path, tmp_path: Path) -> None:
     out = interrupted_copy(uninterrupted, tmp_path, 55)
     with pytest.raises(UsageError, match=r"hidden_size \(32 → 64\)"):
-        resume(out, replace(CONFIG, model=replace(CONFIG.model, hidden_size=64)))
-    with pytest.raises(UsageError, match="is finished"):
+        resume(out, CONFIG.replace(model=replace(CONFIG.model, hidden_size=64)))
+    with pytest.raises(UsageError, match="already finished"):
         resume(uninterrupted)
     with pytest.raises(CheckpointError, match="not a run"):
         resume(tmp_path)
@@ -271,7 +271,7 @@ def test_compiled_runs_resume_bit_for_bit(text: Path, tmp_path: Path) -> None:
 
     if not compiler_available(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
-    config = replace(CONFIG, compile="on", dropout=0.0, steps=20, eval_every=10)
+    config = CONFIG.replace(compile="on", dropout=0.0, steps=20, eval_every=10)
     start(str(text), config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "copy", symlinks=True)
     out = interrupted_copy(tmp_path / "copy", tmp_path, 15)
@@ -283,9 +283,9 @@ def test_compiled_runs_resume_bit_for_bit(text: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "off"), ("bf16", "on")])
 def test_runs_on_a_gpu_resume_bit_for_bit(precision: Any, compiled: Any, text: Path, tmp_path: Path) -> None:
-    dropout = 0.0 if compiled == "on" else CONFIG.dropout
-    config = replace(
-        CONFIG, device="cuda", precision=precision, compile=compiled, dropout=dropout, steps=20, eval_every=10
+    dropout = 0.0 if compiled == "on" else CONFIG.loop.dropout
+    config = CONFIG.replace(
+        device="cuda", precision=precision, compile=compiled, dropout=dropout, steps=20, eval_every=10
     )
     start(str(text), config, tmp_path / "whole")
     out = interrupted_copy(tmp_path / "whole", tmp_path, 15)
@@ -298,7 +298,7 @@ def test_without_a_working_compiler_training_goes_on(
 ) -> None:
     from gptsmith.errors import GptsmithError
     from gptsmith.train import compile as compiled
-    from gptsmith.train import run as module
+    from gptsmith.train import session as module
 
     def broken(forward: object, **_: object) -> object:
         def fail(*_: object) -> None:
@@ -309,9 +309,9 @@ def test_without_a_working_compiler_training_goes_on(
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(module, "compiler_available", lambda device: True)
     monkeypatch.setitem(compiled.COSTS, "cpu", (0.0, 0.28))
-    config = replace(CONFIG, compile="auto", steps=10, eval_every=10)
+    config = CONFIG.replace(compile="auto", steps=10, eval_every=10)
     start(str(text), config, tmp_path / "auto")
-    assert "compiling failed, going on without: the compiler has no header" in capfd.readouterr().err
+    assert "compiling failed, continuing without: the compiler has no header" in capfd.readouterr().err
     assert json.loads((tmp_path / "auto" / "run.json").read_text())["compile"] is False
     with pytest.raises(GptsmithError, match="--compile on failed: the compiler has no header"):
-        start(str(text), replace(config, compile="on"), tmp_path / "on")
+        start(str(text), config.replace(compile="on"), tmp_path / "on")

@@ -14,11 +14,12 @@ import torch
 
 from gptsmith.errors import TrainingError
 from gptsmith.log import JsonLines
-from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.model.loss import token_loss_sum
+from gptsmith.train.config import OptimConfig, RunConfig
 from gptsmith.train.run import start
-from tests.factories import tiny_train_config
+from tests.factories import tiny_run_config
 
-TINY = tiny_train_config(steps=12, eval_every=6)
+TINY = tiny_run_config(steps=12, eval_every=6)
 
 
 def losses(directory: Path) -> list[float]:
@@ -30,7 +31,7 @@ def val_losses(directory: Path) -> dict[int, float]:
     return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
 
 
-def train(text: Path, out: Path, config: TrainConfig) -> Path:
+def train(text: Path, out: Path, config: RunConfig) -> Path:
     start(str(text), config, out)
     return out
 
@@ -38,8 +39,7 @@ def train(text: Path, out: Path, config: TrainConfig) -> Path:
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_learns(family: Any, optimizer: Any, text_file: Path, tmp_path: Path) -> None:
-    config = replace(
-        TINY,
+    config = TINY.replace(
         steps=60,
         eval_every=60,
         model=replace(TINY.model, family=family),
@@ -52,12 +52,12 @@ def test_learns(family: Any, optimizer: Any, text_file: Path, tmp_path: Path) ->
 def test_same_seed_same_losses_and_another_seed_others(text_file: Path, tmp_path: Path) -> None:
     first = losses(train(text_file, tmp_path / "a", TINY))
     assert losses(train(text_file, tmp_path / "b", TINY)) == first
-    assert losses(train(text_file, tmp_path / "c", replace(TINY, seed=1))) != first
+    assert losses(train(text_file, tmp_path / "c", TINY.replace(seed=1))) != first
 
 
 def test_micro_batches_add_up_to_one_batch(text_file: Path, tmp_path: Path) -> None:
     whole = losses(train(text_file, tmp_path / "a", TINY))
-    parts = losses(train(text_file, tmp_path / "b", replace(TINY, micro_batch_size=2)))
+    parts = losses(train(text_file, tmp_path / "b", TINY.replace(micro_batch_size=2)))
     assert parts == pytest.approx(whole, abs=1e-5)
 
 
@@ -66,9 +66,9 @@ def test_micro_batches_of_unequal_weight_add_up(tmp_path: Path, words: str) -> N
     lines = [line[: 3 + 37 * (i % 3)] for i, line in enumerate(words.splitlines())]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    config = replace(TINY, mask_documents=True)
+    config = TINY.replace(mask_documents=True)
     whole = losses(train(path, tmp_path / "a", config))
-    parts = losses(train(path, tmp_path / "b", replace(config, micro_batch_size=1)))
+    parts = losses(train(path, tmp_path / "b", config.replace(micro_batch_size=1)))
     assert parts == pytest.approx(whole, abs=1e-5)
 
 
@@ -94,8 +94,7 @@ def test_whole_split_loss_is_that_of_every_validation_token(text_file: Path, tmp
 def test_the_best_checkpoint_is_kept_and_loaded(text_file: Path, tmp_path: Path) -> None:
     import gptsmith
 
-    config = replace(
-        TINY,
+    config = TINY.replace(
         steps=40,
         eval_every=4,
         keep_checkpoints=1,
@@ -113,8 +112,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(text_file: Path, tmp_path: Path)
 
 
 def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tmp_path: Path) -> None:
-    config = replace(
-        TINY,
+    config = TINY.replace(
         steps=400,
         eval_every=2,
         optim=OptimConfig(name="adamw", lr=50.0, clip=0.0, schedule="constant", warmup_steps=6),
@@ -128,17 +126,16 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tm
 def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptsmith.train.objectives import pretrain
 
-    defaults = pretrain.Pretrain.__init__.__kwdefaults__ or {}
-    original, calls = defaults["loss"], [0]
+    original, calls = token_loss_sum, [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
         loss = original(*arguments)
         return loss * math.nan if calls[0] == 9 else loss
 
-    monkeypatch.setattr(pretrain.Pretrain.__init__, "__kwdefaults__", {**defaults, "loss": poisoned})
+    monkeypatch.setattr(pretrain, "token_loss_sum", poisoned)
     with pytest.raises(TrainingError, match="step 9: the loss is not a number.*step-00000008"):
-        train(text_file, tmp_path / "run", replace(TINY, save_every=4))
+        train(text_file, tmp_path / "run", TINY.replace(save_every=4))
     import gptsmith
 
     model, _ = gptsmith.load(tmp_path / "run")
@@ -146,7 +143,7 @@ def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_metrics_hold_what_a_report_needs(text_file: Path, tmp_path: Path) -> None:
-    run = train(text_file, tmp_path / "run", replace(TINY, log_every=4))
+    run = train(text_file, tmp_path / "run", TINY.replace(log_every=4))
     rows = [row for row in JsonLines(run / "metrics.jsonl").read() if "loss" in row]
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert [row["tokens"] for row in rows] == [8 * 32 * step for step in (4, 8, 12)]
@@ -159,15 +156,15 @@ def test_speed_is_that_of_work_that_is_done(text_file: Path, tmp_path: Path, mon
     from gptsmith.train import trainer
 
     monkeypatch.setattr(trainer, "synchronize", lambda device: time.sleep(0.2))
-    run = train(text_file, tmp_path / "run", replace(TINY, steps=4, eval_every=4, log_every=2))
+    run = train(text_file, tmp_path / "run", TINY.replace(steps=4, eval_every=4, log_every=2))
     rows = JsonLines(run / "metrics.jsonl").read()
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-    assert max(speeds) < 2 * TINY.batch_size * TINY.context / 0.2
+    assert max(speeds) < 2 * TINY.loop.batch_size * TINY.loop.context / 0.2
     assert next(row["update_time"] for row in rows if "update_time" in row) > 0.6  # two lines and a checkpoint
 
 
 def test_no_validation_split(text_file: Path, tmp_path: Path) -> None:
-    run = train(text_file, tmp_path / "run", replace(TINY, val_fraction=0.0))
+    run = train(text_file, tmp_path / "run", TINY.replace(val_fraction=0.0))
     assert val_losses(run) == {}
     import gptsmith
 
@@ -175,7 +172,7 @@ def test_no_validation_split(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_autocast_trains(text_file: Path, tmp_path: Path) -> None:
-    run = train(text_file, tmp_path / "run", replace(TINY, precision="bf16", steps=40, eval_every=40))
+    run = train(text_file, tmp_path / "run", TINY.replace(precision="bf16", steps=40, eval_every=40))
     assert val_losses(run)[40] < 2.5
 
 
@@ -183,7 +180,7 @@ def test_bf16_autocast_trains(text_file: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_gpu_precisions_train(precision: Any, text_file: Path, tmp_path: Path) -> None:
-    config = replace(TINY, device="cuda", precision=precision, steps=40, eval_every=40)
+    config = TINY.replace(device="cuda", precision=precision, steps=40, eval_every=40)
     assert val_losses(train(text_file, tmp_path / "run", config))[40] < 2.5
 
 
@@ -192,9 +189,9 @@ def test_gpu_precisions_train(precision: Any, text_file: Path, tmp_path: Path) -
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_compiled_run_on_a_gpu_learns_as_one_that_is_not(optimizer: Any, text_file: Path, tmp_path: Path) -> None:
     optim = OptimConfig(name=optimizer, lr=0.02 if optimizer == "muon" else 0.01)
-    config = replace(TINY, device="cuda", precision="bf16", steps=40, eval_every=40, optim=optim)
+    config = TINY.replace(device="cuda", precision="bf16", steps=40, eval_every=40, optim=optim)
     plain = val_losses(train(text_file, tmp_path / "plain", config))[40]
-    compiled = train(text_file, tmp_path / "compiled", replace(config, compile="on"))
+    compiled = train(text_file, tmp_path / "compiled", config.replace(compile="on"))
     assert json.loads((compiled / "run.json").read_text())["compile"] is True
     assert val_losses(compiled)[40] == pytest.approx(plain, abs=0.05)
 
@@ -205,5 +202,5 @@ def test_fp8_trains_on_a_gpu_that_has_it(text_file: Path, tmp_path: Path) -> Non
     pytest.importorskip("torchao.float8", reason="torchao is not installed (an extra: gptsmith[fp8])")
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
-    config = replace(TINY, device="cuda", precision="fp8", compile="on", steps=40, eval_every=40)
+    config = TINY.replace(device="cuda", precision="fp8", compile="on", steps=40, eval_every=40)
     assert val_losses(train(text_file, tmp_path / "run", config))[40] < 2.6

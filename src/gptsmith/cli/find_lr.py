@@ -1,18 +1,17 @@
-"""`gptsmith find-lr`: which learning rate, by a short run that tries them all."""
+"""`gptsmith find-lr`: a learning-rate range test."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptsmith.cli.train import base_and_given
+from gptsmith.cli.run_options import RunOptions, parse_run
 from gptsmith.errors import UsageError
 from gptsmith.log import note, progress
-from gptsmith.presets import describe_presets
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,82 +21,79 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FindLr:
-    """Try learning rates: a short run whose rate rises until the loss explodes. Takes the options of train.
+class FindLr(RunOptions):
+    """Find a learning rate: a short run whose rate rises until the loss explodes. Takes the options of train.
 
-    Rates rise together, from 1/100,000 of --optim.lr (and of --optim.embedding-lr, with muon) to 100 times it.
+    All rates rise together, from 1/100,000 of --optim.lr (and of --optim.embedding-lr, with muon) to 100 times it.
     """
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")] = ""
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
     out: Path | None = None
     """The picture to write (default: runs/find-lr-NAME.png, numbered if taken)."""
-    preset: str | None = None
-    """Start from a named configuration (see below); other options override it."""
-    config: Path | None = None
-    """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
     updates: int = 100
-    """How many rates to try, an update each."""
+    """Number of learning rates to try, one per update."""
     lowest: float = 1e-5
-    """The first rate, as a share of the configured one."""
+    """First learning rate, relative to the configured one."""
     highest: float = 100.0
-    """The last."""
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Last learning rate, relative to the configured one."""
 
 
 def main(arguments: list[str]) -> int:
-    base, _ = base_and_given(arguments)
-    chosen = tyro.cli(
-        FindLr,
-        prog="gptsmith find-lr",
-        args=arguments,
-        default=FindLr(run=base),
-        description=f"{FindLr.__doc__}\n\npresets:\n{describe_presets()}",
-    )
+    chosen, overrides = parse_run(FindLr, "find-lr", arguments)
     if not chosen.data:
-        raise UsageError("try it on what? Give a text file, a folder or a named corpus: gptsmith find-lr input.txt")
-    if chosen.run.budget is not None or chosen.run.depth is not None:
-        raise UsageError("--budget and --depth choose the learning rate themselves; give the model's size instead.")
+        raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith find-lr input.txt")
+    config = chosen.run
+    if config.auto.budget is not None or config.auto.depth is not None:
+        raise UsageError("--budget and --depth choose the learning rate themselves; set the size of the model instead.")
 
     from gptsmith.data.sources import open_source
 
-    out = _place(chosen.out, open_source(chosen.data, field=chosen.run.field).name)
+    out = _place(chosen.out, open_source(chosen.data, field=config.data.field).name)
 
     from gptsmith.report.curves import learning_rate_figure
     from gptsmith.report.figures import save_png
     from gptsmith.runtime import choose_device, keep_freed_memory
     from gptsmith.storage import explain_os_errors
     from gptsmith.train.range_test import range_test
-    from gptsmith.train.run import read_text
+    from gptsmith.train.run import adapted_to_init, load_init
+    from gptsmith.train.text import prepare_text, read_text
 
-    device = choose_device(chosen.run.device)
-    tokenizer, dataset = read_text(chosen.data, chosen.run)
+    device = choose_device(config.loop.device)
+    init = None
+    if config.init.init is None:
+        tokenizer, dataset = read_text(chosen.data, config)
+    else:
+        init = load_init(config.init.init)
+        config = adapted_to_init(config, overrides, init.config)
+        tokenizer, dataset = init.tokenizer, prepare_text(chosen.data, config, init.tokenizer)
     keep_freed_memory()
-    with progress(chosen.updates, "trying rates") as bar:
+    with progress(chosen.updates, "trying learning rates") as bar:
         found = range_test(
-            chosen.run,
+            config,
             tokenizer,
             dataset,
             device,
+            init=init,
             updates=chosen.updates,
             lowest=chosen.lowest,
             highest=chosen.highest,
             on_update=lambda loss: bar.advance(1),
         )
-    optim = chosen.run.optim
+    optim = config.optim
     rates = found.factors * optim.lr
     marks = {"steepest": found.steepest * optim.lr, "lowest / 10": found.tenth_of_lowest * optim.lr}
     with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     save_png(learning_rate_figure(rates, found.losses, found.smoothed, marks), out)
     print(terminal_plot(rates, found.smoothed))
-    print(_advice(found, chosen.run))
+    print(_advice(found, config))
     print(f"picture     {out}")
     return 0
 
 
 def _place(out: Path | None, name: str) -> Path:
-    """Where the picture goes: never onto something that is there."""
+    """Return the path of the picture, which must not exist yet."""
     if out is not None:
         if out.exists():
             raise UsageError(f"--out {out} exists. Choose another name.")
@@ -108,9 +104,9 @@ def _place(out: Path | None, name: str) -> Path:
     return path
 
 
-def _advice(found: RangeTest, config: TrainConfig) -> str:
-    if not found.says_something:
-        note("warning: the loss hardly fell before it exploded; take the rates below with care, or try more --updates")
+def _advice(found: RangeTest, config: RunConfig) -> str:
+    if not found.is_conclusive:
+        note("warning: the loss hardly fell before it exploded; the rates below are uncertain. Try more --updates")
     lines = []
     rules = (("steepest", found.steepest), ("lowest / 10", found.tenth_of_lowest))
     for rule, factor in rules:
@@ -119,12 +115,12 @@ def _advice(found: RangeTest, config: TrainConfig) -> str:
             options += f" --optim.embedding-lr {factor * config.optim.embedding_lr:.2g}"
         lines.append(f"{rule:12}{options}")
     if len(found.losses) and found.lowest == len(found.losses) - 1:
-        note(f"the loss was still falling at the highest rate tried; look further with --highest {config.optim.lr:g}")
+        note(f"the loss was still falling at the highest rate; continue with --highest {config.optim.lr:g}")
     return "\n".join(lines)
 
 
 def terminal_plot(rates: NDArray[np.float64], losses: NDArray[np.float64], *, width: int = 68, height: int = 12) -> str:
-    """Loss over the logarithm of the rate, in characters."""
+    """Return a plot of the loss over the logarithm of the rate, in characters."""
     import math
 
     low, high = float(losses.min()), float(losses.max())

@@ -1,129 +1,129 @@
-"""`gptsmith plan`: what a run will take, before it runs."""
+"""`gptsmith plan`: forecast a run."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptsmith.cli.train import base_and_given
+from gptsmith.cli.run_options import RunOptions, parse_run
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
-from gptsmith.presets import describe_presets
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
 
 if TYPE_CHECKING:
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.forecast.plan import Plan as Forecast
 
-CHARACTERS = 100  # of an alphabet nobody has seen yet
+CHARACTERS = 100  # assumed size of an alphabet
 ENDLESS = 10**15  # tokens, where there is no text to count
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Say what a run would take - parameters, memory, time, money - without running it. Takes the options of train."""
+class Plan(RunOptions):
+    """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train."""
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """The text to train on, if it is there: for its vocabulary, its length and the time that evaluating takes."""
-    preset: str | None = None
-    """Start from a named configuration (see below); other options override it."""
-    config: Path | None = None
-    """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
+    """The text to train on, if you have it: for its vocabulary, its length and the time of evaluations."""
     price_per_hour: float | None = None
-    """What the machine costs an hour, in your currency."""
+    """Price of the machine per hour, in your currency."""
     json: bool = False
     """Print everything as JSON."""
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
 def main(arguments: list[str]) -> int:
-    base, given = base_and_given(arguments)
-    chosen = tyro.cli(
-        Plan,
-        prog="gptsmith plan",
-        args=arguments,
-        default=Plan(run=base),
-        description=f"{Plan.__doc__}\n\npresets:\n{describe_presets()}",
-    )
+    chosen, overrides = parse_run(Plan, "plan", arguments)
     if chosen.price_per_hour is not None and not chosen.price_per_hour >= 0:
         raise UsageError(f"--price-per-hour must be 0 or more, not {chosen.price_per_hour}.")
     config, began = chosen.run, time.monotonic()
-    if config.budget is not None:
+    if config.auto.budget is not None:
         from gptsmith.train.budget.parse import Budget
 
-        Budget.parse(config.budget)
+        Budget.parse(config.auto.budget)
 
     from gptsmith.runtime import choose_device, choose_precision, keep_freed_memory
-    from gptsmith.train.budget.recipe import Text, choose
+    from gptsmith.train.budget.machine import this_machine
+    from gptsmith.train.budget.recipe import choose
     from gptsmith.train.forecast.plan import forecast
-    from gptsmith.train.step import this_machine
 
-    device = choose_device(config.device)
+    device = choose_device(config.loop.device)
     keep_freed_memory()
-    text = _read(chosen.data, config, given) if chosen.data else None
-    vocabulary = text.vocab_size if text is not None else _vocabulary(config)
-    if config.budget is not None or config.depth is not None:
-        known = text or Text(ENDLESS, 0, vocabulary)
-        machine = this_machine(device, choose_precision(config.precision, device), config.compile)
-        choice = choose(config, given, known, machine, spent=time.monotonic() - began)
-        config = choice.config
-        for reason in choice.reasons:
+    config, text, known = _text_of(chosen.data, config, overrides)
+    if config.auto.budget is not None or config.auto.depth is not None:
+        machine = this_machine(device, choose_precision(config.loop.precision, device), config.loop.compile)
+        plan = choose(config, overrides, known, machine, spent=time.monotonic() - began)
+        config = plan.config
+        for reason in plan.reasons:
             note(reason)
-    plan = forecast(
-        config, config.model.build(vocabulary, config.context), text, device, price_per_hour=chosen.price_per_hour
-    )
-    print(json.dumps(plan.to_dict(), indent=2) if chosen.json else describe(plan))
+    model_config = known.init or config.model.build(known.vocab_size, config.loop.context)
+    found = forecast(config, model_config, text, device, price_per_hour=chosen.price_per_hour)
+    print(json.dumps(found.to_dict(), indent=2) if chosen.json else describe(found))
     return 0
 
 
-def _read(data: str, config: TrainConfig, given: set[str]) -> Text:
+def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:
+    """Return the configuration adapted to --init, the text if there is one, and what is known of it."""
     from gptsmith.train.budget.recipe import Text
-    from gptsmith.train.run import read_text
+    from gptsmith.train.run import adapted_to_init, load_init
+    from gptsmith.train.text import prepare_text, read_text
 
-    tokenizer, dataset = read_text(data, config, given)
-    return Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size)
+    init = None
+    if config.init.init is not None:
+        init = load_init(config.init.init)
+        config = adapted_to_init(config, overrides, init.config)
+    if not data:
+        size = _vocabulary(config) if init is None else init.tokenizer.vocab_size
+        return config, None, Text(ENDLESS, 0, size, init.config if init else None)
+    if init is None:
+        tokenizer, dataset = read_text(data, config, overrides)
+    else:
+        tokenizer, dataset = init.tokenizer, prepare_text(data, config, init.tokenizer)
+    text = Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size, init.config if init else None)
+    return config, text, text
 
 
-def _vocabulary(config: TrainConfig) -> int:
-    """How many tokens the tokenizer will have, as far as that is known without a text."""
-    if config.tokenizer == "char":
+def _vocabulary(config: RunConfig) -> int:
+    """Return how many tokens the tokenizer will have, as far as that is known without a text."""
+    if config.init.tokenizer == "char":
         return CHARACTERS
-    if config.tokenizer == "bpe":
-        return config.vocab_size
-    from gptsmith.train.run import ready_tokenizer
+    if config.init.tokenizer == "bpe":
+        return config.init.vocab_size
+    from gptsmith.train.text import ready_tokenizer
 
-    return ready_tokenizer(config.tokenizer).vocab_size
+    return ready_tokenizer(config.init.tokenizer).vocab_size
 
 
-# In words ------------------------------------------------------------------------------------------------------------
+# The printed page ----------------------------------------------------------------------------------------------------
 
 
 def describe(plan: Forecast) -> str:
-    """A page for people."""
+    """Return the forecast as text."""
     from gptsmith.train.forecast.memory import gigabytes
 
     c, config = plan.model, plan.config
-    accumulation = config.batch_size // plan.trained_micro_batch
+    accumulation = config.loop.batch_size // plan.trained_micro_batch
     rows: list[tuple[str, str]] = []
     size = f"{_short(plan.parameters.total)} parameters"
     if c.num_experts:
-        size += f", {_short(plan.parameters.multiplied)} used by a token"
-    rows.append(("model", f"{config.model.family}: {size}"))
+        size += f", {_short(plan.parameters.multiplied)} used per token"
+    rows.append(("model", f"{config.init.init or config.model.family}: {size}"))
     shape = f"{c.num_hidden_layers} layers, {c.hidden_size:,} wide, {c.num_attention_heads} heads"
-    source = "" if plan.text is not None else " (assumed)" if config.tokenizer == "char" else ""
-    rows.append(("", f"{shape}, vocabulary {c.vocab_size:,}{source}, context {config.context:,}"))
+    source = "" if plan.text is not None else " (assumed)" if config.init.tokenizer == "char" else ""
+    rows.append(("", f"{shape}, vocabulary {c.vocab_size:,}{source}, context {config.loop.context:,}"))
     rows.append(
-        ("arithmetic", f"{_short(plan.flops_per_token)}FLOP a token, {plan.flops_per_token * plan.tokens:.2g} in all")
+        (
+            "arithmetic",
+            f"{_short(plan.flops_per_token)}FLOP per token, {plan.flops_per_token * plan.tokens:.2g} in total",
+        )
     )
     passes = ""
     if plan.text is not None and plan.text.train_tokens:
         passes = f", {plan.tokens / plan.text.train_tokens:,.2g} passes over the text"
-    rows.append(("training", f"{config.steps:,} steps of {config.batch_size:,} × {config.context:,} tokens{passes}"))
+    loop = config.loop
+    rows.append(("training", f"{loop.steps:,} steps of {loop.batch_size:,} × {loop.context:,} tokens{passes}"))
     rows.append(("device", f"{plan.device}, {plan.precision}{', compiled' if plan.times.compile else ''}"))
 
     verdict = gigabytes(plan.memory.total)
@@ -132,19 +132,21 @@ def describe(plan: Forecast) -> str:
     rows.append(("memory", f"{verdict}, with micro-batches of {plan.micro_batch_size}"))
     rows += [("", f"{gigabytes(size):>10}  {part}") for part, size in plan.memory.parts.items() if size]
     rows.append(("", _fit(plan, accumulation)))
+    if plan.activation_checkpointing:
+        rows.append(("", "activations are recomputed in the backward pass"))
 
-    estimate = "" if plan.times.scale == 1 else f", from a pass {plan.times.scale:,.0f} times smaller"
+    estimate = "" if plan.times.scale == 1 else f", extrapolated from {plan.times.scale:,.0f} times less work"
     rows.append(
-        ("speed", f"{_rate(plan.tokens_per_second)} tokens/s, {_length(plan.times.update)} an update{estimate}")
+        ("speed", f"{_rate(plan.tokens_per_second)} tokens/s, {_length(plan.times.update)} per update{estimate}")
     )
     t = plan.times
-    rows.append(("time", _length(plan.seconds) + ("" if plan.fits else ", if the memory were there")))
+    rows.append(("time", _length(plan.seconds) + ("" if plan.fits else ", if there were enough memory")))
     if plan.text is None:
-        rows.append(("", "without evaluations: how long they take depends on the text"))
+        rows.append(("", "without evaluations, whose time depends on the text"))
     elif plan.text.val_tokens:
-        rows.append(("", f"{_length(t.evaluation)} an evaluation, {_length(t.save)} a checkpoint"))
+        rows.append(("", f"{_length(t.evaluation)} per evaluation, {_length(t.save)} per checkpoint"))
     if plan.cost is not None:
-        rows.append(("cost", f"{plan.cost:,.2f} at {plan.price_per_hour:,.2f} an hour"))
+        rows.append(("cost", f"{plan.cost:,.2f} at {plan.price_per_hour:,.2f} per hour"))
     return "\n".join(f"{name:12}{value}" for name, value in rows)
 
 
@@ -152,16 +154,16 @@ def _fit(plan: Forecast, accumulation: int) -> str:
     from gptsmith.train.forecast.memory import gigabytes
 
     if plan.available is None:
-        return "how much is available is not known here"
+        return "the available memory is not known here"
     if plan.largest_micro_batch is None:
         return (
             f"does not fit: one sequence at a time takes {gigabytes(plan.smallest.total)}, "
-            f"{gigabytes(plan.smallest.total - plan.available)} more than there is"
+            f"{gigabytes(plan.smallest.total - plan.available)} more than is available"
         )
     largest = f"largest micro-batch that fits: {plan.largest_micro_batch}"
     if plan.largest_micro_batch >= plan.micro_batch_size:
         return largest
-    return f"does not fit; {largest}: train will use it, {accumulation} to an update"
+    return f"does not fit; {largest}: train will use it, {accumulation} per update"
 
 
 def _short(number: float) -> str:

@@ -18,7 +18,7 @@ from gptsmith import __version__
 from gptsmith.errors import GptsmithError
 from gptsmith.log import duration
 from gptsmith.model.config import ModelConfig
-from gptsmith.run_directory import Run, best_validation, last_number, number, read_run
+from gptsmith.run_directory import Run, last_number, number, read_run
 
 _MAX_SAMPLE = 1500  # characters
 _TAGS = ["gptsmith"]
@@ -137,7 +137,7 @@ def _training(run: Run) -> list[str]:
     ]
     if data:
         sections += ["## Data", _table(data)]
-    recipe = [(name, value) for name, value in _flat(run.part("config")) if name not in ("val", "field", "device")]
+    recipe = [(name, value) for name, value in _flat(run.options) if name not in ("val", "field", "device")]
     if recipe:
         sections += ["## Recipe", _table(recipe)]
     results = _results(run)
@@ -153,7 +153,7 @@ def _training(run: Run) -> list[str]:
 
 def _results(run: Run) -> list[tuple[str, str]]:
     rows = []
-    best = best_validation(run.metrics)
+    best = run.best
     if best is not None:
         loss = number(best["val_loss"])
         rows.append(("best validation loss", f"{loss:.4f} nats/token (perplexity {math.exp(min(loss, 700)):,.2f})"))

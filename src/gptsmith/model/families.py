@@ -325,7 +325,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-DIALLED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` knows proportions for
+DEPTH_SCALED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` knows proportions for
 
 
 def by_depth(depth: int, family: str = "qwen3") -> dict[str, Any]:
@@ -337,8 +337,10 @@ def by_depth(depth: int, family: str = "qwen3") -> dict[str, Any]:
     their number is then a multiple of 8, and all heads together may differ from the width by a fifth (Qwen3's do too).
     UsageError for a depth below 1 or a family of other proportions.
     """
-    if family not in DIALLED:
-        raise UsageError(f"depth sets the size of {', '.join(DIALLED)}, not of {family}.{nearest(family, DIALLED)}")
+    if family not in DEPTH_SCALED:
+        raise UsageError(
+            f"depth sets the size of {', '.join(DEPTH_SCALED)}, not of {family}.{nearest(family, DEPTH_SCALED)}"
+        )
     if depth < 1:
         raise UsageError(f"a depth must be at least 1, not {depth}.")
     ideal = 12.7 * depth ** (5 / 3)

@@ -12,11 +12,11 @@ from gptsmith.run_directory import Run
 
 def configuration_section(run: Run) -> str:
     parts = [
-        ("training", run.part("config")),
+        ("training", run.options),
         ("model, as built", run.part("model")),
         ("data", run.part("data")),
         ("machine", run.part("machine")),
-        ("outcome", {key: value for key, value in run.info.items() if not isinstance(value, dict)}),
+        ("outcome", {key: value for key, value in run.info.items() if key != "schema" and not isinstance(value, dict)}),
     ]
     groups = [group for name, values in parts for group in _grouped(name, values)]
     tables = "\n".join(_table(name, rows) for name, rows in groups if rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptsmith.report.figures import GRID, INK, MUTED, TRAIN, VALIDATION, Floats
-from gptsmith.run_directory import Row, best_validation, number
+from gptsmith.run_directory import Row, best_evaluation, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,7 +211,7 @@ def _fit_losses(axes: Axes, train: Floats, val: Floats) -> None:
 
 
 def _mark_best(axes: Axes, metrics: Sequence[Row], x: str, scale: float) -> None:
-    best = best_validation(metrics)
+    best = best_evaluation(metrics)
     if best is None or not math.isfinite(number(best.get(x))):
         return
     at, loss = number(best[x]) * scale, number(best["val_loss"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
 from gptsmith.report.trained_model import TrainedModel
-from gptsmith.run_directory import Run, best_validation, last_number, number
+from gptsmith.run_directory import Run, last_number, number
 
 _STATUS = {  # status in run.json: word and CSS class of the badge
     "running": ("in progress", "warn"),
@@ -100,7 +100,7 @@ class _RunNumbers:
 
 
 def _run_numbers(run: Run, trained: TrainedModel) -> _RunNumbers:
-    best = best_validation(run.metrics)
+    best = run.best
     tokens, seconds = last_number(run.metrics, "tokens"), last_number(run.metrics, "time")
     rates = sorted(rate for row in run.metrics if math.isfinite(rate := number(row.get("tokens_per_second"))))
     rate = rates[len(rates) // 2] if rates else tokens / seconds if seconds > 0 else math.nan
@@ -129,7 +129,7 @@ def _tokens_per_byte(run: Run) -> float:
 
 def _is_char(run: Run, trained: TrainedModel) -> bool:
     """Return whether a token is a character, by the saved tokenizer, else by the configuration."""
-    return (trained.tokenizer_kind or run.part("config").get("tokenizer")) == "char"
+    return (trained.tokenizer_kind or run.options.get("tokenizer")) == "char"
 
 
 def _loss_in_other_units(loss: float, run: Run, trained: TrainedModel) -> str:

@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError
 from gptsmith.run_directory import (
-    best_validation,
+    Run,
     last_number,
     number,
     parse_rows,
@@ -37,6 +37,12 @@ SAMPLE_CHARACTERS = 6_000
 POLL_SECONDS = 0.5
 
 Row = dict[str, Any]
+
+
+def _record(directory: Path) -> Row:
+    """Return the contents of run.json with the options of the configuration as the command line has them."""
+    run = Run(directory, read_info(directory))
+    return {name: value for name, value in run.info.items() if name != "schema"} | {"config": run.options}
 
 
 class RunsDirectory:
@@ -84,8 +90,8 @@ def _summarize(name: str, directory: Path) -> Row:
         run = read_run(directory)
     except GptsmithError as error:
         return {"name": name, "status": "unreadable", "error": str(error), "started": None}
-    config, model, data = run.part("config"), run.part("model"), run.part("data")
-    best = best_validation(run.metrics)
+    options, model, data = run.options, run.part("model"), run.part("data")
+    best = run.best
     row = {
         "name": name,
         "status": run.info.get("status"),
@@ -95,9 +101,9 @@ def _summarize(name: str, directory: Path) -> Row:
         "parameters": run.info.get("parameters"),
         "data": Path(str(data.get("spec", ""))).name,
         "layers": model.get("num_hidden_layers"),
-        "context": config.get("context"),
+        "context": options.get("context"),
         "step": run.metrics[-1]["step"] if run.metrics else 0,
-        "steps": config.get("steps"),
+        "steps": options.get("steps"),
         "time": last_number(run.metrics, "time"),
         "loss": last_number(run.metrics, "loss"),
         "val_loss": None if best is None else best["val_loss"],
@@ -180,7 +186,7 @@ class Follower:
         """Return everything about the run. Raise GptsmithError for a run that cannot be read."""
         self.metrics, self.samples = Tail(self.metrics.path), Tail(self.samples.path)
         self._info_signature = _signature(self.directory / "run.json")
-        info = read_info(self.directory)
+        info = _record(self.directory)
         metrics, samples = without_repeats(self.metrics.read()[0]), without_repeats(self.samples.read()[0])
         self._started, self._last_step = True, metrics[-1]["step"] if metrics else -math.inf
         return {
@@ -210,7 +216,7 @@ class Follower:
         signature = _signature(self.directory / "run.json")
         if signature != self._info_signature:
             with contextlib.suppress(GptsmithError):
-                events.append(("run", nan_to_null(read_info(self.directory))))
+                events.append(("run", nan_to_null(_record(self.directory))))
                 self._info_signature = signature
         if metrics:
             self._last_step = metrics[-1]["step"]

@@ -1,4 +1,4 @@
-"""Compiling the blocks of a model for training."""
+"""Compile the blocks of a model for training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 from gptsmith.model.transformer import Transformer
 
-# Seconds to compile one block's forward and backward (the other blocks share it), and the share of a pass it saves.
+# Seconds to compile one block's forward and backward pass (the other blocks share it), and the share of time it saves.
 COSTS = {"cpu": (18.0, 0.28), "cuda": (12.0, 0.4)}
 
 
 def costs(device: torch.device) -> tuple[float, float]:
-    """What compiling takes on a kind of machine, in seconds, and the share of a pass's time that it saves."""
+    """Return the seconds that compiling takes on this kind of device, and the share of the time that it saves."""
     return COSTS.get(device.type, COSTS["cpu"])
 
 
-def pays(seconds: float, device: torch.device) -> bool:
-    """Whether compiling is worth its time, for a run whose passes take so many seconds without it."""
+def worth_compiling(seconds: float, device: torch.device) -> bool:
+    """Return whether compiling saves clearly more than it costs. seconds: the run's passes without it."""
     takes, saves = costs(device)
     return seconds * saves > 1.5 * takes
 
@@ -41,18 +41,18 @@ def undo_compile(model: Transformer) -> None:
 
 
 def _compiled_while_training(module: torch.nn.Module, backend: Any) -> Callable[..., Any]:
-    """A forward that is compiled while `module` trains. Evaluation and generation come in other shapes, each of which
-    would be compiled anew: they run as written."""
+    """Return a forward that is compiled in training mode only. Evaluation and generation have other shapes, each of
+    which would be compiled again: they run eagerly."""
     eager = module.forward
     compiled = torch.compile(eager, backend=backend)
     return lambda *arguments: (compiled if module.training else eager)(*arguments)
 
 
 def partitioned(unwritten: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext) -> Any:
-    """A backend that stops half way, for seeing what compiled code holds in memory: what is kept for the backward pass
-    is what the compiler would keep, and operations run one by one.
+    """Return a backend that partitions forward and backward as the compiler does, and runs the operations one by one.
 
-    unwritten: entered around an operation whose result the compiled code would use on the spot.
+    It shows what compiled code keeps for the backward pass, for memory forecasts.
+    unwritten: entered around an operation whose result the compiled code would fuse into its consumer.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -70,7 +70,7 @@ def partitioned(unwritten: Callable[[], contextlib.AbstractContextManager[object
 
     def take(graph: GraphModule, inputs: Any) -> Any:
         run: Any = lambda arguments: OneByOne(graph).boxed_run(arguments)  # noqa: E731
-        run._boxed_call = True  # the list is emptied as its tensors are done with
+        run._boxed_call = True  # so that tensors are freed after their last use
         return run
 
     make: Any = aot_autograd
@@ -83,8 +83,8 @@ def partitioned(unwritten: Callable[[], contextlib.AbstractContextManager[object
 
 
 def _fused(nodes: Iterable[Any]) -> set[Any]:
-    """Those of a graph's nodes whose results nothing reads but the same loop: pointwise operations and reductions that
-    no product, no attention and nothing outside takes."""
+    """Return the nodes whose results are only read inside the same fused loop: pointwise operations and reductions that
+    no matrix product, no attention and nothing outside reads."""
 
     def is_view(node: Any) -> bool:
         return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
@@ -95,7 +95,7 @@ def _fused(nodes: Iterable[Any]) -> set[Any]:
 
     fused: set[Any] = set()
     for node in reversed(list(nodes)):
-        used_on_the_spot = all(user in fused if is_view(user) else is_loop(user) for user in node.users)
-        if used_on_the_spot and (is_loop(node) or is_view(node)):
+        fused_into_users = all(user in fused if is_view(user) else is_loop(user) for user in node.users)
+        if fused_into_users and (is_loop(node) or is_view(node)):
             fused.add(node)
     return fused

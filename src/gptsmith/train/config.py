@@ -1,13 +1,21 @@
-"""What a training run is asked to do. Plain data: no torch here, so that `--help` is instant."""
+"""The configuration of a run, in orthogonal parts. Plain data: no torch here, so that `--help` is instant.
+
+config = run_config(steps=500, context=64, model={"hidden_size": 96})      # names as on the command line
+config.loop.steps, config.model.hidden_size
+config.replace(steps=1000)
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gptsmith.errors import UsageError
+from gptsmith.config import from_dict, to_dict
+from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import ModelConfig
 from gptsmith.optim.schedule import Schedule
 from gptsmith.runtime import Precision
@@ -127,82 +135,216 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A whole pretraining run: the same values and data give the same weights."""
+class AutoConfig:
+    """Options that leave other options to the rules of `gptsmith.train.budget.recipe`."""
 
     budget: str | None = None
-    """What to spend: time (5m, 2h), arithmetic (1e15flop) or tokens (200Mtok). What you do not give yourself - size,
-    context, batch, learning rates, steps - is chosen for the best loss within it."""
+    """What to spend: time (5m, 2h), arithmetic (1e15flop) or tokens (200Mtok). Options that you do not set (size,
+    context, batch, learning rates, steps) are chosen for the lowest loss within it."""
     depth: int | None = None
-    """The size dial, instead of model.num-hidden-layers and its companions: 3 is 0.6M parameters, 12 85M. What you do
-    not give yourself follows from it."""
+    """Model size by one number, instead of model.num-hidden-layers and its companions: 3 is 0.6M parameters, 12 is
+    85M. Options that you do not set follow from it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text of a run, besides the data argument itself."""
+
     val: str | None = None
-    """Validation text of your own: a file, folder or named corpus (default: cut from the end of the data)."""
+    """Your own validation text: a file, folder or named corpus (default: cut from the end of the data)."""
     val_fraction: float = 0.1
     """Share of the data, from its end, held out for validation."""
     field: str = "text"
     """The field that holds the text, for JSONL and parquet."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "at least 0 and at most 0.5")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What training starts from: a new tokenizer and new weights, or an existing model with its tokenizer."""
+
+    init: str | None = None
+    """Continue pretraining an existing model, with its tokenizer: a run, a model directory, a .gguf file, a hub id or
+    a named model (default: start from new weights)."""
     tokenizer: str = "char"
     """char, bpe (trained on the data), gpt2, or a directory with tokenizer.json."""
     vocab_size: int = 4096
-    """Vocabulary of a bpe tokenizer trained here."""
+    """Vocabulary size of a bpe tokenizer trained on the data."""
     unknown: bool = False
-    """Give the char tokenizer a token for characters it has not seen."""
-    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    context: int = 128
-    """Tokens that attend to one another: the training sequence length and the model's limit."""
-    dropout: float = 0.0
+    """Give the char tokenizer a token for characters that it has not seen."""
+
+    def __post_init__(self) -> None:
+        _check(self.vocab_size >= 1, "--vocab-size", self.vocab_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining: predict every next token of a text."""
+
     mask_documents: bool = False
     """Tokens attend only within their own document."""
+    eval_tokens: int | None = None
+    """Evaluate only on this many tokens from the start of the validation split (default: the whole split)."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "eval_tokens")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The training loop: lengths, batches, intervals, device."""
+
+    context: int = 128
+    """Sequence length in training, in tokens; with new weights also the model's limit."""
+    dropout: float = 0.0
+    """Probability of zeroing an activation."""
     steps: int = 2000
     """Optimizer updates."""
     batch_size: int = 16
     """Sequences per update."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; fewer than the batch accumulates gradients (default: all at once)."""
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Sequences per forward pass; fewer than the batch accumulates gradients (default: the whole batch)."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in the backward pass, which saves memory and costs about a third more arithmetic. auto:
+    only where the run would not fit into memory otherwise."""
     eval_every: int = 500
     """Steps between evaluations on the validation split; a checkpoint is saved before each."""
-    eval_tokens: int | None = None
-    """Evaluate on the first so many validation tokens only (default: the whole split)."""
     save_every: int | None = None
-    """Steps between checkpoints (default: as eval-every)."""
+    """Steps between checkpoints (default: the same as eval-every)."""
     keep_checkpoints: int = 2
-    """How many of the last checkpoints to keep, besides the best."""
+    """Number of latest checkpoints to keep, besides the best."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl (losses are averaged over them)."""
     sample_tokens: int = 200
     """Length of the preview printed at each evaluation (0: none)."""
     sample_prompt: str = "\n"
-    """What previews and the report's samples continue."""
+    """Prompt of the previews and of the report's samples."""
     seed: int = 1337
+    """Seed of the weights, the data order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Precision = "auto"
     """auto: fp32 on a CPU, bf16 (else fp16) on a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: torch.compile where a compiler is present and the run is long enough to pay for it."""
+    """auto: use torch.compile where a compiler is present and the run is long enough to make up for compiling."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "context",
-            "eval_every",
-            "log_every",
-            "keep_checkpoints",
-            "vocab_size",
-            "micro_batch_size",
-            "eval_tokens",
-            "save_every",
-        ):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
-        _check(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "at least 0 and at most 0.5")
+        for name in ("steps", "batch_size", "context", "eval_every", "log_every", "keep_checkpoints"):
+            _at_least_one(self, name)
+        _at_least_one(self, "micro_batch_size")
+        _at_least_one(self, "save_every")
         _check(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
         _check(self.sample_tokens >= 0, "--sample-tokens", self.sample_tokens, "0 or more")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise UsageError(f"--micro-batch-size {self.micro_batch_size} must divide --batch-size {self.batch_size}.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the same values and the same data give the same weights.
+
+    Each part is independent of the others; `method` belongs to the objective. On the command line the options of
+    `model` and `optim` carry the part's name (`--model.hidden-size`), all others stand alone (`--steps`): a *flat name*
+    is the same with underscores (`model.hidden_size`, `steps`).
+    """
+
+    auto: AutoConfig = field(default_factory=AutoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    method: PretrainConfig = field(default_factory=PretrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def replace(self, **options: Any) -> RunConfig:
+        """Return this configuration with other values, by flat name; `model` and `optim` take mappings or whole parts.
+
+        Raises UsageError for an unknown name (with the nearest one) or a value of the wrong type.
+        """
+        return with_options(self, options)
+
+    def flat(self) -> dict[str, Any]:
+        """All options by flat name."""
+        return {name: getattr(getattr(self, part), key) for name, (part, key) in option_places().items()}
+
+    def as_options(self) -> dict[str, Any]:
+        """Return plain data as the command line has it: `{"steps": …, "model": {…}, "optim": {…}}`."""
+        options: dict[str, Any] = {}
+        for name, part in to_dict(self).items():
+            options.update({name: part} if name in NAMED_PARTS else part)
+        return options
+
+
+NAMED_PARTS = ("model", "optim")  # parts whose name is on the command line
+
+
+@functools.cache
+def option_places() -> dict[str, tuple[str, str]]:
+    """flat name -> (part, field), in the order of the command line."""
+    places = {}
+    for part in dataclasses.fields(RunConfig):
+        make: Any = part.default_factory
+        for option in dataclasses.fields(make):
+            prefix = f"{part.name}." if part.name in NAMED_PARTS else ""
+            places[prefix + option.name] = (part.name, option.name)
+    return places
+
+
+def run_config(**options: Any) -> RunConfig:
+    """Build a configuration from options by flat name; see `RunConfig.replace`."""
+    return with_options(RunConfig(), options)
+
+
+def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """Return `config` with `options` by flat name (`{"steps": 10, "model.hidden_size": 64}`), values checked.
+
+    Also takes whole parts, nested (`{"loop": {"steps": 10}}`). Raises UsageError as `RunConfig.replace` does.
+    """
+    places, parts = option_places(), {part.name: getattr(config, part.name) for part in dataclasses.fields(RunConfig)}
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name in places and not isinstance(value, Mapping | InitConfig):  # `init` is an option and a part
+            part, key = places[name]
+            changes.setdefault(part, {})[key] = value
+        elif name in parts and isinstance(value, type(parts[name])):
+            changes.setdefault(name, {}).update(
+                {option.name: getattr(value, option.name) for option in dataclasses.fields(value)}
+            )
+        elif name in parts and isinstance(value, Mapping):
+            changes.setdefault(name, {}).update(value)
+        else:
+            raise UsageError(f"unknown option {name!r}.{nearest(name, [*places, *parts])}")
+    updated = {
+        part: from_dict(type(parts[part]), values, default=parts[part], where=part if part in NAMED_PARTS else "")
+        for part, values in changes.items()
+    }
+    return dataclasses.replace(config, **updated)
+
+
+def is_flat(values: Mapping[str, Any]) -> bool:
+    """Whether a mapping of options is of the flat form that run.json and --config files had before schema 2."""
+    parts = {part.name for part in dataclasses.fields(RunConfig)}
+    return any(name not in parts for name in values)
+
+
+def options_of(values: Mapping[str, Any]) -> set[str]:
+    """The flat names of the options that a mapping for `with_options` sets."""
+    places = option_places()
+    names: set[str] = set()
+    for name, value in values.items():
+        if name in places and not isinstance(value, Mapping | InitConfig):
+            names.add(name)
+        elif isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            keys: Collection[str] = value if isinstance(value, Mapping) else to_dict(value)
+            names |= {flat for flat, place in places.items() if place[0] == name and place[1] in keys}
+    return names
+
+
+def _at_least_one(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    _check(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
 
 
 def _check(ok: bool, option: str, value: Any, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one live line with ETA on a terminal, plain lines in a log file."""
+"""Progress of training: one live line with ETA on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from gptsmith.log import duration, is_terminal, note
+from gptsmith.log import duration, is_quiet, is_terminal, note
 
 PLAIN_EVERY_SECONDS = 15.0
 
@@ -17,15 +17,13 @@ class Display:
 
     def __init__(self, steps: int, first_step: int = 0) -> None:
         self.steps, self.first_step = steps, first_step
-        self.measured_from: tuple[int, float] | None = (
-            None  # speed is that since the first line: compiling comes before
-        )
+        self.measured_from: tuple[int, float] | None = None  # (step, time) of the first line, after compiling
         self.shown = 0.0
-        self.val_loss: float | None = None
+        self.metric = ""  # the latest evaluation
         self.bar: Any = None
 
     def __enter__(self) -> Display:
-        if is_terminal():
+        if is_terminal() and not is_quiet():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -49,23 +47,21 @@ class Display:
             self.bar.stop()
 
     def print(self, text: str) -> None:
-        """A lasting line, above the live one."""
+        """Print a lasting line above the live one."""
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
         else:
             note(text)
 
     def say(self, text: str) -> None:
-        """What is going on right now, on the live line only."""
+        """Show what is being done right now, on the live line only."""
         if self.bar is not None:
             self.bar.update(self.task, status=text)
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
-        """After a log line: loss, last validation loss, speed, time left."""
+        """Show a row of training metrics: loss, last evaluation, speed, time left."""
         status = f"loss {row['loss']:.3f}"
-        if self.val_loss is not None:
-            status += f"  val {self.val_loss:.4f}"
-        status += f"  {row['tokens_per_second']:,.0f} tok/s"
+        status += self.metric + f"  {row['tokens_per_second']:,.0f} tok/s"
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=step, total=self.steps, status=status)
@@ -79,12 +75,14 @@ class Display:
         if self.measured_from is None:
             self.measured_from = (step, now)
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        self.val_loss = values["val_loss"]
-        self.print(f"step {step}/{self.steps}  val loss {self.val_loss:.4f}  ({duration(values['time'])})")
+    def evaluation(self, step: int, row: Mapping[str, Any], metric: str) -> None:
+        """Show a row of an evaluation; metric: the one that chooses the best checkpoint."""
+        name, short = ("val loss", "val") if metric == "val_loss" else (metric.replace("_", " "),) * 2
+        self.metric = f"  {short} {row[metric]:.4f}"
+        self.print(f"step {step}/{self.steps}  {name} {row[metric]:.4f}  ({duration(row['time'])})")
 
     def sample(self, text: str) -> None:
-        """A preview of what the model writes now."""
+        """Show the beginning of a generated text."""
         width = 74
         lines = [line[:width] for line in text.strip("\n").splitlines()[:8]] or ["(nothing)"]
         self.print("\n".join(f"  | {line}" for line in lines))

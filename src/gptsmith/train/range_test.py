@@ -5,10 +5,11 @@ Smith 2015 (1506.01186), section 3.3, with the exponential rise that became usua
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,13 @@ from numpy.typing import NDArray
 
 from gptsmith.data.shards import Dataset
 from gptsmith.errors import DivergedError, UsageError
+from gptsmith.run_directory import Run
 from gptsmith.runtime import choose_precision
 from gptsmith.tokenizer import Tokenizer
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
+from gptsmith.train.objectives.registry import ObjectiveContext, pretrain
+from gptsmith.train.run import Init, make_model
+from gptsmith.train.session import Session
 
 SMOOTH = 2.5  # updates: standard deviation of the weights that losses are averaged with
 EXPLODED = 0.5  # nats above the best so far
@@ -27,14 +32,14 @@ EXPLODED = 0.5  # nats above the best so far
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Losses of the updates, by the factor that all configured rates were multiplied with."""
+    """Losses of the updates, by the factor that all configured learning rates were multiplied with."""
 
     factors: NDArray[np.float64]
     losses: NDArray[np.float64]
 
     @property
     def smoothed(self) -> NDArray[np.float64]:
-        """Each loss averaged with its neighbours on both sides: that moves no slope to a higher rate."""
+        """Each loss averaged with its neighbors on both sides, which does not shift slopes to higher rates."""
         at = np.arange(len(self.losses))
         weights = np.exp(-0.5 * ((at[:, None] - at) / SMOOTH) ** 2)
         averaged: NDArray[np.float64] = weights @ self.losses / weights.sum(axis=1)
@@ -57,39 +62,46 @@ class RangeTest:
         return float(self.factors[self.lowest]) / 10
 
     @property
-    def says_something(self) -> bool:
-        """Whether the loss fell by more than its noise, so that the rates mean anything."""
+    def is_conclusive(self) -> bool:
+        """Whether the loss fell by clearly more than its noise."""
         noise = float(np.std(self.losses - self.smoothed))
         return float(self.smoothed[0] - self.smoothed[self.lowest]) > 3 * noise
 
 
 def range_test(
-    config: TrainConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
     dataset: Dataset,
     device: torch.device,
     *,
+    init: Init | None = None,
     updates: int = 100,
     lowest: float = 1e-5,
     highest: float = 1e2,
     on_update: Callable[[float], object] = lambda loss: None,
 ) -> RangeTest:
-    """Train for `updates`, all rates times a factor that rises from `lowest` to `highest`, by the trainer of runs.
+    """Train for `updates`, all learning rates times a factor that rises from `lowest` to `highest`.
 
-    Ends where the loss explodes. Leaves nothing on the disk. UsageError for fewer than 10 updates or an empty range.
+    init: the model to start from. Ends early where the loss explodes; leaves nothing on the disk.
+    Raises UsageError for fewer than 10 updates or an empty range.
     """
-    from gptsmith.train.run import Run, Session
-
     if updates < 10 or not 0 < lowest < highest < math.inf:
-        raise UsageError("a range test needs at least 10 updates and a range of rates that rises from above 0.")
-    config = replace(config, steps=updates, compile="off", sample_tokens=0, budget=None, depth=None)
+        raise UsageError("a range test needs at least 10 updates, and --lowest above 0 and below --highest.")
+    config = config.replace(steps=updates, compile="off", sample_tokens=0, budget=None, depth=None)
     factors = np.geomspace(lowest, highest, updates)
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
-        run = Run(Path(directory), {"precision": choose_precision(config.precision, device)})
-        model_config = config.model.build(tokenizer.vocab_size, config.context)
-        trainer = Session(run, config, tokenizer, dataset, model_config, device).trainer
-        trainer.model.train()
+        run = Run(Path(directory), {"precision": choose_precision(config.loop.precision, device)})
+        model_config = init.config if init else config.model.build(tokenizer.vocab_size, config.loop.context)
+        trainer = Session(
+            run,
+            config,
+            tokenizer,
+            model_config,
+            functools.partial(make_model, model_config, config, None, init),
+            pretrain(ObjectiveContext(config, tokenizer, dataset)),
+            device,
+        ).trainer
         best = math.inf
         for factor in factors:
             try:
@@ -105,5 +117,5 @@ def range_test(
                 break
     kept = [loss for loss in losses if math.isfinite(loss)]
     if len(kept) < 10:
-        raise UsageError("the loss exploded at once: give lower learning rates to start from (--lowest).")
+        raise UsageError("the loss exploded at once: start from lower learning rates (--lowest).")
     return RangeTest(factors[: len(kept)], np.array(kept))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save and stop, the second leaves at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save and stop, a second one ends the process immediately."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptsmith.log import note
 
 
 class StopSignal:
-    """While entered, turns the first SIGINT, SIGTERM or SIGHUP into `requested`. Calling it says whether one came."""
+    """While entered, turn the first SIGINT, SIGTERM or SIGHUP into `requested`. Calling it returns whether one came."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -27,9 +27,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal is gone; Windows has none
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed; not on Windows
                 number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
                     self.previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -41,6 +41,6 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os._exit(128 + number)  # a save under way is atomic: leaving now loses no older checkpoint
+            os._exit(128 + number)  # saving is atomic: no older checkpoint is lost
         self.number = number
-        note("\nstopping: saving a checkpoint first (once more leaves at once)")
+        note("\nStopping after saving a checkpoint. Press Ctrl-C again to quit now.")

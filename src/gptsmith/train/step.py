@@ -1,165 +1,221 @@
-"""A few real updates of a model nobody keeps: how fast this machine trains it."""
+"""One optimizer update. The trainer, the forecasts and the compile probe all make it here.
+
+gradients of Σ loss / Σ count over all micro-batches  →  clip  →  optimizer step at peak rate · lr_factor
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptsmith.errors import GptsmithError
-from gptsmith.model.config import ModelConfig
-from gptsmith.model.flops import count_parameters
-from gptsmith.model.loss import token_loss_sum
+from gptsmith.errors import TrainingError
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
-from gptsmith.runtime import (
-    ChosenPrecision,
-    autocast_dtype,
-    available_cores,
-    compiler_available,
-    out_of_memory,
-    synchronize,
-)
-from gptsmith.train.budget.recipe import Machine
-from gptsmith.train.compile import compile_blocks, costs
-from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
+from gptsmith.train.config import RunConfig
 from gptsmith.train.fp8 import use_fp8
+from gptsmith.train.objectives.base import Batch, LossOutput, Models, Objective, Sum
 
-TRIES, LONGEST = 4, 3.0  # updates to time, and the seconds after which no further one is begun
-MOST_TOKENS = 1 << 15  # in one pass: more are no faster
-USUAL_RATE, USUAL_GPU_RATE = 5e10, 5e13  # FLOP/s of updates, until something has been measured
-
-
-def optimizers_for(model: Transformer, optim: OptimConfig) -> Optimizers:
-    """The optimizers that a run's options ask for."""
-    return build_optimizers(
-        model,
-        name=optim.name,
-        lr=optim.lr,
-        embedding_lr=optim.embedding_lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        betas=(optim.beta1, optim.beta2),
-        newton_schulz_steps=optim.newton_schulz_steps,
-    )
+B = TypeVar("B", bound=Batch)
 
 
-class Update:
-    """A training update as the trainer makes it, without its books: `update(ids)`, ids: (B, T) int64.
+class OutOfMemoryError(TrainingError):
+    """Memory ran out with micro-batches of a single row. The message is the allocator's."""
 
-    precision: what losses are computed in. compiled: compile the blocks first.
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update was. Tensors are on the device: reading them waits for a GPU."""
+
+    loss: Tensor
+    """Mean loss over the batch, in nats."""
+    grad_norm: Tensor
+    """Norm of the gradients before clipping."""
+    tokens: int
+    metrics: Mapping[str, Sum] = field(default_factory=dict)
+
+
+class TrainingStep(Generic[B]):
+    """Makes updates: `step(batch, lr_factor)`.
+
+    precision: what losses are computed in. clip: largest gradient norm; 0: no clipping.
+    batch_size: rows of a usual batch. micro_batch_size: rows per forward pass. Where memory runs out it becomes
+        smaller, and the batch is computed again from its beginning with the same random numbers: the result is that of
+        the same batch.
+    on_shrink: called with the old and the new size then.
     """
 
     def __init__(
         self,
-        model: Transformer,
-        config: TrainConfig,
-        precision: ChosenPrecision = "fp32",
+        models: Models,
+        objective: Objective[B],
+        optimizers: Optimizers,
         *,
-        compiled: bool = False,
+        precision: ChosenPrecision,
+        micro_batch_size: int,
+        batch_size: int,
+        clip: float,
+        on_shrink: Callable[[int, int], None] = lambda before, after: None,
     ) -> None:
-        self.model, self.config, self.precision = model.train(), config, precision
-        self.device = next(model.parameters()).device
+        self.models, self.objective, self.optimizers, self.precision = models, objective, optimizers, precision
+        self.micro_batch_size, self.batch_size = micro_batch_size, batch_size
+        self.clip, self.on_shrink = clip, on_shrink
+        self.device = models.device
+        self.autocast_dtype = autocast_dtype(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        trained = (p for _, module in models.named_modules() for p in module.parameters() if p.requires_grad)
+        self.parameters: list[nn.Parameter] = list(dict.fromkeys(trained))  # shared ones once
+
+    @classmethod
+    def build(
+        cls,
+        policy: Transformer,
+        objective: Objective[B],
+        config: RunConfig,
+        *,
+        precision: ChosenPrecision,
+        micro_batch_size: int,
+    ) -> Self:
+        """Return the step of a run that trains `policy`: with the objective's models and the optimizers of `config`."""
         if precision == "fp8":
-            use_fp8(model)
-        self.optimizers = optimizers_for(model, config.optim)
-        self.parameters = list(model.parameters())
-        if compiled:
-            compile_blocks(model)
+            use_fp8(policy)
+        models = objective.models(policy.train())
+        optim = config.optim
+        optimizers = build_optimizers(
+            models.policy,
+            name=optim.name,
+            lr=optim.lr,
+            embedding_lr=optim.embedding_lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            betas=(optim.beta1, optim.beta2),
+            newton_schulz_steps=optim.newton_schulz_steps,
+        )
+        return cls(
+            models,
+            objective,
+            optimizers,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            batch_size=config.loop.batch_size,
+            clip=optim.clip,
+        )
 
-    def __call__(self, ids: Tensor) -> None:
-        self.accumulate(ids)
-        self.apply()
+    def __call__(self, batch: B, lr_factor: float) -> StepResult:
+        """Update the models with the gradients of `batch`, all learning rates times `lr_factor`.
 
-    def accumulate(self, ids: Tensor, document_ids: Tensor | None = None) -> None:
-        """One forward and backward pass."""
-        with self.autocast():
-            loss = token_loss_sum(self.model, ids, ids, document_ids) / ids.numel()
-        torch.autograd.backward(loss)
-
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = autocast_dtype(self.precision)
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-
-    def apply(self) -> None:
-        """Clip the gradients and step the optimizers."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip or float("inf"), norm)
-        self.optimizers.step()
-        for p in self.parameters:
-            p.grad = None
-
-
-def seconds_per_update(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: ChosenPrecision
-) -> float:
-    """The fastest of a few updates, uncompiled, on tokens that mean nothing. Random numbers are left as they were.
-
-    Of a large batch a part is timed, as large as memory allows; GptsmithError where that is not even one sequence.
-    """
-    rows = min(config.micro_batch_size or config.batch_size, max(1, MOST_TOKENS // config.context))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        Raises OutOfMemoryError where not even one row fits.
+        """
+        count, tokens = self.objective.normalizer(batch)
         while True:
+            random = self.random_state()
             try:
-                forward_backward, step = _fastest(config, model_config, device, precision, rows)
-                return forward_backward * config.batch_size / rows + step
+                loss, metrics = self.accumulate(batch, count)
+                break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-            if rows == 1:
-                size = count_parameters(model_config).total / 1e6
-                raise GptsmithError(
-                    f"there is no memory to try out the {size:,.0f}M parameters that suit this budget. "
-                    "Give a smaller --depth."
-                )
-            rows //= 2
+                reason = str(error)
+            # Outside of the handler: the error holds on to every tensor of the failed forward pass.
+            self.clear_gradients()
+            self.set_random_state(random)
+            self.shrink(reason)
+        return StepResult(loss, self.apply(lr_factor), tokens, metrics)
+
+    def accumulate(self, batch: B, count: float) -> tuple[Tensor, dict[str, Sum]]:
+        """Add the gradients of (loss sum of `batch`) / count, one micro-batch after the other; return it, and the sums
+        of the metrics."""
+        total = torch.zeros((), device=self.device)
+        metrics: dict[str, Sum] = {}
+        for start in range(0, batch.num_rows, self.micro_batch_size):
+            output = self.loss(batch.slice(start, min(start + self.micro_batch_size, batch.num_rows)))
+            loss = output.loss_sum / count
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+            add_sums(metrics, output.metrics)
+        return total, metrics
+
+    def loss(self, rows: B) -> LossOutput:
+        """Return the loss of some rows in the run's precision."""
+        with self.autocast():
+            return self.objective.loss(self.models, rows.to(self.device))
+
+    def apply(self, lr_factor: float) -> Tensor:
+        """Clip the gradients, step the optimizers and clear the gradients; return the norm before clipping.
+
+        On a CPU an update whose norm is not finite is left out. On a GPU asking would mean waiting, so that the trainer
+        finds out when it logs; with fp16 the scaler leaves it out.
+        """
+        for optimizer in self.optimizers.optimizers:
+            self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        self.optimizers.set_factor(lr_factor)
+        if self.scaler.is_enabled():
+            for optimizer in self.optimizers.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        elif self.device.type == "cuda" or bool(torch.isfinite(norm)):
+            self.optimizers.step()
+        self.clear_gradients()
+        return norm
+
+    def clear_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def shrink(self, reason: str) -> None:
+        """Continue with the largest divisor of the batch size that is at most half the micro-batch size.
+
+        reason: the allocator's message. Raises OutOfMemoryError with it where the micro-batch is 1 already.
+        """
+        before = self.micro_batch_size
+        if before == 1:
+            raise OutOfMemoryError(reason)
+        self.micro_batch_size = max(n for n in range(1, before // 2 + 1) if self.batch_size % n == 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.on_shrink(before, self.micro_batch_size)
+
+    @contextlib.contextmanager
+    def probe(self) -> Iterator[None]:
+        """Leave no trace: within it gradients may come up and random numbers be drawn, and afterwards they have not."""
+        random = self.random_state()
+        try:
+            yield
+        finally:
+            self.clear_gradients()
+            self.set_random_state(random)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which losses are computed."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Return the state of the random-number generators that a loss can draw from."""
+        state = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        if "rng/cpu" in state:
+            torch.set_rng_state(state["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in state:
+            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
 
 
-def _fastest(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device, precision: ChosenPrecision, rows: int
-) -> tuple[float, float]:
-    """Seconds of a forward and backward pass over so many sequences, and of an optimizer step."""
-    update = Update(Transformer(model_config, dropout=config.dropout).to(device), config, precision)
-    ids = torch.randint(model_config.vocab_size, (rows, config.context), device=device)
-
-    def timed(part: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        part()
-        synchronize(device)
-        return time.perf_counter() - began
-
-    began = time.perf_counter()
-    passes: list[float] = []
-    steps: list[float] = []
-    while len(passes) < TRIES and (not passes or time.perf_counter() - began < LONGEST):
-        passes.append(timed(lambda: update.accumulate(ids)))
-        steps.append(timed(update.apply))
-    # The first makes buffers and warms up: it counts only where there was no time for another.
-    return min(passes[1:] or passes), min(steps[1:] or steps)
-
-
-def this_machine(device: torch.device, precision: ChosenPrecision, compile: str) -> Machine:
-    """What the rules of a budget need to know of this machine. compile: the option of that name."""
-    cores = available_cores()
-    able = compile != "off" and compiler_available(device)
-    name = f"{cores} core{'s' if cores > 1 else ''}"
-    if device.type != "cpu":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    seconds, saves = costs(device)
-    return Machine(
-        lambda config, model_config: seconds_per_update(config, model_config, device, precision),
-        seconds if able else math.inf,
-        saves,
-        usual_rate(device),
-        name,
-    )
-
-
-def usual_rate(device: torch.device) -> float:
-    """FLOP/s to expect of updates, before any has been made."""
-    return USUAL_RATE if device.type == "cpu" else USUAL_GPU_RATE
+def add_sums(sums: dict[str, Sum], more: Mapping[str, Sum]) -> None:
+    """Add `more` to `sums`, name by name."""
+    for name, part in more.items():
+        total, known = part.total.detach(), sums.get(name)
+        sums[name] = Sum(total, part.count) if known is None else Sum(known.total + total, known.count + part.count)

@@ -1,16 +1,15 @@
 """The training loop: one for every objective.
 
-It owns accumulation, clipping, schedules, precision, logging, evaluation, saving, resuming and signals. The order
-within a step is fixed: update, log, save, evaluate. So no evaluation can cost a checkpoint, and what a step does is a
-function of the state a checkpoint holds: stopping anywhere and resuming gives, bit for bit, the run that never stopped.
+It owns schedules, logging, evaluation, saving, resuming and signals; `TrainingStep` makes the updates. The order within
+a step is fixed: update, log, save, evaluate. So no evaluation can cost a checkpoint, and what a step does is a function
+of the state that a checkpoint holds: stopping anywhere and resuming gives, bit for bit, the run that never stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,73 +18,78 @@ from torch import Tensor
 from gptsmith.checkpoint import CheckpointStore, TrainState
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.log import JsonLines
-from gptsmith.model.transformer import Transformer
-from gptsmith.optim.build import Optimizers
 from gptsmith.optim.schedule import learning_rate_factor
-from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory, synchronize
+from gptsmith.run_directory import Run, evaluation_at
+from gptsmith.runtime import out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.budget.deadline import Deadline
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.callbacks import Callback
+from gptsmith.train.config import RunConfig
 from gptsmith.train.display import Display
-from gptsmith.train.objectives.base import Objective
+from gptsmith.train.objectives.base import LossHistory, Sum
+from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
 
 Outcome = Literal["finished", "interrupted"]
 
+STATE_SCHEMA = 2
+MOST_EMPTY_BATCHES = 100  # in a row, before an objective is held to be broken
+
 
 class Trainer:
-    """Trains `model` on `objective` for `config.steps`, or for as many as a deadline allows."""
+    """Train by `training_step` for `config.loop.steps`, or for as many steps as a deadline allows."""
 
     def __init__(
         self,
         *,
-        config: TrainConfig,
-        model: Transformer,
+        config: RunConfig,
+        run: Run,
+        training_step: TrainingStep[Any],
         tokenizer: Tokenizer,
-        objective: Objective,
-        optimizers: Optimizers,
         store: CheckpointStore,
-        precision: ChosenPrecision,
-        micro_batch_size: int,
         should_stop: Callable[[], bool],
         display: Display,
         deadline: Deadline | None = None,
-        on_evaluation: Callable[[int], None] = lambda step: None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config, self.model, self.tokenizer, self.objective = config, model, tokenizer, objective
-        self.optimizers, self.store, self.should_stop, self.display = optimizers, store, should_stop, display
-        self.deadline, self.on_evaluation = deadline, on_evaluation
+        self.config, self.run_files, self.training_step, self.tokenizer = config, run, training_step, tokenizer
+        self.models, self.model = training_step.models, training_step.models.policy
+        self.objective, self.optimizers = training_step.objective, training_step.optimizers
+        self.store, self.display, self.deadline, self.callbacks = store, display, deadline, callbacks
+        self._stop_requested, self._callback_stopped = should_stop, False
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
-        self.device = next(model.parameters()).device
-        self.autocast_dtype = autocast_dtype(precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.micro_batch_size = micro_batch_size  # a divisor of the batch; a smaller one when memory runs out
+        training_step.on_shrink = self._announce_shrink
+        self.device = training_step.device
 
-        self.step, self.steps = 0, config.steps
-        self.targets = 0.0  # how many targets have been trained on
+        self.step, self.steps = 0, config.loop.steps
+        self.tokens_seen = 0.0
         self.pending: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) of steps not yet logged
-        self.extra: dict[str, list[float]] = {}  # what else an objective reports, likewise
-        self.first_loss: float | None = None
-        self.recent_loss = math.nan
-        self.elapsed_before = 0.0  # seconds of training in earlier sessions of this run
-        self.busy, self.busy_targets = 0.0, 0.0  # seconds in updates since the last log line, and their targets
-        self.update_seconds = 0.0  # seconds in updates alone, over all sessions: what a speed is measured by
+        self.objective_metrics: dict[str, Sum] = {}  # of those steps
+        self.history = LossHistory()
+        self.elapsed_before = 0.0  # seconds of training in earlier processes of this run
+        self.seconds_since_log, self.tokens_since_log = 0.0, 0.0  # of updates alone
+        self.update_seconds = 0.0  # seconds in updates alone, over the whole run: what speed is measured by
         self.started = time.monotonic()
 
     def run(self) -> Outcome:
-        """Train to the end, or until `should_stop()`. DivergedError if the loss does, TrainingError if saving fails."""
+        """Train to the end, or until asked to stop.
+
+        Raises DivergedError if the loss diverges, TrainingError if memory runs out or a checkpoint cannot be saved.
+        """
         try:
             return self._run()
+        except OutOfMemoryError as error:
+            raise TrainingError(self.out_of_memory_message(error)) from error
         except TrainingError:
             raise
-        except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be made again
+        except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be repeated
             if not out_of_memory(error):
                 raise
             reason = _first_line(str(error))
-            raise TrainingError(self._without_memory(f"smaller micro-batches do not help here ({reason})")) from error
-        except GptsmithError as error:  # no space, mostly
+            raise TrainingError(self._out_of_memory(f"smaller micro-batches do not help here ({reason})")) from error
+        except GptsmithError as error:  # a full disk, mostly
             steps = self.store.steps()
             kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
-            resume = f" Then go on with: gptsmith train --resume {self.store.run_directory}"
+            resume = f" Resume with: gptsmith train --resume {self.store.run_directory}"
             raise TrainingError(f"stopped at step {self.step}: {error}{kept}{resume}") from error
 
     def _run(self) -> Outcome:
@@ -96,23 +100,31 @@ class Trainer:
             if self.should_stop():
                 self._save()
                 return "interrupted"
-            factor = self._factor()
+            factor = self._lr_factor()
             self.update(factor)
-            if self.step % self.config.log_every == 0 or self.step == self.steps:
+            if self.step % self.config.loop.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
-            if self.step % (self.config.save_every or self.eval_every) == 0 or self._evaluation_due():
+            if self.step % (self.config.loop.save_every or self.eval_every) == 0 or self._evaluation_due():
                 self._save()
             self._evaluate_if_due()
         return "interrupted" if self.should_stop() else "finished"
 
+    def should_stop(self) -> bool:
+        return self._callback_stopped or self._stop_requested()
+
     def elapsed(self) -> float:
-        """Seconds this run has trained, over all its sessions."""
+        """Return the seconds that this run has trained, over all its processes."""
         return self.elapsed_before + time.monotonic() - self.started
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            if getattr(callback, hook)(self.run_files, *arguments):
+                self._callback_stopped = True
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _factor(self) -> float:
+    def _lr_factor(self) -> float:
         optim = self.config.optim
         return learning_rate_factor(
             self.step,
@@ -123,89 +135,53 @@ class Trainer:
             final_factor=optim.final_factor,
         )
 
-    def update(self, factor: float) -> None:
-        """One optimizer update over all micro-batches; their losses are divided by their weights together."""
+    def update(self, lr_factor: float) -> None:
+        """Make one update and keep its books."""
         began = time.perf_counter()
-        batch = self.objective.next_batch()
-        weight = max(1.0, self.objective.weight(batch))
-        total = self._gradients(batch, weight)
-        for optimizer in self.optimizers.optimizers:
-            self.scaler.unscale_(optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
-        self.optimizers.set_factor(factor)
-        if self.scaler.is_enabled():
-            for optimizer in self.optimizers.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
-        elif self.device.type == "cuda" or bool(torch.isfinite(norm)):  # on a GPU asking would wait for it
-            self.optimizers.step()
-        for p in parameters:
-            p.grad = None
-        self.pending.append((total, norm))
-        self.targets += weight
+        result = self.training_step(self._next_batch(), lr_factor)
+        self.pending.append((result.loss, result.grad_norm))
+        add_sums(self.objective_metrics, result.metrics)
+        self.tokens_seen += result.tokens
         self.step += 1
         if self.device.type != "cuda":
-            self._check(float(total), float(norm))
+            self._check(float(result.loss), float(result.grad_norm))
         seconds = time.perf_counter() - began
-        self.busy += seconds
+        self.seconds_since_log += seconds
         self.update_seconds += seconds
-        self.busy_targets += weight
+        self.tokens_since_log += result.tokens
 
-    def _gradients(self, batch: Any, weight: float) -> Tensor:
-        """Set the gradients of the loss over `batch`, and return the loss. Where memory runs out, the same batch is
-        gone through again from its beginning, with the same random numbers, in smaller micro-batches."""
-        while True:
-            random = self.random_state() if self.model.dropout else {}
-            try:
-                return self._accumulate(batch, weight)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                reason = str(error)
-            # Out of the handler: the error held on to every tensor of the failed pass.
-            for p in self.model.parameters():
-                p.grad = None
-            self.set_random_state(random)
-            self.shrink(reason)
+    def _next_batch(self) -> Any:
+        """Return the next batch that has something to learn from. TrainingError if there is none for long.
 
-    def _accumulate(self, batch: Any, weight: float) -> Tensor:
-        total = torch.zeros((), device=self.device)
-        extra: list[dict[str, float]] = []
-        for start in range(0, self.config.batch_size, self.micro_batch_size):
-            with self.autocast():
-                part = self.objective.slice(batch, start, start + self.micro_batch_size)
-                result = self.objective.loss(self.model, part)
-                loss = result.sum / weight
-            extra.append(result.metrics)
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        for metrics in extra:
-            for name, value in metrics.items():
-                self.extra.setdefault(name, []).append(value)
-        return total
-
-    def shrink(self, reason: str) -> None:
-        """Go on with the largest divisor of the batch that is at most half the micro-batch. TrainingError if it is 1.
-
-        reason: the error that memory ran out with.
+        Where the objective fails, the run is saved first.
         """
-        if self.micro_batch_size == 1:
-            raise TrainingError(
-                self._without_memory(f"even one sequence at a time is too much ({_first_line(reason)})")
-            )
-        before = self.micro_batch_size
-        self.micro_batch_size = max(size for size in range(1, before // 2 + 1) if self.config.batch_size % size == 0)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.display.print(
-            f"memory ran out at step {self.step + 1}: going on with micro-batches of {self.micro_batch_size} instead "
-            f"of {before}, from the beginning of the step"
+        for _ in range(MOST_EMPTY_BATCHES):
+            try:
+                batch = self.objective.next_batch(self.models, self.step)
+            except Exception:
+                if self.step:
+                    self._save()
+                raise
+            if batch.num_rows and self.objective.normalizer(batch)[0] > 0:
+                return batch
+            if self.should_stop():
+                break
+        name = type(self.objective).__name__
+        raise TrainingError(
+            f"stopped at step {self.step}: {name}.next_batch returned {MOST_EMPTY_BATCHES} batches in a row without "
+            f"a row or with a loss count of 0.{self._kept()} Check the data and the filters of the objective."
         )
 
-    def _without_memory(self, what: str) -> str:
+    def _announce_shrink(self, before: int, after: int) -> None:
+        self.display.print(
+            f"memory ran out at step {self.step + 1}: restarting the step with micro-batches of {after} instead of "
+            f"{before}"
+        )
+
+    def out_of_memory_message(self, error: OutOfMemoryError) -> str:
+        return self._out_of_memory(f"even one row at a time is too much ({_first_line(str(error))})")
+
+    def _out_of_memory(self, what: str) -> str:
         return (
             f"memory ran out at step {self.step + 1}: {what}.{self._kept()} "
             "Free some memory and resume, or start a smaller model or a shorter --context; "
@@ -216,34 +192,13 @@ class Trainer:
         steps = self.store.steps()
         return f" The checkpoint {self.store.path(steps[-1])} is intact." if steps else " There is no checkpoint yet."
 
-    def random_state(self) -> dict[str, Tensor]:
-        state = {"rng/cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
-        if "rng/cpu" in state:
-            torch.set_rng_state(state["rng/cpu"])
-        if self.device.type == "cuda" and "rng/cuda" in state:
-            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision in which losses are computed."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
-
     def _check(self, loss: float, norm: float) -> None:
-        """TrainingError if the loss is no number or has risen far above where it began."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
-        if self.first_loss is None:
-            self.first_loss = loss
-            self.recent_loss = loss
-        self.recent_loss += (loss - self.recent_loss) / 20
-        if finite and self.recent_loss <= self.first_loss + 1.0:
+        """Raise DivergedError if the loss is not finite or the objective says that it has diverged."""
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.training_step.scaler.is_enabled())
+        self.history.add(loss)
+        what = self.objective.diverged(self.history) if finite else "is not a number"
+        if what is None:
             return
-        what = "is not a number" if not finite else f"has risen to {self.recent_loss:.2f}, from {self.first_loss:.2f}"
         self.metrics.append(step=self.step, time=round(self.elapsed(), 3), loss=loss, grad_norm=norm)
         steps = self.store.steps()
         kept = (
@@ -259,7 +214,10 @@ class Trainer:
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """With a deadline: as many steps as end on time, by the speed of late. The rate falls along the new plan."""
+        """Re-plan the total number of steps from recent throughput so that the run meets its deadline.
+
+        The learning rate follows the new plan.
+        """
         if self.deadline is None or self.step == self.steps:
             return
         self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), self.eval_every)
@@ -267,22 +225,23 @@ class Trainer:
 
     @property
     def eval_every(self) -> int:
-        """Steps between evaluations. Where a deadline has become that of many more steps than were planned at first,
-        there are more steps between them, not more evaluations."""
-        every, most = self.config.eval_every, 2 * max(1.0, self.config.steps / self.config.eval_every)
+        """Steps between evaluations. Where a deadline allows many more steps than were planned at first, the interval
+        grows, and not the number of evaluations."""
+        loop = self.config.loop
+        every, most = loop.eval_every, 2 * max(1.0, loop.steps / loop.eval_every)
         while self.deadline is not None and self.steps > most * every:
             every *= 2
         return every
 
     def _wait(self) -> None:
-        """Let a GPU finish. The time is that of updates: so far it had only been told of them."""
+        """Wait for a GPU to finish. The time counts as that of updates, which so far were only queued."""
         began = time.perf_counter()
         synchronize(self.device)
         waited = time.perf_counter() - began
-        self.busy += waited
+        self.seconds_since_log += waited
         self.update_seconds += waited
 
-    def _log(self, factor: float) -> None:
+    def _log(self, lr_factor: float) -> None:
         self._wait()
         losses = [float(loss) for loss, _ in self.pending]
         norms = [float(norm) for _, norm in self.pending]
@@ -290,21 +249,27 @@ class Trainer:
             for loss, norm in zip(losses, norms, strict=True):
                 self._check(loss, norm)
         self.pending.clear()
-        extra = {name: sum(values) / len(values) for name, values in self.extra.items()}
-        self.extra.clear()
+        metrics = {name: float(part.total) / float(part.count) for name, part in self.objective_metrics.items()}
+        self.objective_metrics.clear()
+        if (metric := self.objective.selection.metric) in metrics:
+            name = type(self.objective).__name__
+            raise TrainingError(
+                f"{name}.loss returned the metric {metric!r}, by which evaluations are compared. Rename one of them."
+            )
         row = {
             "step": self.step,
             "time": round(self.elapsed(), 3),
             "loss": sum(losses) / len(losses),
-            "lr": self.config.optim.lr * factor,
+            "lr": self.config.optim.lr * lr_factor,
             "grad_norm": sum(norms) / len(norms),
-            "tokens": int(self.targets),
-            "tokens_per_second": round(self.busy_targets / max(1e-9, self.busy), 1),
-            **extra,
+            "tokens": int(self.tokens_seen),
+            "tokens_per_second": round(self.tokens_since_log / max(1e-9, self.seconds_since_log), 1),
+            **metrics,
         }
-        self.busy = self.busy_targets = 0.0
+        self.seconds_since_log = self.tokens_since_log = 0.0
         self.metrics.append(**row)
         self.display.step(self.step, row)
+        self._call("on_log", row)
 
     def _evaluation_due(self) -> bool:
         if self.step == self.steps:
@@ -317,27 +282,33 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():
             return
-        if any(row["step"] == self.step and "val_loss" in row for row in self.metrics.read()):
+        if evaluation_at(self.metrics.read(), self.step, self.objective.selection) is not None:
             return
         began = time.monotonic()
         self.display.say("evaluating")
-        with self.autocast():
-            values = self.objective.evaluate(self.model, self.micro_batch_size)
+        with self.training_step.autocast():
+            values = self.objective.evaluate(self.models, self.training_step.micro_batch_size)
+        row = None
         if values is not None:
+            if self.objective.selection.metric not in values:
+                raise TrainingError(
+                    f"{type(self.objective).__name__}.evaluate returned {', '.join(values) or 'no metric'}, without "
+                    f"{self.objective.selection.metric!r}, by which the best checkpoint is chosen.{self._kept()}"
+                )
             row = {
                 "step": self.step,
                 "time": round(self.elapsed(), 3),
                 "update_time": round(self.update_seconds, 3),
-                "tokens": int(self.targets),
+                "tokens": int(self.tokens_seen),
                 **values,
             }
             self.metrics.append(**row)
-            self.display.evaluation(self.step, row)
+            self.display.evaluation(self.step, row, self.objective.selection.metric)
         self.store.update_links()
         if not self.should_stop():
-            self.on_evaluation(self.step)
+            self._call("on_evaluation", row or {"step": self.step})
         if self.deadline is not None:
-            self.deadline.paused(time.monotonic() - began)
+            self.deadline.record_evaluation(time.monotonic() - began)
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
@@ -345,49 +316,81 @@ class Trainer:
         if self.step in self.store.steps():
             return
         self._wait()
-        losses = [(float(loss), float(norm)) for loss, norm in self.pending]
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             self._check(math.nan, math.nan)
+        objective = self.objective.state()
         values = {
+            "schema": STATE_SCHEMA,
             "step": self.step,
             "steps": self.steps,
-            "micro_batch_size": self.micro_batch_size,
-            "targets": self.targets,
+            "micro_batch_size": self.training_step.micro_batch_size,
+            "tokens_seen": self.tokens_seen,
             "elapsed": self.elapsed(),
             "update_seconds": self.update_seconds,
-            "pending": losses,
-            "extra": self.extra,
-            "first_loss": self.first_loss,
-            "recent_loss": self.recent_loss,
-            "objective": self.objective.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "pending": [(float(loss), float(norm)) for loss, norm in self.pending],
+            "objective_metrics": {
+                name: (float(part.total), float(part.count)) for name, part in self.objective_metrics.items()
+            },
+            "first_loss": self.history.first,
+            "recent_loss": self.history.recent,
+            "objective": objective.values,
+            "scaler": self.training_step.scaler.state_dict(),
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
-        tensors |= self.random_state()
+        tensors |= {f"objective/{name}": tensor.detach().cpu() for name, tensor in objective.tensors.items()}
+        tensors |= self.training_step.random_state()
         state = TrainState(values, tensors)
-        self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.keep_checkpoints)
+        path = self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.loop.keep_checkpoints)
+        self._call("on_save", self.step, path)
 
     def restore(self, state: TrainState) -> None:
-        """Continue from a checkpoint's state (the model's weights are loaded already)."""
-        values, tensors = state.values, state.tensors
+        """Continue from a checkpoint's state (the policy's weights are loaded already)."""
+        values, tensors = migrated(state.values), state.tensors
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
         try:
-            self.objective.load_state_dict(values["objective"])
-            self.scaler.load_state_dict(values["scaler"])
-            prefix = "optimizer/"
-            self.optimizers.load_state_tensors(
-                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            )
-            self.set_random_state(tensors)
-            self.step, self.steps, self.targets = int(values["step"]), int(values["steps"]), float(values["targets"])
-            self.micro_batch_size = min(self.micro_batch_size, int(values["micro_batch_size"]))
+            self.objective.load_state(TrainState(values["objective"], part("objective/")))
+            self.training_step.scaler.load_state_dict(values["scaler"])
+            self.optimizers.load_state_tensors(part("optimizer/"))
+            self.training_step.set_random_state(tensors)
+            self.step, self.steps = int(values["step"]), int(values["steps"])
+            self.tokens_seen = float(values["tokens_seen"])
+            size = min(self.training_step.micro_batch_size, int(values["micro_batch_size"]))
+            self.training_step.micro_batch_size = size
             self.pending = [(torch.tensor(loss), torch.tensor(norm)) for loss, norm in values["pending"]]
-            self.extra = {name: list(numbers) for name, numbers in values["extra"].items()}
-            self.first_loss, self.recent_loss = values["first_loss"], values["recent_loss"]
+            self.objective_metrics = {
+                name: Sum(torch.tensor(total, device=self.device), count)
+                for name, (total, count) in values["objective_metrics"].items()
+            }
+            self.history = LossHistory(values["first_loss"], values["recent_loss"])
             self.elapsed_before = float(values["elapsed"])
             self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
 
 
+def migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a checkpoint's train/state.json in the present schema.
+
+    Schema 1, without the key, had `targets` and `extra` (lists of values per micro-batch).
+    """
+    schema = values.get("schema", 1)
+    if schema == STATE_SCHEMA:
+        return values
+    if schema != 1:
+        raise CheckpointError(
+            f"the checkpoint's train/state.json has schema {schema!r}; this version reads 1 and {STATE_SCHEMA}. "
+            "Resume with the version of gptsmith that wrote it."
+        )
+    values = dict(values)
+    if "targets" in values:
+        values["tokens_seen"] = values.pop("targets")
+    if "extra" in values:
+        values["objective_metrics"] = {name: (sum(v), len(v)) for name, v in values.pop("extra").items() if v}
+    return values
+
+
 def _first_line(text: str) -> str:
-    return (text.strip() or "no more memory").splitlines()[0]
+    return (text.strip() or "out of memory").splitlines()[0]

@@ -15,22 +15,29 @@ from gptsmith.errors import UsageError
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.loss import token_loss_sum
 from gptsmith.model.transformer import Transformer
+from gptsmith.train.budget.machine import example_step
 from gptsmith.train.compile import compile_blocks, partitioned
-from gptsmith.train.config import ModelOptions, OptimConfig, TrainConfig
+from gptsmith.train.config import ModelOptions, OptimConfig, RunConfig, run_config
 from gptsmith.train.forecast import memory
-from gptsmith.train.forecast.memory import Forecaster, available_memory, fit, largest_micro_batch, run_without_storage
+from gptsmith.train.forecast.memory import (
+    Forecaster,
+    available_memory,
+    fit_into_memory,
+    largest_micro_batch,
+    run_without_storage,
+)
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
+CONFIG = run_config(
     model=ModelOptions(num_hidden_layers=2, hidden_size=64, num_attention_heads=2), context=64, batch_size=12
 )
 
 
-def model_of(config: TrainConfig, vocab_size: int = 50) -> Any:
-    return config.model.build(vocab_size, config.context)
+def model_of(config: RunConfig, vocab_size: int = 50) -> Any:
+    return config.model.build(vocab_size, config.loop.context)
 
 
-def peaks(config: TrainConfig, rows: int = 12, partition: bool = False) -> Any:
+def peaks(config: RunConfig, rows: int = 12, partition: bool = False) -> Any:
     return run_without_storage(config, model_of(config), rows, CPU, "fp32", partition=partition)
 
 
@@ -40,7 +47,7 @@ def peaks(config: TrainConfig, rows: int = 12, partition: bool = False) -> Any:
 def test_weights_gradients_and_optimizer_are_counted_exactly(
     optimizer: Any, family: Any, per_parameter: int | None
 ) -> None:
-    config = replace(CONFIG, model=replace(CONFIG.model, family=family), optim=OptimConfig(name=optimizer))
+    config = CONFIG.replace(model=replace(CONFIG.model, family=family), optim=OptimConfig(name=optimizer))
     found, c = peaks(config), model_of(config)
     parameters = count_parameters(c).total
     tables = 0 if c.position == "learned" else 2 * 4 * c.max_position_embeddings * c.head_dim // 2
@@ -64,7 +71,7 @@ def test_activations_are_those_that_autograd_keeps(family: Any, partition: bool)
     experts = 4 if family == "qwen3_moe" else None
     layers = 8 if partition else 2  # what comes and goes within a layer counts for less
     size = replace(CONFIG.model, family=family, num_hidden_layers=layers, num_experts=experts)
-    config = replace(CONFIG, model=replace(size, num_experts_per_tok=experts and 2))
+    config = CONFIG.replace(model=replace(size, num_experts_per_tok=experts and 2))
     model = Transformer(model_of(config)).train()
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -77,7 +84,7 @@ def test_activations_are_those_that_autograd_keeps(family: Any, partition: bool)
 
     if partition:
         compile_blocks(model, partitioned())
-    ids = torch.randint(50, (12, config.context))
+    ids = torch.randint(50, (12, config.loop.context))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_loss_sum(model, ids, ids, None)
     saved = sum(storage.nbytes() for storage in kept.values())
@@ -90,7 +97,7 @@ def test_activations_are_those_that_autograd_keeps(family: Any, partition: bool)
 
 @pytest.mark.parametrize(("family", "layers"), [("qwen3", 9), ("gpt3", 10)])
 def test_depth_follows_on_a_straight_line(family: Any, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, model=replace(CONFIG.model, family=family, num_hidden_layers=layers))
+    config = CONFIG.replace(model=replace(CONFIG.model, family=family, num_hidden_layers=layers))
     short = Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0).at(12)
     monkeypatch.setattr(memory, "SHALLOW", layers)
     whole = Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0).at(12)
@@ -98,20 +105,20 @@ def test_depth_follows_on_a_straight_line(family: Any, layers: int, monkeypatch:
 
 
 def test_what_makes_a_run_larger() -> None:
-    def total(config: TrainConfig, rows: int = 12) -> int:
+    def total(config: RunConfig, rows: int = 12) -> int:
         return Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0).at(rows).total
 
     base = total(CONFIG)
     assert total(CONFIG, 6) < base
-    assert total(replace(CONFIG, dropout=0.1)) > base
-    assert total(replace(CONFIG, mask_documents=True)) > base
-    assert total(replace(CONFIG, context=128)) > 1.1 * base
-    assert total(replace(CONFIG, model=replace(CONFIG.model, num_hidden_layers=4))) > 1.05 * base
+    assert total(CONFIG.replace(dropout=0.1)) > base
+    assert total(CONFIG.replace(mask_documents=True)) > base
+    assert total(CONFIG.replace(context=128)) > 1.1 * base
+    assert total(CONFIG.replace(model=replace(CONFIG.model, num_hidden_layers=4))) > 1.05 * base
 
 
 def test_accumulation_keeps_gradients_beside_activations() -> None:
-    alone = peaks(replace(CONFIG, batch_size=3), rows=3)["update"]
-    accumulated = peaks(replace(CONFIG, batch_size=12), rows=3)["update"]
+    alone = peaks(CONFIG.replace(batch_size=3), rows=3)["update"]
+    accumulated = peaks(CONFIG.replace(batch_size=12), rows=3)["update"]
     gradients = 4 * count_parameters(model_of(CONFIG)).total
     assert sum(accumulated.values()) == pytest.approx(sum(alone.values()) + gradients, rel=0.03)
 
@@ -121,18 +128,17 @@ def test_accumulation_keeps_gradients_beside_activations() -> None:
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_what_a_gpu_allocates(family: Any, precision: Any, compiled: bool) -> None:
-    from gptsmith.train.step import Update
-
     size = replace(CONFIG.model, family=family, hidden_size=512, num_hidden_layers=4, num_attention_heads=8)
-    config = replace(CONFIG, context=256, batch_size=64, model=size)
+    config = CONFIG.replace(context=256, batch_size=64, model=size)
     device = torch.device("cuda")
     found = Forecaster(config, model_of(config), device=device, precision=precision, compiled=compiled).at(64)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    update = Update(Transformer(model_of(config)).to(device), config, precision, compiled=compiled)
-    ids = torch.randint(50, (64, config.context), device=device)
+    step = example_step(config, model_of(config), device, precision)
+    if compiled:
+        compile_blocks(step.models.policy)
     for _ in range(3):
-        update(ids)
+        step(step.objective.example_batch(64), 1.0)
     assert found.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
 
 
@@ -140,14 +146,14 @@ def test_random_numbers_are_left_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Forecaster(replace(CONFIG, dropout=0.1), model_of(CONFIG), device=CPU, precision="fp32").at(4)
+    Forecaster(CONFIG.replace(dropout=0.1), model_of(CONFIG), device=CPU, precision="fp32").at(4)
     assert torch.equal(torch.rand(3), expected)
 
 
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
-def forecaster(config: TrainConfig = CONFIG) -> Forecaster:
+def forecaster(config: RunConfig = CONFIG) -> Forecaster:
     return Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0)
 
 
@@ -171,12 +177,12 @@ def test_fit_lowers_the_micro_batch_and_says_so(
     needed = forecaster().at(4).total
     monkeypatch.setattr(memory, "available_memory", lambda device: int(needed / memory.USABLE) + 1)
     options: Any = {"device": CPU, "precision": "fp32"}
-    assert fit(CONFIG, model_of(CONFIG), **options) == 4
+    assert fit_into_memory(CONFIG, model_of(CONFIG), **options).micro_batch_size == 4
     said = capsys.readouterr().err
     assert "micro-batches of 12 would need" in said
-    assert "training with 4, 3 to an update" in said
+    assert "training with micro-batches of 4, 3 per update" in said
     assert said.count("\n") == 1
-    assert fit(CONFIG, model_of(CONFIG), **options, micro_batch_size=3) == 3
+    assert fit_into_memory(CONFIG, model_of(CONFIG), **options, micro_batch_size=3).micro_batch_size == 3
     assert capsys.readouterr().err == ""
 
 
@@ -188,11 +194,11 @@ def test_what_fills_a_gpu_is_taken_for_compiled(
     device: str, compile: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "compiler_available", lambda device: True)
-    assert memory.likely_compiled(replace(CONFIG, compile=compile), torch.device(device)) is expected
+    assert memory.likely_compiled(CONFIG.replace(compile=compile), torch.device(device)) is expected
 
 
 def test_fit_leaves_alone_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(CONFIG, model_of(CONFIG), device=CPU, precision="fp32") == 12
+    assert fit_into_memory(CONFIG, model_of(CONFIG), device=CPU, precision="fp32").micro_batch_size == 12
     assert capsys.readouterr().err == ""
 
 

@@ -10,13 +10,13 @@ import torch
 
 from gptsmith.model.families import FAMILIES, SIZES
 from gptsmith.model.flops import count_parameters, flops_per_token
-from gptsmith.train.config import OptimConfig, TrainConfig
+from gptsmith.train.config import OptimConfig, RunConfig
 from gptsmith.train.forecast import timing as calibrate
 from gptsmith.train.forecast.timing import Times, measure
-from tests.factories import tiny_train_config
+from tests.factories import tiny_run_config
 
 CPU = torch.device("cpu")
-CONFIG = tiny_train_config()
+CONFIG = tiny_run_config()
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "PASS_SECONDS", 0.1)
 
 
-def measured(config: TrainConfig, **options: Any) -> Times:
-    return measure(config, config.model.build(50, config.context), CPU, "fp32", **options)
+def measured(config: RunConfig, **options: Any) -> Times:
+    return measure(config, config.model.build(50, config.loop.context), CPU, "fp32", **options)
 
 
 def test_a_small_run_is_timed_itself() -> None:
@@ -42,14 +42,14 @@ def test_random_numbers_are_left_alone(optimizer: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    measured(replace(CONFIG, dropout=0.1, optim=OptimConfig(name=optimizer)))
+    measured(CONFIG.replace(dropout=0.1, optim=OptimConfig(name=optimizer)))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_accumulation_takes_its_time_and_evaluation_grows_with_the_split() -> None:
-    config = replace(CONFIG, batch_size=64, micro_batch_size=8)
+    config = CONFIG.replace(batch_size=64, micro_batch_size=8)
     for _ in range(4):  # what else the machine does can make any one of them slow
-        few, many = measured(replace(config, batch_size=8)), measured(config, val_tokens=32000)
+        few, many = measured(config.replace(batch_size=8)), measured(config, val_tokens=32000)
         little = measured(config, val_tokens=320)
         if many.update > 3 * few.update and many.evaluation > 5 * little.evaluation:
             break
@@ -82,9 +82,9 @@ def test_the_optimizers_share_grows_with_what_it_works_on() -> None:
 
 def test_the_sum_of_the_parts() -> None:
     times = Times(update=1.0, evaluation=10.0, save=100.0, sampled_token=0.5, compile=7.0, scale=1.0)
-    config = replace(CONFIG, steps=25, eval_every=10, sample_tokens=4)
+    config = CONFIG.replace(steps=25, eval_every=10, sample_tokens=4)
     # Evaluations and checkpoints at 10, 20 and 25, previews after the first two.
     assert times.training(config) == 7 + 25 + 3 * 10 + 3 * 100 + 2 * 4 * 0.5
-    assert times.training(replace(config, save_every=5)) == 7 + 25 + 3 * 10 + 5 * 100 + 2 * 4 * 0.5
-    assert times.training(replace(config, steps=20)) == 7 + 20 + 2 * 10 + 2 * 100 + 1 * 4 * 0.5
+    assert times.training(config.replace(save_every=5)) == 7 + 25 + 3 * 10 + 5 * 100 + 2 * 4 * 0.5
+    assert times.training(config.replace(steps=20)) == 7 + 20 + 2 * 10 + 2 * 100 + 1 * 4 * 0.5
     assert times.command(config) > times.training(config) + 6 * 4 * 0.5

@@ -1,80 +1,83 @@
-"""From a budget to a run: the size, the context, the batch, the rates and the steps.
+"""Rules that turn a budget into a run: model size, context, batch, learning rates and steps.
 
-Every rule here stands in docs/recipes.md with the sweep that it comes from. What the user has settled stays as it is.
+docs/recipes.md has the sweep behind each rule. Options that the user has set are never changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptsmith.errors import UsageError
 from gptsmith.log import duration
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.families import DIALLED, by_depth
+from gptsmith.model.families import DEPTH_SCALED, by_depth
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.train.budget.parse import Budget
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig, option_places
 
-SHALLOWEST, DEEPEST = 2, 35  # the ends of the dial: 0.4M and 8B parameters
-FEWEST_STEPS = 30  # with fewer, nothing is learned
+SHALLOWEST, DEEPEST = 2, 35  # range of --depth: 0.4M to 8B parameters
+FEWEST_STEPS = 30  # fewer updates learn nothing
 
 
 @dataclass(frozen=True)
 class Text:
-    """What the rules need to know of the prepared data."""
+    """What the rules need to know about the prepared data."""
 
     train_tokens: int
     val_tokens: int
     vocab_size: int
+    init: ModelConfig | None = None
+    """The model that training starts from, where there is one: its size is fixed."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the rules need to know of the machine, for a budget of time."""
+    """What the rules need to know about the machine, for a budget of time."""
 
-    seconds_per_update: Callable[[TrainConfig, ModelConfig], float]
-    """Times a few real updates."""
+    seconds_per_update: Callable[[RunConfig, ModelConfig], float]
+    """Time a few real updates."""
     compile_seconds: float
-    """What `torch.compile` costs here once; infinite where it does not work."""
+    """One-time cost of `torch.compile`; infinite where it does not work."""
     compile_saves: float
-    """The share of an update's time that it saves."""
-    usual_rate: float
-    """FLOP/s of updates on such machines: where the measuring begins. Rather too high: what is small is no faster on a
-    GPU than what is not, and would be taken for all that it can do."""
+    """Fraction of an update's time that compiling saves."""
+    default_flops: float
+    """FLOP/s of updates to assume before the first measurement. A high guess is safer: a small model does not reach a
+    GPU's rate, and measuring one first would underestimate the machine."""
     name: str
-    """What to call it: `2 cores`."""
+    """How to describe it: `2 cores`."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A whole configuration, and why it is that."""
+class Plan:
+    """A complete configuration, and the reasons for it."""
 
-    config: TrainConfig
+    config: RunConfig
     reasons: tuple[str, ...]
-    pause: float = 0.0
-    """Expected seconds of one evaluation, with its checkpoint and preview."""
-    ending: float = 0.0
-    """Expected seconds after the last step."""
+    eval_seconds: float = 0.0
+    """Expected duration of one evaluation, with its checkpoint and preview."""
+    teardown_seconds: float = 0.0
+    """Expected time after the last step: the last evaluation, samples and the report."""
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
 
 TOKENS_PER_PARAMETER = 5.0
-MOST_PASSES = 60.0
+MOST_PASSES = 60.0  # more passes over the same text do not help
 
-
-MOST_CHARACTERS = 256
-LONG_TEXT = 4_000_000  # characters, from which on byte pairs are better than these
+MOST_CHARACTERS = 256  # in the alphabet of a character-level tokenizer
+LONG_TEXT = 4_000_000  # characters; for longer texts byte pairs are better than characters
 
 
 def tokenizer_for(characters: int, alphabet: int, budget: Budget, rate: float) -> tuple[str, int]:
-    """Which tokenizer and of how many tokens: characters for a short text of few different ones, else byte pairs. Their
-    number grows with the budget, doubling with every 23-fold (Tao et al. 2024, 2407.13623), and is bounded by the text.
+    """Return the kind of tokenizer and its vocabulary size.
 
-    characters: the text's length, as far as it has been looked at. rate: FLOP/s to expect, for a budget of time.
+    Characters for a short text with a small alphabet, else byte pairs. Their number doubles with every 23-fold increase
+    of the budget (Tao et al. 2024, 2407.13623) and is bounded by the text.
+
+    characters: length of the text, as far as it has been read. rate: FLOP/s to expect, for a budget of time.
     """
     if alphabet <= MOST_CHARACTERS and characters < LONG_TEXT:
         return "char", 0
@@ -89,7 +92,7 @@ def tokenizer_for(characters: int, alphabet: int, budget: Budget, rate: float) -
 
 
 def context_for(parameters: int) -> int:
-    """Tokens that attend to one another: longer for larger models, of whose work attention is a smaller part."""
+    """Return the context in tokens. It is longer for larger models, where attention is a smaller part of the work."""
     for context, least in ((2048, 5e8), (1024, 5e7), (512, 8e6), (256, 1e6)):
         if parameters >= least:
             return context
@@ -97,250 +100,273 @@ def context_for(parameters: int) -> int:
 
 
 def tied_for(vocab_size: int, hidden_size: int, parameters: int) -> bool:
-    """Whether the output head shares the embedding's matrix: only where a matrix of its own would be a large part."""
+    """Return whether to tie the output head to the embedding: only where its own matrix would be a large part."""
     return vocab_size * hidden_size > parameters / 8
 
 
 def batch_for(tokens: float) -> int:
-    """Tokens per update, a power of two: about 1.2·√tokens, so that updates and their size grow alike."""
+    """Return tokens per update, a power of two near 1.2·√tokens: the number and the size of updates grow alike."""
     return int(2 ** min(19, max(9, round(math.log2(1.2 * math.sqrt(tokens))))))
 
 
 def rates_for(batch_tokens: float) -> tuple[float, float]:
-    """Muon's and AdamW's peak rate, with the root of the batch. They do not depend on the width: a Muon update has a
-    norm of its own, whatever the size of its matrix."""
+    """Return Muon's and AdamW's peak learning rates, in proportion to the root of the batch.
+
+    They do not depend on the width, since the norm of a Muon update does not depend on the size of the matrix.
+    """
     factor = min(2.0, max(0.5, math.sqrt(batch_tokens / 2048)))
     return round(0.02 * factor, 4), round(0.01 * factor, 4)
 
 
 def weight_decay_for(passes: float, parameters_per_token: float) -> float:
-    """The more a model can learn a text by heart, the more: 0.1 for every pass over a text of no more tokens than the
-    model has parameters, and in proportion less for a longer one. Dropout beside it makes the result worse."""
+    """Return the weight decay: larger the more a model can memorize the text.
+
+    0.1 per pass over a text of at most as many tokens as the model has parameters, and proportionally less for a longer
+    text. Dropout on top of it makes the result worse.
+    """
     return round(min(3.0, max(0.1, 0.1 * passes * min(1.0, parameters_per_token))), 2)
 
 
-# -- their application -------------------------------------------------------------------------------------------------
+# -- applying them -----------------------------------------------------------------------------------------------------
 
 
 def choose(
-    config: TrainConfig, given: Collection[str], text: Text, machine: Machine | None = None, *, spent: float = 0.0
-) -> Choice:
+    config: RunConfig, overrides: Collection[str], text: Text, machine: Machine | None = None, *, spent: float = 0.0
+) -> Plan:
     """Fill in what `config` leaves open under its `budget` or `depth`.
 
-    given: names of settled options (`context`, `model.hidden_size`), which are left as they are.
-    machine: needed for a budget of time. spent: seconds of it that are gone already.
-    Raises UsageError for a budget in which nothing can be learned, and for options that contradict it.
+    overrides: flat names of options set by the user (`context`, `model.hidden_size`); they are never changed.
+    machine: needed for a budget of time. spent: seconds of it that have passed already.
+    Raises UsageError for a budget too small to learn anything, and for options that contradict it.
     """
-    if config.depth is not None:
-        by_depth(config.depth)  # refuses what is no depth
-        given = {*given, "depth"}
-    if config.budget is None:
-        return _by_depth(config, given, text)
-    budget = Budget.parse(config.budget)
-    if "steps" in given:
-        raise UsageError("--steps and --budget both say how long to train; give one of them.")
+    if config.auto.depth is not None:
+        if text.init is not None:
+            raise UsageError("--depth sets the size of a new model; with --init the size is that of the model.")
+        by_depth(config.auto.depth)  # raises for an invalid depth
+        overrides = {*overrides, "depth"}
+    if config.auto.budget is None:
+        return _by_depth(config, overrides, text)
+    budget = Budget.parse(config.auto.budget)
+    if "steps" in overrides:
+        raise UsageError("--steps and --budget both set the length of training; use one of them.")
     if budget.kind == "seconds":
         assert machine is not None
-        return _by_time(config, given, text, budget, machine, spent)
+        return _by_time(config, overrides, text, budget, machine, spent)
 
     def affordable(model: ModelConfig, context: int) -> float:
         return budget.amount if budget.kind == "tokens" else budget.amount / flops_per_token(model, context)
 
-    chosen, tokens = _best(config, given, text, affordable)
-    spends = tokens * flops_per_token(_model(chosen, text), chosen.context)
-    first = f"{budget}: " + (f"{tokens:.3g} tokens" if budget.kind == "flops" else f"{spends:.2g} FLOP")
-    return Choice(chosen, (first, *_reasons(chosen, given, text, tokens)))
+    chosen, tokens = _best(config, overrides, text, affordable)
+    flops = tokens * flops_per_token(_model(chosen, text), chosen.loop.context)
+    first = f"{budget}: " + (f"{tokens:.3g} tokens" if budget.kind == "flops" else f"{flops:.2g} FLOP")
+    return Plan(chosen, (first, *_reasons(chosen, overrides, text, tokens)))
 
 
-def _by_depth(config: TrainConfig, given: Collection[str], text: Text) -> Choice:
-    """A size and no budget: as many tokens as suit the size, and the text."""
+def _by_depth(config: RunConfig, overrides: Collection[str], text: Text) -> Plan:
+    """Plan for a size without a budget: the number of tokens follows from the size and the length of the text."""
 
     def suitable(model: ModelConfig, context: int) -> float:
         return min(20 * count_parameters(model).multiplied, MOST_PASSES / 3 * max(1, text.train_tokens))
 
-    chosen, tokens = _best(config, given, text, suitable)
-    return Choice(chosen, _reasons(chosen, given, text, tokens))
+    chosen, tokens = _best(config, overrides, text, suitable)
+    return Plan(chosen, _reasons(chosen, overrides, text, tokens))
 
 
 def _by_time(
-    config: TrainConfig, given: Collection[str], text: Text, budget: Budget, machine: Machine, spent: float
-) -> Choice:
-    """Measure, choose a size, measure that size, choose again: the speed of one is not quite that of another."""
+    config: RunConfig, overrides: Collection[str], text: Text, budget: Budget, machine: Machine, spent: float
+) -> Plan:
+    """Choose a size for an assumed speed, measure it, and choose again until the choice does not change."""
     left = budget.amount - spent
-    rates: dict[int, float] = {}  # FLOP/s of updates, by the number of parameters that they were measured at
+    rates: dict[int, float] = {}  # measured FLOP/s of updates, by number of parameters
 
-    def plan(model: ModelConfig, context: int, rate: float) -> _Hours:
+    def divide(model: ModelConfig, context: int, rate: float) -> _TimeSplit:
         forward = flops_per_token(model, context, training=False)
-        looked_at = text.val_tokens
-        if config.eval_tokens is not None or "eval_tokens" in given:
-            looked_at = min(looked_at, config.eval_tokens or looked_at)
+        eval_tokens = text.val_tokens
+        if config.method.eval_tokens is not None or "eval_tokens" in overrides:
+            eval_tokens = min(eval_tokens, config.method.eval_tokens or eval_tokens)
         else:
-            looked_at = min(looked_at, max(10_000, int(EVALUATED * left * rate / forward)))
-        evaluation, token = looked_at * forward / rate, SAMPLE_SECONDS * model.num_hidden_layers + forward / rate
-        pause = evaluation + config.sample_tokens * token
-        ending = evaluation + 6 * config.sample_tokens * token + REPORT_SECONDS
-        pauses = max(0, min(MOST_PAUSES, int(0.1 * (left - ending) / pause)))
-        return _Hours(left - ending - pauses * pause, pauses, pause, ending, looked_at)
+            eval_tokens = min(eval_tokens, max(10_000, int(EVAL_SHARE * left * rate / forward)))
+        loss, token = eval_tokens * forward / rate, SAMPLE_SECONDS * model.num_hidden_layers + forward / rate
+        evaluation = loss + config.loop.sample_tokens * token
+        teardown = loss + 6 * config.loop.sample_tokens * token + REPORT_SECONDS
+        evaluations = max(0, min(MOST_EVALUATIONS, int(0.1 * (left - teardown) / evaluation)))
+        updates = left - teardown - evaluations * evaluation
+        return _TimeSplit(updates, evaluations, evaluation, teardown, eval_tokens)
 
     def rate_of(model: ModelConfig) -> float:
         size = count_parameters(model).multiplied
-        return rates[min(rates, key=lambda known: abs(math.log(known / size)))] if rates else machine.usual_rate
+        return rates[min(rates, key=lambda known: abs(math.log(known / size)))] if rates else machine.default_flops
 
     def affordable(model: ModelConfig, context: int) -> float:
-        return max(1.0, plan(model, context, rate_of(model)).updates * rate_of(model) / flops_per_token(model, context))
+        rate = rate_of(model)
+        return max(1.0, divide(model, context, rate).updates * rate / flops_per_token(model, context))
 
-    seen: set[TrainConfig] = set()
+    seen: set[RunConfig] = set()
     while True:
-        chosen, _ = _best(config, given, text, affordable)
-        model = _model(chosen, text)
-        key = replace(chosen, steps=1, eval_every=1, optim=config.optim)
+        chosen, _ = _best(config, overrides, text, affordable)
+        model, loop = _model(chosen, text), chosen.loop
+        key = chosen.replace(steps=1, eval_every=1, optim=config.optim)
         if key in seen:
             break
         seen.add(key)
-        work = chosen.batch_size * chosen.context * flops_per_token(model, chosen.context)
+        work = loop.batch_size * loop.context * flops_per_token(model, loop.context)
         rates[count_parameters(model).multiplied] = work / machine.seconds_per_update(chosen, model)
     rate = rate_of(model)
-    hours = plan(model, chosen.context, rate)
-    usable = hours.updates
+    split = divide(model, loop.context, rate)
+    usable = split.updates
     compiled = usable * machine.compile_saves > 1.5 * machine.compile_seconds
     if compiled:
         rate, usable = rate / (1 - machine.compile_saves), usable - machine.compile_seconds
-    per_update = chosen.batch_size * chosen.context * flops_per_token(model, chosen.context) / rate
+    per_update = loop.batch_size * loop.context * flops_per_token(model, loop.context) / rate
     steps = int(usable / per_update)
     if steps < FEWEST_STEPS:
         need = budget.amount - usable + FEWEST_STEPS * per_update
         raise UsageError(
-            f"--budget {config.budget} is too short to learn anything: {FEWEST_STEPS} updates take "
+            f"--budget {config.auto.budget} is too short to learn anything: {FEWEST_STEPS} updates take "
             f"{FEWEST_STEPS * per_update:.0f} s here, and starting, evaluating and reporting "
             f"{budget.amount - usable:.0f} s. Give at least {math.ceil(need)}s."
         )
-    most = int(MOST_PASSES * text.train_tokens / (chosen.batch_size * chosen.context))
+    most = int(MOST_PASSES * text.train_tokens / (loop.batch_size * loop.context))
     early = ""
     if steps > most:
-        steps, early = most, f"; it will end early: {MOST_PASSES:.0f} passes over this text are all that helps"
-    chosen = _with_steps(chosen, given, text, steps, hours.pauses)
-    if hours.looked_at < text.val_tokens:
-        chosen = replace(chosen, eval_tokens=hours.looked_at)
+        steps, early = most, f"; it will end early: more than {MOST_PASSES:.0f} passes over this text do not help"
+    chosen = _with_steps(chosen, overrides, text, steps, split.evaluations)
+    if split.eval_tokens < text.val_tokens:
+        chosen = chosen.replace(eval_tokens=split.eval_tokens)
     first = (
         f"{budget} on {machine.name}: {duration(usable)} for updates at {rate / 1e9:.0f} GFLOP/s"
         f"{' (compiled)' if compiled else ''}, {duration(budget.amount - usable)} for the rest{early}"
     )
-    pause, ending = hours.pause, hours.ending
-    tokens = float(steps * chosen.batch_size * chosen.context)
-    return Choice(chosen, (first, *_reasons(chosen, given, text, tokens)), pause, ending)
+    tokens = float(steps * loop.batch_size * loop.context)
+    reasons = (first, *_reasons(chosen, overrides, text, tokens))
+    return Plan(chosen, reasons, split.eval_seconds, split.teardown_seconds)
 
 
-class _Hours(NamedTuple):
-    """How a budget of time divides: seconds for updates, how many evaluations before the last, and of what length."""
+class _TimeSplit(NamedTuple):
+    """How a budget of time divides."""
 
     updates: float
-    pauses: int
-    pause: float
-    ending: float
-    looked_at: int
-    """Validation tokens of each evaluation."""
+    """Seconds for updates."""
+    evaluations: int
+    """Number of evaluations before the last."""
+    eval_seconds: float
+    teardown_seconds: float
+    eval_tokens: int
+    """Validation tokens per evaluation."""
 
 
 REPORT_SECONDS = 3.0
-SAMPLE_SECONDS = 0.0005  # a layer of a token of a preview, besides its arithmetic
-EVALUATED = 0.03  # at most so much of the time for one evaluation
-MOST_PAUSES = 5
+SAMPLE_SECONDS = 0.0005  # per layer and token of a preview, besides its arithmetic
+EVAL_SHARE = 0.03  # largest share of the time for one evaluation
+MOST_EVALUATIONS = 5
+INIT_LR_FACTOR = 0.1  # peak learning rates with --init, relative to training from new weights
 
 
 def _best(
-    config: TrainConfig, given: Collection[str], text: Text, affordable: Callable[[ModelConfig, int], float]
-) -> tuple[TrainConfig, float]:
-    """The configuration whose size is nearest to the rule's for the tokens it can afford, and those tokens."""
-    best: tuple[float, TrainConfig, float] | None = None
-    depths = [config.depth] if config.depth is not None else range(SHALLOWEST, DEEPEST + 1)
-    for depth in depths:
-        sized = _sized(config, given, depth)
+    config: RunConfig, overrides: Collection[str], text: Text, affordable: Callable[[ModelConfig, int], float]
+) -> tuple[RunConfig, float]:
+    """Return the configuration whose size is nearest to the rule's for the tokens it can afford, and those tokens."""
+    best: tuple[float, RunConfig, float] | None = None
+    for sized in _candidates(config, overrides, text):
         parameters = count_parameters(_model(sized, text)).multiplied
-        if "context" not in given:
-            sized = replace(sized, context=context_for(parameters))
-        if "model.tie_word_embeddings" not in given:
-            tied = tied_for(text.vocab_size, sized.model.hidden_size, parameters)
-            sized = replace(sized, model=replace(sized.model, tie_word_embeddings=tied))
-        tokens = affordable(_model(sized, text), sized.context)
+        tokens = affordable(_model(sized, text), sized.loop.context)
         misfit = abs(math.log(tokens / parameters / TOKENS_PER_PARAMETER))
         if best is None or misfit < best[0]:
             best = (misfit, sized, tokens)
     assert best is not None
     _, sized, tokens = best
-    if tokens < FEWEST_STEPS * sized.context and Budget.parse(config.budget or "0s").kind != "seconds":
+    fewest = FEWEST_STEPS * sized.loop.context
+    if tokens < fewest and Budget.parse(config.auto.budget or "0s").kind != "seconds":
+        size = "the smallest model" if text.init is None else "this model"
         raise UsageError(
-            f"--budget {config.budget} is {tokens:.3g} tokens for the smallest model; {FEWEST_STEPS} updates take at "
-            f"least {FEWEST_STEPS * sized.context:,}. Give more."
+            f"--budget {config.auto.budget} is {tokens:.3g} tokens for {size}; {FEWEST_STEPS} updates take at least "
+            f"{fewest:,}. Give more."
         )
-    return _filled(sized, given, text, tokens), tokens
+    return _filled(sized, overrides, text, tokens), tokens
 
 
-def _filled(config: TrainConfig, given: Collection[str], text: Text, tokens: float) -> TrainConfig:
-    """Batch, rates and steps for that many tokens."""
-    if "batch_size" not in given:
-        config = replace(config, batch_size=max(1, batch_for(tokens) // config.context))
-    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
-        config = replace(config, batch_size=config.micro_batch_size * -(-config.batch_size // config.micro_batch_size))
-    lr, embedding_lr = rates_for(config.batch_size * config.context)
-    optim: dict[str, Any] = {"lr": lr, "embedding_lr": embedding_lr}
-    if config.optim.name == "adamw":
-        optim = {"lr": lr / 20}
-    optim = {name: value for name, value in optim.items() if f"optim.{name}" not in given}
-    config = replace(config, optim=replace(config.optim, **optim))
-    return _with_steps(config, given, text, max(1, round(tokens / (config.batch_size * config.context))), MOST_PAUSES)
+def _candidates(config: RunConfig, overrides: Collection[str], text: Text) -> Iterator[RunConfig]:
+    """Yield `config` with each size that can be chosen: one for each depth, or the only one of an existing model."""
+    if text.init is not None:
+        context = min(text.init.max_position_embeddings, context_for(count_parameters(text.init).multiplied))
+        yield config if "context" in overrides else config.replace(context=context)
+        return
+    depths = [config.auto.depth] if config.auto.depth is not None else range(SHALLOWEST, DEEPEST + 1)
+    for depth in depths:
+        sized = _sized(config, overrides, depth)
+        parameters = count_parameters(_model(sized, text)).multiplied
+        if "context" not in overrides:
+            sized = sized.replace(context=context_for(parameters))
+        if "model.tie_word_embeddings" not in overrides:
+            tied = tied_for(text.vocab_size, sized.model.hidden_size, parameters)
+            sized = sized.replace(model={"tie_word_embeddings": tied})
+        yield sized
 
 
-def _with_steps(config: TrainConfig, given: Collection[str], text: Text, steps: int, pauses: int) -> TrainConfig:
-    """With so many steps, and what depends on them."""
-    config = config if "steps" in given else replace(config, steps=steps)
-    if "optim.weight_decay" not in given:
+def _filled(config: RunConfig, overrides: Collection[str], text: Text, tokens: float) -> RunConfig:
+    """Return `config` with the batch size, learning rates and steps for that many tokens."""
+    loop, micro = config.loop, config.loop.micro_batch_size
+    if "batch_size" not in overrides:
+        size = max(1, batch_for(tokens) // loop.context)
+        config = config.replace(batch_size=micro * -(-size // micro) if micro else size)
+    lr, embedding_lr = rates_for(config.loop.batch_size * loop.context)
+    if text.init is not None:
+        lr, embedding_lr = lr * INIT_LR_FACTOR, embedding_lr * INIT_LR_FACTOR
+    rates = {"lr": lr / 20} if config.optim.name == "adamw" else {"lr": lr, "embedding_lr": embedding_lr}
+    config = config.replace(optim={name: v for name, v in rates.items() if f"optim.{name}" not in overrides})
+    steps = max(1, round(tokens / (config.loop.batch_size * loop.context)))
+    return _with_steps(config, overrides, text, steps, MOST_EVALUATIONS)
+
+
+def _with_steps(config: RunConfig, overrides: Collection[str], text: Text, steps: int, evaluations: int) -> RunConfig:
+    """Return `config` with that many steps, and the options that depend on them."""
+    config = config if "steps" in overrides else config.replace(steps=steps)
+    steps = config.loop.steps
+    if "optim.weight_decay" not in overrides:
         unique = max(1, text.train_tokens)
         parameters = count_parameters(_model(config, text)).multiplied
-        tokens = config.steps * config.batch_size * config.context
-        weight_decay = weight_decay_for(tokens / unique, parameters / unique)
-        config = replace(config, optim=replace(config.optim, weight_decay=weight_decay))
-    if "eval_every" not in given:
-        config = replace(config, eval_every=max(1, -(-config.steps // (pauses + 1))))
-    if "optim.warmup_steps" not in given:
-        warmup = max(5, min(200, config.steps // 50))
-        config = replace(config, optim=replace(config.optim, warmup_steps=warmup))
+        tokens = steps * config.loop.batch_size * config.loop.context
+        config = config.replace(optim={"weight_decay": weight_decay_for(tokens / unique, parameters / unique)})
+    if "eval_every" not in overrides:
+        config = config.replace(eval_every=max(1, -(-steps // (evaluations + 1))))
+    if "optim.warmup_steps" not in overrides:
+        config = config.replace(optim={"warmup_steps": max(5, min(200, steps // 50))})
     return config
 
 
-def _sized(config: TrainConfig, given: Collection[str], depth: int) -> TrainConfig:
-    """`config` with the model of that depth, but for sizes that are given."""
+def _sized(config: RunConfig, overrides: Collection[str], depth: int) -> RunConfig:
+    """Return `config` with the model of that depth, but for sizes set by the user."""
     family = config.model.family
-    size: dict[str, Any] = dict(by_depth(depth, family if family in DIALLED else "qwen3"))
-    if family not in DIALLED:  # of other proportions: these follow from the width
+    size: dict[str, Any] = dict(by_depth(depth, family if family in DEPTH_SCALED else "qwen3"))
+    if family not in DEPTH_SCALED:  # of other proportions: these follow from the width
         size["num_attention_heads"] = size["hidden_size"] // size["head_dim"]
         size |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None}
-    given_sizes = {name for name in size if f"model.{name}" in given}
-    if "hidden_size" in given_sizes or "num_attention_heads" in given_sizes:  # the rest follows from what is given
+    overridden = {name for name in size if f"model.{name}" in overrides}
+    if "hidden_size" in overridden or "num_attention_heads" in overridden:  # the rest follows from what is set
         size |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None}
-    size = {name: value for name, value in size.items() if name not in given_sizes}
-    return replace(config, model=replace(config.model, **size))
+    return config.replace(model={name: value for name, value in size.items() if name not in overridden})
 
 
-def _model(config: TrainConfig, text: Text) -> ModelConfig:
-    return config.model.build(text.vocab_size, config.context)
+def _model(config: RunConfig, text: Text) -> ModelConfig:
+    return text.init or config.model.build(text.vocab_size, config.loop.context)
 
 
-def _reasons(config: TrainConfig, given: Collection[str], text: Text, tokens: float) -> tuple[str, str]:
-    m, model = config.model, _model(config, text)
+def _reasons(config: RunConfig, overrides: Collection[str], text: Text, tokens: float) -> tuple[str, str]:
+    model, loop = _model(config, text), config.loop
     parameters = count_parameters(model)
     per_parameter = tokens / parameters.multiplied
-    why = "as asked" if "depth" in given or "model.hidden_size" in given else "the best size for that"
+    why = "as set" if "depth" in overrides or "model.hidden_size" in overrides else "the best size for that"
+    if text.init is not None:
+        why = "the model given to --init"
     return (
-        f"depth {m.num_hidden_layers}, width {m.hidden_size}, context {config.context}: {parameters.total / 1e6:.2g}M "
-        f"parameters, {per_parameter:.1f} tokens each; {why}",
-        f"{config.steps:,} steps of {config.batch_size} × {config.context} tokens, "
+        f"depth {model.num_hidden_layers}, width {model.hidden_size}, context {loop.context}: "
+        f"{parameters.total / 1e6:.2g}M parameters, {per_parameter:.1f} tokens each; {why}",
+        f"{loop.steps:,} steps of {loop.batch_size} × {loop.context} tokens, "
         f"{tokens / max(1, text.train_tokens):.2g} passes over the text; learning rate {config.optim.lr:g}, "
         f"weight decay {config.optim.weight_decay:g}",
     )
 
 
-def settled(config: TrainConfig) -> set[str]:
-    """The names of all options but those a budget always chooses: for a preset or a file, which settle everything."""
-    names = {f.name for f in fields(config)} | {f"model.{f.name}" for f in fields(config.model)}
-    names |= {f"optim.{f.name}" for f in fields(config.optim)}
-    return names - {"steps", "eval_every", "budget", "depth", "optim.warmup_steps"}
+def settled(config: RunConfig) -> set[str]:
+    """Return the flat names of the options that a preset or a file sets: all but those that a budget always chooses."""
+    return set(option_places()) - {"steps", "eval_every", "budget", "depth", "optim.warmup_steps"}

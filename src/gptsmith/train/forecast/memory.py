@@ -1,9 +1,9 @@
-"""How much memory a run takes, before it takes any: the run's own code, executed on tensors that have no storage.
+"""Forecast the memory of a run by executing its own code on tensors without storage.
 
-A model, its optimizers and one update (forward, backward, clipping, optimizer step), then one batch of the evaluation,
-run under torch's FakeTensorMode: every operation gives tensors of the right shape and device, and a ledger notes when
-each storage comes and goes. So what is counted is what the code does, not a formula beside it. All layers of one kind
-are alike: two shallow models are run and the rest follows on a straight line, so that any size takes a second.
+A model, its optimizers, one update (forward, backward, clipping, optimizer step) and one batch of the evaluation run
+under torch's FakeTensorMode: every operation returns tensors of the right shape and device, and a ledger records when
+each storage is allocated and freed. So the forecast counts what the code does, and no formula has to follow it. All
+layers of one kind are alike: two shallow models are run and the rest is extrapolated, so that any size takes a second.
 
 On a CPU the forecast is of peak resident memory, on a GPU of allocated memory.
 """
@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,37 +29,38 @@ from gptsmith.errors import UsageError
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
-from gptsmith.model.loss import token_loss_sum
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, compiler_available
+from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.compile import compile_blocks, partitioned, undo_compile
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
+from gptsmith.train.objectives.base import Models, Objective
 from gptsmith.train.objectives.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
-from gptsmith.train.step import Update
+from gptsmith.train.step import TrainingStep
 
 Parts = dict[str, float]
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
-SHALLOW = 2  # layers of the smaller model that is run
-USABLE = 0.92  # of what is available: a forecast errs, and other programs want some too
+SHALLOW = 2  # layers of the smaller of the two models that are run
+USABLE = 0.92  # of what is available: forecasts err, and other programs need some
 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
-RUNTIME = 60 << 20  # buffers of matrix products and threads, and what drawing the report takes
-COMPILER = 40 << 20  # what the compiler loads and keeps
+RUNTIME = 60 << 20  # buffers of matrix products and threads, and drawing the report
+COMPILER = 40 << 20  # loaded by the compiler and kept
 GPU_BUFFERS = 64 << 20  # of matrix products on a GPU: cuBLAS and cuBLASLt take 32 MB each on Hopper
-HOLES = 0.17  # of all tensors: space between blocks of the heap that fits nothing
+FRAGMENTATION = 0.17  # of all tensors: unusable space between blocks of the heap
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part at the moment when a run holds most."""
+    """Bytes by part at the moment of peak memory."""
 
     parts: Mapping[str, int]
-    """weights, gradients, optimizer (its state and what a step needs), activations, logits (with their gradients) and
+    """weights, gradients, optimizer (its state and temporary buffers), activations, logits (with their gradients) and
     process (on a CPU Python, torch and their buffers; on a GPU the buffers of matrix products); on a CPU also heap
-    (freed, but not given back to the system)."""
+    (freed, but not returned to the system)."""
     moment: str
-    """When that is: update (forward and backward pass), optimizer (its step), evaluation or save (of a checkpoint)."""
+    """The moment: update (forward and backward pass), optimizer (its step), evaluation or save (of a checkpoint)."""
 
     @property
     def total(self) -> int:
@@ -67,26 +68,30 @@ class Memory:
 
 
 class Forecaster:
-    """Forecasts the memory of runs that differ in nothing but their micro-batch.
+    """Forecast the memory of runs that differ only in their micro-batch size.
 
-    device: where the run would compute; it need not be there.
+    objective: of the run (default: pretraining). device: where the run would compute; it need not be present.
     compiled: whether blocks are compiled. On a CPU they keep about as much for the backward pass, and the compiler
-        takes room; on a GPU they keep less.
-    process: bytes of the process itself (default: measured now, of this one; on a GPU the buffers of its products).
+        itself takes memory; on a GPU they keep less.
+    activation_checkpointing: whether blocks are recomputed in the backward pass.
+    process: bytes of the process itself (default: this process, measured now; on a GPU the buffers of its products).
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         model_config: ModelConfig,
         *,
         device: torch.device,
         precision: ChosenPrecision,
+        objective: Objective[Any] | None = None,
         compiled: bool = False,
+        activation_checkpointing: bool = False,
         process: int | None = None,
     ) -> None:
         self.config, self.model_config, self.device, self.precision = config, model_config, device, precision
-        self.compiled = compiled
+        self.objective = objective or example_objective(config, model_config)
+        self.compiled, self.activation_checkpointing = compiled, activation_checkpointing
         self.on_heap = device.type != "cuda"
         self.process = GPU_BUFFERS
         if self.on_heap:
@@ -94,16 +99,17 @@ class Forecaster:
         self._known: dict[int, Memory] = {}
 
     def at(self, micro_batch_size: int) -> Memory:
-        """The forecast for micro-batches of so many sequences."""
+        """Return the forecast for micro-batches of that many rows."""
         if micro_batch_size not in self._known:
             self._known[micro_batch_size] = self._forecast(micro_batch_size)
         return self._known[micro_batch_size]
 
     def largest_fitting(self, available: int) -> int | None:
-        """The largest divisor of the batch whose forecast fits into `available` bytes; None if not even 1 does."""
+        """Return the largest divisor of the batch size that fits into `available` bytes; None if not even 1 does."""
         if self.at(1).total > USABLE * available:
             return None
-        divisors = [size for size in range(1, self.config.batch_size + 1) if self.config.batch_size % size == 0]
+        batch_size = self.config.loop.batch_size
+        divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
         fitting = bisect.bisect_left(divisors, True, key=lambda size: self.at(size).total > USABLE * available)
         return divisors[fitting - 1]
 
@@ -113,17 +119,17 @@ class Forecaster:
             moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
             parts = {**parts, "process": float(self.process)}
         else:
-            # What is freed stays with the process, to be used again. But the large blocks that an optimizer's step asks
-            # for do not fit into the holes that activations leave between gradients: they come on top.
+            # Freed memory stays with the process and is used again. But the large blocks of an optimizer's step do not
+            # fit into the gaps that activations leave between gradients: they come on top.
             step = peaks.pop("optimizer")
             moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
             temporary = max(0.0, step["optimizer"] - peaks["save"]["optimizer"])
             held = sum(parts.values()) + temporary
-            parts = {**parts, "heap": temporary + HOLES * held, "process": float(self.process)}
+            parts = {**parts, "heap": temporary + FRAGMENTATION * held, "process": float(self.process)}
         return Memory({part: max(0, round(size)) for part, size in parts.items()}, moment.split("/")[0])
 
     def _peaks(self, micro_batch_size: int) -> dict[str, Parts]:
-        """Bytes by part at each moment's peak, for the whole depth."""
+        """Return the bytes by part at each moment's peak, for the whole depth."""
         c = self.model_config
         period = max(1, len(c.window_pattern))
         few = -(-SHALLOW // period) * period
@@ -138,9 +144,15 @@ class Forecaster:
         }
 
     def _run(self, model_config: ModelConfig, micro_batch_size: int) -> dict[str, Parts]:
-        partition = self.compiled and not self.on_heap
         return run_without_storage(
-            self.config, model_config, micro_batch_size, self.device, self.precision, partition=partition
+            self.config,
+            model_config,
+            micro_batch_size,
+            self.device,
+            self.precision,
+            objective=self.objective,
+            partition=self.compiled and not self.on_heap,
+            activation_checkpointing=self.activation_checkpointing,
         )
 
 
@@ -148,60 +160,61 @@ class Forecaster:
 
 
 def run_without_storage(
-    config: TrainConfig,
+    config: RunConfig,
     model_config: ModelConfig,
     micro_batch_size: int,
     device: torch.device,
     precision: ChosenPrecision,
     *,
+    objective: Objective[Any] | None = None,
     partition: bool = False,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Parts]:
-    """Bytes held, by part, at the peak of each moment of training from the second update on.
+    """Return the bytes held, by part, at the peak of each moment of training from the second update on.
 
-    partition: keep for the backward pass what the compiler would.
-    The backward pass comes in stages (`update/...`): the peak of each is a straight line in the depth, the highest of
-    them is not.
+    partition: keep for the backward pass what the compiler would keep.
+    The backward pass has stages (`update/...`): the peak of each is linear in the depth, their maximum is not.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = torch.device("cpu") if device.type == "mps" else device
     ledger = _Ledger()
 
-    def tokens(rows: int) -> tuple[Tensor, Tensor | None]:
-        ids = torch.zeros(rows, config.context, dtype=torch.int64)
-        return ids, torch.zeros_like(ids, dtype=torch.int32) if config.mask_documents else None
-
+    objective = objective or example_objective(config, model_config)
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
         with ledger:
-            update = Update(Transformer(model_config, dropout=config.dropout, initialize=False), config, precision)
-            model = update.model
-            ledger.watch(model)
+            model = Transformer(model_config, dropout=config.loop.dropout, initialize=False)
+            model.activation_checkpointing = activation_checkpointing
+            step: TrainingStep[Any] = TrainingStep.build(
+                model, objective, config, precision=precision, micro_batch_size=micro_batch_size
+            )
+            ledger.watch(step.models)
             weights = ledger.total["weights"]
         if partition:
-            compile_blocks(model, partitioned(ledger.looking_away))
+            compile_blocks(model, partitioned(ledger.paused))
             try:
-                update.accumulate(*tokens(micro_batch_size))  # not noted: the compiler's own tensors come and go
-            except Exception:  # whatever a compiler cannot take: the run will do without, too
+                step.accumulate(objective.example_batch(micro_batch_size), 1.0)  # not recorded: the compiler's tensors
+            except Exception:  # a compiler can fail in many ways; the run will go on without it, too
                 undo_compile(model)
-            model.zero_grad(set_to_none=True)
+            step.clear_gradients()
         with ledger:
-            for _ in range(min(2, config.batch_size // micro_batch_size)):  # the second finds gradients of the first
+            for _ in range(min(2, config.loop.batch_size // micro_batch_size)):  # the second adds to gradients
                 ledger.begin("update", "activations")
-                update.accumulate(*tokens(micro_batch_size))
+                step.accumulate(objective.example_batch(micro_batch_size), 1.0)
             ledger.begin("optimizer", "optimizer")
-            update.apply()
+            step.apply(1.0)
             ledger.begin("evaluation", "activations")
             state = ledger.total["optimizer"]
-            ids, documents = tokens(evaluation_rows(micro_batch_size, config.context))
-            with update.autocast(), torch.no_grad():
-                token_loss_sum(model.eval(), ids, ids, documents)
+            model.eval()
+            with torch.no_grad():
+                step.loss(objective.example_batch(evaluation_rows(micro_batch_size, config.loop.context)))
     if partition:
-        torch.compiler.reset()  # what was compiled is of no use
+        torch.compiler.reset()  # the compiled code is of no further use
     peaks = ledger.peaks
     for moment, parts in peaks.items():
         if moment.startswith("update"):
             parts["optimizer"] += state
-    # A checkpoint's weights are put together in memory, from copies where their layout is another (GPT-1's, GPT-2's).
+    # A checkpoint's weights are collected in memory, as copies where the layout differs (GPT-1, GPT-2).
     copies = 0 if device.type == "cuda" else 2 if model_config.model_type in ("gpt2", "openai-gpt") else 1
     del peaks["start"]
     peaks["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": (1 + copies) * weights, "optimizer": state}
@@ -209,17 +222,17 @@ def run_without_storage(
 
 
 def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
-    """Have `call` called when the backward pass has reached `tensor`."""
+    """Call `call` when the backward pass reaches `tensor`."""
     register: Any = tensor.register_hook
     register(call)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of live storages by part, and remembers them at the peak of each moment."""
+    """Counts the bytes of live storages by part, and keeps them for the peak of each moment."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes nothing: compiled code runs under it, which torch otherwise would not let it do."""
+        """Return True, since it changes nothing: torch then lets compiled code run under it."""
         return True
 
     def __init__(self) -> None:
@@ -229,23 +242,24 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total: Parts = dict.fromkeys(PARTS, 0.0)
         self.peaks: dict[str, Parts] = {}
         self.shares: Iterator[int] = iter(())
-        self.looks = True
+        self.counts = True
 
     def begin(self, moment: str, part: str) -> None:
-        """What happens from here on belongs to `moment`, what is new to `part`."""
+        """Attribute what follows to `moment`, and new storages to `part`."""
         self.moment, self.part = moment, part
 
     @contextlib.contextmanager
-    def looking_away(self) -> Iterator[None]:
-        """What comes meanwhile is not counted."""
-        self.looks = False
+    def paused(self) -> Iterator[None]:
+        """Do not count storages meanwhile."""
+        self.counts = False
         try:
             yield
         finally:
-            self.looks = True
+            self.counts = True
 
-    def watch(self, model: Transformer) -> None:
-        """Tell activations, logits and gradients apart as the model runs, and the stages of the backward pass."""
+    def watch(self, models: Models) -> None:
+        """Tell activations, logits and gradients apart as the policy runs, and the stages of the backward pass."""
+        model = models.policy
 
         def enter_head(module: nn.Module, inputs: Any, hidden: Tensor) -> None:
             self.part = "logits"
@@ -270,14 +284,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model.layers[0].register_forward_hook(first_block)
         model.layers[-1].register_forward_pre_hook(last_block)
         model.norm.register_forward_hook(enter_head)
-        for p in model.parameters():
+        trained = (p for _, module in models.named_modules() for p in module.parameters() if p.requires_grad)
+        for p in trained:
             register: Any = p.register_post_accumulate_grad_hook
             register(is_gradient)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Experts' shares of the tokens are known only from the numbers, which are not there: let all have the same.
+        # How many tokens each expert gets depends on numbers that are not there: let all get the same.
         if function is torch.ops.aten.bincount.default:
             tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength") or args[2])
             self.shares = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
@@ -285,7 +300,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is torch.ops.aten._local_scalar_dense.default:
             return next(self.shares, 1)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result) if self.looks else ():
+        for tensor in tree_leaves(result) if self.counts else ():
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
         return result
@@ -312,9 +327,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def process_memory() -> int:
-    """Resident bytes of this process once it has loaded all that a training run loads, its model apart.
+    """Return the resident bytes of this process once it has loaded all that a training run loads, without the model.
 
-    Where that cannot be read (outside Linux): what a Linux process takes.
+    Outside Linux: a typical value of a Linux process.
     """
     import matplotlib.figure  # noqa: F401  the report needs it
 
@@ -326,16 +341,16 @@ def process_memory() -> int:
 
 
 def resident_memory() -> int | None:
-    """Resident bytes of this process; None where the system does not tell."""
+    """Return the resident bytes of this process; None where the system does not provide them."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", _read("/proc/self/status"), re.M)
     return int(found[1]) * 1024 if found else None
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a training process may take on `device`, what this process has already included; None: unknown.
+    """Return the bytes that a training process can use on `device`, including what this process holds; None: unknown.
 
-    CPU: what Linux says is available, and no more than the limits of the control groups this process is in. GPU: what
-    is free, and what this process holds there.
+    CPU: what Linux reports as available, within the limits of the control groups of this process. GPU: what is free and
+    what this process holds there.
     """
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -354,7 +369,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _control_group_limits(root: Path = Path("/sys/fs/cgroup"), groups: str | None = None) -> Iterator[int]:
-    """What each control group above this process leaves it: its limit without what is used and cannot be given back."""
+    """Yield what each control group of this process leaves it: its limit minus what is used and cannot be reclaimed."""
     for line in (groups if groups is not None else _read("/proc/self/cgroup")).splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers == "":  # version 2
@@ -383,66 +398,97 @@ def _read(path: str | Path) -> str:
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
-def certainly_fits(config: TrainConfig, model_config: ModelConfig, micro_batch_size: int, available: int) -> bool:
-    """Whether a run takes so little of `available` bytes that a forecast is not worth its second."""
-    c, tokens = model_config, micro_batch_size * config.context
+def certainly_fits(config: RunConfig, model_config: ModelConfig, micro_batch_size: int, available: int) -> bool:
+    """Return whether a run takes so little of `available` bytes that a forecast is not worth a second."""
+    c, tokens = model_config, micro_batch_size * config.loop.context
     width = 24 * c.hidden_size + 12 * (c.num_attention_heads * c.head_dim)
     width += 8 * c.intermediate_size * (c.num_experts_per_tok if c.num_experts else 1)
-    masks = config.mask_documents * config.context**2 * micro_batch_size * 16
+    masks = config.method.mask_documents * config.loop.context**2 * micro_batch_size * 16
     logits = 16 * max(tokens, EVAL_TOKENS_AT_ONCE) * c.vocab_size
     rough = 32 * count_parameters(c).total + 8 * tokens * c.num_hidden_layers * width + masks + logits
     return (2 << 30) + 2 * rough < available
 
 
-def likely_compiled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to reckon with compiled blocks, before it is known. A run that fills a GPU will be long enough for them;
-    where it is not, it runs out of memory and goes on with smaller micro-batches."""
-    if config.compile == "auto" and device.type == "cuda":
+def likely_compiled(config: RunConfig, device: torch.device) -> bool:
+    """Return whether to forecast with compiled blocks, before that is decided. A run that fills a GPU is long enough to
+    be compiled; where it is not, it runs out of memory and continues with smaller micro-batches."""
+    if config.loop.compile == "auto" and device.type == "cuda":
         return compiler_available(device)
-    return config.compile == "on"
+    return config.loop.compile == "on"
 
 
-def fit(
-    config: TrainConfig,
+class Fit(NamedTuple):
+    """How a run fits into memory."""
+
+    micro_batch_size: int
+    activation_checkpointing: bool
+
+
+def fit_into_memory(
+    config: RunConfig,
     model_config: ModelConfig,
     *,
     device: torch.device,
     precision: ChosenPrecision,
+    objective: Objective[Any] | None = None,
     micro_batch_size: int | None = None,
-) -> int:
-    """The micro-batch to train with: the one asked for, or the largest that fits into the memory there is.
+    activation_checkpointing: bool | None = None,
+) -> Fit:
+    """Return the micro-batch size to train with: the one asked for, or the largest that fits into the available memory.
 
-    micro_batch_size: the one asked for, if not the configuration's.
-    Says so where it is another one; UsageError with the numbers where not even 1 fits.
+    With `--activation-checkpointing auto`, blocks are recomputed only where not even one row fits otherwise.
+    micro_batch_size, activation_checkpointing: of a resumed run, instead of the configuration's.
+    Reports a change with `note`; UsageError with the numbers where not even 1 fits.
     """
-    asked = micro_batch_size or config.micro_batch_size or config.batch_size
+    loop = config.loop
+    asked = micro_batch_size or loop.micro_batch_size or loop.batch_size
+    recompute = loop.activation_checkpointing == "on" if activation_checkpointing is None else activation_checkpointing
     available = available_memory(device)
     if available is None or certainly_fits(config, model_config, asked, available):
-        return asked
-    forecaster = Forecaster(
-        config, model_config, device=device, precision=precision, compiled=likely_compiled(config, device)
-    )
-    needed = forecaster.at(asked).total
+        return Fit(asked, recompute)
+
+    def forecaster(recompute: bool) -> Forecaster:
+        return Forecaster(
+            config,
+            model_config,
+            device=device,
+            precision=precision,
+            objective=objective,
+            compiled=likely_compiled(config, device),
+            activation_checkpointing=recompute,
+        )
+
+    forecast = forecaster(recompute)
+    needed = forecast.at(asked).total
     if needed <= USABLE * available:
-        return asked
-    largest = largest_micro_batch(forecaster, available)
-    note(
-        f"micro-batches of {asked} would need {gigabytes(needed)} of memory, {gigabytes(available)} are available: "
-        f"training with {largest}, {config.batch_size // largest} to an update"
-    )
-    return largest
+        return Fit(asked, recompute)
+    auto = loop.activation_checkpointing == "auto" and activation_checkpointing is None
+    if auto and forecast.largest_fitting(available) is None:
+        recompute, forecast = True, forecaster(True)
+    largest = largest_micro_batch(forecast, available)
+    what = f"{gigabytes(needed)} of memory, {gigabytes(available)} are available"
+    if recompute and auto:
+        note(f"this run would need {what}: recomputing activations in the backward pass")
+    if largest != asked:
+        note(
+            f"micro-batches of {asked} would need {what}: training with micro-batches of {largest}, "
+            f"{loop.batch_size // largest} per update"
+        )
+    return Fit(largest, recompute)
 
 
 def largest_micro_batch(forecaster: Forecaster, available: int) -> int:
-    """The largest divisor of the batch that fits into `available` bytes. UsageError with the numbers if 1 does not."""
+    """Return the largest divisor of the batch size that fits into `available` bytes. UsageError with the numbers if 1
+    does not."""
     largest = forecaster.largest_fitting(available)
     if largest is None:
         config, c = forecaster.config, forecaster.model_config
+        advice = "" if forecaster.activation_checkpointing else ", or set --activation-checkpointing on"
         raise UsageError(
-            f"this run does not fit into memory: with one sequence of {config.context:,} tokens at a time, "
+            f"this run does not fit into memory: with one sequence of {config.loop.context:,} tokens at a time, "
             f"{count_parameters(c).total / 1e6:,.1f}M parameters trained by {config.optim.name} need "
             f"{gigabytes(forecaster.at(1).total)}, and {gigabytes(available)} are available. "
-            "Choose a smaller model or a shorter --context; `gptsmith plan` shows what takes how much."
+            f"Choose a smaller model or a shorter --context{advice}; `gptsmith plan` shows how much each part takes."
         )
     return largest
 

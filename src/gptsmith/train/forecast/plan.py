@@ -1,4 +1,4 @@
-"""What a run will take - memory, time, money - from its configuration, before anything of it runs."""
+"""Forecast the memory, time and cost of a run from its configuration, before it runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import Size, count_parameters, flops_per_token
 from gptsmith.runtime import ChosenPrecision, choose_precision
 from gptsmith.train.budget.recipe import Text
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.config import RunConfig
 from gptsmith.train.forecast.memory import Forecaster, Memory, available_memory, likely_compiled, process_memory
 from gptsmith.train.forecast.timing import Times, measure
+from gptsmith.train.objectives.base import Objective
 
 
 @dataclass(frozen=True)
 class Plan:
     """A forecast. Memory in bytes, times in seconds."""
 
-    config: TrainConfig
+    config: RunConfig
     model: ModelConfig
     text: Text | None
     """The data, where given."""
@@ -31,20 +32,22 @@ class Plan:
     flops_per_token: float
     """Of training: forward and backward pass."""
     memory: Memory
-    """With the micro-batch that was asked for."""
+    """With the micro-batch size that was asked for."""
     smallest: Memory
     """With micro-batches of one sequence."""
     available: int | None
-    """What a process may take on the device; None where that is not known."""
+    """Bytes that a process can use on the device; None where that is not known."""
     largest_micro_batch: int | None
-    """The largest divisor of the batch that fits; None where not even one sequence does, or where it is not known."""
+    """The largest divisor of the batch size that fits; None where not even 1 does, or where it is not known."""
+    activation_checkpointing: bool
+    """Whether the run would recompute activations in the backward pass."""
     times: Times
     price_per_hour: float | None
 
     @property
     def micro_batch_size(self) -> int:
-        """What was asked for."""
-        return self.config.micro_batch_size or self.config.batch_size
+        """The micro-batch size that was asked for."""
+        return self.config.loop.micro_batch_size or self.config.loop.batch_size
 
     @property
     def fits(self) -> bool:
@@ -52,21 +55,21 @@ class Plan:
 
     @property
     def trained_micro_batch(self) -> int:
-        """What the run would train with: as asked, or the largest that fits."""
+        """The micro-batch size that the run would train with: as asked, or the largest that fits."""
         return min(self.micro_batch_size, self.largest_micro_batch or self.micro_batch_size)
 
     @property
     def tokens(self) -> int:
-        """Seen in training, all told."""
-        return self.config.steps * self.config.batch_size * self.config.context
+        """Tokens seen in training, in total."""
+        return self.config.loop.steps * self.config.loop.batch_size * self.config.loop.context
 
     @property
     def tokens_per_second(self) -> float:
-        return self.config.batch_size * self.config.context / self.times.update
+        return self.config.loop.batch_size * self.config.loop.context / self.times.update
 
     @property
     def seconds(self) -> float:
-        """Of the whole command."""
+        """Duration of the whole command."""
         return self.times.command(self.config)
 
     @property
@@ -74,11 +77,11 @@ class Plan:
         return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {
-            "config": to_dict(self.config),
+            "config": self.config.as_options(),
             "model": to_dict(self.model),
-            "text": None if self.text is None else to_dict(self.text),
+            "text": None if self.text is None else {k: v for k, v in to_dict(self.text).items() if k != "init"},
             "device": self.device,
             "precision": self.precision,
             "parameters": to_dict(self.parameters),
@@ -91,6 +94,7 @@ class Plan:
             "fits": self.fits,
             "micro_batch_size": self.trained_micro_batch,
             "largest_micro_batch": self.largest_micro_batch,
+            "activation_checkpointing": self.activation_checkpointing,
             "times": to_dict(self.times),
             "tokens_per_second": self.tokens_per_second,
             "training_seconds": self.times.training(self.config),
@@ -100,37 +104,55 @@ class Plan:
 
 
 def forecast(
-    config: TrainConfig,
+    config: RunConfig,
     model_config: ModelConfig,
     text: Text | None,
     device: torch.device,
     *,
+    objective: Objective[Any] | None = None,
     price_per_hour: float | None = None,
 ) -> Plan:
     """Forecast a run. Takes a few seconds, and those of compiling a block where the run would compile.
 
-    text: its data, or None where that is not known: then evaluations are left out of the time.
+    text: its data, or None where that is not known: then the time does not include evaluations.
+    objective: of the run (default: pretraining).
     """
-    precision = choose_precision(config.precision, device)
-    asked = config.micro_batch_size or config.batch_size
+    precision = choose_precision(config.loop.precision, device)
+    asked = config.loop.micro_batch_size or config.loop.batch_size
     available = available_memory(device)
     own = process_memory()
 
-    def forecaster(compiled: bool) -> Forecaster:
-        return Forecaster(config, model_config, device=device, precision=precision, compiled=compiled, process=own)
+    def forecaster(compiled: bool, recompute: bool) -> Forecaster:
+        return Forecaster(
+            config,
+            model_config,
+            device=device,
+            precision=precision,
+            objective=objective,
+            compiled=compiled,
+            activation_checkpointing=recompute,
+            process=own,
+        )
 
-    foreseen = forecaster(likely_compiled(config, device))
-    largest = None if available is None else foreseen.largest_fitting(available)
+    compiled, recompute = likely_compiled(config, device), config.loop.activation_checkpointing == "on"
+    memory = forecaster(compiled, recompute)
+    largest = None if available is None else memory.largest_fitting(available)
+    if available is not None and largest is None and config.loop.activation_checkpointing == "auto":
+        saving = forecaster(compiled, True)
+        if saving.largest_fitting(available) is not None:  # else the run is refused, and recomputing would not help
+            memory, recompute, largest = saving, True, saving.largest_fitting(available)
     times = measure(
         config,
         model_config,
         device,
         precision,
+        objective=objective,
         micro_batch_size=min(asked, largest or asked),
+        activation_checkpointing=recompute,
         val_tokens=text.val_tokens if text is not None else 0,
     )
-    if times.compile:  # what `auto` decides shows only by the time
-        foreseen = forecaster(True)
+    if times.compile:  # with `--compile auto` only the measured time decides
+        memory = forecaster(True, recompute)
     return Plan(
         config=config,
         model=model_config,
@@ -138,11 +160,12 @@ def forecast(
         device=str(device),
         precision=precision,
         parameters=count_parameters(model_config),
-        flops_per_token=flops_per_token(model_config, config.context),
-        memory=foreseen.at(asked),
-        smallest=foreseen.at(1),
+        flops_per_token=flops_per_token(model_config, config.loop.context),
+        memory=memory.at(asked),
+        smallest=memory.at(1),
         available=available,
         largest_micro_batch=largest,
+        activation_checkpointing=recompute,
         times=times,
         price_per_hour=price_per_hour,
     )

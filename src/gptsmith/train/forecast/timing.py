@@ -1,7 +1,7 @@
-"""How long a run takes on this machine, before it runs: its own updates, timed; the rest by arithmetic.
+"""Forecast how long a run takes on this machine: time its own updates, and compute the rest.
 
-What fits into a few seconds is timed as it is. Of a larger run a smaller one of the same kind is timed - fewer
-sequences, then fewer layers, then narrower ones - and scaled by its arithmetic.
+What fits into a few seconds is timed as it is. For a larger run a smaller one of the same kind is timed (fewer
+sequences, then fewer layers, then narrower ones) and scaled by the ratio of their arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,81 +24,89 @@ from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters, flops_per_token
-from gptsmith.model.loss import token_loss_sum
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, autocast_dtype, compiler_available, synchronize
+from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.budget.recipe import REPORT_SECONDS
-from gptsmith.train.compile import pays
-from gptsmith.train.config import TrainConfig
+from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
+from gptsmith.train.config import RunConfig
 from gptsmith.train.forecast.memory import USABLE, available_memory
+from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import evaluation_rows
-from gptsmith.train.step import Update
+from gptsmith.train.step import TrainingStep
 
-PASS_SECONDS = 2.0  # what one timed pass may take, roughly
-TIMED_SECONDS = 1.5  # and all passes of one kind together
-FEWEST, MOST = 2, 12  # passes
-NARROWEST = 256  # a width below which matrix products run at another rate
+PASS_SECONDS = 2.0  # rough limit for one timed forward and backward pass
+TIMED_SECONDS = 1.5  # and for all repeats of one measurement together
+FEWEST, MOST = 2, 12  # repeats
+NARROWEST = 256  # a width below which matrix products run at a lower rate
 START_SECONDS = 3.0  # from the command to the first step, the text being prepared
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that the parts of a run take."""
+    """Duration of the parts of a run, in seconds."""
 
     update: float
     evaluation: float
-    """Over the whole of what is evaluated on."""
+    """One evaluation."""
     save: float
     sampled_token: float
     compile: float
-    """To compile the blocks, once; 0 where they are not."""
+    """Compiling the blocks, once; 0 where they are not compiled."""
     scale: float
-    """How many times more arithmetic a micro-batch of the run is than what was timed. 1: it was timed itself."""
+    """Arithmetic of a micro-batch of the run relative to what was timed. 1: the run itself was timed."""
 
-    def training(self, config: TrainConfig) -> float:
-        """Seconds from the first step to the last evaluation, as a run's record counts them."""
-        evaluations = -(-config.steps // config.eval_every)
+    def training(self, config: RunConfig) -> float:
+        """Return the seconds from the first step to the last evaluation, as run.json counts them."""
+        loop = config.loop
+        evaluations = -(-loop.steps // loop.eval_every)
         saves = evaluations
-        if config.save_every:
-            steps = {*range(config.save_every, config.steps + 1, config.save_every), config.steps}
-            steps |= set(range(config.eval_every, config.steps + 1, config.eval_every))
+        if loop.save_every:
+            steps = {*range(loop.save_every, loop.steps + 1, loop.save_every), loop.steps}
+            steps |= set(range(loop.eval_every, loop.steps + 1, loop.eval_every))
             saves = len(steps)
-        previews = (config.steps - 1) // config.eval_every
+        previews = (loop.steps - 1) // loop.eval_every
         return (
             self.compile
-            + config.steps * self.update
+            + loop.steps * self.update
             + evaluations * self.evaluation
             + saves * self.save
-            + previews * config.sample_tokens * self.sampled_token
+            + previews * loop.sample_tokens * self.sampled_token
         )
 
-    def command(self, config: TrainConfig) -> float:
-        """Seconds of the whole command, with the last samples and the report."""
-        return START_SECONDS + self.training(config) + 6 * config.sample_tokens * self.sampled_token + REPORT_SECONDS
+    def command(self, config: RunConfig) -> float:
+        """Return the seconds of the whole command, with the last samples and the report."""
+        samples = 6 * config.loop.sample_tokens * self.sampled_token
+        return START_SECONDS + self.training(config) + samples + REPORT_SECONDS
 
 
 def measure(
-    config: TrainConfig,
+    config: RunConfig,
     model_config: ModelConfig,
     device: torch.device,
     precision: ChosenPrecision,
     *,
+    objective: Objective[Any] | None = None,
     micro_batch_size: int | None = None,
+    activation_checkpointing: bool = False,
     val_tokens: int = 0,
 ) -> Times:
-    """Time a run's parts on this machine, in a few seconds (and those of compiling, where the run would).
+    """Time the parts of a run on this machine. Takes a few seconds, and those of compiling where the run would compile.
 
-    micro_batch_size: what to train with, if not the configuration's. val_tokens: length of the validation split.
-    Random numbers are left as they were.
+    objective: of the run (default: pretraining). micro_batch_size: if not the configuration's. val_tokens: length of
+    the validation split. Random numbers are left as they were.
     """
-    rows = micro_batch_size or config.micro_batch_size or config.batch_size
+    loop, objective = config.loop, objective or example_objective(config, model_config)
+    rows = micro_batch_size or loop.micro_batch_size or loop.batch_size
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         rate = _matrix_rate(device, precision)
-        tried, tried_rows = _affordable(model_config, rows, config.context, rate, device)
-        work = rows * config.context * flops_per_token(model_config, config.context)
-        scale = work / (tried_rows * config.context * flops_per_token(tried, config.context))
-        passes = config.batch_size // rows
-        timer = _Timer(Transformer(tried, dropout=config.dropout).to(device), config, precision, tried_rows)
+        tried, tried_rows = _affordable(model_config, rows, loop.context, rate, device)
+        work = rows * loop.context * flops_per_token(model_config, loop.context)
+        scale = work / (tried_rows * loop.context * flops_per_token(tried, loop.context))
+        passes = loop.batch_size // rows
+        model = Transformer(tried, dropout=loop.dropout).to(device)
+        model.activation_checkpointing = activation_checkpointing
+        timer = _Timer(model, objective, config, precision, tried_rows)
 
         forward_backward, step = timer.update()
         step *= _step_scale(model_config, tried, config.optim.name)
@@ -108,32 +117,31 @@ def measure(
             compiling, compiled = timer.compiled()
             update += scale * passes * (compiled - forward_backward)
         forward = timer.evaluation() * scale * tried_rows / rows  # of one sequence of the whole model
-        looked_at = min(val_tokens, config.eval_tokens or val_tokens)
-        sequences = -(-looked_at // config.context)
+        evaluated = min(val_tokens, config.method.eval_tokens or val_tokens)
+        sequences = -(-evaluated // loop.context)
+        size = count_parameters(model_config).multiplied / count_parameters(tried).multiplied
         return Times(
             update=update,
             evaluation=sequences * forward,
             save=_saving_seconds(model_config, config.optim.name),
-            sampled_token=timer.sampled_token()
-            * count_parameters(model_config).multiplied
-            / count_parameters(tried).multiplied,
+            sampled_token=timer.sampled_token() * size,
             compile=compiling,
             scale=scale,
         )
 
 
-def _would_compile(config: TrainConfig, device: torch.device, passes: float) -> bool:
-    """What the run itself will decide; passes: seconds of an update's forward and backward passes."""
-    if config.compile != "auto" or not compiler_available(device):
-        return config.compile == "on"
-    return pays(passes * config.steps, device)
+def _would_compile(config: RunConfig, device: torch.device, seconds: float) -> bool:
+    """Predict what the run will decide; seconds: of an update's forward and backward passes."""
+    if config.loop.compile != "auto" or not compiler_available(device):
+        return config.loop.compile == "on"
+    return worth_compiling(seconds * config.loop.steps, device)
 
 
 # What to time --------------------------------------------------------------------------------------------------------
 
 
 def _affordable(c: ModelConfig, rows: int, context: int, rate: float, device: torch.device) -> tuple[ModelConfig, int]:
-    """The largest model and micro-batch of this kind whose pass takes no more than `PASS_SECONDS`, roughly."""
+    """Return the largest model and micro-batch of this kind that takes at most about `PASS_SECONDS`."""
 
     def seconds(model: ModelConfig, rows: int) -> float:
         return rows * context * flops_per_token(model, context) / rate
@@ -173,7 +181,7 @@ def _half_as_wide(c: ModelConfig) -> ModelConfig:
 
 
 def _step_scale(whole: ModelConfig, tried: ModelConfig, optimizer: str) -> float:
-    """How many times longer the optimizer's step takes: AdamW's reads every number, Muon's multiplies every matrix."""
+    """Return how much longer the optimizer's step takes: AdamW reads every number, Muon multiplies every matrix."""
     if optimizer != "muon":
         return count_parameters(whole).total / count_parameters(tried).total
     return whole.num_hidden_layers / tried.num_hidden_layers * (whole.hidden_size / tried.hidden_size) ** 3
@@ -185,60 +193,69 @@ def _step_scale(whole: ModelConfig, tried: ModelConfig, optimizer: str) -> float
 class _Timer:
     """Times the parts of training one model with micro-batches of `rows` sequences."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, precision: ChosenPrecision, rows: int) -> None:
-        self.config, self.model, self.rows = config, model, rows
-        self.update_of = Update(model, config, precision)
-        self.device = self.update_of.device
-        self.ids = torch.randint(model.config.vocab_size, (rows, config.context), device=self.device)
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective[Any],
+        config: RunConfig,
+        precision: ChosenPrecision,
+        rows: int,
+    ) -> None:
+        self.config, self.model, self.rows, self.objective = config, model, rows, objective
+        self.step: TrainingStep[Any] = TrainingStep.build(
+            model, objective, config, precision=precision, micro_batch_size=rows
+        )
+        self.device = self.step.device
+        self.batch = objective.example_batch(rows)
+        self.count = objective.normalizer(self.batch)[0]
         self.pass_seconds = 0.0
-        self.documents = torch.zeros_like(self.ids, dtype=torch.int32) if config.mask_documents else None
+
+    def _accumulate(self) -> None:
+        self.step.accumulate(self.batch, self.count)
 
     def update(self) -> tuple[float, float]:
-        """Seconds of a forward and backward pass, and of an optimizer step."""
+        """Return the seconds of a forward and backward pass, and of an optimizer step."""
         passes, steps = list[float](), list[float]()
-        for _ in _enough():
-            passes.append(self._timed(lambda: self.update_of.accumulate(self.ids, self.documents)))
-            steps.append(self._timed(self.update_of.apply))
+        for _ in _repeats():
+            passes.append(self._timed(self._accumulate))
+            steps.append(self._timed(lambda: self.step.apply(1.0)))
         self.pass_seconds = _typical(passes)
         return self.pass_seconds, _typical(steps)
 
     def compiled(self) -> tuple[float, float]:
-        """Seconds to compile the blocks, and of a pass then."""
-        from gptsmith.train.compile import compile_blocks, undo_compile
-
-        before = self._timed(lambda: self.update_of.accumulate(self.ids, self.documents))
+        """Return the seconds to compile the blocks, and of a forward and backward pass after that."""
+        before = self._timed(self._accumulate)
         compile_blocks(self.model)
         try:
-            first = self._timed(lambda: self.update_of.accumulate(self.ids, self.documents))
-            passes = [self._timed(lambda: self.update_of.accumulate(self.ids, self.documents)) for _ in _enough()]
-        except Exception:  # whatever a compiler can do wrong: the run will go on without it, too
+            first = self._timed(self._accumulate)
+            passes = [self._timed(self._accumulate) for _ in _repeats()]
+        except Exception:  # a compiler can fail in many ways; the run will go on without it, too
             undo_compile(self.model)
             return 0.0, before
         finally:
-            self.model.zero_grad(set_to_none=True)
+            self.step.clear_gradients()
         return max(0.0, first - _typical(passes)), _typical(passes)
 
     def evaluation(self) -> float:
-        """Seconds a sequence of an evaluation takes."""
+        """Return the seconds per sequence of an evaluation."""
         rows = self.rows
-        if self.pass_seconds < PASS_SECONDS / 2:  # else one as large is like many
-            rows = evaluation_rows(rows, self.config.context)
-        ids = self.ids.repeat(4, 1)[:rows]
-        documents = None if self.documents is None else self.documents.repeat(4, 1)[:rows]
+        if self.pass_seconds < PASS_SECONDS / 2:  # a larger one is as fast as several of these
+            rows = evaluation_rows(rows, self.config.loop.context)
+        batch = self.objective.example_batch(rows)
         self.model.eval()
 
         def evaluate() -> None:
-            with self.update_of.autocast(), torch.no_grad():
-                token_loss_sum(self.model, ids, ids, documents)
+            with torch.no_grad():
+                self.step.loss(batch)
 
-        seconds = _typical([self._timed(evaluate) for _ in _enough()])
+        seconds = _typical([self._timed(evaluate) for _ in _repeats()])
         self.model.train()
         return seconds / rows
 
     def sampled_token(self) -> float:
-        """Seconds a generated token takes."""
-        count, made = max(1, min(24, self.config.context - 1)), 0
-        engine = Engine(self.model, max_batch=1, cache_tokens=2 * self.config.context + 16)
+        """Return the seconds per generated token."""
+        count, made = max(1, min(24, self.config.loop.context - 1)), 0
+        engine = Engine(self.model, max_batch=1, cache_tokens=2 * self.config.loop.context + 16)
         began = time.perf_counter()
         engine.add_request([0], SamplingParams(max_tokens=count, temperature=0.8, seed=0))
         while engine.has_work and time.perf_counter() - began < TIMED_SECONDS:
@@ -253,8 +270,8 @@ class _Timer:
         return time.perf_counter() - began
 
 
-def _enough() -> Iterator[int]:
-    """Turns of a measurement: a few at least, and as many as there is time for."""
+def _repeats() -> Iterator[int]:
+    """Yield the repeats of a measurement: a few at least, and as many as there is time for."""
     began = time.perf_counter()
     for turn in range(MOST):
         if turn >= FEWEST and time.perf_counter() - began > TIMED_SECONDS:
@@ -263,12 +280,12 @@ def _enough() -> Iterator[int]:
 
 
 def _typical(seconds: list[float]) -> float:
-    """The median without the first, which makes buffers and warms up."""
+    """Return the median without the first, which allocates buffers and warms up."""
     return statistics.median(seconds[1:])
 
 
 def _matrix_rate(device: torch.device, precision: ChosenPrecision) -> float:
-    """FLOP/s to expect of training, roughly: half the rate of a matrix product."""
+    """Return a rough guess of the FLOP/s of training: half the rate of a matrix product."""
     size = 512 if device.type == "cpu" else 4096
     dtype = autocast_dtype(precision) or torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -282,21 +299,21 @@ def _matrix_rate(device: torch.device, precision: ChosenPrecision) -> float:
     return 0.5 * 3 * 2 * size**3 / best
 
 
-def _loading_seconds(config: TrainConfig) -> float:
-    """What making a batch takes."""
-    split = TokenSplit.from_array(np.zeros(1 << 20, np.uint16) if config.context < 1 << 19 else np.zeros(4 << 20))
-    rows = min(config.batch_size, max(1, (1 << 20) // config.context))
-    loader = TokenLoader(split, batch_size=rows, seq_len=config.context, seed=0)
+def _loading_seconds(config: RunConfig) -> float:
+    """Return the seconds it takes to make a batch."""
+    split = TokenSplit.from_array(np.zeros(1 << 20, np.uint16) if config.loop.context < 1 << 19 else np.zeros(4 << 20))
+    rows = min(config.loop.batch_size, max(1, (1 << 20) // config.loop.context))
+    loader = TokenLoader(split, batch_size=rows, seq_len=config.loop.context, seed=0)
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
         next(loader)
         seconds.append(time.perf_counter() - began)
-    return min(seconds) * config.batch_size / rows
+    return min(seconds) * config.loop.batch_size / rows
 
 
 def _saving_seconds(model_config: ModelConfig, optimizer: str) -> float:
-    """What writing a checkpoint takes: all weights and optimizer state written, synced and summed, by a small file."""
+    """Return the seconds to write, sync and hash the weights and the optimizer state, estimated from a small file."""
     probe = os.urandom(8 << 20)
     with tempfile.TemporaryFile() as file:
         began = time.perf_counter()
@@ -309,4 +326,4 @@ def _saving_seconds(model_config: ModelConfig, optimizer: str) -> float:
     return FILES_SECONDS + per_byte * size
 
 
-FILES_SECONDS = 0.05  # of a checkpoint's dozen small files
+FILES_SECONDS = 0.05  # for a checkpoint's dozen small files

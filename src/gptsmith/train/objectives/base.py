@@ -1,43 +1,148 @@
-"""What a trainer needs of a task: batches, and a loss as a sum with its weight."""
+"""What the trainer needs of a training task: batches, and a loss as a sum with its count.
+
+A new task is a subclass of `Objective` with at least `next_batch`, `loss` and `example_batch`. The trainer owns
+everything else: accumulation, clipping, schedules, precision, logging, saving, resuming, signals and budgets.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Generic, Protocol, Self, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from gptsmith.checkpoint import TrainState
 from gptsmith.model.transformer import Transformer
+from gptsmith.run_directory import Selection
+
+__all__ = ["Batch", "LossHistory", "LossOutput", "Models", "Objective", "Selection", "Sum", "TrainState"]
+
+
+class Batch(Protocol):
+    """The rows of one update. The trainer cuts it into micro-batches and moves them to the device."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Return rows [start, stop); `stop` may lie beyond the end."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
-class LossSum:
-    """A loss not yet averaged: the trainer divides by the weights of all micro-batches together."""
+class Sum:
+    """A metric that adds up over micro-batches and steps; `total / count` is what is logged.
 
-    sum: Tensor
-    """Scalar, natural-log units, summed over what it is about (tokens, pairs)."""
-    weight: float
-    """How many of those there are."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """What else to log, averaged over the steps of a log line."""
+    Leave `total` on the device: reading it there would make the GPU wait at every micro-batch.
+    """
+
+    total: Tensor
+    count: Tensor | float = 1.0
 
 
-class Objective(Protocol):
-    """A training task. `pretrain` is one; each further way of training is one more small file."""
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a micro-batch, not yet averaged: the trainer divides by the count of the whole batch."""
 
-    def next_batch(self) -> Any:
-        """The batch of one update, `batch_size` rows. Its number of targets is `weight(batch)`."""
+    loss_sum: Tensor
+    """Scalar, in nats, summed over what is counted (tokens, pairs)."""
+    metrics: Mapping[str, Sum] = field(default_factory=dict)
+    """What else to log."""
 
-    def slice(self, batch: Any, start: int, stop: int) -> Any:
-        """Rows [start, stop) of a batch: a micro-batch."""
 
-    def weight(self, batch: Any) -> float: ...
+@dataclass
+class Models:
+    """The models that an objective works with. Those with parameters that require gradients are trained."""
 
-    def loss(self, model: Transformer, batch: Any) -> LossSum: ...
+    policy: Transformer
+    """The model that is trained, saved and served."""
+    reference: Transformer | None = None
+    value: nn.Module | None = None
+    reward: nn.Module | None = None
 
-    def evaluate(self, model: Transformer, micro_batch_size: int) -> dict[str, float] | None:
-        """Metrics with `val_loss`, or None where there is nothing to evaluate on or evaluation was broken off."""
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the models that are there, with the prefix of their parameters' names; the policy has none."""
+        yield "", self.policy
+        for name in ("reference", "value", "reward"):
+            module = getattr(self, name)
+            if module is not None:
+                yield f"{name}.", module
 
-    def state_dict(self) -> dict[str, Any]: ...
+    @property
+    def device(self) -> torch.device:
+        return next(self.policy.parameters()).device
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+@dataclass
+class LossHistory:
+    """The loss over a run, for `Objective.diverged`."""
+
+    first: float | None = None
+    """Loss of the first update."""
+    recent: float = float("nan")
+    """Exponential average over about 20 updates."""
+
+    def add(self, loss: float) -> None:
+        if self.first is None:
+            self.first = self.recent = loss
+        self.recent += (loss - self.recent) / 20
+
+
+class Objective(Generic[B]):
+    """A training task. Subclass it; the methods with a body have sensible defaults.
+
+    `next_batch` and `loss` must be functions of the models, the random-number state and what `state` returns: then a
+    run that was killed and resumed computes what it would have computed without the interruption.
+    """
+
+    selection: Selection = Selection("val_loss", "min")
+    """The evaluation metric that chooses the best checkpoint."""
+
+    def models(self, policy: Transformer) -> Models:
+        """Return the models to work with. Called once, after the policy has its starting weights."""
+        return Models(policy)
+
+    def next_batch(self, models: Models, step: int) -> B:
+        """Return the batch of update `step`, with any number of rows. It may generate with the models.
+
+        A batch without rows, or with a count of 0, is passed over and the next one asked for.
+        """
+        raise NotImplementedError
+
+    def normalizer(self, batch: B) -> tuple[float, int]:
+        """Return what the loss sum of `batch` is divided by, and how many tokens were processed (for throughput)."""
+        return float(batch.num_rows), batch.num_rows
+
+    def loss(self, models: Models, batch: B) -> LossOutput:
+        """Return the loss of a micro-batch, which is on the device, as a sum."""
+        raise NotImplementedError
+
+    def diverged(self, history: LossHistory) -> str | None:
+        """Return how the loss shows that training has diverged ("has risen to …"), or None. NaN is found without it."""
+        if history.first is not None and history.recent > history.first + 1.0:
+            return f"has risen to {history.recent:.2f}, from {history.first:.2f}"
+        return None
+
+    def evaluate(self, models: Models, rows: int) -> dict[str, float] | None:
+        """Return metrics, `selection.metric` among them; None where there is nothing to evaluate on, or on a stop.
+
+        rows: micro-batch size that is known to fit into memory for training.
+        """
+        return None
+
+    def example_batch(self, rows: int) -> B:
+        """Return a batch of `rows` rows of the usual length and arbitrary content, for forecasts and timing."""
+        raise NotImplementedError
+
+    def state(self) -> TrainState:
+        """Return what must be saved to continue: cursors, buffers, weights of a value model."""
+        return TrainState({}, {})
+
+    def load_state(self, state: TrainState) -> None:
+        """Restore what `state` returned."""

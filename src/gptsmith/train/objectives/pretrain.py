@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
+from gptsmith.checkpoint import TrainState
+from gptsmith.data.loader import IGNORED, TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
+from gptsmith.errors import CheckpointError, DataError
 from gptsmith.evaluate.validation import split_loss
-from gptsmith.model.loss import LossFunction, token_loss_sum
+from gptsmith.model.loss import token_loss_sum
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
-from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import out_of_memory
-from gptsmith.train.objectives.base import LossSum
+from gptsmith.train.objectives.base import LossOutput, Models, Objective, Sum
 
 EVAL_TOKENS_AT_ONCE = 8192
+LARGEST_EXAMPLE_ID = 1 << 15  # of example batches: forecasts time models whose vocabulary is cut to so many tokens
 
 
 def evaluation_rows(micro_batch_size: int, seq_len: int) -> int:
-    """Sequences of an evaluation's forward pass: many, but no more than take about as much memory as training does."""
+    """Return the sequences per forward pass of an evaluation: many, within the memory that training takes."""
     return max(1, min(4 * micro_batch_size, EVAL_TOKENS_AT_ONCE // seq_len))
 
 
-class Pretrain:
-    """The pretraining objective over a prepared dataset."""
+class NextToken(Objective[TokenBatch]):
+    """The loss of next-token prediction, whatever the batches come from.
+
+    seq_len: tokens per row. mask_documents: tokens attend only within their own document.
+    """
+
+    def __init__(self, *, seq_len: int, vocab_size: int, mask_documents: bool = False) -> None:
+        self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
+
+    def normalizer(self, batch: TokenBatch) -> tuple[float, int]:
+        return float(batch.num_targets), batch.num_targets
+
+    def loss(self, models: Models, batch: TokenBatch) -> LossOutput:
+        model, routers = models.policy, list[Tensor]()
+        config = model.config
+        if not config.num_experts:
+            return LossOutput(token_loss_sum(model, *batch))
+        loss = token_loss_sum(model, *batch, routers)
+        load = expert_load(routers, config.num_experts_per_tok)
+        balance = load_balancing_loss(routers, config.num_experts_per_tok, load)
+        extra = config.router_aux_loss_coef * balance
+        if config.router_z_loss_coef:
+            extra = extra + config.router_z_loss_coef * router_z_loss(routers)
+        metrics = {
+            "balance_loss": Sum(balance.detach()),
+            "expert_load_max": Sum(load.max() * config.num_experts),  # 1: as much as every other
+            "expert_load_min": Sum(load.min() * config.num_experts),
+        }
+        return LossOutput(loss + (batch.targets != IGNORED).sum() * extra, metrics)
+
+    def example_batch(self, rows: int) -> TokenBatch:
+        ids = torch.randint(min(self.vocab_size, LARGEST_EXAMPLE_ID), (rows, self.seq_len))
+        documents = torch.zeros_like(ids, dtype=torch.int32) if self.mask_documents else None
+        return TokenBatch(ids, ids, documents)
+
+
+class Pretrain(NextToken):
+    """Next-token prediction over a prepared dataset."""
 
     def __init__(
         self,
@@ -36,57 +74,25 @@ class Pretrain:
         batch_size: int,
         seq_len: int,
         seed: int,
-        device: torch.device,
+        vocab_size: int,
         mask_documents: bool = False,
         eval_tokens: int | None = None,
-        loss: LossFunction = token_loss_sum,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.dataset, self.seq_len, self.device = dataset, seq_len, device
-        self.mask_documents, self.eval_tokens = mask_documents, eval_tokens
-        self.token_loss, self.should_stop = loss, should_stop
+        super().__init__(seq_len=seq_len, vocab_size=vocab_size, mask_documents=mask_documents)
+        self.dataset, self.eval_tokens, self.should_stop = dataset, eval_tokens, should_stop
         self.loader = TokenLoader(
             dataset.train, batch_size=batch_size, seq_len=seq_len, seed=seed, mask_documents=mask_documents
         )
         if self.has_validation:
-            next(self._validation_batches(1))  # a split that is too short is told now, not after an hour
+            next(self._validation_batches(1))  # a split that is too short is reported now, not after an hour
 
     @property
     def has_validation(self) -> bool:
         return len(self.dataset.val) > 0
 
-    def next_batch(self) -> TokenBatch:
+    def next_batch(self, models: Models, step: int) -> TokenBatch:
         return next(self.loader)
-
-    def slice(self, batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-        return batch.slice(start, stop)
-
-    def weight(self, batch: TokenBatch) -> float:
-        return float(batch.num_targets)
-
-    def loss(self, model: Transformer, batch: TokenBatch) -> LossSum:
-        weight, inputs = self.weight(batch), batch.to(self.device)
-        if not model.config.num_experts:
-            return LossSum(self.token_loss(model, *inputs), weight)
-        return self._loss_with_experts(model, *inputs, weight)
-
-    def _loss_with_experts(
-        self, model: Transformer, ids: Tensor, targets: Tensor, document_ids: Tensor | None, weight: float
-    ) -> LossSum:
-        """Cross-entropy plus what keeps routers balanced and their logits small; the spread of the load is logged."""
-        config, routers = model.config, list[Tensor]()
-        loss = token_loss_sum(model, ids, targets, document_ids, routers)
-        load = expert_load(routers, config.num_experts_per_tok)
-        balance = load_balancing_loss(routers, config.num_experts_per_tok, load)
-        extra = config.router_aux_loss_coef * balance
-        if config.router_z_loss_coef:
-            extra = extra + config.router_z_loss_coef * router_z_loss(routers)
-        metrics = {
-            "balance_loss": float(balance.detach()),
-            "expert_load_max": float(load.max()) * config.num_experts,  # 1: as much as every other
-            "expert_load_min": float(load.min()) * config.num_experts,
-        }
-        return LossSum(loss + weight * extra, weight, metrics)
 
     def _validation_batches(self, size: int) -> Iterator[TokenBatch]:
         batches = whole_split_batches(
@@ -96,22 +102,56 @@ class Pretrain:
             return iter(batches)
         return islice(batches, max(1, self.eval_tokens // (size * self.seq_len)))
 
-    def evaluate(self, model: Transformer, micro_batch_size: int) -> dict[str, float] | None:
-        """`val_loss`: mean nats per token over the validation split."""
+    def evaluate(self, models: Models, rows: int) -> dict[str, float] | None:
+        """Return `val_loss`: mean nats per token over the validation split."""
         if not self.has_validation:
             return None
-        size = evaluation_rows(micro_batch_size, self.seq_len)
+        size = evaluation_rows(rows, self.seq_len)
         while True:
             try:
-                value = split_loss(model, self._validation_batches(size), should_stop=self.should_stop)
+                value = split_loss(models.policy, self._validation_batches(size), should_stop=self.should_stop)
                 return None if value is None else {"val_loss": value}
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or size == 1:
                     raise
             size //= 2
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.loader.state_dict()
+    def state(self) -> TrainState:
+        return TrainState(self.loader.state_dict(), {})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state)
+    def load_state(self, state: TrainState) -> None:
+        self.loader.load_state_dict(state.values)
+
+
+class BatchStream(NextToken):
+    """Next-token prediction over batches from any iterable; there is no validation.
+
+    batches: `TokenBatch`es, or pairs (ids, targets) of (B, T) integer arrays or tensors. To resume, give an
+        iterable that yields the same batches from its beginning: those already taken are skipped.
+    """
+
+    def __init__(self, batches: Iterable[Any], *, seq_len: int, vocab_size: int) -> None:
+        super().__init__(seq_len=seq_len, vocab_size=vocab_size)
+        self._batches, self.taken = iter(batches), 0
+
+    def next_batch(self, models: Models, step: int) -> TokenBatch:
+        for batch in self._batches:
+            self.taken += 1
+            return batch if isinstance(batch, TokenBatch) else TokenBatch(*map(_as_ids, batch))
+        raise DataError(f"the iterable of batches ended after {self.taken}. Give one for every step, or fewer --steps.")
+
+    def state(self) -> TrainState:
+        return TrainState({"taken": self.taken}, {})
+
+    def load_state(self, state: TrainState) -> None:
+        skipped = sum(1 for _ in islice(self._batches, state.values["taken"] - self.taken))
+        self.taken += skipped
+        if self.taken != state.values["taken"]:
+            raise CheckpointError(
+                f"the batches end after {self.taken}, before the checkpoint's {state.values['taken']}. To resume, give "
+                "an iterable that yields the same batches from its beginning."
+            )
+
+
+def _as_ids(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int64)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gptsmith.errors import GptsmithError
-from gptsmith.train import step as trial
-from tests.factories import tiny_train_config
+from gptsmith.train.budget import machine
+from tests.factories import tiny_run_config
 
-CONFIG = tiny_train_config(batch_size=12)
+CONFIG = tiny_run_config(batch_size=12)
 MODEL = CONFIG.model.build(50, 32)
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def test_random_numbers_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    assert trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32") > 0
+    assert machine.seconds_per_update(CONFIG, MODEL, CPU, "fp32") > 0
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -30,15 +30,15 @@ def test_of_a_large_batch_a_part_is_timed(
 ) -> None:
     seen = []
 
-    def fastest(config: Any, model: Any, device: Any, precision: Any, rows: int) -> tuple[float, float]:
+    def fastest(config: Any, model: Any, device: Any, precision: Any, objective: Any, rows: int) -> tuple[float, float]:
         seen.append(rows)
         if rows > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return 0.5 * rows, 7.0
 
-    monkeypatch.setattr(trial, "MOST_TOKENS", most)
-    monkeypatch.setattr(trial, "_fastest", fastest)
-    assert trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32") == pytest.approx(0.5 * 12 + 7)
+    monkeypatch.setattr(machine, "MOST_TOKENS", most)
+    monkeypatch.setattr(machine, "_fastest", fastest)
+    assert machine.seconds_per_update(CONFIG, MODEL, CPU, "fp32") == pytest.approx(0.5 * 12 + 7)
     assert seen == tried
 
 
@@ -46,6 +46,6 @@ def test_a_model_of_which_not_one_sequence_fits_is_told(monkeypatch: pytest.Monk
     def fastest(*_: Any) -> tuple[float, float]:
         raise MemoryError
 
-    monkeypatch.setattr(trial, "_fastest", fastest)
-    with pytest.raises(GptsmithError, match="no memory to try out .* Give a smaller --depth"):
-        trial.seconds_per_update(CONFIG, MODEL, CPU, "fp32")
+    monkeypatch.setattr(machine, "_fastest", fastest)
+    with pytest.raises(GptsmithError, match="not enough memory to time .* Set a smaller --depth"):
+        machine.seconds_per_update(CONFIG, MODEL, CPU, "fp32")

@@ -1,0 +1,114 @@
+"""Training from Python: `gptsmith.fit` and `gptsmith.runs`.
+
+run = gptsmith.fit("input.txt", steps=500, context=64, out="runs/mine")
+model, tokenizer = gptsmith.load(run)
+for run in gptsmith.runs("runs"):
+    print(run.name, run.status, run.best)
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptsmith.errors import UsageError
+from gptsmith.log import note, quiet
+from gptsmith.model.config import ModelConfig
+from gptsmith.report import write_report
+from gptsmith.run_directory import Run, find_runs, read_run
+from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.callbacks import Callback
+from gptsmith.train.config import RunConfig, options_of, with_options
+from gptsmith.train.objectives.registry import ObjectiveFactory
+from gptsmith.train.run import Extras, resume, start
+from gptsmith.train.variation import ModelFactory
+
+Data = str | Path | Iterable[Any]
+
+
+def fit(
+    data: Data | None = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    init: str | Path | None = None,
+    resume: str | Path | Run | None = None,
+    callbacks: Sequence[Callback] = (),
+    objective: str | ObjectiveFactory | None = None,
+    model: ModelConfig | ModelFactory | None = None,
+    tokenizer: Tokenizer | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Run:
+    """Train a model and return its run, as `gptsmith train` does; nothing is printed unless `verbose`.
+
+    data: a text file, a folder, a named corpus; or an iterable of batches (`TokenBatch`, or pairs of ids and targets,
+        each (B, T) integers, -100 for no target), which needs `tokenizer` or `init`.
+    config, options: a `RunConfig`, or options by the names of the command line (`steps=500`,
+        `**{"model.hidden_size": 64}`, `model_options`); `options` win over `config`.
+    out: the run directory (default: runs/NAME, numbered if taken). init: continue pretraining this model.
+    resume: continue this run from its last checkpoint instead; `objective`, `model` and batches as it was started with.
+    objective: a registered name, `module:name`, or a function that makes an `Objective` of an `ObjectiveContext`
+        (default: pretraining, or that of the resumed run).
+    model: the model's configuration, or a function `(ModelConfig, dropout) -> Transformer`.
+    Raises GptsmithError (UsageError, DataError, DivergedError, …), or KeyboardInterrupt after saving on Ctrl-C.
+    """
+    given = dict(options)
+    if config is not None and not isinstance(config, RunConfig):
+        given = {**config, **given}
+    if init is not None:
+        given["init"] = str(init)
+    base = config if isinstance(config, RunConfig) else RunConfig()
+    batches = data if data is not None and not isinstance(data, str | Path) else None
+    extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))
+    began = time.monotonic()
+    with quiet(not verbose):
+        if resume is not None:
+            if out is not None or init is not None:
+                raise UsageError(
+                    "resume takes the directory and the starting model from the run; leave out out and init."
+                )
+            result = _resume(Path(resume), given, config, extras, data is not None and batches is None)
+        else:
+            if data is None and objective in (None, "pretrain"):
+                raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
+            overrides = options_of(given) | ({"init"} if init is not None else set())
+            if isinstance(config, RunConfig):
+                from gptsmith.train.budget.recipe import settled
+
+                overrides |= settled(base)
+            result = start(
+                str(data) if isinstance(data, str | Path) else None,
+                with_options(base, given),
+                None if out is None else Path(out),
+                overrides=overrides,
+                began=began,
+                on_end=write_report,
+                extras=extras,
+            )
+        if result.outcome == "interrupted":
+            note(f"Stopped; progress saved. Resume with: gptsmith.fit(resume={str(result.run.directory)!r})")
+    if result.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    return read_run(result.run.directory)
+
+
+def _resume(directory: Path, given: dict[str, Any], config: Any, extras: Extras, with_text: bool) -> Any:
+    from gptsmith.train.run import run_config_of
+
+    if with_text:
+        raise UsageError("resume takes the text from the run; leave out data.")
+    asked: RunConfig | None = None
+    if isinstance(config, RunConfig):
+        asked = with_options(config, given)
+    elif given:
+        asked = with_options(run_config_of(read_run(directory)), given)
+    return resume(directory, asked, on_end=write_report, extras=extras)
+
+
+def runs(directory: str | Path = "runs") -> list[Run]:
+    """Return the runs in a directory and in its folders, oldest first."""
+    return find_runs(directory)

@@ -1,0 +1,163 @@
+"""The options of a run, shared by train, plan, find-lr and scale."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from gptsmith.errors import UsageError
+from gptsmith.log import note
+from gptsmith.presets import describe_presets, preset
+from gptsmith.run_directory import migrated
+from gptsmith.train.budget.recipe import settled
+from gptsmith.train.config import (
+    AutoConfig,
+    DataConfig,
+    InitConfig,
+    LoopConfig,
+    ModelOptions,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    is_flat,
+    with_options,
+)
+
+_FLAT = tyro.conf.arg(name="")  # options of the part without its name before them
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Base of the commands that describe a run."""
+
+    preset: str | None = None
+    """Start from a named configuration (see below); other options override it."""
+    config: Path | None = None
+    """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
+    auto: Annotated[AutoConfig, _FLAT] = field(default_factory=AutoConfig)
+    text: Annotated[DataConfig, _FLAT] = field(default_factory=DataConfig)
+    init: Annotated[InitConfig, _FLAT] = field(default_factory=InitConfig)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    method: Annotated[PretrainConfig, _FLAT] = field(default_factory=PretrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: Annotated[LoopConfig, _FLAT] = field(default_factory=LoopConfig)
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(self.auto, self.text, self.init, self.model, self.method, self.optim, self.loop)
+
+
+class ParsedRun(NamedTuple):
+    """A parsed command line of a command that describes a run."""
+
+    options: Any
+    """An instance of the command's dataclass."""
+    overrides: set[str]
+    """Flat names of the options that a budget does not change: those of a preset, a file, and the command line."""
+
+
+def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **defaults: Any) -> ParsedRun:
+    """Parse the arguments of a command over its base configuration: a run's own, a preset, a file, or the default.
+
+    defaults: of the command's own required fields.
+    """
+    base, whole = _base(arguments)
+    explicit = explicit_options(arguments)
+    parts = {"text" if part.name == "data" else part.name: getattr(base, part.name) for part in fields(base)}
+    options = tyro.cli(
+        command,
+        prog=f"gptsmith {name}",
+        args=list(arguments),
+        default=command(**parts, **defaults),
+        description=f"{command.__doc__}\n\npresets:\n{describe_presets()}",
+    )
+    if options.init.init is not None:
+        _refuse_with_init(options.init.init, explicit)
+    return ParsedRun(options, explicit | (settled(base) if whole else set()))
+
+
+def explicit_options(arguments: Sequence[str]) -> set[str]:
+    """Return the flat names of the options on a command line (`--model.no-tie-word-embeddings` sets
+    model.tie_word_embeddings)."""
+    names = [argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    return {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
+
+
+def _refuse_with_init(model: str, explicit: set[str]) -> None:
+    wrong = {name for name in explicit if name.startswith("model.")}
+    wrong |= explicit & {"tokenizer", "vocab_size", "unknown", "depth", "preset"}
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
+        raise UsageError(f"with --init the model and its tokenizer are those of {model}; leave out {flags}.")
+
+
+def _base(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+    """Return the base configuration, and whether it was chosen as a whole."""
+    resume, name, file = (_value(arguments, option) for option in ("--resume", "--preset", "--config"))
+    if sum(value is not None for value in (resume, name, file)) > 1:
+        raise UsageError("--resume, --preset and --config each set a whole configuration; use one of them.")
+    if resume is not None:
+        from gptsmith.run_directory import read_run
+        from gptsmith.train.run import run_config_of
+
+        return run_config_of(read_run(Path(resume))), True
+    if name is not None:
+        return preset(name), True
+    if file is not None:
+        return read_config(Path(file)), True
+    return RunConfig(), False
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """Return the value of an option by the parser's rules: the last one counts."""
+    value = None
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(option + "="):
+            value = argument.removeprefix(option + "=")
+    return value
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read a configuration from a run.json, or from JSON or YAML with the names of the options, in parts or flat.
+
+    Raises UsageError for a file that cannot be read, an unknown name or a wrong value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {path} is not UTF-8 text.") from None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            try:
+                import yaml
+            except ImportError:
+                raise UsageError(f"--config {path}: reading YAML needs `pip install pyyaml`; or use JSON.") from None
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not valid JSON: {error}.") from None
+    except UsageError:
+        raise
+    except Exception as error:  # yaml has its own
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    if isinstance(values, dict) and "config" in values and "version" in values:  # a run.json
+        values = migrated(values, str(path))["config"]
+    try:
+        if not isinstance(values, dict):
+            raise UsageError(f"the configuration must be a mapping, not {values!r}.")
+        if is_flat(values):
+            note(f"note: {path} has the flat form of older versions; run.json now groups options by part")
+        return with_options(RunConfig(), values)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None

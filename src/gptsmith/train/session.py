@@ -1,0 +1,225 @@
+"""Everything that one process needs to train a run: model, optimizers, trainer, signals, display."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gptsmith.checkpoint import CheckpointStore, load_train_state
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
+from gptsmith.formats.hf import load_model_weights, read_config
+from gptsmith.log import note
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.transformer import Transformer
+from gptsmith.run_directory import Run
+from gptsmith.runtime import compiler_available, out_of_memory, synchronize
+from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.budget.deadline import Deadline
+from gptsmith.train.budget.parse import Budget
+from gptsmith.train.callbacks import Callback
+from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
+from gptsmith.train.config import RunConfig
+from gptsmith.train.display import Display
+from gptsmith.train.forecast.memory import fit_into_memory
+from gptsmith.train.objectives.base import Objective
+from gptsmith.train.samples import Samples
+from gptsmith.train.signals import StopSignal
+from gptsmith.train.step import OutOfMemoryError, TrainingStep
+from gptsmith.train.trainer import Outcome, Trainer
+
+
+class RunResult(NamedTuple):
+    """How training ended; `signal` is the number of the signal that interrupted it, or 0."""
+
+    run: Run
+    outcome: Outcome
+    signal: int
+
+
+class Session:
+    """One process's share of a run.
+
+    make_model: builds the policy for the seed that is set. began: when a budget of time started
+    (`time.monotonic()`); None for a resumed run, whose clock starts now.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        make_model: Callable[[], Transformer],
+        objective: Objective[Any],
+        device: torch.device,
+        *,
+        stop: StopSignal | None = None,
+        callbacks: Sequence[Callback] = (),
+        began: float | None = None,
+    ) -> None:
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        self.stop = StopSignal() if stop is None else stop
+        # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
+        precision = run.info["precision"]
+        fit = fit_into_memory(
+            config,
+            model_config,
+            device=device,
+            precision=precision,
+            objective=objective,
+            micro_batch_size=run.info.get("micro_batch_size"),
+            activation_checkpointing=run.info.get("activation_checkpointing"),
+        )
+        run.info["micro_batch_size"] = fit.micro_batch_size
+        run.info["activation_checkpointing"] = fit.activation_checkpointing
+        run.info["selection"] = objective.selection._asdict()
+        torch.manual_seed(config.loop.seed)
+        self.model = make_model().to(device)
+        self.model.activation_checkpointing = fit.activation_checkpointing
+        self.store = CheckpointStore(run.directory)
+        self.display = Display(config.loop.steps)
+        self.training_step: TrainingStep[Any] = TrainingStep.build(
+            self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size
+        )
+        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop)
+        self.callbacks = [self.samples, *callbacks]
+        self.trainer = Trainer(
+            config=config,
+            run=run,
+            training_step=self.training_step,
+            tokenizer=tokenizer,
+            store=self.store,
+            should_stop=self.stop,
+            display=self.display,
+            deadline=self._deadline(began),
+            callbacks=self.callbacks,
+        )
+
+    def _deadline(self, began: float | None) -> Deadline | None:
+        """Return the deadline of a budget of time."""
+        text = self.config.auto.budget
+        budget = None if text is None else Budget.parse(text)
+        if budget is None or budget.kind != "seconds":
+            return None
+        plan = self.run.part("plan")
+        return Deadline(
+            budget.amount,
+            before=0.0 if began is None else time.monotonic() - began,
+            eval_seconds=plan["eval_seconds"],
+            teardown_seconds=plan["teardown_seconds"],
+        )
+
+    def restore(self) -> int:
+        """Load the newest intact checkpoint and return its step."""
+        directory = self.store.newest_intact()
+        if read_config(directory) != self.model.config:
+            raise CheckpointError(
+                f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
+                "Start a new run to change the model."
+            )
+        load_model_weights(self.model, directory)
+        self.trainer.restore(load_train_state(directory))
+        self.display.first_step, self.display.steps = self.trainer.step, self.trainer.steps
+        return self.trainer.step
+
+    def train(self, on_end: Callable[[Path], object]) -> RunResult:
+        """Train to the end or until a stop, and record the outcome. `on_end(directory)` is called either way."""
+        try:
+            if "compile" not in self.run.info:  # decided once: a resumed run computes as the run did before
+                self.run.update(compile=self._should_compile())
+            with self.stop, self.display:
+                if self.run.info["compile"]:
+                    self._compile()
+                outcome = self.trainer.run()
+                self.run.update(status=outcome, ended=now(), seconds=round(self.trainer.elapsed(), 1))
+                if outcome == "finished":
+                    self.samples.write_final(self.run, self.trainer.step)
+        except BaseException as error:
+            status = "diverged" if isinstance(error, DivergedError) else "failed"
+            with contextlib.suppress(Exception):  # the disk or the memory may be full: what matters is the message
+                self.run.update(status=status, ended=now(), error=_first_line(error))
+                if isinstance(error, TrainingError):
+                    on_end(self.run.directory)
+            for callback in self.callbacks:
+                with contextlib.suppress(Exception):
+                    callback.on_end(self.run, status)
+            raise
+        try:
+            on_end(self.run.directory)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            note(
+                "not enough memory to write the report; the run itself is complete. "
+                f"Write it with: gptsmith report {self.run.directory}"
+            )
+        for callback in self.callbacks:
+            callback.on_end(self.run, outcome)
+        return RunResult(self.run, outcome, self.stop.number)
+
+    def _compile(self) -> None:
+        """Compile the blocks; without them if that fails."""
+        self.display.say("compiling")
+        began = time.monotonic()
+        compile_blocks(self.model)
+        try:
+            self._probe()
+        except TrainingError:
+            raise
+        except Exception as error:  # a compiler, its headers or its runtime can fail in many ways
+            undo_compile(self.model)
+            if self.config.loop.compile == "on":
+                raise GptsmithError(f"--compile on failed: {_first_line(error)} Use --compile auto or off.") from error
+            self.display.print(f"note: compiling failed, continuing without: {_first_line(error)}")
+            self.run.update(compile=False)
+        self.trainer.elapsed_before += time.monotonic() - began
+
+    def _should_compile(self) -> bool:
+        """Return whether to compile: where it is possible and saves clearly more time than it costs."""
+        device = self.training_step.device
+        if self.config.loop.compile != "auto":
+            return self.config.loop.compile == "on"
+        if not compiler_available(device):
+            return False
+        seconds = min(self._probe() for _ in range(3))
+        seconds *= self.config.loop.batch_size // self.training_step.micro_batch_size
+        return worth_compiling(seconds * (self.trainer.steps - self.trainer.step), device)
+
+    def _probe(self) -> float:
+        """Return the seconds of one micro-batch's forward and backward pass.
+
+        Leaves no trace in gradients and random numbers; micro-batches become smaller where memory runs out.
+        """
+        step, objective = self.training_step, self.training_step.objective
+        while True:
+            with step.probe():
+                batch = objective.example_batch(step.micro_batch_size)
+                count = objective.normalizer(batch)[0]
+                began = time.perf_counter()
+                try:
+                    step.accumulate(batch, count)
+                    synchronize(step.device)
+                    return time.perf_counter() - began
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    reason = str(error)
+            try:
+                step.shrink(reason)
+            except OutOfMemoryError as error:
+                raise TrainingError(self.trainer.out_of_memory_message(error)) from error
+
+
+def now() -> str:
+    """Return the present time in ISO 8601, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
