@@ -213,7 +213,10 @@ def test_async_client_cancels_tasks(start: Start) -> None:
                 )
                 for _ in range(8)
             ]
-            await asyncio.sleep(0.3)
+            generating = asyncio.to_thread(
+                live.settled, lambda: "tiny" in live.models.loaded() and stats(live).blocks_used > 0
+            )
+            assert await generating
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
