@@ -44,7 +44,7 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
     if bits != 32:
         quantize(model, bits)  # type: ignore[arg-type]
     engine = Engine(model, block_size=4, max_batch=6, max_batch_tokens=8 if bits == 32 else 30)
-    runner = engine.runner
+    runner = engine.executor.runner
     assert isinstance(runner, CpuRunner)
     steps = 0
     program = runner._logits

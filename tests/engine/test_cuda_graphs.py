@@ -22,7 +22,7 @@ PROMPTS = [[1, 2, 3], [4], list(range(11)), [9, 9], [5, 6, 7, 8]]
 def compare(model: Transformer, captured: bool, tolerance: float) -> int:
     """Compare the logits of each step with the plain runner's; return how many steps used static tensors."""
     engine = Engine(model, block_size=4, max_batch=4, cache_tokens=80)
-    plain = engine.runner
+    plain = engine.executor.runner
     runner = GraphRunner(model, plain.cache, engine.vocab_size, captured=captured)
     steps = 0
     compute = runner._logits
@@ -36,7 +36,7 @@ def compare(model: Transformer, captured: bool, tolerance: float) -> int:
         return actual
 
     runner._logits = both  # type: ignore[assignment, method-assign]
-    engine.runner = runner
+    engine.executor.runner = runner
     results = engine.generate(PROMPTS, SamplingParams(max_tokens=9, temperature=0))
     assert [len(result.ids) for result in results] == [9] * len(PROMPTS)
     return steps

@@ -66,7 +66,7 @@ def test_logits_are_batch_invariant(make_model: Any, family: str) -> None:
     model, seen = make_model(family), dict[tuple[int, ...], torch.Tensor]()
     for batch, budget in ((1, 64), (8, 11), (32, 40)):
         engine = Engine(model, max_batch=batch, max_batch_tokens=budget, block_size=4, prefix_caching=False)
-        run = engine.runner.run
+        run = engine.executor.runner.run
 
         def note(chosen: list[Scheduled], run: Any = run) -> Any:
             rows = run(chosen)
@@ -79,7 +79,7 @@ def test_logits_are_batch_invariant(make_model: Any, family: str) -> None:
                     )
             return rows
 
-        engine.runner.run = note  # type: ignore[assignment, method-assign]
+        engine.executor.runner.run = note  # type: ignore[assignment, method-assign]
         engine.generate(prompts(32), SamplingParams(max_tokens=5, temperature=0))
     assert len(seen) >= 100
     with torch.no_grad():
@@ -592,7 +592,7 @@ def test_out_of_memory_while_forking_fails_only_that_request(
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no")
 
-    engine.runner.cache.copy = fail  # type: ignore[assignment, method-assign]
+    engine.executor.runner.cache.copy = fail  # type: ignore[assignment, method-assign]
     bad, good = engine.generate([[1, 2, 3], [4]], [params, GREEDY])
     assert "memory" in str(bad.error)
     assert good.ids == naive(model, [4], 9)

@@ -254,13 +254,13 @@ def test_never_slower_than_nine_tenths_of_plain_decoding(
             return super().propose(sequences, count)
 
     engine = Engine(model, max_batch=2, max_batch_tokens=64, speculator=Speculator(Slow(texts, right), 4))
-    run = engine.runner.run
+    run = engine.executor.runner.run
 
     def timed(batch: Any) -> Any:
         clock.now += 1.0 + checking * any(each.sequence.drafts for each in batch)
         return run(batch)
 
-    engine.runner.run = timed  # type: ignore[method-assign]
+    engine.executor.runner.run = timed  # type: ignore[method-assign]
     for first in [*range(0, 30, 2)] * 2:
         some = slice(first, first + (1 if first % 4 else 2))
         assert [r.ids for r in engine.generate(prompts[some], params_of[some])] == [

@@ -25,7 +25,6 @@ from gptsmith.engine.lifecycle import Lifecycle, as_error
 from gptsmith.engine.limits import Limits
 from gptsmith.engine.make_runner import make_runner
 from gptsmith.engine.output import EventQueue, new_events
-from gptsmith.engine.runner import Runner
 from gptsmith.engine.sampler import SamplerState
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.scheduler import Scheduler
@@ -130,7 +129,7 @@ class Engine:
             self.scheduler, cache, context=self.context, shifted_length=self._limits.shifted_length
         )
         self._beam_search = BeamSearch(self._lifecycle, vocab_size=self.vocab_size)
-        self._executor = StepExecutor(
+        self.executor = StepExecutor(
             make_runner(model, cache, self.vocab_size),
             self._lifecycle,
             TokenSampler(self._lifecycle, self._beam_search, speculator),
@@ -142,15 +141,6 @@ class Engine:
         self._num_requests = self._prompt_tokens = 0
         self._adapters: dict[str, tuple[bytes, Adapter]] = {}
         self._num_adapters_added = 0
-
-    @property
-    def runner(self) -> Runner:
-        """Runs the model."""
-        return self._executor.runner
-
-    @runner.setter
-    def runner(self, runner: Runner) -> None:
-        self._executor.runner = runner
 
     # requests ---------------------------------------------------------------------------------------------------------
 
@@ -221,7 +211,7 @@ class Engine:
             requests=self._num_requests,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._lifecycle.generated_tokens,
-            steps=self._executor.num_steps,
+            steps=self.executor.num_steps,
             preemptions=self.scheduler.preemptions,
             prefix_tokens=self.blocks.prefix_tokens,
             prefix_hits=self.blocks.prefix_hits,
@@ -310,7 +300,7 @@ class Engine:
         return self._events.take()
 
     def _advance(self) -> None:
-        for request in self._executor.step():
+        for request in self.executor.step():
             self._add_events(request)
 
     def _add_events(self, request: Request) -> None:
