@@ -53,7 +53,7 @@ bench: $(VENV)/.dev ## run the benchmarks and save their results (takes hours)
 	$(BIN)/python benchmarks/demo.py --save
 	$(BIN)/python benchmarks/nanogpt_cpu.py --save
 	$(BIN)/python benchmarks/prepare_memory.py --save
-	$(BIN)/python benchmarks/banded_attention.py --save
+	$(BIN)/python benchmarks/sliding_window.py --save
 	$(BIN)/python benchmarks/experts.py --save
 	$(BIN)/python benchmarks/imported.py --save
 	$(BIN)/python benchmarks/startup.py --save

@@ -1,7 +1,9 @@
-// Causal attention for training on a CPU, float32: scores, softmax and their gradients stay in the second cache, and the
-// upper triangle is never computed. Dao et al. 2022 (2205.14135), whose second pass over the scores is kept.
+// Causal attention for training on a CPU, in float32. Scores, softmax and their gradients stay in the L2 cache; blocks of
+// scores that are masked everywhere (the upper triangle, other documents) are never computed. As in FlashAttention (Dao et
+// al. 2022, 2205.14135) the backward pass computes the scores again.
 //
-// Axis letters: B batch · H heads · K key/value heads · T tokens, whole blocks of them · D head_dim, whole vectors of it.
+// Axis letters: B batch · H heads · K key/value heads · T tokens (a multiple of BLOCK) · S keys of a block of queries ·
+// D head_dim (a multiple of 16).
 
 #include <cmath>
 #include <cstdint>
@@ -9,7 +11,7 @@
 
 namespace {
 
-// Queries at a time, and numbers of a vector: given by whoever compiles this, since shapes must be multiples of them.
+// Queries per block, and floats per vector register: macros of the compiler's command line.
 constexpr int64_t BLOCK = QUERIES, LANES = NUMBERS;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -18,7 +20,7 @@ typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Anywhere*>(to) = value; }
-inline Vector spread(float value) { return value - Vector{}; }
+inline Vector broadcast(float value) { return value - Vector{}; }
 
 inline float sum(Vector x) {
   float total = 0;
@@ -26,12 +28,12 @@ inline float sum(Vector x) {
   return total;
 }
 
-// e to the power of x ≤ 0 to float32's last places or so, 0 below e^-87; NaN stays NaN.
+// exp(x) for x ≤ 0, to within a few units in the last place; 0 for x < -87; NaN stays NaN.
 inline Vector exponential(Vector x) {
-  const Vector shift = spread(12582912.0f);  // 1.5 · 2²³: added, it leaves the nearest whole number in the lowest bits
+  const Vector shift = broadcast(12582912.0f);  // 1.5 · 2²³: adding it rounds to the nearest integer, in the lowest bits
   const Vector shifted = x * 1.44269504f + shift;
   const Vector whole = shifted - shift;
-  const Vector r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // log 2 in two parts
+  const Vector r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // log 2 in two parts, for precision
   Vector p = r * (1.0f / 720) + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
@@ -42,7 +44,7 @@ inline Vector exponential(Vector x) {
   return x < -87.0f ? Vector{} : p * (Vector)power;
 }
 
-// out (R, 16 N), ldo apart, = (or +=) Σ w[r · a + i · b] · x[i · ldx + ...] over i < n.
+// out (R, LANES · N), rows ldo apart, = (or +=) Σ w[r · a + i · b] · x[i · ldx + ...] over i < n.
 template <int R, int N, bool ADD>
 inline void tile(const float* w, int64_t a, int64_t b, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
   Vector total[R][N];
@@ -56,7 +58,7 @@ inline void tile(const float* w, int64_t a, int64_t b, const float* x, int64_t l
     for (int c = 0; c < N; c++) row[c] = load(x + i * ldx + c * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Vector weight = spread(w[r * a + i * b]);
+      const Vector weight = broadcast(w[r * a + i * b]);
 #pragma GCC unroll 4
       for (int c = 0; c < N; c++) total[r][c] += weight * row[c];
     }
@@ -67,12 +69,12 @@ inline void tile(const float* w, int64_t a, int64_t b, const float* x, int64_t l
     for (int c = 0; c < N; c++) store(out + r * ldo + c * LANES, total[r][c]);
 }
 
-// The same for any multiple of 8 rows and of 16 columns.
+// The same for rows in multiples of 8 and columns in multiples of 16.
 template <bool ADD>
 void multiply(int64_t rows, int64_t columns, int64_t n, const float* w, int64_t a, int64_t b, const float* x, int64_t ldx,
               float* out, int64_t ldo) {
   int64_t c = 0;
-  // As many sums at a time as stay in registers: 32 of 16 numbers, or 16 of 8.
+  // As many accumulators as there are registers for: 32 of 16 floats, or 16 of 8.
   if constexpr (LANES == 16)
     for (; c + 4 * LANES <= columns; c += 4 * LANES)
       for (int64_t r = 0; r < rows; r += 4) tile<4, 4, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
@@ -84,14 +86,14 @@ void multiply(int64_t rows, int64_t columns, int64_t n, const float* w, int64_t 
     for (int64_t r = 0; r < rows; r += 8) tile<8, 1, ADD>(w + r * a, a, b, x + c, ldx, n, out + r * ldo + c, ldo);
 }
 
-// x (T, D), ldx apart, as (D, T), ldo apart.
+// Transpose x (T, D), rows ldx apart, into out (D, T), rows ldo apart.
 void transpose(const float* x, int64_t ldx, int64_t T, int64_t D, float* out, int64_t ldo) {
   for (int64_t t = 0; t < T; t += LANES)
     for (int64_t d = 0; d < D; d++)
       for (int64_t i = 0; i < LANES; i++) out[d * ldo + t + i] = x[(t + i) * ldx + d];
 }
 
-// A (B, heads, T, D) tensor whose numbers of a token lie side by side; strides in numbers.
+// A (B, heads, T, D) tensor that is contiguous along D; strides in floats.
 struct Tensor {
   float* data;
   int64_t batch, head, token;
@@ -102,22 +104,32 @@ struct Sizes {
   int64_t B, H, K, T, D;
 };
 
-// Scores of a block of queries from t on, of tokens up to its end: (BLOCK, t + BLOCK), ld apart; -∞ for what is later.
-void scores(const Tensor& q, int64_t b, int64_t h, int64_t t, int64_t D, const float* keys, float* out, int64_t ld) {
-  multiply<false>(BLOCK, t + BLOCK, D, q.at(b, h, t), q.token, 1, keys, ld, out, ld);
-  for (int64_t r = 0; r < BLOCK; r++)
-    for (int64_t s = t + r + 1; s < t + BLOCK; s++) out[r * ld + s] = -INFINITY;
+// The first token that any query of the block from t on sees, rounded down to a whole block. first: (T,), the first token
+// that each token sees, never decreasing; null: token 0.
+int64_t block_start(const int64_t* first, int64_t t) { return first ? first[t] / BLOCK * BLOCK : 0; }
+
+// Scores of the block of queries from t on with the keys s0 ... t + BLOCK: (BLOCK, t + BLOCK - s0), rows ld apart;
+// -∞ for keys that a query does not see.
+void scores(const Tensor& q, int64_t b, int64_t h, int64_t t, int64_t s0, int64_t D, const int64_t* first,
+            const float* keys, float* out, int64_t ld) {
+  multiply<false>(BLOCK, t + BLOCK - s0, D, q.at(b, h, t), q.token, 1, keys + s0, ld, out, ld);
+  for (int64_t r = 0; r < BLOCK; r++) {
+    for (int64_t s = t + r + 1; s < t + BLOCK; s++) out[r * ld + s - s0] = -INFINITY;
+    if (first)
+      for (int64_t s = s0; s < first[t + r]; s++) out[r * ld + s - s0] = -INFINITY;
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-// out: (B, H, T, D). logsum: (B, H, T), the logarithm of each softmax's denominator.
+// out: (B, H, T, D). logsum: (B, H, T), the logarithm of each softmax's denominator. first: (B, T) or null, the first
+// token that each token sees: it may not decrease along T.
 void attention_forward(const Sizes* sizes, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
-                       float* logsum, float scale, int threads) {
+                       const int64_t* first, float* logsum, float scale, int threads) {
   const auto [B, H, K, T, D] = *sizes;
-  const int64_t ld = T + LANES;  // rows a power of two apart would meet in the same few places of a cache
+  const int64_t ld = T + LANES;  // rows a power of two apart would compete for the same cache sets
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> keys(D * ld), weights(BLOCK * ld);
@@ -125,11 +137,12 @@ void attention_forward(const Sizes* sizes, const Tensor* q, const Tensor* k, con
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * K; task++) {
       const int64_t b = task / K, j = task % K;
+      const int64_t* row_first = first ? first + b * T : nullptr;
       transpose(k->at(b, j), k->token, T, D, keys.data(), ld);
       for (int64_t h = j * (H / K); h < (j + 1) * (H / K); h++)
         for (int64_t t = 0; t < T; t += BLOCK) {
-          const int64_t S = t + BLOCK;
-          scores(*q, b, h, t, D, keys.data(), p, ld);
+          const int64_t s0 = block_start(row_first, t), S = t + BLOCK - s0;
+          scores(*q, b, h, t, s0, D, row_first, keys.data(), p, ld);
           for (int64_t r = 0; r < BLOCK; r++) {
             float* row = p + r * ld;
             Vector most = load(row);
@@ -149,7 +162,7 @@ void attention_forward(const Sizes* sizes, const Tensor* q, const Tensor* k, con
             for (int64_t s = 0; s < S; s += LANES) store(row + s, load(row + s) * (1 / denominator));
             logsum[(b * H + h) * T + t + r] = largest * scale + std::log(denominator);
           }
-          multiply<false>(BLOCK, D, S, p, ld, 1, v->at(b, j), v->token, out->at(b, h, t), out->token);
+          multiply<false>(BLOCK, D, S, p, ld, 1, v->at(b, j, s0), v->token, out->at(b, h, t), out->token);
         }
     }
   }
@@ -158,8 +171,8 @@ void attention_forward(const Sizes* sizes, const Tensor* q, const Tensor* k, con
 // Gradients dq, dk, dv of q, k, v from dout, that of `out`. With weights P and dP = dout · vᵀ, those of the scores are
 // P · (dP - Σ dout · out) (2205.14135, appendix B.4).
 void attention_backward(const Sizes* sizes, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
-                        const Tensor* dout, const float* logsum, const Tensor* dq, const Tensor* dk, const Tensor* dv,
-                        float scale, int threads) {
+                        const Tensor* dout, const int64_t* first, const float* logsum, const Tensor* dq, const Tensor* dk,
+                        const Tensor* dv, float scale, int threads) {
   const auto [B, H, K, T, D] = *sizes;
   const int64_t ld = T + LANES;
 #pragma omp parallel num_threads(threads)
@@ -169,6 +182,7 @@ void attention_backward(const Sizes* sizes, const Tensor* q, const Tensor* k, co
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * K; task++) {
       const int64_t b = task / K, j = task % K;
+      const int64_t* row_first = first ? first + b * T : nullptr;
       transpose(k->at(b, j), k->token, T, D, keys.data(), ld);
       transpose(v->at(b, j), v->token, T, D, values.data(), ld);
       for (int64_t t = 0; t < T; t++)
@@ -178,14 +192,14 @@ void attention_backward(const Sizes* sizes, const Tensor* q, const Tensor* k, co
         }
       for (int64_t h = j * (H / K); h < (j + 1) * (H / K); h++)
         for (int64_t t = 0; t < T; t += BLOCK) {
-          const int64_t S = t + BLOCK;
-          const float *queries = q->at(b, h, t), *above = dout->at(b, h, t);
-          scores(*q, b, h, t, D, keys.data(), p, ld);
-          multiply<false>(BLOCK, S, D, above, dout->token, 1, values.data(), ld, ds, ld);
+          const int64_t s0 = block_start(row_first, t), S = t + BLOCK - s0;
+          const float *queries = q->at(b, h, t), *upstream = dout->at(b, h, t);
+          scores(*q, b, h, t, s0, D, row_first, keys.data(), p, ld);
+          multiply<false>(BLOCK, S, D, upstream, dout->token, 1, values.data() + s0, ld, ds, ld);
           for (int64_t r = 0; r < BLOCK; r++) {
             Vector inner{};
             for (int64_t d = 0; d < D; d += LANES)
-              inner += load(above + r * dout->token + d) * load(out->at(b, h, t + r) + d);
+              inner += load(upstream + r * dout->token + d) * load(out->at(b, h, t + r) + d);
             const float mean = sum(inner), denominator = logsum[(b * H + h) * T + t + r];
             for (int64_t s = 0; s < S; s += LANES) {
               const Vector weight = exponential(load(p + r * ld + s) * scale - denominator);
@@ -193,9 +207,9 @@ void attention_backward(const Sizes* sizes, const Tensor* q, const Tensor* k, co
               store(ds + r * ld + s, weight * (load(ds + r * ld + s) - mean) * scale);
             }
           }
-          multiply<false>(BLOCK, D, S, ds, ld, 1, k->at(b, j), k->token, dq->at(b, h, t), dq->token);
-          multiply<true>(S, D, BLOCK, ds, 1, ld, queries, q->token, dk->at(b, j), dk->token);
-          multiply<true>(S, D, BLOCK, p, 1, ld, above, dout->token, dv->at(b, j), dv->token);
+          multiply<false>(BLOCK, D, S, ds, ld, 1, k->at(b, j, s0), k->token, dq->at(b, h, t), dq->token);
+          multiply<true>(S, D, BLOCK, ds, 1, ld, queries, q->token, dk->at(b, j, s0), dk->token);
+          multiply<true>(S, D, BLOCK, p, 1, ld, upstream, dout->token, dv->at(b, j, s0), dv->token);
         }
     }
   }

@@ -67,7 +67,7 @@ class KVCache:
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], None, window, 0.0, scale)
+        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], window=window, scale=scale)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -225,7 +225,7 @@ class PagedBatch:
         _, H, T, D = q.shape
         B, K = k.shape[:2]
         if B == 1 and T > 1:
-            return attend(q, k, v, None, window, 0.0, scale)
+            return attend(q, k, v, window=window, scale=scale)
         # One token a sequence: the queries that share a key head are as many queries of one head.
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=reading.mask, scale=scale)
