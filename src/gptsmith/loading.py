@@ -7,6 +7,7 @@ This is `gptsmith.load`, and what every command that takes a MODEL calls.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ Quantization = Literal["auto", "none", "int8", "int4"]
 
 
 def load_model(
-    spec: str | Path,
+    spec: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -63,7 +64,7 @@ def load_model(
     return model.to(device), tokenizer
 
 
-def resolve_model(spec: str | Path) -> Path:
+def resolve_model(spec: str | os.PathLike[str]) -> Path:
     """Return the model directory or .gguf file that `spec` refers to.
 
     An existing path comes first: a model directory, a .gguf file, or a run (its best checkpoint, else its last). Then

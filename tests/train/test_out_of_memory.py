@@ -17,6 +17,7 @@ from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import TrainingError
 from gptsmith.evaluate.validation import split_loss
 from gptsmith.log import JsonLines
+from gptsmith.model import loss as loss_module
 from gptsmith.model.loss import token_loss_sum
 from gptsmith.runtime import out_of_memory
 from gptsmith.train.config import ModelOptions
@@ -41,7 +42,7 @@ class Scarce:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, first: int = 1, eval_rows: int = 10**9) -> None:
         self.rows, self.first, self.eval_rows, self.passes = rows, first, eval_rows, 0
         self.loss = token_loss_sum
-        monkeypatch.setattr(pretrain, "token_loss_sum", self.training)
+        monkeypatch.setattr(loss_module, "token_loss_sum", self.training)
         monkeypatch.setattr(pretrain, "split_loss", self.evaluation(split_loss))
 
     def training(self, model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from gptsmith.errors import TrainingError
 from gptsmith.log import JsonLines
-from gptsmith.model.loss import token_loss_sum
+from gptsmith.model import loss as loss_module
 from gptsmith.train.config import OptimConfig, RunConfig
 from gptsmith.train.run import start
 from tests.factories import tiny_run_config
@@ -124,16 +124,14 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(text_file: Path, tm
 
 
 def test_nan_is_never_saved(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptsmith.train.objectives import pretrain
-
-    original, calls = token_loss_sum, [0]
+    original, calls = loss_module.token_loss_sum, [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
         loss = original(*arguments)
         return loss * math.nan if calls[0] == 9 else loss
 
-    monkeypatch.setattr(pretrain, "token_loss_sum", poisoned)
+    monkeypatch.setattr(loss_module, "token_loss_sum", poisoned)
     with pytest.raises(TrainingError, match="step 9: the loss is not a number.*step-00000008"):
         train(text_file, tmp_path / "run", TINY.replace(save_every=4))
     import gptsmith

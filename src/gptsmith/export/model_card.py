@@ -155,8 +155,14 @@ def _results(run: Run) -> list[tuple[str, str]]:
     rows = []
     best = run.best
     if best is not None:
-        loss = number(best["val_loss"])
-        rows.append(("best validation loss", f"{loss:.4f} nats/token (perplexity {math.exp(min(loss, 700)):,.2f})"))
+        metric = run.selection.metric
+        value = number(best[metric])
+        if metric == "val_loss":
+            rows.append(
+                ("best validation loss", f"{value:.4f} nats/token (perplexity {math.exp(min(value, 700)):,.2f})")
+            )
+        else:
+            rows.append((f"best {metric}", f"{value:.4f}"))
         rows.append(("at step", f"{number(best['step']):,.0f}"))
     for name, key, form in (("tokens seen", "tokens", "{:,.0f}"), ("training loss at the end", "loss", "{:.4f}")):
         value = last_number(run.metrics, key)

@@ -7,7 +7,7 @@ import math
 from gptsmith.report.curves import loss_figure, metric_figure
 from gptsmith.report.figures import evenly_spaced, to_svg
 from gptsmith.report.html import format_count, format_duration, format_value, missing_note
-from gptsmith.run_directory import Run, number
+from gptsmith.run_directory import Run, best_evaluation, number
 
 MAX_TABLE_ROWS = 40
 
@@ -64,7 +64,7 @@ not part of the training text.{uniform}</p>
 
 def _describe_losses(run: Run) -> str:
     train = [value for row in run.metrics if math.isfinite(value := number(row.get("loss")))]
-    best = run.best
+    best = best_evaluation(run.metrics)
     text = "Loss in nats per token by step."
     if train:
         text += f" Training loss goes from {train[0]:.3f} to {train[-1]:.3f}."

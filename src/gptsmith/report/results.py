@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
 from gptsmith.report.trained_model import TrainedModel
-from gptsmith.run_directory import Run, last_number, number
+from gptsmith.run_directory import Run, best_evaluation, last_number, number
 
 _STATUS = {  # status in run.json: word and CSS class of the badge
     "running": ("in progress", "warn"),
@@ -63,6 +63,10 @@ def results_section(run: Run, trained: TrainedModel) -> str:
         ("Speed", format_count(n.tokens_per_second), n.tokens_per_second, "tokens per second, median"),
         ("Parameters", format_size(n.parameters), n.parameters, f"{format_count(n.parameters)} trainable"),
     ]
+    if (metric := run.selection.metric) != "val_loss":
+        best = number(run.best[metric]) if run.best else math.nan
+        step = number(run.best["step"]) if run.best else math.nan
+        tiles[:2] = [(f"Best {escape(metric)}", f"{best:.4f}", best, f"at step {format_count(step)}")]
     items = "".join(
         f"<div><dt>{label}</dt><dd>{text}<small>{note}</small></dd></div>\n"
         if math.isfinite(value)
@@ -100,7 +104,7 @@ class _RunNumbers:
 
 
 def _run_numbers(run: Run, trained: TrainedModel) -> _RunNumbers:
-    best = run.best
+    best = best_evaluation(run.metrics)
     tokens, seconds = last_number(run.metrics, "tokens"), last_number(run.metrics, "time")
     rates = sorted(rate for row in run.metrics if math.isfinite(rate := number(row.get("tokens_per_second"))))
     rate = rates[len(rates) // 2] if rates else tokens / seconds if seconds > 0 else math.nan

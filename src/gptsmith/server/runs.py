@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from gptsmith.errors import GptsmithError
 from gptsmith.run_directory import (
     Run,
+    best_evaluation,
     last_number,
     number,
     parse_rows,
@@ -91,7 +92,7 @@ def _summarize(name: str, directory: Path) -> Row:
     except GptsmithError as error:
         return {"name": name, "status": "unreadable", "error": str(error), "started": None}
     options, model, data = run.options, run.part("model"), run.part("data")
-    best = run.best
+    best = best_evaluation(run.metrics)
     row = {
         "name": name,
         "status": run.info.get("status"),

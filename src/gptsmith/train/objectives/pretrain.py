@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import TrainState
-from gptsmith.data.loader import IGNORED, TokenBatch, TokenLoader, whole_split_batches
+from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
 from gptsmith.errors import CheckpointError, DataError
 from gptsmith.evaluate.validation import split_loss
-from gptsmith.model.loss import token_loss_sum
-from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
+from gptsmith.model.loss import training_loss_sum
 from gptsmith.runtime import out_of_memory
 from gptsmith.train.objectives.base import LossOutput, Models, Objective, Sum
 
@@ -41,22 +40,8 @@ class NextToken(Objective[TokenBatch]):
         return float(batch.num_targets), batch.num_targets
 
     def loss(self, models: Models, batch: TokenBatch) -> LossOutput:
-        model, routers = models.policy, list[Tensor]()
-        config = model.config
-        if not config.num_experts:
-            return LossOutput(token_loss_sum(model, *batch))
-        loss = token_loss_sum(model, *batch, routers)
-        load = expert_load(routers, config.num_experts_per_tok)
-        balance = load_balancing_loss(routers, config.num_experts_per_tok, load)
-        extra = config.router_aux_loss_coef * balance
-        if config.router_z_loss_coef:
-            extra = extra + config.router_z_loss_coef * router_z_loss(routers)
-        metrics = {
-            "balance_loss": Sum(balance.detach()),
-            "expert_load_max": Sum(load.max() * config.num_experts),  # 1: as much as every other
-            "expert_load_min": Sum(load.min() * config.num_experts),
-        }
-        return LossOutput(loss + (batch.targets != IGNORED).sum() * extra, metrics)
+        loss, metrics = training_loss_sum(models.policy, *batch)
+        return LossOutput(loss, {name: Sum(value) for name, value in metrics.items()})
 
     def example_batch(self, rows: int) -> TokenBatch:
         ids = torch.randint(min(self.vocab_size, LARGEST_EXAMPLE_ID), (rows, self.seq_len))
