@@ -68,7 +68,18 @@ def test_the_list(client: TestClient, root: Path) -> None:
     assert "not valid JSON" in runs["two"]["error"]
 
 
-def test_a_directory_that_is_a_run(root: Path) -> None:
+def test_summary_shows_the_best_evaluation(client: TestClient, root: Path) -> None:
+    run = make_run(root / "classifier", selection={"metric": "accuracy", "mode": "max"})
+    for step, accuracy, val_loss in ((4, 0.5, 1.0), (5, 0.75, 2.0), (6, 0.25, 0.5)):
+        write(run, step, accuracy=accuracy, val_loss=val_loss)
+    make_run(root / "rewarded", selection={"metric": "reward", "mode": "max"})
+    write(root / "rewarded", 4, reward=1.0)
+    runs = {run["name"]: run for run in client.get("/api/runs").json()["runs"]}
+    assert runs["classifier"]["val_loss"] == 2.0
+    assert runs["rewarded"]["val_loss"] is None
+
+
+def test_root_that_is_a_run(root: Path) -> None:
     client = TestClient(watch_app(root / "one"))
     assert [run["name"] for run in client.get("/api/runs").json()["runs"]] == ["one"]
     assert client.get("/api/runs/one").json()["rows"] == 3

@@ -21,13 +21,11 @@ from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError
 from gptsmith.run_directory import (
-    Run,
-    best_evaluation,
     last_number,
     number,
     parse_rows,
-    read_info,
     read_run,
+    run_directories,
     without_repeats,
 )
 from gptsmith.server.errors import ApiError
@@ -42,7 +40,7 @@ Row = dict[str, Any]
 
 def _record(directory: Path) -> Row:
     """Return the contents of run.json with the options of the configuration as the command line has them."""
-    run = Run(directory, read_info(directory))
+    run = read_run(directory)
     return {name: value for name, value in run.info.items() if name != "schema"} | {"config": run.options}
 
 
@@ -53,27 +51,12 @@ class RunsDirectory:
         self.root = root
         self._summaries: dict[str, tuple[Any, Row]] = {}  # name -> (signatures of its files, summary)
 
-    def directories(self) -> dict[str, Path]:
-        """Return the runs by name: children of the directory, and their children ("parent/child"), that have a
-        run.json. If the directory is itself a run, return only that."""
-        if (self.root / "run.json").is_file():
-            return {self.root.resolve().name: self.root}
-        found: dict[str, Path] = {}
-        for child in _children(self.root):
-            if (child / "run.json").is_file():
-                found[child.name] = child
-            else:
-                for grandchild in _children(child):
-                    if (grandchild / "run.json").is_file():
-                        found[f"{child.name}/{grandchild.name}"] = grandchild
-        return found
-
     def find(self, name: str) -> Path | None:
-        return self.directories().get(name)
+        return run_directories(self.root).get(name)
 
     def summaries(self) -> list[Row]:
         """Return a summary of each run, the newest first."""
-        rows = [self._summary(name, directory) for name, directory in self.directories().items()]
+        rows = [self._summary(name, directory) for name, directory in run_directories(self.root).items()]
         return sorted(rows, key=lambda row: str(row["started"] or ""), reverse=True)
 
     def _summary(self, name: str, directory: Path) -> Row:
@@ -92,7 +75,7 @@ def _summarize(name: str, directory: Path) -> Row:
     except GptsmithError as error:
         return {"name": name, "status": "unreadable", "error": str(error), "started": None}
     options, model, data = run.options, run.part("model"), run.part("data")
-    best = best_evaluation(run.metrics)
+    best = run.best or {}
     row = {
         "name": name,
         "status": run.info.get("status"),
@@ -107,7 +90,7 @@ def _summarize(name: str, directory: Path) -> Row:
         "steps": options.get("steps"),
         "time": last_number(run.metrics, "time"),
         "loss": last_number(run.metrics, "loss"),
-        "val_loss": None if best is None else best["val_loss"],
+        "val_loss": best.get("val_loss"),
         "tokens_per_second": last_number(run.metrics, "tokens_per_second"),
     }
     return {key: nan_to_null(value) for key, value in row.items()}
@@ -280,13 +263,6 @@ def _sample_rows(samples: Sequence[Row]) -> list[Row]:
 
 def _replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # lone surrogates, which UTF-8 cannot encode
-
-
-def _children(directory: Path) -> list[Path]:
-    try:
-        return sorted(child for child in directory.iterdir() if child.is_dir() and not child.name.startswith("."))
-    except OSError:
-        return []
 
 
 def runs_routes(root: Path, stopping: Callable[[], bool]) -> APIRouter:
