@@ -529,7 +529,7 @@ import sys
 from gptsmith.data import open_source, prepare
 from gptsmith.tokenizer import train_char
 source = open_source(sys.argv[1])
-tokenizer = train_char(chunk.text for chunk in source.pieces())
+tokenizer = train_char(chunk.text for chunk in source.chunks())
 assert "torch" not in sys.modules
 print(prepare(source, tokenizer).directory)
 """

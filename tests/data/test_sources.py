@@ -26,12 +26,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_of(spec: Path, **options: str) -> str:
-    return "".join(chunk.text for chunk in open_source(spec, **options).pieces())
+    return "".join(chunk.text for chunk in open_source(spec, **options).chunks())
 
 
 def documents_of(spec: Path, **options: str) -> list[str]:
     documents, text = [], ""
-    for chunk in open_source(spec, **options).pieces():
+    for chunk in open_source(spec, **options).chunks():
         text += chunk.text
         if chunk.ends_document:
             documents.append(text)
@@ -46,7 +46,7 @@ def documents_of(spec: Path, **options: str) -> list[str]:
 def test_plain_text_is_one_stream_with_its_own_newlines(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     path.write_bytes("\ufeffone\r\ntwo\rthree\n\ufeffé\n".encode())
-    assert list(open_source(path).pieces()) == [DocumentChunk("one\r\ntwo\rthree\n\ufeffé\n", ends_document=False)]
+    assert list(open_source(path).chunks()) == [DocumentChunk("one\r\ntwo\rthree\n\ufeffé\n", ends_document=False)]
 
 
 def test_the_fingerprint_of_a_text_is_its_sha256(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_chunks_are_bounded_and_progress_adds_up(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     read: list[int] = []
     source = open_source(path)
-    chunks = list(source.pieces(read.append))
+    chunks = list(source.chunks(read.append))
     assert len(chunks) > 3
     assert max(len(chunk.text) for chunk in chunks) <= sources.CHUNK_CHARACTERS
     assert "".join(chunk.text for chunk in chunks) == text
@@ -81,7 +81,7 @@ def test_text_without_any_space_is_still_cut(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     text = "漢字" * sources.CHUNK_CHARACTERS
     path.write_text(text, encoding="utf-8")
-    chunks = list(open_source(path).pieces())
+    chunks = list(open_source(path).chunks())
     assert {len(chunk.text) for chunk in chunks} == {sources.CHUNK_CHARACTERS}
     assert "".join(chunk.text for chunk in chunks) == text
 
@@ -238,14 +238,14 @@ def test_json_lines_compressed(tmp_path: Path) -> None:
         source = open_source(tmp_path / name, field="body")
         assert source.name == "data"
         read: list[int] = []
-        list(source.pieces(read.append))
+        list(source.chunks(read.append))
         assert sum(read) == source.size_bytes
 
 
 def test_text_compressed(tmp_path: Path) -> None:
     path = tmp_path / "input.txt.gz"
     path.write_bytes(gzip.compress(b"some words"))
-    assert list(open_source(path).pieces()) == [DocumentChunk("some words", ends_document=False)]
+    assert list(open_source(path).chunks()) == [DocumentChunk("some words", ends_document=False)]
 
 
 @pytest.mark.parametrize(

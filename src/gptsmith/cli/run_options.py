@@ -91,7 +91,7 @@ def explicit_options(arguments: Sequence[str]) -> set[str]:
 
 def _refuse_with_init(model: str, explicit: set[str]) -> None:
     wrong = {name for name in explicit if name.startswith("model.")}
-    wrong |= explicit & {"tokenizer", "vocab_size", "unknown", "depth", "preset"}
+    wrong |= explicit & {"tokenizer", "vocab_size", "depth", "preset"}
     if wrong:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
         raise UsageError(f"with --init the model and its tokenizer are those of {model}; leave out {flags}.")

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         raise UsageError(f"{chosen.out} exists and is not an empty directory. Choose another --out.")
     source = open_source(chosen.data, field=chosen.field)
-    texts = (chunk.text for chunk in source.pieces())
+    texts = (chunk.text for chunk in source.chunks())
     if chosen.kind == "bpe":
         tokenizer = train_bpe(texts, chosen.vocab_size)
     else:

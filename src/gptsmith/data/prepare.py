@@ -257,7 +257,7 @@ class _Job:
         is_blank, cannot_encode, whole = True, "", True
         with text, progress(source.size_bytes, f"tokenizing {source.name}", "B") as bar:
             read = _Backlog()  # progress counts text when it is tokenized, not when it is read
-            batches = ((batch, read.taken()) for batch in _batches(source.pieces(read.add)))
+            batches = ((batch, read.taken()) for batch in _batches(source.chunks(read.add)))
             with contextlib.closing(_parallel(self._encode, batches, self.workers)) as results:
                 for encoded, size in results:
                     text.append(encoded)

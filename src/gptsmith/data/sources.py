@@ -86,7 +86,7 @@ class Source(abc.ABC):
         return self._state() == self._seen
 
     @abc.abstractmethod
-    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         """Yield the text in order, in chunks of 1 to CHUNK_CHARACTERS characters.
 
         advance: called with the number of bytes (of `size_bytes`) read since the last call.
@@ -104,7 +104,7 @@ class Source(abc.ABC):
 class TextSource(Source):
     """A plain text file (.gz and .zst are decompressed): one text, without separators."""
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         blocks = _decompressed_blocks(self.path, advance)
         yield from _chunks(_decoded(blocks, self.path), str(self.path), document=False)
 
@@ -119,7 +119,7 @@ class JsonLinesSource(Source):
     def _header(self) -> str:
         return f"jsonl {self.field}\n"
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         for number, line in enumerate(_lines(_decompressed_blocks(self.path, advance), self.path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -167,7 +167,7 @@ class ParquetSource(Source):
     def _header(self) -> str:
         return f"parquet {self.field}\n"
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -282,7 +282,7 @@ class FolderSource(Source):
             found += [path for path in paths if path.is_file()]
         return sorted(found, key=lambda path: path.relative_to(self.path).as_posix()), hidden
 
-    def pieces(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
         for path in self.files():
             yield from _chunks(_decoded(_read_blocks(path, advance), path), str(path))
 

@@ -173,7 +173,8 @@ class InitConfig:
     vocab_size: int = 4096
     """Vocabulary size of a bpe tokenizer trained on the data."""
     unknown: bool = False
-    """Give the char tokenizer a token for characters that it has not seen."""
+    """Add a token for unknown characters to a char tokenizer. With an existing tokenizer: accept a text of which it
+    does not know more than 1%."""
 
     def __post_init__(self) -> None:
         _check(self.vocab_size >= 1, "--vocab-size", self.vocab_size, "at least 1")

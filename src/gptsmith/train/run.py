@@ -137,7 +137,9 @@ def start(
         raise UsageError("a run without a text needs a tokenizer: give tokenizer=…, or a model with init=….")
     dataset = None
     if source is not None:
-        dataset = prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction)
+        dataset = prepare(
+            source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=config.init.unknown
+        )
     keep_freed_memory()
     plan = None
     if config.auto.budget is not None or config.auto.depth is not None:
@@ -315,7 +317,7 @@ def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer) -> Dataset
     source = open_source(data["spec"], field=config.data.field)
     val = open_source(data["val"], field=config.data.field) if data["val"] else None
     try:
-        dataset = prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction)
+        dataset = prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=True)
         if dataset.fingerprint == data["fingerprint"]:
             return dataset
     except TokenizerError:  # a character that was not there before
@@ -378,7 +380,7 @@ def _refuse_options_of_new_models(config: RunConfig) -> None:
     changed = [
         name
         for name, value in config.flat().items()
-        if (name.startswith("model.") or name in ("tokenizer", "vocab_size", "unknown")) and value != new.flat()[name]
+        if (name.startswith("model.") or name in ("tokenizer", "vocab_size")) and value != new.flat()[name]
     ]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)

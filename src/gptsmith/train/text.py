@@ -35,7 +35,7 @@ def read_text(data: str, config: RunConfig, overrides: Collection[str] = ()) -> 
 def prepare_text(data: str, config: RunConfig, tokenizer: Tokenizer) -> Dataset:
     """Return the dataset of a run, tokenized by an existing tokenizer."""
     source, val = open_sources(data, config)
-    return prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction)
+    return prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=config.init.unknown)
 
 
 def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Tokenizer:
@@ -43,7 +43,7 @@ def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Toke
     init = config.init
     if init.tokenizer == "char":
         sources = [train] if val is None else [train, val]
-        return train_char((document.text for s in sources for document in s.pieces()), unknown=init.unknown)
+        return train_char((chunk.text for s in sources for chunk in s.chunks()), unknown=init.unknown)
     if init.tokenizer == "bpe":
         fraction = 0.0 if val is not None else config.data.val_fraction
         return train_bpe(_training_part(train, fraction), init.vocab_size)
@@ -66,9 +66,9 @@ def choose_tokenizer(config: RunConfig, overrides: Collection[str], source: Sour
         return config
     alphabet: set[str] = set()
     length = 0
-    for document in source.pieces():
-        alphabet.update(document.text)
-        length += len(document.text)
+    for chunk in source.chunks():
+        alphabet.update(chunk.text)
+        length += len(chunk.text)
         if length >= LONG_TEXT:
             break
     rate = default_flops(choose_device(config.loop.device))
@@ -83,9 +83,9 @@ def choose_tokenizer(config: RunConfig, overrides: Collection[str], source: Sour
 
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
     """Yield the text of a source without the last `val_fraction` of its characters, which validation is cut from."""
-    left = round(sum(len(document.text) for document in source.pieces()) * (1 - val_fraction))
-    for document in source.pieces():
-        yield document.text[:left]
-        left -= len(document.text)
+    left = round(sum(len(chunk.text) for chunk in source.chunks()) * (1 - val_fraction))
+    for chunk in source.chunks():
+        yield chunk.text[:left]
+        left -= len(chunk.text)
         if left <= 0:
             return
