@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.model.transformer import Transformer
+from gptsmith.model.transformer import AttentionInputs, Transformer
 from gptsmith.server.inspect import MAX_TOKENS, inspect_text
 from gptsmith.tokenizer import Tokenizer, train_char
 from tests.factories import tiny_model
@@ -75,15 +75,10 @@ def test_last_residual_gives_the_logits(family: str, tokenizer: Tokenizer) -> No
         logits = model(ids, residuals=states)
         assert len(states) == 4
         assert torch.equal(model.lm_head(model.norm(states[-1])), logits)
-        one_less = model.layers[2](
-            states[2],
-            None,
-            (model.rope_cos[: ids.shape[1]], model.rope_sin[: ids.shape[1]]) if family == "qwen3" else None,
-            None,
-            None,
-            None,
-        )
-        torch.testing.assert_close(one_less, states[3])
+        length = ids.shape[1]
+        rope = (model.rope_cos[:length], model.rope_sin[:length]) if family == "qwen3" else None
+        last = model.layers[2](states[2], AttentionInputs(rope=rope))
+        torch.testing.assert_close(last, states[3])
         assert torch.equal(model(ids), logits)  # inspecting leaves the model unchanged
 
 
