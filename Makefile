@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_RUN ?= runs/demo
 NODE_MODULES := $(if $(shell command -v npm || true),node_modules/.package-lock.json)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations 20
-SLOW_FOLDERS := cli e2e server train test_notebook.py
+SLOW_TESTS := cli e2e report server train test_download.py test_notebook.py engine/test_speculative.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo format lint test test-fast test-all coverage build test-wheel bench clean
@@ -33,8 +33,8 @@ lint: $(VENV)/.dev $(NODE_MODULES) ## check style, types, the direction of impor
 test: $(VENV)/.dev ## run the tests
 	$(PYTEST)
 
-test-fast: $(VENV)/.dev ## run the tests of the parts, without those of the commands, the server and training
-	$(PYTEST) $(SLOW_FOLDERS:%=--ignore=tests/%)
+test-fast: $(VENV)/.dev ## run the tests that take a minute or two: without commands, server and training
+	$(PYTEST) $(SLOW_TESTS:%=--ignore=tests/%)
 
 test-all: $(VENV)/.dev ## run all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"
