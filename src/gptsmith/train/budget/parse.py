@@ -1,4 +1,4 @@
-"""A training budget as people write it: `5m`, `2h`, `1e15flop`, `200Mtok`."""
+"""Training budgets as text: `5m`, `2h`, `1e15flop`, `200Mtok`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXAMPLES = "5m, 2h, 90s, 1h30m (time), 1e15flop (arithmetic), 200Mtok (tokens)"
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may use: seconds of wall-clock time, floating-point operations, or training tokens."""
+    """What a run can use: seconds of wall-clock time, floating-point operations, or training tokens."""
 
     kind: Kind
     amount: float
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """UsageError, with examples, for anything that is not a budget."""
+        """Parse a budget. UsageError, with examples, for anything else."""
         plain = text.strip().lower().replace(" ", "").replace("_", "")
         if match := re.fullmatch(_NUMBER + r"([kmgbtpe]?)(flops?|toks?|tokens?)", plain):
             amount = float(match[1]) * _SCALES[match[2]]
@@ -34,13 +34,13 @@ class Budget:
         if re.fullmatch(rf"(?:{_NUMBER}(?:{units}))+", plain):
             parts = re.findall(rf"{_NUMBER}({'|'.join(sorted(_SECONDS, key=len, reverse=True))})", plain)
             return cls._checked("seconds", sum(float(number) * _SECONDS[unit] for number, unit in parts), text)
-        hint = " Say what the number counts." if re.fullmatch(_NUMBER, plain) else ""
+        hint = " Add a unit." if re.fullmatch(_NUMBER, plain) else ""
         raise UsageError(f"--budget {text!r} is not a budget.{hint} Examples: {EXAMPLES}.")
 
     @classmethod
     def _checked(cls, kind: Kind, amount: float, text: str) -> Budget:
         if not 0 < amount < float("inf"):
-            raise UsageError(f"--budget {text!r} must be more than nothing. Examples: {EXAMPLES}.")
+            raise UsageError(f"--budget {text!r} must be above 0. Examples: {EXAMPLES}.")
         return cls(kind, amount)
 
     def __str__(self) -> str:

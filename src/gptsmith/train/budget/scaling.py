@@ -1,4 +1,4 @@
-"""Loss against compute: a power law through a ladder of runs, and what it predicts (Kaplan et al. 2020, 2001.08361)."""
+"""Scaling laws: a power law of loss against compute through a ladder of runs (Kaplan et al. 2020, 2001.08361)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class PowerLaw:
 
 
 def fit(flops: Sequence[float], losses: Sequence[float], floor: float = 0.0) -> PowerLaw:
-    """The law with that floor, by least squares in log(loss - floor) over log(flops).
+    """Fit the law with that floor, by least squares of log(loss - floor) over log(flops).
 
     Raises UsageError for fewer than two different amounts of compute, or losses at or below the floor.
     """
     if len(set(flops)) < 2:
-        raise UsageError("a law of scaling needs runs of at least two different sizes.")
+        raise UsageError("a scaling law needs runs of at least two different sizes.")
     if min(losses) <= floor:
         raise UsageError(f"a loss of {min(losses):.4f} is not above the floor of {floor:.4f}.")
     slope, intercept = np.polyfit(np.log(flops), np.log(np.subtract(losses, floor)), 1)
@@ -41,9 +41,9 @@ def fit(flops: Sequence[float], losses: Sequence[float], floor: float = 0.0) -> 
 
 
 def fit_with_floor(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """The law with the floor that fits best, of 200 between 0 and nine tenths of the lowest loss.
+    """Fit the law with the best of 200 floors between 0 and nine tenths of the lowest loss.
 
-    Four points and three unknowns: take it for the optimist's or the pessimist's end of a range, not for a measurement.
+    With four points and three unknowns it is one end of a range of predictions, not a measurement.
     """
     candidates = [fit(flops, losses, floor) for floor in np.linspace(0, 0.9 * min(losses), 200)]
     return min(candidates, key=lambda law: law.error)
