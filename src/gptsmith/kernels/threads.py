@@ -34,7 +34,7 @@ def announce_compiling() -> None:
     """Say so if the kernels have not been compiled on this machine yet: it takes a while, once."""
     from gptsmith.kernels import cpu_decode as kernels
 
-    if not any(Path(str(kernels.forward.stats.cache_path)).glob("kernels.forward*.nbi")):
+    if not any(Path(str(kernels.forward.stats.cache_path)).glob("cpu_decode.forward*.nbi")):
         note("compiling kernels for this processor (once; it takes half a minute) ...")
 
 

@@ -212,7 +212,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dropout: float = 0.0, initialize: bool = True) -> None:
         super().__init__()
-        self.activation_checkpointing = False
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
         self.config, self.dropout = config, dropout
