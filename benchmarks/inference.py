@@ -118,13 +118,13 @@ def weight_bytes(model: Any, bits: int | None = None) -> int:
     weights (torchao's) do not say."""
     import torch
 
-    from gptsmith.model.quantized import state
+    from gptsmith.model.quantized import quantized_state
 
     if bits is not None and any(type(p) is not torch.nn.Parameter for p in model.parameters()):
         parameters = [p for name, p in model.named_parameters() if not name.startswith("embed_positions")]
         return sum(2 * p.numel() if type(p) is torch.nn.Parameter else p.numel() * bits // 8 for p in parameters)
     tables = ("embed_positions",) if model.config.tie_word_embeddings else ("embed_positions", "embed_tokens")
-    return sum(int(t.nbytes) for name, t in state(model).items() if not name.startswith(tables))
+    return sum(int(t.nbytes) for name, t in quantized_state(model).items() if not name.startswith(tables))
 
 
 def theirs_of(model: Any, directory: Path, device: str) -> Any:

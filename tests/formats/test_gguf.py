@@ -32,7 +32,7 @@ from gptsmith.formats.hf import config_from_hf, load_weights
 from gptsmith.formats.source import open_model
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
-from gptsmith.model.quantized import Packed
+from gptsmith.model.quantized import QuantizedMatrix
 from gptsmith.model.quantized import dequantize as make_plain
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
@@ -157,7 +157,7 @@ def test_quantized_matrices_stay_quantized(name: str, dtype: str, bpe: Tokenizer
     """The matrices have exactly the file's numbers, and every matrix that can stay quantized does."""
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     plain, packed = open_model(path).model(), open_model(path).model(packed=True)
-    few = [module for module in packed.modules() if isinstance(module, Packed)]
+    few = [module for module in packed.modules() if isinstance(module, QuantizedMatrix)]
     assert {module.bits for module in few} == ({8} if dtype == "q8_0" else {4, 8})
     left = {n for n, p in packed.named_parameters() if p.dim() > 1}
     assert all("router" in n or "gate" in n or "positions" in n for n in left)

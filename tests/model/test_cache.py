@@ -1,4 +1,4 @@
-"""Caches, contiguous and paged: what is read from them is what one pass over everything would have had."""
+"""Contiguous and paged caches: logits equal those of a single forward pass over all tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ config = functools.partial(
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_paged_equals_uncached(family: str, data: st.DataObject) -> None:
-    """Sequences of any length, cut into chunks of any size, their blocks lying anywhere."""
+    """For sequences of any length, in chunks of any size, with blocks in any order."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     model = Transformer(config(family)).eval()
     lengths = data.draw(st.lists(st.integers(1, CONTEXT), min_size=1, max_size=4))
@@ -39,8 +39,8 @@ def test_paged_equals_uncached(family: str, data: st.DataObject) -> None:
     each = -(-CONTEXT // size)
     windows = windows_of(model.config)
     cache = PagedCache(model.config, [each * len(lengths)] * len(windows), size)
-    lying = range(each * len(lengths))
-    order = data.draw(st.permutations(lying)) if data.draw(st.booleans()) else list(lying)  # anywhere, or side by side
+    blocks = range(each * len(lengths))
+    order = data.draw(st.permutations(blocks)) if data.draw(st.booleans()) else list(blocks)  # scattered or contiguous
     tables = [[list(order[s * each : (s + 1) * each]) for _ in windows] for s in range(len(lengths))]
     ids = [torch.randint(0, 31, (length,)) for length in lengths]
     got: list[list[torch.Tensor]] = [[] for _ in lengths]
@@ -59,7 +59,7 @@ def test_paged_equals_uncached(family: str, data: st.DataObject) -> None:
             torch.testing.assert_close(torch.cat(parts), model(ids[s][None])[0], atol=1e-4, rtol=1e-4)
 
 
-def test_groups_of_layers_that_see_equally_far() -> None:
+def test_groups_of_layers_with_the_same_window() -> None:
     assert windows_of(config("gpt3")) == [None, 7]
     assert windows_of(config("mistral")) == [7]
     cache = PagedCache(config("gpt3"), [7, 3], 4)
@@ -77,9 +77,9 @@ def test_copied_and_cleared_blocks() -> None:
     assert [values[:, 0, 0, 0].tolist() for values in cache.values] == [[0, 1, 2, 0], [2, 1, 2, 3]]
 
 
-def test_beyond_the_room_or_the_context() -> None:
+def test_too_many_tokens_for_the_capacity_or_the_context() -> None:
     model = Transformer(config("gpt2"))
-    with pytest.raises(IndexError, match="holds 4"):
+    with pytest.raises(IndexError, match="capacity of 4"):
         model(torch.zeros(1, 5, dtype=torch.int64), cache=KVCache(model.config, 1, 4))
     with pytest.raises(IndexError, match="context of 30"):
         model(torch.zeros(1, 31, dtype=torch.int64), cache=KVCache(model.config, 1, 40))

@@ -1,4 +1,4 @@
-"""Dropout by sixteen random bits an element."""
+"""Dropout with sixteen random bits per element."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptsmith.model.dropout import dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.999])
-def test_zeroes_that_share_and_keeps_the_mean(p: float) -> None:
+def test_zeroes_a_share_p_and_keeps_the_mean(p: float) -> None:
     torch.manual_seed(0)
     y = dropout(torch.ones(1000, 1001), p, training=True)
     deviation = (p * (1 - p) / y.numel()) ** 0.5
@@ -19,8 +19,8 @@ def test_zeroes_that_share_and_keeps_the_mean(p: float) -> None:
     assert len(y.unique()) == 2
 
 
-def test_elements_are_independent_of_their_neighbours() -> None:
-    """Four of them come out of one draw."""
+def test_elements_are_independent_of_their_neighbors() -> None:
+    """Four of them come from one 64-bit number."""
     torch.manual_seed(0)
     zeroed = (dropout(torch.ones(1_000_000), 0.5, training=True) == 0).double() - 0.5
     for distance in (1, 2, 3, 4, 8):
@@ -28,7 +28,7 @@ def test_elements_are_independent_of_their_neighbours() -> None:
         assert abs(together) < 5 * 0.25 / 1000
 
 
-def test_gradients_are_those_of_the_same_mask() -> None:
+def test_gradients_have_the_same_mask() -> None:
     x = torch.randn(7, 9, requires_grad=True)
     y = dropout(x, 0.5, training=True)
     y.sum().backward()
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_same_mask() -> None:
     assert torch.equal(x.grad * x, y)
 
 
-def test_draws_from_the_seed_and_only_while_training() -> None:
+def test_depends_on_the_seed_and_only_in_training() -> None:
     x = torch.ones(100)
 
     def drawn() -> Tensor:
@@ -48,14 +48,14 @@ def test_draws_from_the_seed_and_only_while_training() -> None:
     assert dropout(x, 0.0, training=True) is x
 
 
-def test_not_a_number_is_dropped_too() -> None:
+def test_nan_is_dropped_too() -> None:
     y = dropout(torch.full((1000,), torch.nan), 0.5, training=True)
     assert (y == 0).any()
     assert y.isnan().any()
 
 
 @pytest.mark.slow
-def test_compiled_draws_the_same() -> None:
+def test_compiled_code_draws_the_same_numbers() -> None:
     x = torch.randn(64, 33, requires_grad=True)
 
     def drawn(function: object) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The depth dial: one number to a whole size."""
+"""Model sizes from their depth alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES_PAGE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 
 def non_embedding_parameters(depth: int, family: str = "qwen3") -> int:
-    """Counted on the meta device: all but the embedding and the head (tied here)."""
+    """Count on the meta device all parameters but the embedding, which is also the head here."""
     config = families.FAMILIES[family](
         **families.by_depth(depth, family), vocab_size=64, max_position_embeddings=8, tie_word_embeddings=True
     )
@@ -27,7 +27,7 @@ def non_embedding_parameters(depth: int, family: str = "qwen3") -> int:
 
 
 def in_words(number: int) -> str:
-    """Two significant digits or three: 0.60M, 85M, 5.6B."""
+    """Format with two or three significant digits: 0.60M, 85M, 5.6B."""
     scaled, unit = (number / 1e9, "B") if number >= 1e9 else (number / 1e6, "M")
     return f"{scaled:.{2 if scaled < 1 else 1 if scaled < 10 else 0}f}{unit}"
 
@@ -75,7 +75,7 @@ def test_parameters_from_half_a_million_to_eight_billion() -> None:
     assert 7e9 < counts[34] < 8e9 < counts[35] < 9e9
 
 
-def test_what_the_dial_does_not_know() -> None:
+def test_refused_depths_and_families() -> None:
     with pytest.raises(UsageError, match="not of gpt2"):
         families.by_depth(12, "gpt2")
     with pytest.raises(UsageError, match="at least 1"):

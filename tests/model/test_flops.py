@@ -11,7 +11,7 @@ from gptsmith.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_counts_what_the_model_has(name: str) -> None:
+def test_counts_the_parameters_of_the_model(name: str) -> None:
     family, options = SIZES[name]
     config = FAMILIES[family](**options)
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def test_flops_equal_those_that_torch_counts() -> None:
     assert counter.get_total_flops() / ids.numel() == flops_per_token(config, 32) - attention
 
 
-def test_a_band_and_a_triangle_are_counted_as_such() -> None:
+def test_causal_and_sliding_window_scores_are_counted_without_masked_ones() -> None:
     config = FAMILIES["gpt3"](sliding_window=4, max_position_embeddings=16)
     every = [sum(min(t + 1, window) for t in range(16)) / 16 for window in (16, 4)]
     assert [attended(config, layer, 16) for layer in (0, 1)] == every
@@ -61,7 +61,7 @@ def test_a_band_and_a_triangle_are_counted_as_such() -> None:
     assert flops_per_token(config, 16) == 3 * flops_per_token(config, 16, training=False)
 
 
-def test_of_the_experts_only_those_in_use_are_multiplied() -> None:
+def test_only_the_experts_of_a_token_are_multiplied() -> None:
     config = FAMILIES["mixtral"]()
     size = count_parameters(config)
     assert size.total == 46_702_792_704

@@ -20,7 +20,7 @@ from tests.factories import tiny_config, tiny_model
 
 @settings(max_examples=30, deadline=None)
 @given(experts=st.integers(1, 9), chosen=st.integers(1, 4), tokens=st.integers(1, 30), normalize=st.booleans())
-def test_equals_asking_every_expert_for_every_token(experts: int, chosen: int, tokens: int, normalize: bool) -> None:
+def test_equals_computing_every_expert_for_every_token(experts: int, chosen: int, tokens: int, normalize: bool) -> None:
     chosen = min(chosen, experts)
     layer = MixtureOfExperts(
         tiny_config(
@@ -53,7 +53,7 @@ def test_balance_loss_equals_transformers(chosen: int, seed: int) -> None:
     torch.testing.assert_close(load_balancing_loss(logits, chosen), torch.as_tensor(expected))
 
 
-def test_balance_is_lowest_where_experts_are_used_alike() -> None:
+def test_balance_loss_is_lowest_for_an_even_load() -> None:
     even = [torch.eye(4).repeat(5, 1) * 50]
     assert load_balancing_loss(even, 1).item() == pytest.approx(1.0)
     assert expert_load(even, 1).tolist() == [0.25] * 4
@@ -62,7 +62,7 @@ def test_balance_is_lowest_where_experts_are_used_alike() -> None:
     assert router_z_loss(one).item() == pytest.approx(2500.0)
 
 
-def test_upcycling_starts_as_the_dense_model() -> None:
+def test_upcycled_model_starts_as_the_dense_model() -> None:
     dense = tiny_model("qwen3", vocab_size=20, max_position_embeddings=16, initializer_range=0.3)
     ids = torch.randint(0, 20, (2, 16))
     sparse = upcycle(dense, 4).eval()
@@ -102,11 +102,11 @@ def test_experts_learn_and_their_load_is_logged(
     assert rows[-1]["val_loss"] < 2.2
     logged = [row for row in rows if "loss" in row]
     assert all(row["expert_load_max"] >= 1 >= row["expert_load_min"] for row in logged)
-    assert all(row["balance_loss"] >= 1.9 for row in logged)  # at least `chosen`
+    assert all(row["balance_loss"] >= 1.9 for row in logged)  # at least top_k
 
 
 @pytest.mark.parametrize("chosen", [3, 0])
-def test_impossible_choices(chosen: int) -> None:
+def test_impossible_top_k(chosen: int) -> None:
     with pytest.raises(UsageError, match="num_experts_per_tok"):
         tiny_config("qwen3_moe", num_experts=2, num_experts_per_tok=chosen)
 
@@ -130,6 +130,6 @@ def test_impossible_choices(chosen: int) -> None:
         ),
     ],
 )
-def test_options_a_family_has_no_use_for_are_refused(options: ModelOptions, message: str) -> None:
+def test_options_that_a_family_does_not_have_are_refused(options: ModelOptions, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         options.build(vocab_size=20, context=16)

@@ -1,4 +1,4 @@
-"""Weights of few bits: what is packed is what was meant, products are those of the matrix, and models survive it."""
+"""Quantized weights: packing, products, and whole models that are quantized, saved, loaded and dequantized."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gptsmith.kernels import threads as kernel_threads
 from gptsmith.model import families, quantized
 from gptsmith.model.quantized import (
     Bits,
-    Packed,
+    QuantizedMatrix,
     bits_of,
     dequantize,
     encode,
-    load_state,
-    outline,
+    load_quantized_state,
     pack,
     quantize,
     quantize_on_gpu,
-    state,
+    quantize_skeleton,
+    quantized_state,
     unpack,
 )
 from tests.factories import tiny_model
@@ -61,46 +61,48 @@ def test_packing_loses_nothing(rows: int, groups: int, bits: Bits, seed: int) ->
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_near_the_weights(bits: Bits) -> None:
+def test_rounding_error_is_small(bits: Bits) -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 128) * torch.rand(64, 1) * 3
-    matrix = Packed.of(encode(weight, bits))
-    assert relative(matrix.matrix(), weight) < (0.006 if bits == 8 else 0.08)
+    matrix = QuantizedMatrix.of(encode(weight, bits))
+    assert relative(matrix.dequantized(), weight) < (0.006 if bits == 8 else 0.08)
     rows = torch.tensor([0, 63, 17, 17])
-    assert torch.equal(matrix.some_rows(rows), matrix.matrix()[rows])
+    assert torch.equal(matrix.rows_at(rows), matrix.dequantized()[rows])
     for exact in (torch.zeros(16, 32), torch.full((16, 32), 0.5), torch.arange(16.0).repeat(16, 2) - 3):
-        if bits == 4 or exact.unique().numel() == 1:  # what sixteen steps can say is kept
-            torch.testing.assert_close(Packed.of(encode(exact, bits)).matrix(), exact, atol=1e-3, rtol=1e-3)
+        if bits == 4 or exact.unique().numel() == 1:  # representable in sixteen steps
+            torch.testing.assert_close(
+                QuantizedMatrix.of(encode(exact, bits)).dequantized(), exact, atol=1e-3, rtol=1e-3
+            )
 
 
-def test_four_bits_do_better_than_the_extremes_alone() -> None:
+def test_clipping_the_range_lowers_the_error_of_4_bits() -> None:
     torch.manual_seed(0)
     weight = torch.randn(32, 320)
     made = encode(weight, 4)
-    assert made.least is not None
+    assert made.zero_points is not None
     low, high = weight.view(32, 10, 32).aminmax(dim=-1)
     step = (high - low) / 15
     plain = ((weight.view(32, 10, 32) - low[..., None]) / step[..., None]).round() * step[..., None] + low[..., None]
-    ours = made.codes.view(32, 10, 32).float() * made.scales.float()[..., None] + made.least.float()[..., None]
+    ours = made.codes.view(32, 10, 32).float() * made.scales.float()[..., None] + made.zero_points.float()[..., None]
     assert relative(ours.flatten(1), weight) < 0.99 * relative(plain.flatten(1), weight)
 
 
 @pytest.mark.skipif(not kernel_threads.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 @pytest.mark.parametrize(("bits", "threads"), list(itertools.product(BITS, (1, 2))))
-def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
-    """Inputs are rounded to 8 bits, so within a hundredth; of inputs that 8 bits can say, exactly."""
+def test_kernels_equal_the_dequantized_product(bits: Bits, threads: int) -> None:
+    """Up to the rounding of inputs to 8 bits; exactly for inputs that 8 bits represent."""
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for rows, columns, tokens in itertools.product((16, 40, 129), (32, 160), (1, 2, 3, 7, 8, 21)):
-            matrix = Packed.of(encode(torch.randn(rows, columns), bits))
+            matrix = QuantizedMatrix.of(encode(torch.randn(rows, columns), bits))
             x = torch.randn(tokens, columns)
-            assert relative(matrix.multiply(x), x @ matrix.matrix().T) < 0.02
+            assert relative(matrix.multiply(x), x @ matrix.dequantized().T) < 0.02
             exact = torch.randint(-127, 128, (tokens, columns)).float()
             exact.view(tokens, -1, 32)[..., 0] = 127
             torch.testing.assert_close(
-                matrix.multiply(exact[:, None])[:, 0], exact @ matrix.matrix().T, atol=0.02, rtol=1e-4
+                matrix.multiply(exact[:, None])[:, 0], exact @ matrix.dequantized().T, atol=0.02, rtol=1e-4
             )
         assert matrix.multiply(torch.zeros(0, columns)).shape == (0, rows)
         assert torch.equal(matrix.multiply(torch.zeros(1, columns)), torch.zeros(1, rows))
@@ -110,7 +112,7 @@ def test_kernels_multiply_as_the_matrix_does(bits: Bits, threads: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_models_answer_nearly_as_before(family: str, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_stay_nearly_the_same(family: str, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(family)
     ids = torch.randint(0, 101, (2, 20))
     with torch.no_grad():
@@ -118,40 +120,41 @@ def test_models_answer_nearly_as_before(family: str, bits: Bits, monkeypatch: py
         quantize(model, bits)
         after = model(ids)
         monkeypatch.setattr(quantized, "kernels_available", lambda: False)
-        slowly = model(ids)
+        without_kernels = model(ids)
     assert relative(after, before) < (0.05 if bits == 8 else 0.35)
-    assert relative(after, slowly) < 0.05
-    left = [name for name, p in model.named_parameters() if p.dim() > 1]
-    assert all("router" in name or "gate" in name or "position" in name for name in left)
+    assert relative(after, without_kernels) < 0.05
+    unquantized = [name for name, p in model.named_parameters() if p.dim() > 1]
+    assert all("router" in name or "gate" in name or "position" in name for name in unquantized)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2_moe", "mixtral"])
 @pytest.mark.parametrize("bits", BITS)
 def test_saved_and_loaded(family: str, bits: Bits) -> None:
     model = quantize(make_model(family), bits)
-    tensors = {name: tensor.clone() for name, tensor in state(model).items()}
+    tensors = {name: tensor.clone() for name, tensor in quantized_state(model).items()}
+    assert "layers.0.attention.o_proj.weight.least" in tensors  # zero points keep the name that earlier versions wrote
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    other = outline(make_model(family), shapes, "here")
+    other = quantize_skeleton(make_model(family), shapes, "here")
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
-    load_state(other, tensors, "here")
+    load_quantized_state(other, tensors, "here")
     ids = torch.randint(0, 101, (1, 9))
     with torch.no_grad():
         assert torch.equal(model(ids), other(ids))
     name = next(name for name in tensors if name.endswith("o_proj.weight.packed"))
-    with pytest.raises(CheckpointError, match="here lacks the tensor .*o_proj"):
-        outline(make_model(family), {n: s for n, s in shapes.items() if n != name}, "here")
+    with pytest.raises(CheckpointError, match="here has no tensor .*o_proj"):
+        quantize_skeleton(make_model(family), {n: s for n, s in shapes.items() if n != name}, "here")
     with pytest.raises(CheckpointError, match=r"o_proj.weight.packed is .* expected"):
-        outline(make_model(family), shapes | {name: (4, 2, 100)}, "here")
+        quantize_skeleton(make_model(family), shapes | {name: (4, 2, 100)}, "here")
     with pytest.raises(CheckpointError, match=r"norm.weight is .* expected"):
-        outline(make_model(family), shapes | {"norm.weight": (1,)}, "here")
+        quantize_skeleton(make_model(family), shapes | {"norm.weight": (1,)}, "here")
     with pytest.raises(CheckpointError, match="expected torch.uint8"):
-        load_state(other, tensors | {name: tensors[name].float()}, "here")
+        load_quantized_state(other, tensors | {name: tensors[name].float()}, "here")
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 @pytest.mark.parametrize("bits", BITS)
-def test_made_plain_again(family: str, bits: Bits) -> None:
+def test_dequantized(family: str, bits: Bits) -> None:
     model = make_model(family)
     names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     quantize(model, bits)
@@ -159,7 +162,7 @@ def test_made_plain_again(family: str, bits: Bits) -> None:
     with torch.no_grad():
         packed = model(ids)
         dequantize(model)
-        assert relative(packed, model(ids)) < 0.03  # the inputs' rounding alone
+        assert relative(packed, model(ids)) < 0.03  # the rounding of inputs
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
     assert bits_of(model) is None
     assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
@@ -167,9 +170,9 @@ def test_made_plain_again(family: str, bits: Bits) -> None:
 
 @pytest.mark.skipif(not kernel_threads.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 @pytest.mark.parametrize("bits", BITS)
-def test_what_is_not_finite_is_not_lost(bits: Bits) -> None:
-    """Rounding inputs to 8 bits must not make numbers of NaN and infinity: the engine looks for them."""
-    matrix = Packed.of(encode(torch.randn(48, 96), bits))
+def test_nan_and_infinity_are_not_lost(bits: Bits) -> None:
+    """Rounding inputs to 8 bits must not turn them into finite numbers: the engine checks for them."""
+    matrix = QuantizedMatrix.of(encode(torch.randn(48, 96), bits))
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(3, 96)
         x[1, 40] = bad
@@ -180,10 +183,10 @@ def test_what_is_not_finite_is_not_lost(bits: Bits) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("openmp", [True, False])
-def test_a_failure_in_a_thread_ends_the_others_waiting(
+def test_a_failing_thread_releases_the_others_from_the_barrier(
     threads: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C may come just before a thread's program begins."""
+    """Ctrl-C can arrive just before a thread starts the program."""
     if not openmp:
         monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
     seen: list[tuple[int, int]] = []
@@ -200,14 +203,14 @@ def test_a_failure_in_a_thread_ends_the_others_waiting(
     torch.set_num_threads(threads)
     try:
         with pytest.raises(KeyboardInterrupt):
-            kernel_threads.together(program)
+            kernel_threads.run_in_threads(program)
     finally:
         torch.set_num_threads(before)
     assert sorted(seen) == [(i, threads) for i in range(threads)]
 
 
 def test_on_a_gpu_through_torchao() -> None:
-    """torchao's 8 bits work on a CPU, too: what is rounded, and what is left."""
+    """torchao's 8-bit layers work on a CPU, too: which layers are quantized, and which are not."""
     pytest.importorskip("torchao.quantization", reason="torchao is not installed (an extra: gptsmith[gpu])")
     model = make_model("qwen2_moe")
     ids = torch.randint(0, 101, (2, 20))
@@ -234,11 +237,11 @@ def test_on_a_gpu(bits: Bits) -> None:
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UsageError, match="need torchao: pip install"):
+    with pytest.raises(UsageError, match="needs torchao: pip install"):
         quantize_on_gpu(make_model("gpt2"), 8)
 
 
-def test_what_cannot_be_quantized() -> None:
+def test_refused_models_and_bits() -> None:
     with pytest.raises(UsageError, match="4 or 8"):
         quantize(make_model("gpt2"), 3)  # type: ignore[arg-type]
     narrow = make_model("gpt2", hidden_size=20)

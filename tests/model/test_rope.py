@@ -14,7 +14,7 @@ SMALL = tiny_config("llama", hidden_size=32, num_hidden_layers=1, max_position_e
 
 
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn"])
-def test_extended_models_read_further(method: str) -> None:
+def test_extended_models_accept_longer_contexts(method: str) -> None:
     longer = extend_context(SMALL, 512, method)  # type: ignore[arg-type]
     model = Transformer(longer).eval()
     assert model(torch.zeros(1, 512, dtype=torch.int64)).shape == (1, 512, 30)
@@ -28,13 +28,13 @@ def test_linear_divides_positions() -> None:
     torch.testing.assert_close(sin[::2], plain[1])
 
 
-def test_ntk_turns_the_slowest_dimension_as_far_as_before() -> None:
+def test_ntk_keeps_the_largest_angle_of_the_slowest_dimension() -> None:
     _, sin = rope_tables(extend_context(SMALL, 256, "ntk"))
     _, before = rope_tables(SMALL)
     torch.testing.assert_close(sin[4::4, -1], before[1:, -1], atol=1e-6, rtol=1e-4)
 
 
-def test_what_cannot_be_extended() -> None:
+def test_refused_extensions() -> None:
     with pytest.raises(UsageError, match="learned positions"):
         extend_context(families.gpt2(), 2048)
     with pytest.raises(UsageError, match="already"):

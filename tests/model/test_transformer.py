@@ -29,7 +29,7 @@ config = functools.partial(
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_cached_equals_uncached(family: str, data: st.DataObject) -> None:
-    """However the tokens are cut into chunks, the logits are those of one pass."""
+    """In chunks of any size, the logits equal those of a single forward pass."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     model = Transformer(config(family)).eval()
     ids = torch.randint(0, 31, (2, 20))
@@ -56,8 +56,8 @@ def test_no_token_sees_the_future(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_documents_do_not_see_each_other(family: str) -> None:
-    """Two documents packed in one row give what each gives alone."""
+def test_documents_do_not_attend_to_each_other(family: str) -> None:
+    """Two documents packed into a row have the logits that each has alone."""
     model = Transformer(config(family)).eval()
     a, b = torch.randint(0, 31, (1, 7)), torch.randint(0, 31, (1, 13))
     document_ids = torch.tensor([[4] * 7 + [5] * 13])
@@ -69,7 +69,7 @@ def test_documents_do_not_see_each_other(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_attention_weights_are_those_used(family: str) -> None:
-    """Rows are distributions over the past, and applying them to the values gives what SDPA gave."""
+    """Rows are distributions over the past, and their product with the values equals the output of SDPA."""
     model = Transformer(config(family, num_hidden_layers=1)).eval()
     ids, weights = torch.randint(0, 31, (1, 9)), list[torch.Tensor]()
     captured: dict[str, torch.Tensor] = {}
@@ -88,7 +88,7 @@ def test_attention_weights_are_those_used(family: str) -> None:
     torch.testing.assert_close(mixed, captured["mixed"], atol=1e-5, rtol=1e-5)
 
 
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+def test_initial_loss_is_that_of_a_uniform_distribution() -> None:
     for family in ("gpt2", "qwen3"):
         torch.manual_seed(0)
         model = Transformer(config(family, hidden_size=64, initializer_range=0.02))
@@ -97,7 +97,7 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
         assert abs(loss.item() - math.log(31)) < 0.1
 
 
-def test_gpt2_starts_residual_projections_smaller() -> None:
+def test_gpt2_initializes_residual_projections_smaller() -> None:
     model = Transformer(config("gpt2", hidden_size=128, num_hidden_layers=8, initializer_range=0.02))
     first: Any = model.layers[0]
     assert first.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -123,7 +123,7 @@ def test_embeddings_in_place_of_ids(family: str) -> None:
         model(ids, inputs_embeds=embeddings)
 
 
-def test_dropout_only_while_training() -> None:
+def test_dropout_only_in_training() -> None:
     model = Transformer(config("gpt2"), dropout=0.5)
     ids = torch.randint(0, 31, (1, 9))
     assert not torch.equal(model(ids), model(ids))
@@ -141,7 +141,7 @@ def test_beyond_the_context_is_refused() -> None:
     "wrong",
     [{"num_hidden_layers": 0}, {"num_attention_heads": 4, "num_key_value_heads": 3}, {"head_dim": 5}],
 )
-def test_impossible_shapes_are_usage_errors(wrong: dict[str, int]) -> None:
+def test_impossible_shapes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         config("qwen3", **wrong)
 

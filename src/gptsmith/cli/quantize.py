@@ -67,9 +67,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _size(model: Transformer) -> int:
-    from gptsmith.model.quantized import state
+    from gptsmith.model.quantized import quantized_state
 
-    return sum(int(tensor.nbytes) for tensor in state(model).values())
+    return sum(int(tensor.nbytes) for tensor in quantized_state(model).values())
 
 
 def _text(path: Path | None) -> str:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
-from gptsmith.kernels.threads import announce_compiling, kernels_available, together
+from gptsmith.kernels.threads import announce_compiling, kernels_available, run_in_threads
 from gptsmith.model.cache import Chunk, PagedCache
-from gptsmith.model.quantized import Packed, QuantizedLinear, bits_of
+from gptsmith.model.quantized import QuantizedLinear, QuantizedMatrix, bits_of
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
 _ACTIVATIONS = {"swiglu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -85,7 +85,7 @@ class CpuRunner(Runner):
                 tables[g, n : n + chunk.size, : len(table)] = table
             n += chunk.size
         logits = np.empty((len(rows), -(-c.vocab_size // kernels.ROWS) * kernels.ROWS), dtype=np.float32)
-        together(
+        run_in_threads(
             kernels.forward,
             *(self._layers, self._head, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size),
             *(c.vocab_size, c.attention_scale or c.head_dim**-0.5, c.norm_eps, c.norm == "layernorm"),
@@ -169,8 +169,8 @@ class CpuRunner(Runner):
     def _matrix(self, module: nn.Module) -> tuple[int, int, int, int]:
         """Return (bits, address of the weights, of the scales, of the zero points)."""
         if isinstance(module, QuantizedLinear):
-            packed: Packed = module.weight
-            least = packed.least if packed.bits == 4 else None
-            return packed.bits, self._address(packed.packed), self._address(packed.scales), self._address(least)
+            packed: QuantizedMatrix = module.weight
+            zero_points = packed.zero_points if packed.bits == 4 else None
+            return packed.bits, self._address(packed.packed), self._address(packed.scales), self._address(zero_points)
         assert isinstance(module, nn.Linear)
         return 32, self._address(module.weight), 0, 0

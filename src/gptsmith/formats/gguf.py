@@ -114,8 +114,8 @@ class _LazyTensors(Mapping[str, Tensor]):
         if codes is None or not mapping.permuted_heads:
             return codes
         order = torch.from_numpy(neighbors_to_halves(np.arange(len(codes.codes)), mapping.permuted_heads))
-        least = None if codes.least is None else codes.least[order]
-        return Codes(codes.bits, codes.codes[order], codes.scales[order], least)
+        zero_points = None if codes.zero_points is None else codes.zero_points[order]
+        return Codes(codes.bits, codes.codes[order], codes.scales[order], zero_points)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, without reading it."""

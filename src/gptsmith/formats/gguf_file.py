@@ -131,18 +131,18 @@ class GgufFile:
             return None
         blocks = torch.from_numpy(raw.copy()).view(rows, columns // 32, type.block_bytes)
         scales, packed = blocks[..., :2].contiguous().view(torch.float16)[..., 0], blocks[..., 2:]
-        least: Tensor | None = None
+        zero_points: Tensor | None = None
         if type.name == "Q8_0":
             codes = packed ^ 128  # from two's complement to an offset of 128
         else:
             if type.name == "Q4_1":
-                least, packed = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], blocks[..., 4:]
+                zero_points, packed = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], blocks[..., 4:]
             else:
-                least = -8 * scales
+                zero_points = -8 * scales
             codes = torch.cat((packed & 15, packed >> 4), dim=-1)
-        if not all(bool(numbers.isfinite().all()) for numbers in (scales, least) if numbers is not None):
+        if not all(bool(numbers.isfinite().all()) for numbers in (scales, zero_points) if numbers is not None):
             raise self._not_finite(name)
-        return Codes(8 if least is None else 4, codes.flatten(1), scales, least)
+        return Codes(8 if zero_points is None else 4, codes.flatten(1), scales, zero_points)
 
     def _raw(self, name: str, part: int | None) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
         info = self.tensors[name]

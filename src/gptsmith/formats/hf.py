@@ -21,7 +21,7 @@ from gptsmith.errors import CheckpointError, UsageError, first_few
 from gptsmith.formats import hf_config, hf_weights
 from gptsmith.formats.hf_weights import WeightMapping
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.quantized import bits_of, description, state
+from gptsmith.model.quantized import bits_of, quantization_config, quantized_state
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
 
@@ -235,14 +235,14 @@ def save_model(model: Transformer, directory: Path, *, eos_token_id: int | None 
     config = config_to_hf(model.config, eos_token_id=eos_token_id)
     bits = bits_of(model)
     if bits is not None:
-        config["quantization_config"] = description(bits)
+        config["quantization_config"] = quantization_config(bits)
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": True, "temperature": 0.8}
     for name, values in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
         with atomic_file(directory / name, "w") as file:
             json.dump(values, file, indent=2)
             file.write("\n")
     with atomic_file(directory / WEIGHTS_FILE) as file:
-        file.write(save(weights_to_hf(model) if bits is None else state(model), metadata={"format": "pt"}))
+        file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:

@@ -37,14 +37,14 @@ from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import (
     Bits,
-    Packed,
+    QuantizedMatrix,
     bits_of,
+    bits_of_config,
+    concatenate,
     dequantize,
-    described_bits,
     encode,
-    joined,
-    load_state,
-    outline,
+    load_quantized_state,
+    quantize_skeleton,
     replace_matrices,
 )
 from gptsmith.model.transformer import Transformer
@@ -106,9 +106,9 @@ class ModelSource:
             raise CheckpointError(f"{self.path}: no model can be built from its configuration: {error}.") from None
         where = str(self.path)
         if self.bits is not None:
-            outline(model, shapes, where)
+            quantize_skeleton(model, shapes, where)
             _allocate(model, torch.float32)
-            load_state(model, self.tensors, where)
+            load_quantized_state(model, self.tensors, where)
             if not packed:
                 for parameter in dequantize(model).parameters():
                     parameter.data = parameter.data.to(dtype)
@@ -138,7 +138,7 @@ class ModelSource:
     def _mappings(self) -> dict[str, WeightMapping]:
         return {mapping.local: mapping for mapping in weight_mappings(self.config)}
 
-    def _packed_matrix(self, name: str, weight: Tensor) -> Packed | None:
+    def _packed_matrix(self, name: str, weight: Tensor) -> QuantizedMatrix | None:
         """Return a GGUF file's quantized matrix for our parameter `name`; None if it is not stored quantized.
 
         An expert's matrix is named after the stack of experts: `layers.0.mlp.up_proj.3`.
@@ -157,7 +157,7 @@ class ModelSource:
         if len(bits) > 1 or None in bits:
             matrices = [tensors[hf_name] for hf_name in hf_names]
             parts = [encode(matrix.mT if mapping.transposed else matrix, 8) for matrix in matrices]
-        return Packed.of(joined(parts))
+        return QuantizedMatrix.of(concatenate(parts))
 
 
 def open_model(path: Path) -> ModelSource:
@@ -171,7 +171,7 @@ def open_model(path: Path) -> ModelSource:
     values = read_config_file(path)
     config = _checked_config(values, str(path / CONFIG_FILE))
     generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
-    bits = described_bits(values.get("quantization_config"))
+    bits = bits_of_config(values.get("quantization_config"))
     weights = open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
     return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
 
@@ -190,7 +190,7 @@ def _open_gguf(path: Path) -> ModelSource:
 def _checked_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Return the configuration. Raise CheckpointError for quantized weights of others and for implausible values."""
     quantized = values.get("quantization_config")
-    if quantized and described_bits(quantized) is None:
+    if quantized and bits_of_config(quantized) is None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
             f"{where}: this quantization_config ({method or 'without a quant_method'}) is not supported. "

@@ -1,15 +1,16 @@
-"""Matrix products and attention for a CPU, compiled by numba when first used (LLVM comes with it: no compiler needed).
+"""The forward pass of a dense model on a CPU, for decoding. Compiled by numba when first used (numba includes LLVM, so
+no compiler has to be installed).
 
-Decoding reads every weight once a token, so weights lie as they are read: packed matrices (`model.quantized`) hold
-sixteen rows side by side, four columns of each at a time, in 4 or 8 bits, with a scale (and, in 4 bits, a least value)
-for each row and group of 32 columns. Inputs are rounded to 8 bits in groups of 32, too, and multiplied by `vpdpbusd`:
-64 products an instruction. The instructions are written out in LLVM's own language, since no loop in Python makes LLVM
-choose them.
+Decoding reads every weight once per token, so weights are stored in the order in which they are read: quantized
+matrices (`model.quantized`) interleave sixteen rows, four columns of each at a time, in 4 or 8 bits, with a scale (and,
+in 4 bits, a zero point) for each row and group of 32 columns. Inputs are also rounded to 8 bits, in groups of 32, and
+multiplied by `vpdpbusd`, which computes 64 products per instruction. It is written in LLVM IR, since LLVM does not
+choose it for any loop in Python.
 
-All threads run the same program over their own share of the rows and meet at barriers (a counter they spin on), some
-six a layer: a parallel loop each would cost as much as the work.
+All threads run the same program, each for its share of the rows, and meet at about six barriers per layer (a counter on
+which they spin): a parallel loop for each step would cost as much as the work itself.
 
-Addresses are passed as integers; whoever calls keeps the arrays alive.
+Addresses are passed as integers; the caller keeps the arrays alive.
 
 Axis letters: N tokens · C, K columns (inputs) · R rows (outputs) · H heads · J key/value heads · D head_dim · G groups.
 """
@@ -27,7 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP = 32  # columns that share a scale
-ROWS = 16  # rows of a block
+ROWS = 16  # rows per block
 
 _i8, _i32, _i64, _f32, _f16 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.HalfType()
 _BYTES, _INTS = ir.VectorType(_i8, 64), ir.VectorType(_i32, 16)
@@ -35,14 +36,15 @@ _FLOATS, _HALVES = ir.VectorType(_f32, 16), ir.VectorType(_f16, 16)
 
 
 def available() -> bool:
-    """Whether this machine has the instructions."""
+    """Return whether this processor has the instructions."""
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()
     return bool(features.get("avx512vnni")) and bool(features.get("avx512bw"))
 
 
-# the instructions -----------------------------------------------------------------------------------------------------
+# LLVM IR
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _load(b: Any, address: Any, type_: Any) -> Any:
@@ -55,15 +57,15 @@ def _store(b: Any, value: Any, address: Any) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 1
 
 
-def _spread(b: Any, value: Any, type_: Any) -> Any:
-    """A vector of sixteen times the value."""
-    nothing = ir.Constant(type_, ir.Undefined)
-    one = b.insert_element(nothing, value, ir.Constant(_i32, 0))
-    return b.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_i32, 16), [0] * 16))
+def _broadcast(b: Any, value: Any, type_: Any) -> Any:
+    """Return a vector of sixteen times the value."""
+    undefined = ir.Constant(type_, ir.Undefined)
+    one = b.insert_element(undefined, value, ir.Constant(_i32, 0))
+    return b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_i32, 16), [0] * 16))
 
 
 def _at(b: Any, base: Any, *terms: Any) -> Any:
-    """base + terms; each a number, an IR value, or a pair whose product counts."""
+    """Return base + terms. A term is a number, an IR value, or a pair of these that is multiplied."""
     for term in terms:
         if isinstance(term, tuple):
             term = b.mul(*(ir.Constant(_i64, t) if isinstance(t, int) else t for t in term))
@@ -71,8 +73,8 @@ def _at(b: Any, base: Any, *terms: Any) -> Any:
     return base
 
 
-def _fetch(b: Any, address: Any) -> None:
-    """Have 64 bytes brought near, without waiting for them."""
+def _prefetch(b: Any, address: Any) -> None:
+    """Prefetch the 64 bytes at an address."""
     pointer = b.inttoptr(address, _i8.as_pointer())
     function = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32]), "llvm.prefetch.p0"
@@ -80,11 +82,11 @@ def _fetch(b: Any, address: Any) -> None:
     b.call(function, [pointer, *(ir.Constant(_i32, value) for value in (0, 3, 1))])
 
 
-def _totals(b: Any, vectors: list[Any]) -> Any:
-    """A vector of the sums of up to sixteen vectors' sixteen numbers."""
+def _horizontal_sums(b: Any, vectors: list[Any]) -> Any:
+    """Return a vector of the sums over each of up to sixteen vectors of sixteen floats."""
     vectors = vectors + [ir.Constant(_FLOATS, [0.0] * 16)] * (16 - len(vectors))
     halves = [ir.Constant(_INTS, list(range(first, 32, 2))) for first in (0, 1)]
-    while len(vectors) > 1:  # two become one, each number of it the sum of two neighbours
+    while len(vectors) > 1:  # two vectors become one: the sums of neighboring elements
         vectors = [
             b.fadd(*(b.shuffle_vector(vectors[i], vectors[i + 1], half) for half in halves))
             for i in range(0, len(vectors), 2)
@@ -93,10 +95,10 @@ def _totals(b: Any, vectors: list[Any]) -> Any:
 
 
 def _packed_product(T: int, bits: int) -> Any:
-    """T tokens times one block of sixteen rows: a function of addresses.
+    """Return a function that multiplies T tokens with one block of sixteen rows. Its arguments are addresses.
 
-    w, s, m: the block's weights, scales and least values. x, xs, xsum: inputs in 8 bits, (G, T, 32), their scales and
-    the sums of what they stand for, (G, T) float32: see `_round`. out: (T, 16) float32, ldo apart.
+    w, s, m: codes, scales and zero points of the block. x, xs, xsum: inputs in 8 bits, (G, T, 32), their scales, and
+    the sums of the rounded inputs, (G, T) float32: see `_round`. out: (T, 16) float32, rows ldo apart.
     """
 
     @intrinsic
@@ -113,9 +115,9 @@ def _packed_product(T: int, bits: int) -> Any:
             with cgutils.for_range(b, G) as loop:
                 g = loop.index
                 ints = [ir.Constant(_INTS, [0] * 16)] * T
-                for j in range(bits):  # a load of 64 bytes: four columns of sixteen rows, in 4 bits eight
-                    if T == 8:  # the next block follows
-                        _fetch(b, _at(b, w, (b.add(G, g), 64 * bits), 64 * j))
+                for j in range(bits):  # 64 bytes: four columns of sixteen rows, in 4 bits eight
+                    if T == 8:  # prefetch the next block
+                        _prefetch(b, _at(b, w, (b.add(G, g), 64 * bits), 64 * j))
                     loaded = _load(b, _at(b, w, (g, 64 * bits), 64 * j), _BYTES)
                     if bits == 4:
                         low = b.and_(loaded, ir.Constant(_BYTES, [15] * 64))
@@ -126,17 +128,17 @@ def _packed_product(T: int, bits: int) -> Any:
                         weights = b.bitcast(weights, _INTS)
                         for t in range(T):
                             inputs = _load(b, _at(b, x, (g, GROUP * T), GROUP * t + column), _i32)
-                            ints[t] = b.call(dot, [ints[t], weights, _spread(b, inputs, _INTS)])
+                            ints[t] = b.call(dot, [ints[t], weights, _broadcast(b, inputs, _INTS)])
                 scale = b.fpext(_load(b, _at(b, s, (g, 32)), _HALVES), _FLOATS)
-                least = b.fpext(_load(b, _at(b, m, (g, 32)), _HALVES), _FLOATS) if bits == 4 else None
+                zero_point = b.fpext(_load(b, _at(b, m, (g, 32)), _HALVES), _FLOATS) if bits == 4 else None
                 for t in range(T):
-                    own = _spread(b, _load(b, _at(b, xs, (g, 4 * T), 4 * t), _f32), _FLOATS)
-                    inputs = _spread(b, _load(b, _at(b, xsum, (g, 4 * T), 4 * t), _f32), _FLOATS)
-                    product_ = b.fmul(b.sitofp(ints[t], _FLOATS), own)
+                    input_scale = _broadcast(b, _load(b, _at(b, xs, (g, 4 * T), 4 * t), _f32), _FLOATS)
+                    inputs = _broadcast(b, _load(b, _at(b, xsum, (g, 4 * T), 4 * t), _f32), _FLOATS)
+                    product_ = b.fmul(b.sitofp(ints[t], _FLOATS), input_scale)
                     total = b.load(sums[t])
                     if bits == 4:
-                        total = b.call(fma, [inputs, least, b.call(fma, [product_, scale, total])])
-                    else:  # stored as 128 more than they are
+                        total = b.call(fma, [inputs, zero_point, b.call(fma, [product_, scale, total])])
+                    else:  # codes are stored with an offset of 128
                         product_ = b.call(fma, [inputs, ir.Constant(_FLOATS, [-128.0] * 16), product_])
                         total = b.call(fma, [product_, scale, total])
                     b.store(total, sums[t])
@@ -150,10 +152,10 @@ def _packed_product(T: int, bits: int) -> Any:
 
 
 def _plain_product(T: int, rows: int) -> Any:
-    """T vectors times `rows` rows of a float32 matrix: a function of addresses.
+    """Return a function that multiplies T vectors with `rows` rows of a float32 matrix. Its arguments are addresses.
 
-    w: the first row; they are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to if `more` is not 0.
-    K: a multiple of 16. next: a row that will be needed soon, as will the second after it; `w`, if none.
+    w: the first row; rows are ldw apart. x: (T, K), ldx apart. out: (T, rows), ldo apart; added to unless `more` is 0.
+    K: a multiple of 16. next: a row to prefetch, together with the second row after it; `w` if there is none.
     """
 
     @intrinsic
@@ -166,23 +168,23 @@ def _plain_product(T: int, rows: int) -> Any:
                 b.store(ir.Constant(_FLOATS, [0.0] * 16), total)
             with cgutils.for_range(b, b.udiv(K, ir.Constant(_i64, 16))) as loop:
                 if T == 4:
-                    _fetch(b, _at(b, next, (loop.index, 64)))
-                    _fetch(b, _at(b, next, (loop.index, 64), (8, ldw)))
+                    _prefetch(b, _at(b, next, (loop.index, 64)))
+                    _prefetch(b, _at(b, next, (loop.index, 64), (8, ldw)))
                 row = b.mul(ldw, ir.Constant(_i64, 4))
                 weights = [_load(b, _at(b, w, (row, r), (loop.index, 64)), _FLOATS) for r in range(rows)]
                 for t in range(T):
                     inputs = _load(b, _at(b, x, (b.mul(ldx, ir.Constant(_i64, 4)), t), (loop.index, 64)), _FLOATS)
                     for r in range(rows):
                         b.store(b.call(fma, [weights[r], inputs, b.load(sums[t][r])]), sums[t][r])
-            totals = _totals(b, [b.load(total) for row in sums for total in row])
+            totals = _horizontal_sums(b, [b.load(total) for row in sums for total in row])
             for t in range(T):
                 part = b.shuffle_vector(
                     totals, totals, ir.Constant(ir.VectorType(_i32, rows), list(range(t * rows, (t + 1) * rows)))
                 )
                 place = _at(b, out, (b.mul(ldo, ir.Constant(_i64, 4)), t))
-                nothing = ir.Constant(part.type, [0.0] * rows)
-                known = b.select(b.icmp_signed("!=", more, ir.Constant(_i64, 0)), _load(b, place, part.type), nothing)
-                _store(b, b.fadd(part, known), place)
+                zeros = ir.Constant(part.type, [0.0] * rows)
+                before = b.select(b.icmp_signed("!=", more, ir.Constant(_i64, 0)), _load(b, place, part.type), zeros)
+                _store(b, b.fadd(part, before), place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -191,9 +193,9 @@ def _plain_product(T: int, rows: int) -> Any:
 
 
 def _weighted_sum(T: int, width: int) -> Any:
-    """Sums of n rows of 16 · width float32, by T ways to weight them: a function of addresses.
+    """Return a function that adds T weighted sums of n rows of 16 · width floats. Its arguments are addresses.
 
-    w: weights (T, n), ldw apart. x: the first row; they are ldx apart. out: (T, 16 · width), ldo apart; added to.
+    w: weights (T, n), ldw apart. x: the first row; rows are ldx apart. out: (T, 16 · width), ldo apart; added to.
     """
 
     @intrinsic
@@ -213,7 +215,7 @@ def _weighted_sum(T: int, width: int) -> Any:
                 parts = [_load(b, _at(b, row, 64 * c), _FLOATS) for c in range(width)]
                 for t in range(T):
                     place = _at(b, w, (b.mul(ldw, ir.Constant(_i64, 4)), t), (loop.index, 4))
-                    weight = _spread(b, _load(b, place, _f32), _FLOATS)
+                    weight = _broadcast(b, _load(b, place, _f32), _FLOATS)
                     for c in range(width):
                         b.store(b.call(fma, [weight, parts[c], b.load(sums[t][c])]), sums[t][c])
             for t in range(T):
@@ -236,7 +238,7 @@ _s_1_1, _s_2_1, _s_3_1, _s_4_1 = (_weighted_sum(T, 1) for T in (1, 2, 3, 4))
 
 @intrinsic
 def _floats(ctx, address):
-    """The address as a pointer to float32."""
+    """Return the address as a pointer to float32."""
 
     def codegen(context, b, signature, args):
         return b.inttoptr(args[0], _f32.as_pointer())
@@ -249,7 +251,7 @@ def _function(b: Any, name: str, result: Any, *arguments: Any) -> Any:
 
 
 def _exp_of(b: Any, x: Any) -> Any:
-    """e to the power of a vector ≤ 0, as `_exp` computes it."""
+    """Return exp(x) of a vector x ≤ 0, computed as in `_exp`."""
 
     def constant(value: float) -> Any:
         return ir.Constant(_FLOATS, [value] * 16)
@@ -267,7 +269,10 @@ def _exp_of(b: Any, x: Any) -> Any:
 
 
 def _gate(kind: int) -> Any:
-    """n numbers (a multiple of 16) through an activation: a function of addresses. 0: silu(x) · up. 1: gelu by tanh."""
+    """Return a function that applies an activation to n floats, a multiple of 16. Its arguments are addresses.
+
+    kind: 0: silu(x) · up. 1: GELU's tanh approximation.
+    """
 
     @intrinsic
     def activate(ctx, x, up, n, out):
@@ -299,7 +304,7 @@ _swiglu, _gelu = _gate(0), _gate(1)
 
 @intrinsic
 def _largest(ctx, x, n):
-    """The largest of n ≥ 0 float32 from an address on; -3e38 of none."""
+    """Return the largest of n ≥ 0 floats at an address; -3e38 if n is 0."""
 
     def codegen(context, b, signature, args):
         x, n = args
@@ -323,8 +328,10 @@ def _largest(ctx, x, n):
 
 @intrinsic
 def _round_group(ctx, x, xq, xs, xsum):
-    """32 float32 to 8 bits, their scale and the sum of what is left of them; all addresses. What is not finite makes
-    the scale NaN: it must not be lost."""
+    """Round 32 floats to 8 bits: store codes, their scale, and the sum of the rounded values. Arguments are addresses.
+
+    NaN or infinity makes the scale NaN, so that it is not lost.
+    """
 
     def codegen(context, b, signature, args):
         x, xq, xs, xsum = args
@@ -336,14 +343,14 @@ def _round_group(ctx, x, xq, xs, xsum):
         low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
         most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
         scale = b.fmul(most, ir.Constant(_f32, 1 / 127))
-        damaged = b.or_(*(b.fcmp_unordered("uno", part, part) for part in (low, high)))  # which the largest passes over
-        damaged = b.icmp_signed("!=", b.bitcast(damaged, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
-        scale = b.select(damaged, ir.Constant(_f32, math.nan), scale)
+        is_nan = b.or_(*(b.fcmp_unordered("uno", part, part) for part in (low, high)))  # NaN, which the maximum ignores
+        is_nan = b.icmp_signed("!=", b.bitcast(is_nan, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
+        scale = b.select(is_nan, ir.Constant(_f32, math.nan), scale)
         none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
         inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
         total = ir.Constant(_i32, 0)
         for i, part in enumerate((low, high)):
-            q = b.fptosi(b.call(nearest, [b.fmul(part, _spread(b, inverse, _FLOATS))]), _INTS)
+            q = b.fptosi(b.call(nearest, [b.fmul(part, _broadcast(b, inverse, _FLOATS))]), _INTS)
             _store(b, b.trunc(q, ir.VectorType(_i8, 16)), b.add(xq, ir.Constant(_i64, 16 * i)))
             total = b.add(total, b.call(add, [q]))
         _store(b, scale, xs)
@@ -355,7 +362,7 @@ def _round_group(ctx, x, xq, xs, xsum):
 
 @intrinsic
 def _two_to(ctx, power):
-    """2 to an int32 power, as float32, by its bits."""
+    """Return 2 to the power of an int32, as float32, built from its bits."""
 
     def codegen(context, b, signature, args):
         return b.bitcast(b.shl(b.add(args[0], ir.Constant(_i32, 127)), ir.Constant(_i32, 23)), _f32)
@@ -365,7 +372,7 @@ def _two_to(ctx, power):
 
 @intrinsic
 def _arrive(ctx, counter):
-    """Count one more at the address, for all to see."""
+    """Atomically increment the counter at the address."""
 
     def codegen(context, b, signature, args):
         b.atomic_rmw("add", b.inttoptr(args[0], _i64.as_pointer()), ir.Constant(_i64, 1), "seq_cst")
@@ -376,7 +383,7 @@ def _arrive(ctx, counter):
 
 @intrinsic
 def _reached(ctx, counter, target):
-    """Whether the count at the address is `target` or more; a short pause for who asks again and again."""
+    """Return whether the counter at the address has reached `target`, after a short pause (for spin loops)."""
 
     def codegen(context, b, signature, args):
         pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
@@ -388,8 +395,8 @@ def _reached(ctx, counter, target):
 
 
 @intrinsic
-def _give_way(ctx):
-    """Let another thread have the processor."""
+def _yield(ctx):
+    """Let another thread run on this core."""
 
     def codegen(context, b, signature, args):
         function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_i32, []), "sched_yield")
@@ -403,22 +410,21 @@ _inline: Any = njit(nogil=True, inline="never", fastmath={"contract", "reassoc",
 
 @_inline
 def _meet(counter: int, target: int) -> None:
-    """A barrier: wait until `target` arrivals have been counted."""
+    """Wait at a barrier until `target` arrivals have been counted."""
     _arrive(counter)
     tries = 0
     while _reached(counter, target) == 0:
         tries += 1
-        if tries > 3000:  # someone has lost its processor: do not keep it from getting one
-            _give_way()
+        if tries > 3000:  # a thread has been descheduled: do not keep it from running
+            _yield()
 
 
-# a layer's parts ------------------------------------------------------------------------------------------------------
+# parts of a layer -----------------------------------------------------------------------------------------------------
 
 
 @_inline
 def _tile(n: int, N: int) -> Any:
-    """Where the tile begins that token n of N is in, and how many tokens it has: eights, then at most a four, a two and
-    a one."""
+    """Return first token and size of the tile of token n of N. Tiles have 8 tokens, the last ones 4, 2 and 1."""
     first = N // 8 * 8
     if n < first:
         return n // 8 * 8, 8
@@ -432,9 +438,9 @@ def _tile(n: int, N: int) -> Any:
 
 @_inline
 def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
-    """Token n of x (N, K) to 8 bits: xq (N · K,) int8; scales and sums of what is left of it, (N · G,).
+    """Round token n of x (N, K) to 8 bits: codes xq (N · K,) int8; scales and sums of the rounded values, (N · G,).
 
-    A tile of W tokens lies as (G, W, 32) and (G, W): as it is read.
+    A tile of W tokens is stored as (G, W, 32) and (G, W), in the order in which it is read.
     """
     N, K = x.shape
     G = K // GROUP
@@ -452,12 +458,12 @@ def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
 def _multiply_plain(
     w: int, ldw: int, K: int, first: int, last: int, x: int, N: int, out: int, ldo: int, more: int
 ) -> None:
-    """Rows first ... last of a float32 matrix times N tokens, or K columns of both, ldw apart; see `_plain_product`."""
+    """Multiply rows first ... last of a float32 matrix with N tokens: K columns of both. See `_plain_product`."""
     r = first
     while r < last:
         row, target, n = w + 4 * r * ldw, out + 4 * r, 0
         if r + 4 <= last:
-            soon = row if r + 8 > last else row + 16 * ldw  # of the next four rows a tile fetches two
+            soon = row if r + 8 > last else row + 16 * ldw  # each tile prefetches two of the next four rows
             while n + 4 <= N:
                 _f_4_4(row, ldw, x + 4 * n * ldw, ldw, K, target + 4 * n * ldo, ldo, more, soon + n % 8 * ldw)
                 n += 4
@@ -479,14 +485,14 @@ def _multiply(
     kind: int, w: int, s: int, m: int, K: int, first: int, last: int, x: Any, xq: Any, xs: Any, xsum: Any, out: int,
     ldo: int,
 ) -> None:  # fmt: skip
-    """Rows first ... last (multiples of 16, but for the end) of a matrix times N tokens: out (N, R), ldo apart.
+    """Multiply rows first ... last (multiples of 16, or the end) of a matrix with N tokens: out (N, R), ldo apart.
 
-    kind: 4 or 8 (bits), or 32.
+    kind: 4 or 8 (bits, quantized), or 32 (float32).
     """
     N = x.shape[0]
     G = K // GROUP
     if kind == 32:
-        # What is read again and again stays near: some rows in the second cache, a piece of the tokens in the first.
+        # Cache blocking: 64 rows stay in the L2 cache, a piece of the tokens in the L1 cache.
         for begin in range(first, last, 64):
             for n in range(0, N, 16):
                 tokens = min(16, N - n)
@@ -534,7 +540,10 @@ def linear(
     tid: int, threads: int, counter: int, kind: int, w: int, s: int, m: int, R: int, x: Any, xq: Any, xs: Any,
     xsum: Any, out: int, ldo: int,
 ) -> None:  # fmt: skip
-    """One thread's share of x (N, K) float32 times a packed matrix of R rows: out (N, ldo ≥ R rounded up to 16)."""
+    """Compute a thread's share of x (N, K) float32 times a quantized matrix of R rows: out (N, R), ldo apart.
+
+    w, s, m: codes, scales and zero points. xq, xs, xsum: work space, see `_round`. ldo: at least R rounded up to 16.
+    """
     N, K = x.shape
     for n in range(tid, N, threads):
         _round(x, n, xq, xs, xsum)
@@ -545,14 +554,14 @@ def linear(
 
 @_inline
 def _share(tid: int, threads: int, R: int) -> Any:
-    """Which of R rows are a thread's: whole blocks."""
+    """Return the range of rows, out of R, that a thread computes: whole blocks."""
     blocks = -(-R // ROWS)
     return blocks * tid // threads * ROWS, min(blocks * (tid + 1) // threads * ROWS, R)
 
 
 @_inline
 def _exp(x: Any) -> Any:
-    """e to the power x ≤ 0 to within 2 units of float32's last place or so: 2 to the power of whole and rest apart."""
+    """Return exp(x) for x ≤ 0, to about 2 units in the last place, as 2^(integer part) · 2^(fractional part)."""
     x = (x if x > np.float32(-87.0) else np.float32(-87.0)) * np.float32(1.4426950408889634)
     whole = np.floor(x)
     r = (x - whole) * np.float32(0.6931471805599453)
@@ -568,11 +577,11 @@ def _exp(x: Any) -> Any:
 
 
 @_inline
-def _norm(x: Any, weight: int, bias: int, eps: float, centred: bool, out: Any) -> None:
-    """x (C,), normalised: RMSNorm, or LayerNorm if centred. bias: 0 if there is none."""
+def _norm(x: Any, weight: int, bias: int, eps: float, centered: bool, out: Any) -> None:
+    """Normalize x (C,) into out: RMSNorm, or LayerNorm if centered. weight, bias: addresses; 0 for no bias."""
     C = len(x)
     mean = np.float32(0.0)
-    if centred:
+    if centered:
         for i in range(C):
             mean += x[i]
         mean /= np.float32(C)
@@ -592,7 +601,7 @@ def _norm(x: Any, weight: int, bias: int, eps: float, centred: bool, out: Any) -
 
 @_inline
 def _head(q: Any, D: int, norm: int, eps: float, rotary: bool, cos: Any, sin: Any) -> None:
-    """One head's query or key (D,), in place: normalised if `norm` (an address) is given, turned if rotary."""
+    """Normalize a head's query or key (D,) in place, unless `norm` (an address) is 0, and rotate it if rotary."""
     if norm:
         square = np.float32(0.0)
         for d in range(D):
@@ -614,10 +623,11 @@ def _attend(
     q: int, ldq: int, T: int, step: int, p: int, window: int, D: int, scale: float, keys: int, values: int, row: int,
     table: Any, Z: int, scores: Any, out: int, ldo: int,
 ) -> None:  # fmt: skip
-    """Attention of up to four queries that share their keys: q (T, D), ldq apart -> out (T, D), ldo apart.
+    """Compute the attention of up to four queries with the same keys: q (T, D), ldq apart -> out (T, D), ldo apart.
 
-    Query t stands at p + t · step and sees what is up to there, at most `window` tokens (0: all). keys, values: a
-    head's first token in the first block; tokens are `row` numbers apart, blocks have Z. scores: (4, more than that).
+    Query t is at position p + t · step and sees up to `window` tokens that end there (0: all). keys, values: the
+    address of a head's first token in block 0; tokens are `row` floats apart, and blocks have Z. scores: (4, more than
+    the tokens seen), work space.
     """
     oldest = max(0, p + 1 - window) if window else 0
     newest = p + (T - 1) * step
@@ -686,7 +696,7 @@ def _attend(
 
 @_inline
 def _softmax(x: Any, scale: Any) -> None:
-    """Of scale · x, in place."""
+    """Replace x by softmax(scale · x)."""
     most = _largest(x.ctypes.data, len(x))
     weight = np.float32(0.0)
     for i in range(len(x)):
@@ -698,17 +708,17 @@ def _softmax(x: Any, scale: Any) -> None:
         x[i] *= inverse
 
 
-# rows of the table of addresses that `forward` reads
+# Columns of the table of addresses that `forward` reads, which has a row per layer.
 (
     A_NORM, A_NORM_BIAS, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, M_NORM, M_NORM_BIAS, UP, UP_BIAS, DOWN,
     DOWN_BIAS, KEYS, VALUES, WINDOW, TABLES,
 ) = (0, 1, 2, 6, 7, 8, 9, 13, 14, 15, 16, 20, 21, 25, 26, 27, 28, 29)  # fmt: skip
-COLUMNS = 30  # a matrix takes four: kind, weights, scales, least values
+COLUMNS = 30  # a matrix has four: kind, weights, scales, zero points
 
 
 @_inline
 def _prepare(tid: int, threads: int, N: int) -> Any:
-    """Which tokens a thread prepares: a single one each for itself, which saves a barrier."""
+    """Return which tokens a thread normalizes and rounds. Every thread prepares a single one, to save a barrier."""
     return (0, 1, 1) if N == 1 else (tid, N, threads)
 
 
@@ -716,7 +726,7 @@ def _prepare(tid: int, threads: int, N: int) -> Any:
 def _add_product(
     a: Any, matrix: int, bias: int, tid: int, threads: int, y: Any, yq: Any, ys: Any, ysum: Any, product: Any, x: Any
 ) -> None:
-    """x (N, C) += y (N, K) times a matrix, and its bias: a thread's share."""
+    """Add y (N, K) times a matrix, and its bias, to x (N, C): a thread's share."""
     N, C = x.shape
     first, last = _share(tid, threads, C)
     _multiply(
@@ -736,34 +746,37 @@ def _add_product(
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def forward(
     tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int,
-    scale: float, eps: float, centred: bool, activation: int, positions: Any, units: Any, cos: Any, sin: Any,
+    scale: float, eps: float, centered: bool, activation: int, positions: Any, units: Any, cos: Any, sin: Any,
     tables: Any, pools: Any, Z: int, wanted: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any,
     wide: Any, product: Any, scores: Any, logits: Any,
 ) -> None:  # fmt: skip
-    """One thread's share of a pass of a dense pre-norm model over N tokens.
+    """Compute a thread's share of the forward pass of a dense pre-norm model over N tokens.
 
-    scale: of attention's scores. activation: 0 SwiGLU, 1 gelu by tanh, 2 gelu, exact. layers: (L, COLUMNS) addresses
-    and numbers. head: the last norm's weight and bias, and the output matrix's four.
-    positions: (N,). units: (any, 2), which tokens attend together: a first one, and how many, up to four, that follow
-    it in its sequence. cos, sin: (N, D/2), of no length for learned positions. tables: (groups, N, blocks), the blocks
-    of each token's sequence; pools: (groups,), how many blocks each has. wanted: the tokens whose logits are asked for.
-    x: (N, C), the embedded tokens. The rest is room to work: h, xq (threads, N · most columns), xs, xsum (likewise, a
-    GROUP-th), qkv (N, (H + 2J)·D), mixed (N, H·D), wide (N, F), product (N, most rows), scores (threads, 4, context
-    and two blocks).
+    layers: (L, COLUMNS), addresses and numbers. head: addresses of weight and bias of the final norm, and the four
+        entries of the output matrix.
+    scale: of attention scores. activation: 0: SwiGLU, 1: GELU (tanh), 2: GELU (exact).
+    positions: (N,). units: (any, 2), which tokens attend together: the first one and how many, up to four, consecutive
+        tokens of its sequence. cos, sin: (N, D/2); empty for learned positions.
+    tables: (groups, N, blocks), the blocks of each token's sequence. pools: (groups,), the number of blocks of a pool.
+    wanted: the tokens whose logits are to be computed.
+    x: (N, C), the embedded tokens.
+    Work space: h, xq: (threads, N · largest number of columns); xs, xsum: the same divided by GROUP;
+        qkv: (N, (H + 2J)·D); mixed: (N, H·D); wide: (N, F); product: (N, largest number of rows);
+        scores: (threads, 4, context + two blocks).
     logits: (wanted, V rounded up), the result.
     """
     N, C = x.shape
     met = 0
     rotary = cos.shape[0] > 0
-    own = tid if N == 1 else 0
+    space = tid if N == 1 else 0
     begin, end, step = _prepare(tid, threads, N)
-    hc, q8, s8, m8 = h[own, : N * C].reshape(N, C), xq[own], xs[own], xsum[own]
+    hc, q8, s8, m8 = h[space, : N * C].reshape(N, C), xq[space], xs[space], xsum[space]
     R = qkv.shape[1]
     for layer in range(layers.shape[0]):
         a = layers[layer]
         # queries, keys, values
         for n in range(begin, end, step):
-            _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centred, hc[n])
+            _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centered, hc[n])
             if a[QKV] != 32:
                 _round(hc, n, q8, s8, m8)
         if N > 1:
@@ -780,7 +793,7 @@ def forward(
                     qkv[n, r] += bias[r]
         met += threads
         _meet(counter, met)
-        # heads are turned, keys and values stored
+        # normalize and rotate queries and keys; store keys and values
         group = a[TABLES]
         keys = numba.carray(_floats(a[KEYS]), (pools[group], Z, J, D))
         values = numba.carray(_floats(a[VALUES]), (pools[group], Z, J, D))
@@ -803,7 +816,7 @@ def forward(
         for u in range(len(units)):
             n, T = units[u]
             p = positions[n]
-            if T > 1:  # tokens that follow one another: a head at a time
+            if T > 1:  # consecutive tokens: one head at a time
                 for i in range((tid - item) % threads, H, threads):
                     _attend(
                         queries + 4 * (n * R + i * D), R, T, 1, p, a[WINDOW], D, scale, a[KEYS] + 4 * D * (i // shared),
@@ -812,7 +825,7 @@ def forward(
                     )  # fmt: skip
                 item += H
                 continue
-            for j in range(J):  # one token: the heads that share keys
+            for j in range(J):  # a single token: the heads that share a key head together
                 if (item + j) % threads == tid:
                     for i in range(j * shared, (j + 1) * shared, 4):
                         _attend(
@@ -823,7 +836,7 @@ def forward(
             item += J
         met += threads
         _meet(counter, met)
-        # the output of attention, onto the residual stream
+        # output projection, added to the residual stream
         if a[OUT] != 32:
             for n in range(begin, end, step):
                 _round(mixed, n, q8, s8, m8)
@@ -833,9 +846,9 @@ def forward(
         _add_product(a, OUT, OUT_BIAS, tid, threads, mixed, q8, s8, m8, product, x)
         met += threads
         _meet(counter, met)
-        # the feed-forward layer
+        # feed-forward layer
         for n in range(begin, end, step):
-            _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centred, hc[n])
+            _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centered, hc[n])
             if a[UP] != 32:
                 _round(hc, n, q8, s8, m8)
         if N > 1:
@@ -875,11 +888,11 @@ def forward(
         _add_product(a, DOWN, DOWN_BIAS, tid, threads, wide, q8, s8, m8, product, x)
         met += threads
         _meet(counter, met)
-    # logits of the tokens that they are wanted of
+    # logits
     M = len(wanted)
     hm = h[0, : M * C].reshape(M, C)
     for i in range(tid, M, threads):
-        _norm(x[wanted[i]], head[0], head[1], eps, centred, hm[i])
+        _norm(x[wanted[i]], head[0], head[1], eps, centered, hm[i])
         if head[2] != 32:
             _round(hm, i, xq[0], xs[0], xsum[0])
     met += threads

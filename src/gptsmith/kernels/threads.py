@@ -1,4 +1,4 @@
-"""Threads for `model.kernels`: the same compiled program in each, over its own share of the work."""
+"""Run the compiled kernels of `cpu_decode` in several threads, each of which computes its share of the work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptsmith.log import note
 
 @functools.cache
 def kernels_available() -> bool:
-    """Whether numba is installed and this processor has the instructions that the kernels are written in."""
+    """Return whether numba is installed and this processor has the instructions that the kernels need."""
     if importlib.util.find_spec("numba") is None:
         return False
     from gptsmith.kernels import cpu_decode as kernels
@@ -31,28 +31,27 @@ def kernels_available() -> bool:
 
 @functools.cache
 def announce_compiling() -> None:
-    """Say so if the kernels have not been compiled on this machine yet: it takes a while, once."""
+    """Print a note if the kernels have not been compiled on this machine yet, since that takes a while."""
     from gptsmith.kernels import cpu_decode as kernels
 
     if not any(Path(str(kernels.forward.stats.cache_path)).glob("cpu_decode.forward*.nbi")):
-        note("compiling kernels for this processor (once; it takes half a minute) ...")
+        note("compiling kernels for this processor (only once; takes half a minute) ...")
 
 
-_lock = threading.Lock()  # one program at a time: two would only wait for each other's processors
+_lock = threading.Lock()  # one kernel at a time: two would compete for the same cores
 _pool: ThreadPoolExecutor | None = None
 
 
 @functools.cache
 def _openmp() -> Any:
-    """The OpenMP library that torch has loaded, if its threads can be asked to work; else None.
+    """Return the OpenMP library that torch has loaded, to run kernels in its threads; None if that is not possible.
 
-    Threads of our own beside torch's would often find the processors taken: an OpenMP thread that has nothing to do
-    spins for milliseconds before it sleeps.
+    Additional threads would often wait for a core: an idle OpenMP thread spins for milliseconds before it sleeps.
     """
     try:
         maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
         found = [path for path in maps if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so", path)]
-        path = min(found, key=lambda path: ("/torch" not in path, path))  # others may have brought one of their own
+        path = min(found, key=lambda path: ("/torch" not in path, path))  # other packages may have loaded another one
         library = ctypes.CDLL(path)
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         return library if library.omp_get_thread_num() == 0 else None
@@ -60,9 +59,11 @@ def _openmp() -> Any:
         return None
 
 
-def together(program: Callable[..., None], *arguments: Any) -> None:
-    """Run `program(thread, threads, counter, *arguments)` in as many threads as torch uses. counter: the address of a
-    zero that they may count on."""
+def run_in_threads(program: Callable[..., None], *arguments: Any) -> None:
+    """Run `program(thread, threads, counter, *arguments)` in as many threads as torch uses.
+
+    counter: the address of a 64-bit zero, for barriers. Raises what a thread has raised.
+    """
     global _pool
     threads = torch.get_num_threads()
     counter = np.zeros(8, dtype=np.int64)
@@ -71,8 +72,8 @@ def together(program: Callable[..., None], *arguments: Any) -> None:
     def work(thread: int, threads: int) -> None:
         try:
             program(thread, threads, counter.ctypes.data, *arguments)
-        except BaseException as failure:  # above all Ctrl-C, which can come just before
-            counter[0] = 1 << 62  # nobody waits at a barrier for one that does not come
+        except BaseException as failure:  # above all Ctrl-C, which can arrive just before the program
+            counter[0] = 1 << 62  # release the threads that wait for this one at a barrier
             failures.append(failure)
 
     library = _openmp() if threads > 1 else None
@@ -96,8 +97,11 @@ def together(program: Callable[..., None], *arguments: Any) -> None:
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, least: Tensor, rows: int, bits: int) -> Tensor:
-    """x (..., K) float32 times a packed matrix of `rows` rows (see `model.quantized.pack`): (..., rows)."""
+def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, rows: int, bits: int) -> Tensor:
+    """Return x (..., K) float32 times the transpose of a quantized matrix with `rows` rows: (..., rows).
+
+    packed, scales, zero_points: as in `model.quantized.QuantizedMatrix`.
+    """
     from gptsmith.kernels import cpu_decode as kernels
 
     K = x.shape[-1]
@@ -106,7 +110,7 @@ def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, least: Tensor, rows
     width = -(-rows // kernels.ROWS) * kernels.ROWS
     out = torch.empty(N, width)
     if N:
-        codes, own, sums = np.empty(N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
-        addresses = (packed.data_ptr(), scales.data_ptr(), least.data_ptr() if bits == 4 else 0)
-        together(kernels.linear, bits, *addresses, rows, inputs, codes, own, sums, out.data_ptr(), width)
+        codes, own_scales, sums = np.empty(N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
+        addresses = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr() if bits == 4 else 0)
+        run_in_threads(kernels.linear, bits, *addresses, rows, inputs, codes, own_scales, sums, out.data_ptr(), width)
     return out[:, :rows].reshape(*x.shape[:-1], rows)

@@ -1,11 +1,11 @@
-"""The keys and values of the tokens seen so far. An argument of `forward`, never hidden in the model.
+"""Caches of the keys and values of earlier tokens. A cache is an argument of `forward`, not a part of the model.
 
-`KVCache` is one piece of memory: the same number of tokens for each sequence of a batch. `PagedCache` is memory cut
-into blocks that sequences of any length share (Kwon et al. 2023, 2309.06180); a `PagedBatch` is what one forward pass
-over some of them reads and writes. The transformer asks both the same three questions (`Cache`).
+`KVCache` is a contiguous tensor with the same number of tokens for each sequence of a batch. `PagedCache` is divided
+into blocks that sequences of any length share (Kwon et al. 2023, 2309.06180); a `PagedBatch` is the view of it that a
+forward pass over several sequences reads and writes. The transformer uses both through the protocol `Cache`.
 
 Axis letters: L layers · B sequences · N new tokens of all sequences · T new tokens of each · S all tokens attended to ·
-H heads · K key/value heads · D head_dim · Z tokens of a block.
+H heads · K key/value heads · D head_dim · Z tokens per block.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Cache(Protocol):
     """What a forward pass needs of a cache."""
 
     def positions(self, T: int) -> slice | Tensor:
-        """Where the T new tokens stand in their sequences. Raises IndexError beyond the context or the room."""
+        """Return the positions of the T new tokens. Raises IndexError beyond the context or the capacity."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-        """Store the new k and v: (B, K, T, D); attention of q: (B, H, T, D) over them and the past: (B, H, T, D)."""
+        """Store the new k and v: (B, K, T, D), and return the attention of q over all tokens so far: (B, H, T, D)."""
 
     def advance(self, T: int) -> None:
-        """The pass is over: the T tokens are past."""
+        """Count the T new tokens as cached. Called at the end of a forward pass."""
 
 
 class KVCache:
-    """Room for `capacity` tokens of `batch` sequences, `length` filled: keys and values are (L, B, K, capacity, D)."""
+    """Keys and values (L, B, K, capacity, D) of `batch` sequences, of which `length` tokens are filled."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class KVCache:
         if end > self.context:
             raise IndexError(f"{end} tokens are more than the context of {self.context}")
         if end > self.capacity:
-            raise IndexError(f"the cache holds {self.capacity} tokens, {end} were asked for")
+            raise IndexError(f"{end} tokens are more than the cache's capacity of {self.capacity}")
         return slice(self.length, end)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
@@ -75,10 +75,10 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Chunk:
-    """New tokens of one sequence in a pass: `size` of them after `past` cached ones.
+    """New tokens of one sequence in a forward pass: `size` of them, after `past` cached ones.
 
-    tables: for each group of layers, the blocks of the sequence's tokens, in order; those that only tokens behind the
-    window need may hold any number.
+    tables: for each group of layers, the indices of the blocks that hold the sequence's tokens, in order. The index of
+        a block that is entirely outside the sliding window can be anything.
     """
 
     past: int
@@ -87,10 +87,11 @@ class Chunk:
 
 
 class PagedCache:
-    """Blocks of `block_size` tokens' keys and values, (blocks, Z, K, D) for each layer.
+    """Keys and values in blocks of `block_size` tokens, (blocks, Z, K, D) for each layer.
 
-    Layers that see equally far back make a group: they have a pool of blocks of their own, so that banded layers need
-    keep no more than their window. windows: the groups' (None: all the past). num_blocks: the size of each one's pool.
+    Layers with the same sliding window form a group. Each group has its own pool of blocks, so that layers with a
+    window need not keep more tokens than that.
+    windows: the window of each group; None: no window. num_blocks: the size of each group's pool.
     """
 
     def __init__(
@@ -105,25 +106,25 @@ class PagedCache:
         self.windows = windows_of(config)
         self.block_size, self.heads = block_size, config.num_key_value_heads
         self.group_of = [self.windows.index(config.window_of(layer)) for layer in range(config.num_hidden_layers)]
-        # Zeros, not `empty`: what padding reads is masked, but nothing times NaN is NaN.
+        # Zeros, not `empty`: values read as padding are masked, but 0 · NaN is NaN.
         shape = (block_size, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = (
             [_zeros((num_blocks[g], *shape), torch.device(device), dtype) for g in self.group_of] for _ in range(2)
         )
 
     def bytes(self) -> int:
-        """What all blocks together take."""
+        """Return the size of all blocks together."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def copy(self, group: int, source: int, target: int) -> None:
-        """Copy one block of a group's pool onto another."""
+        """Copy block `source` of a group's pool to block `target`."""
         for layer, g in enumerate(self.group_of):
             if g == group:
                 self.keys[layer][target] = self.keys[layer][source]
                 self.values[layer][target] = self.values[layer][source]
 
     def clear(self, group: int, blocks: Sequence[int]) -> None:
-        """Zero blocks: numbers that are not finite must not be found by who reads padding."""
+        """Set blocks to zero, so that no NaN or infinity is read from them as padding."""
         index = torch.tensor(blocks, dtype=torch.int64)
         for layer, g in enumerate(self.group_of):
             if g == group:
@@ -132,7 +133,7 @@ class PagedCache:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on a CPU in memory that the system gives only when it is touched, which `torch.zeros` does at once."""
+    """Return zeros. On a CPU the pages are allocated when they are first written, which `torch.zeros` does at once."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     size = torch.empty(0, dtype=dtype).element_size() * math.prod(shape)
@@ -140,17 +141,17 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
 
 
 def windows_of(config: ModelConfig) -> list[int | None]:
-    """How far back layers see, each width once; None (all the past) first."""
+    """Return the different sliding windows of the layers, in order; None (no window) comes first."""
     widths = {config.window_of(layer) for layer in range(config.num_hidden_layers)}
     return sorted(widths, key=lambda w: (w is not None, w or 0))
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How a group's layers read the past of some sequences that bring equally many new tokens.
+class _Read:
+    """How the layers of a group read the cached tokens of B sequences with the same number of new tokens.
 
-    rows: which of the N new tokens are theirs. blocks: (B, blocks of each), or a slice where they lie side by side.
-    first, last: the cached tokens are these of the tokens read. mask: (B, 1, 1, S), where lengths differ.
+    rows: the positions of their tokens among the N new ones. blocks: (B, blocks per sequence), or a slice if they are
+    contiguous. first, last: the range of tokens within the blocks that is used. mask: (B, 1, 1, S), if lengths differ.
     """
 
     rows: Tensor | slice
@@ -161,9 +162,9 @@ class _Reading:
 
 
 class PagedBatch:
-    """One forward pass over chunks of several sequences, laid end to end: ids are (1, N).
+    """The cache of a forward pass over chunks of several sequences, concatenated: ids are (1, N).
 
-    Sequences that bring one token each are attended together, padded to the longest; others each by itself.
+    Sequences with a single new token are attended to together, padded to the longest; the others one by one.
     """
 
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk], context: int) -> None:
@@ -183,9 +184,9 @@ class PagedBatch:
         for c in chunks:
             starts.append(starts[-1] + c.size)
         single = [i for i, c in enumerate(chunks) if c.size == 1]
-        self.readings = [
-            self._together(g, [chunks[i] for i in single], [starts[i] for i in single])
-            + [self._alone(g, c, starts[i]) for i, c in enumerate(chunks) if c.size > 1]
+        self.reads = [
+            self._read_single_tokens(g, [chunks[i] for i in single], [starts[i] for i in single])
+            + [self._read_chunk(g, c, starts[i]) for i, c in enumerate(chunks) if c.size > 1]
             for g in range(len(cache.windows))
         ]
 
@@ -198,48 +199,48 @@ class PagedBatch:
         group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
         keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
         values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
-        readings = self.readings[group]
-        if len(readings) == 1:
-            return self._read(readings[0], q, keys, values, window, scale)
+        reads = self.reads[group]
+        if len(reads) == 1:
+            return self._read(reads[0], q, keys, values, window, scale)
         y = torch.empty_like(q)
-        for reading in readings:
-            y[:, :, reading.rows] = self._read(reading, q[:, :, reading.rows], keys, values, window, scale)
+        for read in reads:
+            y[:, :, read.rows] = self._read(read, q[:, :, read.rows], keys, values, window, scale)
         return y
 
     def advance(self, T: int) -> None:
-        """Nothing: whoever owns the sequences knows how long they are."""
+        """Do nothing: the engine keeps track of the sequences' lengths."""
 
     def _read(
-        self, reading: _Reading, q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None
+        self, read: _Read, q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None
     ) -> Tensor:
-        """Attention of q: (1, H, B, D), one token of each of B sequences, or (1, H, T, D), T of one."""
-        if isinstance(reading.blocks, slice):
-            k, v = keys[reading.blocks].flatten(0, 1)[None], values[reading.blocks].flatten(0, 1)[None]
+        """Return the attention of q: (1, H, B, D), one token of each of B sequences, or (1, H, T, D), T of one."""
+        if isinstance(read.blocks, slice):
+            k, v = keys[read.blocks].flatten(0, 1)[None], values[read.blocks].flatten(0, 1)[None]
         else:
-            B, _ = reading.blocks.shape
-            flat = reading.blocks.flatten()
+            B, _ = read.blocks.shape
+            flat = read.blocks.flatten()
             k = keys.index_select(0, flat).view(B, -1, *keys.shape[2:])
             v = values.index_select(0, flat).view(B, -1, *values.shape[2:])
-        k = k[:, reading.first : reading.last].transpose(1, 2)  # (B, K, S, D)
-        v = v[:, reading.first : reading.last].transpose(1, 2)
+        k = k[:, read.first : read.last].transpose(1, 2)  # (B, K, S, D)
+        v = v[:, read.first : read.last].transpose(1, 2)
         _, H, T, D = q.shape
         B, K = k.shape[:2]
         if B == 1 and T > 1:
             return attend(q, k, v, window=window, scale=scale)
-        # One token a sequence: the queries that share a key head are as many queries of one head.
+        # One token per sequence: the H/K queries that share a key head become the tokens of one head.
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=reading.mask, scale=scale)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=read.mask, scale=scale)
         return y.reshape(B, H, D).transpose(0, 1)[None]
 
-    def _alone(self, group: int, chunk: Chunk, start: int) -> _Reading:
+    def _read_chunk(self, group: int, chunk: Chunk, start: int) -> _Read:
         window, Z = self.cache.windows[group], self.cache.block_size
         end = chunk.past + chunk.size
-        seen = 0 if window is None else max(0, chunk.past - window + 1)  # the first token that the first of ours sees
+        seen = 0 if window is None else max(0, chunk.past - window + 1)  # the first token that the first new one sees
         blocks = self._index([list(chunk.tables[group][seen // Z : -(-end // Z)])])
         offset = seen // Z * Z
-        return _Reading(slice(start, start + chunk.size), blocks, seen - offset, end - offset, None)
+        return _Read(slice(start, start + chunk.size), blocks, seen - offset, end - offset, None)
 
-    def _together(self, group: int, chunks: Sequence[Chunk], starts: Sequence[int]) -> list[_Reading]:
+    def _read_single_tokens(self, group: int, chunks: Sequence[Chunk], starts: Sequence[int]) -> list[_Read]:
         if not chunks:
             return []
         window, Z = self.cache.windows[group], self.cache.block_size
@@ -252,15 +253,16 @@ class PagedBatch:
         firsts = [s - offset for s, offset in zip(seen, offsets, strict=True)]
         lasts = [end - offset for end, offset in zip(ends, offsets, strict=True)]
         if len(set(zip(firsts, lasts, strict=True))) == 1:
-            return [_Reading(rows, self._index(tables), firsts[0], lasts[0], None)]
+            return [_Read(rows, self._index(tables), firsts[0], lasts[0], None)]
         width = max(map(len, tables))
         blocks = torch.tensor([table + [0] * (width - len(table)) for table in tables], device=device)
-        at = torch.arange(max(lasts), device=device)
-        mask = (at >= torch.tensor(firsts, device=device)[:, None]) & (at < torch.tensor(lasts, device=device)[:, None])
-        return [_Reading(rows, blocks, 0, max(lasts), mask[:, None, None])]
+        position = torch.arange(max(lasts), device=device)
+        begin, end = (torch.tensor(each, device=device)[:, None] for each in (firsts, lasts))
+        mask = (position >= begin) & (position < end)
+        return [_Read(rows, blocks, 0, max(lasts), mask[:, None, None])]
 
     def _index(self, tables: list[list[int]]) -> Tensor | slice:
-        """Tables of equal length; a slice for a single one whose blocks lie side by side: it is read in place."""
+        """Return tables of equal length as a tensor, or a single one with contiguous blocks as a slice (no copy)."""
         (table, *others) = tables
         if not others and table == list(range(table[0], table[0] + len(table))):
             return slice(table[0], table[0] + len(table))

@@ -1,4 +1,4 @@
-"""The shape of a model: plain data, named as Hugging Face names it, read without importing torch."""
+"""The configuration of a model: plain data with Hugging Face's field names, importable without torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are stretched so that a model reads further than it was trained to.
+    """How rotary angles are scaled to extend the context beyond the one in training.
 
-    linear: positions divided by `factor` (Chen et al. 2023, 2306.15595). yarn: low frequencies are slowed, high ones
-    kept, attention sharpened (Peng et al. 2023, 2309.00071). llama3: likewise, by wavelength (Llama 3.1).
+    linear: positions are divided by `factor` (Chen et al. 2023, 2306.15595). yarn: low frequencies are slowed down,
+    high ones kept, and attention is sharpened (Peng et al. 2023, 2309.00071). llama3: frequencies are scaled by their
+    wavelength (Llama 3.1).
     """
 
     kind: Literal["linear", "yarn", "llama3"]
@@ -37,9 +38,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every choice that makes one GPT differ from another.
+    """Everything in which one GPT differs from another.
 
-    A model *family* (`gptsmith.model.families`) fills these in; the transformer reads them once, when it is built.
+    The functions of `gptsmith.model.families` return configurations; `Transformer` reads one when it is built.
     """
 
     vocab_size: int
@@ -50,7 +51,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
-    """The context: the largest number of tokens that attend to one another."""
+    """The context: the maximum number of tokens in a sequence."""
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
     position: Literal["learned", "rope"]
@@ -62,35 +63,36 @@ class ModelConfig:
     tie_word_embeddings: bool
     initializer_range: float
     residual_init: Literal["normal", "scaled"]
-    """`scaled`: projections into the residual stream start 1/sqrt(2·layers) smaller (GPT-2, section 2.3)."""
+    """`scaled`: initial projections into the residual stream are 1/sqrt(2·layers) times as large (GPT-2, section
+    2.3)."""
     model_type: str
-    """The Hugging Face layout it is saved in (`gpt2`, `qwen3`, ...)."""
+    """The Hugging Face layout in which the model is saved (`gpt2`, `qwen3`, ...)."""
     norm_position: Literal["pre", "post"] = "pre"
-    """`pre`: x + f(norm(x)), and a last norm. `post`: norm(x + f(x)), as in the first transformer and GPT-1."""
+    """`pre`: x + f(norm(x)), and a final norm. `post`: norm(x + f(x)), as in the original transformer and GPT-1."""
     attention_output_bias: bool | None = None
-    """Bias of the attention's output projection; None: as `attention_bias`."""
+    """Whether the output projection of attention has a bias; None: as `attention_bias`."""
     attention_scale: float | None = None
-    """What scores q·k are multiplied by before the softmax; None: 1/sqrt(head_dim)."""
+    """Factor of the scores q·k before the softmax; None: 1/sqrt(head_dim)."""
     sliding_window: int | None = None
-    """How many tokens back, itself included, a token of a banded layer sees."""
+    """How many tokens a token sees in a layer with a sliding window, itself included."""
     window_pattern: tuple[bool, ...] = ()
-    """Which layers are banded, repeated over the depth; empty: none."""
+    """Which layers have the sliding window, repeated over the depth; empty: none."""
     rope_scaling: RopeScaling | None = None
     num_experts: int = 0
-    """Experts of each layer, of width `intermediate_size`; 0: one dense feed-forward layer."""
+    """Number of experts per layer, each `intermediate_size` wide; 0: a dense feed-forward layer."""
     num_experts_per_tok: int = 2
-    """How many of them a token uses."""
+    """Number of experts that each token uses."""
     shared_expert_intermediate_size: int = 0
-    """Width of a further expert that every token uses, behind a sigmoid gate of its own; 0: none."""
+    """Width of an additional expert that every token uses, behind its own sigmoid gate; 0: none."""
     norm_topk_prob: bool = True
-    """Whether the chosen experts' weights are made to add up to 1."""
+    """Whether the weights of the chosen experts are normalized to add up to 1."""
     router_aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss in training."""
     router_z_loss_coef: float = 0.0
     """Weight of the router z-loss in training."""
 
     def window_of(self, layer: int) -> int | None:
-        """How far back `layer` sees, itself included; None: everything."""
+        """Return the sliding window of `layer`; None: it has none."""
         if self.sliding_window is None or not self.window_pattern:
             return None
         return self.sliding_window if self.window_pattern[layer % len(self.window_pattern)] else None
@@ -116,14 +118,16 @@ class ModelConfig:
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise UsageError(f"attention_scale must be above 0, not {self.attention_scale}.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UsageError(f"num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to {self.num_experts}.")
+            raise UsageError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and {self.num_experts}."
+            )
         if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):
-            raise UsageError("experts are SwiGLU layers without biases.")
+            raise UsageError('experts must be SwiGLU layers without biases (mlp="swiglu", mlp_bias=False).')
         if self.shared_expert_intermediate_size < 0 or (self.shared_expert_intermediate_size and not self.num_experts):
-            raise UsageError("shared_expert_intermediate_size is the width (0: none) of what is shared beside experts.")
+            raise UsageError("shared_expert_intermediate_size must be at least 0, and 0 in a model without experts.")
         if any(self.window_pattern) and (self.sliding_window or 0) < 1:
-            raise UsageError(f"banded layers need a sliding_window of at least 1, not {self.sliding_window}.")
+            raise UsageError(f"window_pattern needs a sliding_window of at least 1, not {self.sliding_window}.")
         if self.rope_scaling is not None and self.position != "rope":
             raise UsageError("rope_scaling needs rotary positions.")
         if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
-            raise UsageError(f"rotary positions need an even head_dim (it is {self.head_dim}) and a rope_theta.")
+            raise UsageError(f"rotary positions need an even head_dim (here {self.head_dim}) and a rope_theta.")

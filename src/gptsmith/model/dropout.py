@@ -1,7 +1,7 @@
-"""Dropout (Srivastava et al. 2014, JMLR 15), of which most of the time on a CPU goes into random numbers.
+"""Dropout (Srivastava et al. 2014, JMLR 15) with fewer random numbers, which take most of its time on a CPU.
 
-torch draws one float for each element, one at a time; compiled code computes a whole Philox block for each. Sixteen
-random bits decide as well, and four such draws come out of one 64-bit number.
+torch draws a float for each element, one at a time; compiled code computes a whole Philox block for each. Sixteen
+random bits per element are enough, and a 64-bit number has four times as many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import Tensor
 
 @torch.library.custom_op("gptsmith::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_bits(count: int) -> Tensor:
-    """At least `count` numbers, four at a time, from all of int16. An operator, lest the compiler draw its own way."""
+    """Return at least `count` uniformly random int16, in multiples of four.
+
+    A custom op, so that torch.compile does not substitute its own random numbers.
+    """
     return torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
 
 
@@ -23,7 +26,7 @@ def _(count: int) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zeroes each element with probability p, to the nearest 1/65536 on a CPU, and scales the others by 1/(1 - p)."""
+    """Zero each element with probability p, and scale the others by 1/(1 - p). On a CPU p is rounded to 1/65536."""
     if not training or not p:
         return x
     if not x.is_cpu:

@@ -1,7 +1,4 @@
-"""Families of GPTs: functions that return a `ModelConfig`, and nothing else.
-
-What a family is made of is its defaults here; every field can be overridden by name.
-"""
+"""Families of GPTs: functions that return a `ModelConfig`. A family is its defaults; any field can be overridden."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from gptsmith.model.config import ModelConfig, RopeScaling
 
 
 def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward: Callable[[int], int]) -> ModelConfig:
-    """Merge, and derive what is None or left out: heads for keys, width of a head, widths of feed-forward layers."""
+    """Merge defaults and overrides, and derive the fields that are None or missing from the others."""
     values = {**defaults, **overrides}
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("num_key_value_heads") is None:
@@ -24,7 +21,7 @@ def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward:
         values["head_dim"] = hidden // heads
     if values.get("intermediate_size") is None:
         values["intermediate_size"] = feed_forward(hidden)
-    if values.get("shared_expert_intermediate_size", 0) is None:  # as wide as the experts of a token together
+    if values.get("shared_expert_intermediate_size", 0) is None:  # as wide as all experts of a token together
         values["shared_expert_intermediate_size"] = values["num_experts_per_tok"] * values["intermediate_size"]
     return ModelConfig(**values)
 
@@ -34,7 +31,7 @@ def _four_times(hidden: int) -> int:
 
 
 def _gated(hidden: int) -> int:
-    """About 8/3 of the width, so that three matrices cost what two of four times the width do (2002.05202)."""
+    """Return about 8/3 of the width: three such matrices cost what two of four times the width do (2002.05202)."""
     return 32 * round(hidden * 8 / 3 / 32)
 
 
@@ -72,7 +69,7 @@ _MODERN: dict[str, Any] = {
 
 
 def gpt1(**overrides: Any) -> ModelConfig:
-    """GPT-1 (Radford et al. 2018): norm after each sublayer, learned positions, context 512, a BPE of 40,478 tokens."""
+    """GPT-1 (Radford et al. 2018): post-norm, learned positions, context 512, a BPE of 40,478 tokens."""
     defaults = {
         **_OPENAI,
         "vocab_size": 40478,
@@ -85,17 +82,17 @@ def gpt1(**overrides: Any) -> ModelConfig:
 
 
 def gpt2(**overrides: Any) -> ModelConfig:
-    """GPT-2 (Radford et al. 2019): layer norm before each sublayer, learned positions, GELU, tied embeddings."""
+    """GPT-2 (Radford et al. 2019): pre-norm with LayerNorm, learned positions, GELU, tied embeddings."""
     defaults = {**_OPENAI, "residual_init": "scaled", "model_type": "gpt2"}
     return _build(defaults, overrides, feed_forward=_four_times)
 
 
 def gpt3(**overrides: Any) -> ModelConfig:
-    """GPT-3 (Brown et al. 2020, 2005.14165): GPT-2 with dense and locally banded layers in turn, context 2048.
+    """GPT-3 (Brown et al. 2020, 2005.14165): GPT-2 with alternating dense and sliding-window layers, context 2048.
 
-    The band is 256 tokens, as in GPT-Neo; the paper does not give its width. Scores are scaled by the power of two
-    nearest to 1/√head_dim: GPT-Neo's layout has no scale, so it is folded into the query weights whenever they are
-    written, and folding a power of two loses no bit.
+    The window is 256 tokens, as in GPT-Neo; the paper does not give it. Scores are scaled by the power of two nearest
+    to 1/√head_dim: GPT-Neo's layout has no scale, so it is folded into the query weights when they are saved, and with
+    a power of two that loses no bit.
     """
     defaults = {
         **_OPENAI,
@@ -130,7 +127,7 @@ def llama(**overrides: Any) -> ModelConfig:
 
 
 def mistral(**overrides: Any) -> ModelConfig:
-    """Mistral 7B (Jiang et al. 2023, 2310.06825): Llama with every layer banded."""
+    """Mistral 7B (Jiang et al. 2023, 2310.06825): Llama with a sliding window in every layer."""
     defaults = {
         **_MODERN,
         "vocab_size": 32000,
@@ -184,7 +181,7 @@ def qwen3(**overrides: Any) -> ModelConfig:
 
 
 def mixtral(**overrides: Any) -> ModelConfig:
-    """Mixtral 8x7B (Jiang et al. 2024, 2401.04088): Mistral's layers with eight experts, two a token."""
+    """Mixtral 8x7B (Jiang et al. 2024, 2401.04088): Mistral's layers with eight experts, two per token."""
     defaults = {
         **_MODERN,
         "vocab_size": 32000,
@@ -204,8 +201,8 @@ def mixtral(**overrides: Any) -> ModelConfig:
 
 
 def qwen2_moe(**overrides: Any) -> ModelConfig:
-    """Qwen1.5-MoE-A2.7B (Qwen team 2024; Qwen2's layout with experts, 2407.10671): 60 small experts, four a token, and
-    one that all tokens share, as wide as those four."""
+    """Qwen1.5-MoE-A2.7B (Qwen team 2024; Qwen2's layout with experts, 2407.10671): 60 small experts, four per
+    token, and a shared one as wide as those four."""
     defaults = {
         **_MODERN,
         "vocab_size": 151936,
@@ -227,7 +224,7 @@ def qwen2_moe(**overrides: Any) -> ModelConfig:
 
 
 def qwen3_moe(**overrides: Any) -> ModelConfig:
-    """Qwen3-30B-A3B (Yang et al. 2025, 2505.09388): Qwen3's layers with 128 small experts, eight a token."""
+    """Qwen3-30B-A3B (Yang et al. 2025, 2505.09388): Qwen3's layers with 128 small experts, eight per token."""
     defaults = {
         **_MODERN,
         "vocab_size": 151936,
@@ -262,25 +259,25 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
 
 
 def _size(layers: int, hidden: int, heads: int, kv_heads: int | None = None, wide: int | None = None) -> dict[str, Any]:
-    """Depth, width, heads, heads for keys and feed-forward width; what is left out follows as above."""
+    """Return overrides for a size: depth, width, heads, key/value heads and feed-forward width."""
     values = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
     optional = {"num_key_value_heads": kv_heads, "intermediate_size": wide}
     return values | {key: value for key, value in optional.items() if value is not None}
 
 
 def _llama_128k(factor: float) -> dict[str, Any]:
-    """How Llama 3.1 and 3.2 read 128K tokens after they were trained on 8K (2407.21783, section 3.4.2)."""
+    """Return how Llama 3.1 and 3.2 extend the context from 8K to 128K tokens (2407.21783, section 3.4.2)."""
     return {"max_position_embeddings": 131072, "rope_scaling": RopeScaling("llama3", factor, 8192)}
 
 
-# Published sizes: family and what differs from its defaults.
+# Published sizes: the family, and what differs from its defaults.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt1-117m": ("gpt1", {}),
     "gpt2-124m": ("gpt2", {}),
     "gpt2-355m": ("gpt2", _size(24, 1024, 16)),
     "gpt2-774m": ("gpt2", _size(36, 1280, 20)),
     "gpt2-1.5b": ("gpt2", _size(48, 1600, 25)),
-    # Table 2.1 of 2005.14165. Where width is not heads times the width of a head (1.3B, 13B), the width decides.
+    # Table 2.1 of 2005.14165. Where width is not heads · head_dim there (1.3B, 13B), the width counts.
     "gpt3-125m": ("gpt3", _size(12, 768, 12)),
     "gpt3-350m": ("gpt3", _size(24, 1024, 16)),
     "gpt3-760m": ("gpt3", _size(24, 1536, 16)),
@@ -325,17 +322,17 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-DEPTH_SCALED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` knows proportions for
+DEPTH_SCALED = ("llama", "mistral", "qwen2", "qwen3")  # the families that `by_depth` has proportions for
 
 
 def by_depth(depth: int, family: str = "qwen3") -> dict[str, Any]:
-    """The size of a modern model from its depth alone, from 0.6M parameters (depth 3) to 8B (depth 35).
+    """Return the size of a modern model from its depth alone, from 0.6M parameters (depth 3) to 8B (depth 35).
 
-    Returns num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size. Width
-    grows as 12.7 · depth^(5/3), which passes through 128 wide at 4 layers and 4,096 at 32, as models in use do. Heads
-    are 32 wide up to width 256, 64 up to 1,024, and 128 above. From width 2,048 up queries share 8 key/value heads;
-    their number is then a multiple of 8, and all heads together may differ from the width by a fifth (Qwen3's do too).
-    UsageError for a depth below 1 or a family of other proportions.
+    The keys are num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim and
+    intermediate_size. The width is about 12.7 · depth^(5/3): 128 at 4 layers and 4,096 at 32, as in published models.
+    Heads are 32 wide up to width 256, 64 up to 1,024, and 128 above. From width 2,048 on, queries share 8 key/value
+    heads; their number is then a multiple of 8, so that the width of all heads can differ from the model's by a fifth
+    (as in Qwen3). Raises UsageError for a depth below 1, or a family with other proportions.
     """
     if family not in DEPTH_SCALED:
         raise UsageError(

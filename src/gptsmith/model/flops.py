@@ -1,4 +1,4 @@
-"""How much arithmetic a model is: parameters and floating-point operations, from its configuration alone (no torch).
+"""Parameters and floating-point operations of a model, from its configuration alone (without torch).
 
 Axis letters as in `transformer`, and N parameters.
 """
@@ -12,16 +12,16 @@ from gptsmith.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Size:
-    """Trainable numbers of a model, tied weights counted once."""
+    """Numbers of parameters; tied weights are counted once."""
 
     total: int
     multiplied: int
-    """Those in matrices that every token is multiplied by: of the experts, only the ones a token uses; the output
-    head, also where it is tied; not the embedding tables, which are looked up."""
+    """Parameters in the matrices that a token is multiplied with: the output head, also if it is tied, and of the
+    experts only those that a token uses; not the embedding tables, which are looked up."""
 
 
 def count_parameters(config: ModelConfig) -> Size:
-    """Exactly what `Transformer(config).num_parameters()` counts."""
+    """Return the size of a model; `total` equals `Transformer(config).num_parameters()`."""
     c = config
     norm = 2 if c.norm == "layernorm" else 1
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -29,11 +29,11 @@ def count_parameters(config: ModelConfig) -> Size:
     attention = c.hidden_size * (q + 2 * kv) + q * c.hidden_size
     small = (q + 2 * kv) * c.attention_bias + c.hidden_size * output_bias + 2 * norm * c.hidden_size
     small += 2 * norm * c.head_dim * c.qk_norm
-    halves = 2 if c.mlp == "swiglu" else 1
-    expert = (halves + 1) * c.hidden_size * c.intermediate_size
-    small += (halves * c.intermediate_size + c.hidden_size) * c.mlp_bias
+    up_matrices = 2 if c.mlp == "swiglu" else 1
+    expert = (up_matrices + 1) * c.hidden_size * c.intermediate_size
+    small += (up_matrices * c.intermediate_size + c.hidden_size) * c.mlp_bias
     router = c.hidden_size * c.num_experts
-    if c.shared_expert_intermediate_size:  # every token passes through it, behind a gate of one row
+    if c.shared_expert_intermediate_size:  # every token uses it, behind a gate of one row
         router += c.hidden_size * (3 * c.shared_expert_intermediate_size + 1)
     stored, used = (c.num_experts, c.num_experts_per_tok) if c.num_experts else (1, 1)
     layer_stored = attention + small + stored * expert + router
@@ -47,16 +47,17 @@ def count_parameters(config: ModelConfig) -> Size:
 
 
 def attended(config: ModelConfig, layer: int, context: int) -> float:
-    """How many tokens one token of `layer` attends to on average over a context, causal or banded."""
+    """Return how many tokens a token of `layer` attends to, averaged over a context."""
     window = min(config.window_of(layer) or context, context)
     return window - (window - 1) * window / (2 * context)
 
 
 def flops_per_token(config: ModelConfig, context: int, *, training: bool = True, full_attention: bool = True) -> float:
-    """Floating-point operations per token: 2 a multiplied parameter forward, twice that backward, plus attention.
+    """Return the floating-point operations per token: 2 per multiplied parameter in the forward pass, twice that in the
+    backward pass, plus attention.
 
-    full_attention: count scores of the whole context, also those the mask hides (the usual convention: Chowdhery et al.
-    2022, 2204.02311, appendix B; nanoGPT); otherwise only those a causal or banded kernel must compute.
+    full_attention: count the scores of the whole context, masked ones included (the usual convention: Chowdhery et al.
+        2022, 2204.02311, appendix B; nanoGPT); otherwise only those that a kernel must compute.
     """
     width = config.num_attention_heads * config.head_dim
     seen = sum(

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, 2106.09685): y = W x + scaling · B A x, with W left as it is.
+"""Low-rank adapters (LoRA; Hu et al. 2021, 2106.09685): y = W x + scaling · B A x, with W unchanged.
 
-    adapter = read_adapter(directory, model)             # PEFT's layout: adapter_config.json, adapter_model.safetensors
-    with applied(model, [(adapter, rows)]): model(ids)   # to these rows of the pass alone
+    adapter = read_adapter(directory, model)             # from `formats.peft`
+    with applied(model, [(adapter, rows)]): model(ids)   # to these token positions of the batch alone
 
-Nothing is merged: sequences with different adapters, or none, share a pass.
+Nothing is merged, so sequences with different adapters, or none, can share a batch.
 
-Axis letters: T tokens of a pass · K columns (inputs) · R rows (outputs) · r rank.
+Axis letters: T tokens of the batch · K columns (inputs) · R rows (outputs) · r rank.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from gptsmith.model.transformer import Transformer
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
 
 @dataclass(frozen=True)
 class Update:
-    """Of some rows of a matrix, from `first` on: A (r, K), B (R, r), scaling included in B."""
+    """The update of some rows of a matrix, from row `first` on: A (r, K), B (R, r), with the scaling included in B."""
 
     first: int
     A: Tensor
@@ -34,7 +32,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """updates: by the name of our module (`layers.0.attention.qkv_proj`), those of the matrices it stands for."""
+    """updates: by module name (`layers.0.attention.qkv_proj`), the updates of the matrices that are fused in it."""
 
     rank: int
     updates: dict[str, tuple[Update, ...]]
@@ -42,12 +40,15 @@ class Adapter:
 
 @contextlib.contextmanager
 def applied(model: Transformer, routes: Sequence[tuple[Adapter, Sequence[int]]]) -> Iterator[None]:
-    """Within it, each adapter changes these rows of what the model reads, as (1, T): a row belongs to one adapter."""
+    """Within the context, apply each adapter to its tokens of the input (1, T).
+
+    routes: adapters, each with the positions of its tokens; a token has at most one adapter.
+    """
     device = next(model.parameters()).device
     indices = [(adapter, torch.tensor(rows, device=device)) for adapter, rows in routes]
 
-    def hook_of(name: str) -> Any:
-        def change(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook_for(name: str) -> Any:
+        def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             for adapter, rows in indices:
                 for update in adapter.updates.get(name, ()):
                     x = inputs[0][:, rows].to(update.A.dtype)
@@ -55,10 +56,10 @@ def applied(model: Transformer, routes: Sequence[tuple[Adapter, Sequence[int]]])
                     output[:, rows, update.first : update.first + delta.shape[-1]] += delta
             return output
 
-        return change
+        return add_updates
 
     names = {name for adapter, _ in routes for name in adapter.updates}
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
         yield
     finally:

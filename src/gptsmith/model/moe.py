@@ -1,4 +1,4 @@
-"""Mixture of experts: many feed-forward layers, of which each token uses a few.
+"""Mixture of experts: many feed-forward layers, a few of which each token uses.
 
 Axis letters: N tokens · C hidden · E experts · F width of an expert · k experts per token.
 
@@ -18,13 +18,13 @@ from gptsmith.model.parameters import annotate
 
 
 class MixtureOfExperts(nn.Module):
-    """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert and each expert reads its
-    own run of them, so the work is that of k experts a token, whatever E is. A shared expert, if there is one, reads
-    all tokens; a gate of its own says how much of it each token takes (Qwen2-57B-A14B, 2407.10671)."""
+    """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert, and each expert computes
+    its own run of them, so the cost is that of k experts per token, whatever E is. A shared expert, if there is one,
+    computes all tokens; its own gate weighs its output for each token (Qwen2-57B-A14B, 2407.10671)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.experts, self.chosen = config.num_experts, config.num_experts_per_tok
+        self.experts, self.top_k = config.num_experts, config.num_experts_per_tok
         self.normalize = config.norm_topk_prob
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
@@ -39,59 +39,59 @@ class MixtureOfExperts(nn.Module):
             annotate(self, "shared_up_proj.weight", split_sizes=(self.shared, self.shared))
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C). The router's logits (N, E) are appended to `router_logits`, if given."""
-        tokens = x.flatten(0, 1)
-        logits = self.router(tokens).float()
+        """x: (B, T, C) -> (B, T, C). router_logits: a list to which the router's logits (N, E) are appended."""
+        tokens = x.flatten(0, 1)  # (N, C)
+        logits = self.router(tokens).float()  # (N, E)
         if router_logits is not None:
             router_logits.append(logits)
-        weights, experts = logits.softmax(dim=-1).topk(self.chosen, dim=-1)  # (N, k)
+        weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # (N, k)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        order = experts.flatten().argsort(stable=True)  # the N·k pairs (token, expert), by expert
+        order = experts.flatten().argsort(stable=True)  # (N·k,): the pairs (token, expert), sorted by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
-        places = order // self.chosen  # the token of each pair
-        runs = torch.split(tokens.index_select(0, places), sizes)
-        outputs = torch.cat(self.ask_experts(runs))  # (N·k, C)
+        token = order // self.top_k  # (N·k,): the token of each pair
+        runs = torch.split(tokens.index_select(0, token), sizes)  # E tensors (n, C)
+        outputs = torch.cat(self.run_experts(runs))  # (N·k, C)
         outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
-        mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, places, outputs)
+        mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, token, outputs)  # (N, C)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
             mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
         return mixed.view_as(x)
 
-    def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Each expert's answer (n, C) to its run of tokens (n, C)."""
-        # unbind, not indexing: the gradient of all experts' weights is then put together once, not expert by expert
+    def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return each expert's output (n, C) for its run of tokens (n, C)."""
+        # unbind, not indexing: then the gradient of the stacked weights is assembled once, not expert by expert.
         parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
         return [swiglu(run, up, down) for run, up, down in parts]
 
 
 def swiglu(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """One expert: x (n, C), weights (2F, C) of gate and up, and (C, F) -> (n, C)."""
+    """Return the output of one expert for x: (n, C). up_proj: (2F, C), rows of gate, then of up; down_proj: (C, F)."""
     gate, up = F.linear(x, up_proj).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down_proj)
 
 
-def load_balancing_loss(router_logits: list[Tensor], chosen: int, load: Tensor | None = None) -> Tensor:
-    """E · Σ_e (share of tokens that chose e) · (mean probability of e), over all layers' tokens together.
+def load_balancing_loss(router_logits: list[Tensor], top_k: int, load: Tensor | None = None) -> Tensor:
+    """Return E · Σ_e (share of tokens that chose e) · (mean probability of e), over the tokens of all layers together.
 
-    Its minimum is `chosen`, where all experts are used alike (2101.03961, equation 4, for top-k as in Mixtral).
-    load: what `expert_load` gives, if it is known.
+    Its minimum is `top_k`, where all experts are used equally (2101.03961, equation 4, for top-k as in Mixtral).
+    router_logits: (N, E) of each layer. load: the result of `expert_load`, if it is known.
     """
     if load is None:
-        load = expert_load(router_logits, chosen)
+        load = expert_load(router_logits, top_k)
     probabilities = torch.cat(router_logits).softmax(dim=-1)
-    return len(load) * chosen * (load * probabilities.mean(dim=0)).sum()
+    return len(load) * top_k * (load * probabilities.mean(dim=0)).sum()
 
 
 def router_z_loss(router_logits: list[Tensor]) -> Tensor:
-    """Mean squared log-partition of the routers: keeps their logits small (2202.08906, equation 5)."""
+    """Return the mean of logsumexp(logits)², which keeps the logits small (2202.08906, equation 5)."""
     return torch.cat(router_logits).logsumexp(dim=-1).square().mean()
 
 
-def expert_load(router_logits: list[Tensor], chosen: int) -> Tensor:
-    """(E,) the share of all choices that fell on each expert; 1/E each is perfect balance."""
+def expert_load(router_logits: list[Tensor], top_k: int) -> Tensor:
+    """Return the share of all choices that fell on each expert, (E,); 1/E each is perfect balance."""
     logits = torch.cat(router_logits).detach()
-    choices = logits.topk(chosen, dim=-1).indices.flatten()
+    choices = logits.topk(top_k, dim=-1).indices.flatten()
     counts = choices.new_zeros(logits.shape[-1]).index_add_(0, choices, torch.ones_like(choices))  # no synchronization
     return counts / counts.sum()

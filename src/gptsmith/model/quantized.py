@@ -1,18 +1,20 @@
-"""Weights in 8 or 4 bits: an eighth to a quarter of the memory, and of the time where memory is what takes time.
+"""Weight quantization to 8 or 4 bits: a quarter to an eighth of the memory, and of the time of memory-bound decoding.
 
-    quantize(model, 4)                 # in place; the model computes as before, nearly
-    dequantize(model)                  # a plain model again, of what the few bits say
+    quantize(model, 4)                 # in place; outputs stay nearly the same
+    dequantize(model)                  # back to float32, with the rounded weights
 
-A weight is a code times the scale of its group (32 columns of a row), in 4 bits plus the group's least value:
-`w = scale · q + least`; GGUF's Q4_0, Q4_1 and Q8_0 are the same numbers in another order. Codes lie as `model.kernels`
-reads them; where it cannot (another processor, no numba), PyTorch's own kernel for 4 bits multiplies, and a matrix of 8
-bits is made float32 each time it is used: correct anywhere, and slow.
+A weight is a code times the scale of its group (32 columns of a row), in 4 bits plus the group's zero point (a float):
+`w = scale · code + zero_point`. GGUF's Q4_0, Q4_1 and Q8_0 are the same numbers in another order. Codes are stored in
+the order in which `kernels.cpu_decode` reads them. Where that kernel is not available (another processor, no numba),
+PyTorch's kernel computes 4-bit products, and an 8-bit matrix is dequantized each time it is used: correct everywhere,
+but slow.
 
 Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N tokens · E experts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,43 +24,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.errors import CheckpointError, UsageError
-from gptsmith.kernels.threads import kernels_available, packed_linear
+from gptsmith.kernels.threads import kernels_available, quantized_linear
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.transformer import Transformer
 
 Bits = Literal[4, 8]
 GROUP, ROWS = 32, 16
-_AT_ONCE = 1 << 22  # numbers that are rounded at once
-METHOD = "gptsmith"  # in config.json's quantization_config
+_CHUNK = 1 << 22  # weights that are rounded at once
+METHOD = "gptsmith"  # `quant_method` in config.json's quantization_config
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A (R, K) matrix in few bits. codes: (R, K) uint8, in 8 bits 128 more than they say; scales: (R, G) float16;
-    least: (R, G) float16 in 4 bits, None in 8."""
+    """A quantized (R, K) matrix. codes: (R, K) uint8, in 8 bits with an offset of 128; scales: (R, G) float16;
+    zero_points: (R, G) float16 in 4 bits, None in 8."""
 
     bits: Bits
     codes: Tensor
     scales: Tensor
-    least: Tensor | None
+    zero_points: Tensor | None
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
-    """Matrices of as many columns and bits, one under the other."""
-    least = [part.least for part in parts if part.least is not None]
+def concatenate(parts: Sequence[Codes]) -> Codes:
+    """Return matrices with the same number of columns and bits, stacked along their rows."""
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
     return Codes(
         parts[0].bits,
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scales for part in parts]),
-        torch.cat(least) if least else None,
+        torch.cat(zero_points) if zero_points else None,
     )
 
 
 def encode(weight: Tensor, bits: Bits) -> Codes:
-    """A (R, K) matrix rounded. 8 bits: symmetric about 0. 4 bits: of a few ways to lay fifteen steps over a group, the
-    one with the least squared error."""
-    rows = max(1, _AT_ONCE // weight.shape[1])
-    return joined([_encode(part, bits) for part in torch.split(weight, rows)])
+    """Return a (R, K) matrix, quantized. 8 bits: symmetric about 0. 4 bits: a few ranges are tried for each group, and
+    the one with the smallest squared error is taken."""
+    rows = max(1, _CHUNK // weight.shape[1])
+    return concatenate([_encode(part, bits) for part in torch.split(weight, rows)])
 
 
 def _encode(weight: Tensor, bits: Bits) -> Codes:
@@ -70,22 +72,25 @@ def _encode(weight: Tensor, bits: Bits) -> Codes:
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     best_error = torch.full_like(low, torch.inf)
     best = [torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)]
-    for inside in (0.0, 0.02, 0.04, 0.06, 0.09, 0.12):  # how far from either end the steps begin
-        least = (low + inside * (high - low)).half().float()
-        scale = ((high - low) * (1 - 2 * inside) / 15).half().float()
-        codes = ((groups - least[..., None]) / scale.clamp_min(1e-12)[..., None]).round().clamp(0, 15)
-        error = (codes * scale[..., None] + least[..., None] - groups).square().sum(dim=-1)
+    for clipped in (0.0, 0.02, 0.04, 0.06, 0.09, 0.12):  # the share of the range that is cut off at either end
+        zero_points = (low + clipped * (high - low)).half().float()
+        scales = ((high - low) * (1 - 2 * clipped) / 15).half().float()
+        codes = ((groups - zero_points[..., None]) / scales.clamp_min(1e-12)[..., None]).round().clamp(0, 15)
+        error = (codes * scales[..., None] + zero_points[..., None] - groups).square().sum(dim=-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        for kept, new in zip(best, (codes, scale, least), strict=True):
+        for kept, new in zip(best, (codes, scales, zero_points), strict=True):
             kept.copy_(torch.where(better if new.dim() == 2 else better[..., None], new, kept))
-    codes, scale, least = best
-    return Codes(4, codes.to(torch.uint8).flatten(1), scale.half(), least.half())
+    codes, scales, zero_points = best
+    return Codes(4, codes.to(torch.uint8).flatten(1), scales.half(), zero_points.half())
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
-    """(R, K) codes -> (R / 16, G, 64 · bits) uint8: blocks of sixteen rows (the last filled up), each group's columns
-    four at a time for all rows; in 4 bits columns 8j + c in the low half of a byte and 8j + 4 + c in the high half."""
+    """Return (R, K) codes in the order of the kernel: (R / 16, G, 64 · bits) uint8.
+
+    A block has sixteen rows (the last one is padded). Within a group of a block come four columns of all rows, then the
+    next four. In 4 bits, column 8j + c is in the low half of a byte and column 8j + 4 + c in the high half.
+    """
     R, K = codes.shape
     codes = F.pad(codes, (0, 0, 0, -R % ROWS)).view(-1, ROWS, K // GROUP, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
     if bits == 4:
@@ -94,7 +99,7 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: Bits, rows: int) -> Tensor:
-    """The inverse of `pack`: (R, K) codes."""
+    """Invert `pack`: return the (R, K) codes."""
     blocks, G, _ = packed.shape
     codes = packed.view(blocks, G, -1, ROWS, 4)
     if bits == 4:
@@ -103,17 +108,17 @@ def unpack(packed: Tensor, bits: Bits, rows: int) -> Tensor:
 
 
 def _by_block(values: Tensor) -> Tensor:
-    """(R, G) -> (R / 16, G, 16), the last block filled up."""
+    """Return scales or zero points (R, G) by block of rows: (R / 16, G, 16), the last block padded."""
     R, G = values.shape
     return F.pad(values, (0, 0, 0, -R % ROWS)).view(-1, ROWS, G).transpose(1, 2).contiguous()
 
 
-class Packed(nn.Module):
-    """A (R, K) matrix of few bits. packed, scales, least: see `pack`; scales and least values by block, float16."""
+class QuantizedMatrix(nn.Module):
+    """A quantized (R, K) matrix. packed: as from `pack`; scales, zero_points: (R / 16, G, 16) float16."""
 
     packed: Tensor
     scales: Tensor
-    least: Tensor
+    zero_points: Tensor
 
     def __init__(self, rows: int, columns: int, bits: Bits) -> None:
         super().__init__()
@@ -121,24 +126,24 @@ class Packed(nn.Module):
         blocks, G = -(-rows // ROWS), columns // GROUP
         self.register_buffer("packed", torch.zeros(blocks, G, 64 * bits, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(blocks, G, ROWS, dtype=torch.float16))
-        self.register_buffer("least", torch.zeros(blocks if bits == 4 else 0, G, ROWS, dtype=torch.float16))
+        self.register_buffer("zero_points", torch.zeros(blocks if bits == 4 else 0, G, ROWS, dtype=torch.float16))
         self._for_torch: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, matrix: Codes) -> Packed:
+    def of(cls, matrix: Codes) -> QuantizedMatrix:
         made = cls(matrix.codes.shape[0], matrix.codes.shape[1], matrix.bits)
         made.packed, made.scales = pack(matrix.codes, matrix.bits), _by_block(matrix.scales)
-        if matrix.least is not None:
-            made.least = _by_block(matrix.least)
+        if matrix.zero_points is not None:
+            made.zero_points = _by_block(matrix.zero_points)
         return made
 
-    def matrix(self) -> Tensor:
-        """(R, K) float32."""
+    def dequantized(self) -> Tensor:
+        """Return the matrix: (R, K) float32."""
         return self._values(unpack(self.packed, self.bits, self.rows), slice(None))
 
-    def some_rows(self, index: Tensor) -> Tensor:
-        """(len(index), K) float32: these rows alone."""
-        blocks = self.packed[index // ROWS]  # (n, G, 64 · bits), of which a row is a sixteenth
+    def rows_at(self, index: Tensor) -> Tensor:
+        """Return the rows of these indices (n,): (n, K) float32."""
+        blocks = self.packed[index // ROWS]  # (n, G, 64 · bits), a sixteenth of which is the row's
         codes = blocks.view(*blocks.shape[:2], -1, ROWS, 4)
         codes = codes[torch.arange(len(index), device=index.device), :, :, index % ROWS]  # (n, G, steps, 4)
         if self.bits == 4:
@@ -150,35 +155,37 @@ class Packed(nn.Module):
         values: Tensor = codes.float().reshape(len(codes), -1, GROUP)
         if self.bits == 8:
             return ((values - 128) * scales[..., None]).flatten(1)
-        least = self.least.transpose(1, 2).flatten(0, 1)[: self.rows][rows].float()
-        return (values * scales[..., None] + least[..., None]).flatten(1)
+        zero_points = self.zero_points.transpose(1, 2).flatten(0, 1)[: self.rows][rows].float()
+        return (values * scales[..., None] + zero_points[..., None]).flatten(1)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x (..., K) times the transposed matrix: (..., R)."""
+        """Return x (..., K) times the transposed matrix: (..., R)."""
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.linear(x, self.matrix().to(x.dtype))
+            return F.linear(x, self.dequantized().to(x.dtype))
         if kernels_available():
-            return packed_linear(x, self.packed, self.scales, self.least, self.rows, self.bits)
+            return quantized_linear(x, self.packed, self.scales, self.zero_points, self.rows, self.bits)
         if self.bits == 4 and self.rows % ROWS == 0:
             return self._multiply_by_torch(x)
-        return F.linear(x, self.matrix())
+        return F.linear(x, self.dequantized())
 
     def _multiply_by_torch(self, x: Tensor) -> Tensor:
-        """By PyTorch's kernel, which holds codes in an order of its own; it counts from the middle of the codes."""
+        """Multiply with PyTorch's kernel, which has its own order of codes, and its zero point at code 8."""
         if self._for_torch is None or self._for_torch[0] is not self.packed:
             codes = unpack(self.packed, 4, self.rows).int()
-            scales, least = (s.transpose(1, 2).flatten(0, 1)[: self.rows].float() for s in (self.scales, self.least))
-            middles = torch.stack((scales, least + 8 * scales), dim=-1).transpose(0, 1).contiguous()  # (G, R, 2)
-            self._for_torch = self.packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), middles
-        _, own, middles = self._for_torch
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, self.columns), own, GROUP, middles)
+            scales, zero_points = (
+                s.transpose(1, 2).flatten(0, 1)[: self.rows].float() for s in (self.scales, self.zero_points)
+            )
+            affine = torch.stack((scales, zero_points + 8 * scales), dim=-1).transpose(0, 1).contiguous()  # (G, R, 2)
+            self._for_torch = self.packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), affine
+        _, weight, affine = self._for_torch
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, self.columns), weight, GROUP, affine)
         return y.view(*x.shape[:-1], self.rows)
 
 
 class QuantizedLinear(nn.Module):
-    """A `nn.Linear` over a `Packed` matrix."""
+    """An `nn.Linear` with a quantized weight."""
 
-    def __init__(self, weight: Packed, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: QuantizedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
@@ -188,104 +195,110 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A `nn.Embedding` over a `Packed` matrix, which the output may share."""
+    """An `nn.Embedding` with a quantized table, which the output layer may share."""
 
-    def __init__(self, weight: Packed) -> None:
+    def __init__(self, weight: QuantizedMatrix) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.weight.some_rows(ids.flatten()).view(*ids.shape, -1)
+        return self.weight.rows_at(ids.flatten()).view(*ids.shape, -1)
 
 
 class QuantizedExperts(MixtureOfExperts):
-    """A mixture whose experts are `Packed`; the router stays as it is."""
+    """A mixture of experts with quantized experts; the router is not quantized."""
 
     up_proj: Any
     down_proj: Any
 
-    def ask_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
-        answers = []
+    def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
+        outputs = []
         for run, up_proj, down_proj in zip(runs, self.up_proj, self.down_proj, strict=True):
             if len(run):
                 gate, up = up_proj.multiply(run).chunk(2, dim=-1)
-                answers.append(down_proj.multiply(F.silu(gate) * up))
-        return answers
+                outputs.append(down_proj.multiply(F.silu(gate) * up))
+        return outputs
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_quantize(weight: Tensor) -> bool:
+    """Return whether the matrix consists of whole groups of columns."""
     return weight.shape[-1] % GROUP == 0
 
 
 @torch.no_grad()
-def replace_matrices(model: Transformer, packed: Callable[[str, Tensor], Packed | None]) -> Transformer:
-    """Replace the model's matrices by what `packed` gives for their names and weights, in place; None: it stays.
+def replace_matrices(model: Transformer, replacement: Callable[[str, Tensor], QuantizedMatrix | None]) -> Transformer:
+    """Replace every matrix of the model by `replacement(name, weight)`, in place; None: keep it.
 
-    Norms, biases, positions, routers and gates stay always, and so does a matrix whose width is no multiple of 32. An
-    expert's names are `layers.0.mlp.up_proj.3`; all experts of a layer are replaced, or none.
+    Norms, biases, positions, routers, gates and matrices whose width is not a multiple of 32 are always kept. An
+    expert's name is like `layers.0.mlp.up_proj.3`; either all experts of a layer are replaced, or none.
     """
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
-        if isinstance(module, MixtureOfExperts) and can_pack(module.up_proj) and can_pack(module.down_proj):
+        if isinstance(module, MixtureOfExperts) and can_quantize(module.up_proj) and can_quantize(module.down_proj):
             experts = {
-                name: [packed(f"{prefix}{name}.{e}", weight) for e, weight in enumerate(getattr(module, name))]
+                name: [replacement(f"{prefix}{name}.{e}", weight) for e, weight in enumerate(getattr(module, name))]
                 for name in ("up_proj", "down_proj")
             }
-            if all(each is not None for them in experts.values() for each in them):
+            if all(matrix is not None for matrices in experts.values() for matrix in matrices):
                 module.__class__ = QuantizedExperts
-                for name, them in experts.items():
+                for name, matrices in experts.items():
                     delattr(module, name)
-                    setattr(module, name, nn.ModuleList(each for each in them if each is not None))
+                    setattr(module, name, nn.ModuleList(matrix for matrix in matrices if matrix is not None))
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name not in ("router", "shared_gate", "lm_head"):
-                made = packed(f"{prefix}{name}.weight", child.weight) if can_pack(child.weight) else None
+                made = replacement(f"{prefix}{name}.weight", child.weight) if can_quantize(child.weight) else None
                 if made is not None:
                     setattr(module, name, QuantizedLinear(made, child.bias))
-    ends: Any = model
-    if can_pack(model.embed_tokens.weight):
-        table = packed("embed_tokens.weight", model.embed_tokens.weight)
+    untyped: Any = model  # the types of its modules change
+    if can_quantize(model.embed_tokens.weight):
+        table = replacement("embed_tokens.weight", model.embed_tokens.weight)
         tied = model.config.tie_word_embeddings
-        head = table if tied else packed("lm_head.weight", model.lm_head.weight)
+        head = table if tied else replacement("lm_head.weight", model.lm_head.weight)
         if table is not None:
-            ends.embed_tokens = QuantizedEmbedding(table)
+            untyped.embed_tokens = QuantizedEmbedding(table)
         if head is not None:
-            ends.lm_head = QuantizedLinear(head, None)
+            untyped.lm_head = QuantizedLinear(head, None)
     return model
 
 
 def quantize(model: Transformer, bits: Bits) -> Transformer:
-    """Round the model's matrices to so many bits, in place (see `replace_matrices`). Embeddings and the output have 8
-    bits always: what 4 lose shows most there.
+    """Quantize the model's matrices to 4 or 8 bits, in place (see `replace_matrices`), and return it.
 
-    Raises UsageError for another number of bits, or where there is nothing to quantize.
+    Embeddings and output layer always have 8 bits, since 4 would cost most quality there.
+    Raises UsageError for another number of bits, or if there is nothing to quantize.
     """
     if bits not in (4, 8):
         raise UsageError(f"--bits must be 4 or 8, not {bits}.")
 
-    def packed(name: str, weight: Tensor) -> Packed:
-        ends = name in ("lm_head.weight", "embed_tokens.weight")
-        return Packed.of(encode(weight.detach(), 8 if ends else bits))
+    def quantized(name: str, weight: Tensor) -> QuantizedMatrix:
+        outer = name in ("lm_head.weight", "embed_tokens.weight")
+        return QuantizedMatrix.of(encode(weight.detach(), 8 if outer else bits))
 
-    replace_matrices(model, packed)
+    replace_matrices(model, quantized)
     if bits_of(model) is None:
-        raise UsageError("this model has no matrix whose width is a multiple of 32: it cannot be quantized.")
+        raise UsageError("this model cannot be quantized: it has no matrix whose width is a multiple of 32.")
     return model
 
 
 def quantize_on_gpu(model: Transformer, bits: Bits) -> Transformer:
-    """Round the linear layers of a bfloat16 model on a GPU through torchao, in place. 4 bits: in groups of 32, by the
-    kernel that PyTorch has for them. Embeddings, output and experts stay bfloat16. UsageError without torchao."""
+    """Quantize the linear layers of a bfloat16 model on a GPU with torchao, in place, and return it.
+
+    4 bits: in groups of 32 columns, with PyTorch's kernel. Embeddings, output layer and experts stay bfloat16.
+    Raises UsageError if torchao is not installed.
+    """
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise UsageError("few bits on a GPU need torchao: pip install 'gptsmith[gpu]'; or use --device cpu.") from None
+        raise UsageError(
+            "quantization on a GPU needs torchao: pip install 'gptsmith[gpu]', or use --device cpu."
+        ) from None
     if bits == 4:
         config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
     else:
         config = Int8WeightOnlyConfig()
 
     def chosen(module: nn.Module, name: str) -> bool:
-        plain = isinstance(module, nn.Linear) and can_pack(module.weight)
+        plain = isinstance(module, nn.Linear) and can_quantize(module.weight)
         return plain and name.rpartition(".")[2] not in ("router", "shared_gate", "lm_head")
 
     quantize_(model, config, filter_fn=chosen)
@@ -294,11 +307,11 @@ def quantize_on_gpu(model: Transformer, bits: Bits) -> Transformer:
 
 @torch.no_grad()
 def dequantize(model: Transformer) -> Transformer:
-    """Make the matrices of few bits float32 again, in place: the same numbers, in plain layers."""
+    """Turn quantized matrices into float32 in plain layers, in place; their rounded values stay. Return the model."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedExperts):
             for name in ("up_proj", "down_proj"):
-                matrices = torch.stack([each.matrix() for each in getattr(module, name)])
+                matrices = torch.stack([matrix.dequantized() for matrix in getattr(module, name)])
                 delattr(module, name)
                 setattr(module, name, nn.Parameter(matrices))
             module.__class__ = MixtureOfExperts  # type: ignore[assignment]
@@ -306,11 +319,11 @@ def dequantize(model: Transformer) -> Transformer:
             if isinstance(child, QuantizedLinear):
                 with torch.device("meta"):
                     plain = nn.Linear(child.weight.columns, child.weight.rows, bias=False)
-                plain.weight, plain.bias = nn.Parameter(child.weight.matrix()), child.bias  # type: ignore[assignment]
+                plain.weight, plain.bias = nn.Parameter(child.weight.dequantized()), child.bias  # type: ignore[assignment]
                 setattr(module, name, plain)
     table: nn.Module = model.embed_tokens
     if isinstance(table, QuantizedEmbedding):
-        matrix = table.weight.matrix()
+        matrix = table.weight.dequantized()
         model.embed_tokens = nn.Embedding(matrix.shape[0], matrix.shape[1], _weight=matrix)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -318,82 +331,94 @@ def dequantize(model: Transformer) -> Transformer:
 
 
 def bits_of(model: nn.Module) -> Bits | None:
-    """The fewest bits of the model's matrices; None for a plain model."""
-    found: set[Bits] = {module.bits for module in model.modules() if isinstance(module, Packed)}
+    """Return the smallest number of bits of the model's matrices; None for a plain model."""
+    found: set[Bits] = {module.bits for module in model.modules() if isinstance(module, QuantizedMatrix)}
     return min(found, default=None)
 
 
-def description(bits: Bits) -> dict[str, Any]:
-    """A quantized model's `quantization_config` of config.json."""
+def quantization_config(bits: Bits) -> dict[str, Any]:
+    """Return the `quantization_config` of a quantized model's config.json."""
     return {"quant_method": METHOD, "bits": bits, "group_size": GROUP}
 
 
-def described_bits(values: Any) -> Bits | None:
-    """The bits of a `quantization_config` that `description` wrote; None for any other."""
+def bits_of_config(values: Any) -> Bits | None:
+    """Return the bits of a `quantization_config` that this package wrote; None for any other."""
     if not isinstance(values, dict) or values.get("quant_method") != METHOD or values.get("group_size") != GROUP:
         return None
     bits = values.get("bits")
     return bits if bits in (4, 8) else None
 
 
-# a model directory's tensors, under our own names ---------------------------------------------------------------------
+# the tensors of a model directory -------------------------------------------------------------------------------------
 
 
-def state(model: Transformer) -> dict[str, Tensor]:
-    """What to save of a quantized model: its tensors, shared ones once."""
+def _stored_name(name: str) -> str:
+    """Return the name under which a tensor is stored: zero points have kept their first one."""
+    return re.sub(r"\.zero_points$", ".least", name)
+
+
+def quantized_state(model: Transformer) -> dict[str, Tensor]:
+    """Return the tensors to save of a quantized model, by name; shared ones once."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
         if tensor.numel() and tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        tensors[name] = tensor.contiguous()
+        tensors[_stored_name(name)] = tensor.contiguous()
     return tensors
 
 
-def outline(model: Transformer, shapes: Mapping[str, tuple[int, ...]], where: str) -> Transformer:
-    """Make a plain model's outline (without memory) that of the quantized one whose `state` has these shapes: which
-    matrices have how many bits, the shapes say. Raises CheckpointError for what is missing or does not fit."""
+def quantize_skeleton(model: Transformer, shapes: Mapping[str, tuple[int, ...]], where: str) -> Transformer:
+    """Give a model on the meta device the quantized matrices of a model whose `quantized_state` has these shapes.
+
+    The shapes tell which matrices have how many bits. where: the file, for messages.
+    Raises CheckpointError for a missing tensor or a shape that does not fit.
+    """
 
     def misfit(name: str, shape: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(f"{where}: {name} is {list(shapes[name])}, expected {list(shape)}.")
 
-    def packed(name: str, weight: Tensor) -> Packed | None:
-        given = shapes.get(f"{name}.packed")
-        if given is None:
+    def stored_matrix(name: str, weight: Tensor) -> QuantizedMatrix | None:
+        shape = shapes.get(f"{name}.packed")
+        if shape is None:
             return None
         R, K = weight.shape
         for bits in (4, 8):
             with torch.device("meta"):
-                made = Packed(R, K, bits)
-            if given == tuple(made.packed.shape):
-                return made
+                matrix = QuantizedMatrix(R, K, bits)
+            if shape == tuple(matrix.packed.shape):
+                return matrix
         raise misfit(f"{name}.packed", (-(-R // ROWS), K // GROUP, 256))
 
-    replace_matrices(model, packed)
+    replace_matrices(model, stored_matrix)
     tied = model.config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
+    for local_name, tensor in model.state_dict().items():
+        name = _stored_name(local_name)
         if name not in shapes:
             if tied and name.startswith("lm_head."):
                 continue
-            raise CheckpointError(f"{where} lacks the tensor {name}.")
+            raise CheckpointError(f"{where} has no tensor {name}.")
         if shapes[name] != tuple(tensor.shape):
             raise misfit(name, tuple(tensor.shape))
     return model
 
 
 @torch.no_grad()
-def load_state(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill a quantized model, `outline` or not, with what `state` gave. CheckpointError for numbers of another type."""
+def load_quantized_state(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill a quantized model with what `quantized_state` returned.
+
+    Buffers may be on the meta device; parameters need memory. Raises CheckpointError for a tensor of another dtype.
+    """
     for path, module in model.named_modules():
-        for name, own in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            full = f"{path}.{name}" if path else name
-            if full not in tensors or own is None:
+        for local_name, own in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+            name = _stored_name(f"{path}.{local_name}" if path else local_name)
+            if name not in tensors or own is None:
                 continue
-            value = tensors[full]
+            value = tensors[name]
             if isinstance(own, nn.Parameter) and value.is_floating_point():
                 own.copy_(value)
             elif value.dtype == own.dtype and not isinstance(own, nn.Parameter):
-                setattr(module, name, value.clone())  # out of the file, and aligned as the kernels like it
+                setattr(module, local_name, value.clone())  # a copy in memory, aligned for the kernels
             else:
-                raise CheckpointError(f"{where}: {full} is {value.dtype}, expected {own.dtype}.")
+                raise CheckpointError(f"{where}: {name} is {value.dtype}, expected {own.dtype}.")

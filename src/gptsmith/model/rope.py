@@ -1,4 +1,4 @@
-"""The angles of rotary positions (Su et al. 2021, 2104.09864), plain or stretched for a longer context.
+"""Angles of rotary position embeddings (Su et al. 2021, 2104.09864), plain or scaled to a longer context.
 
 Axis letters: T positions · D head_dim.
 """
@@ -17,19 +17,19 @@ from gptsmith.model.config import ModelConfig, RopeScaling
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of every position of the context: two (T, D/2) float32 tensors."""
+    """Return cosines and sines of the angles of every position of the context: two (T, D/2) float32 tensors."""
     assert config.rope_theta is not None
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).double() / config.head_dim)
     attention_factor = 1.0
     if config.rope_scaling is not None:
-        frequencies, attention_factor = stretch(frequencies, config.rope_scaling, config.rope_theta)
+        frequencies, attention_factor = scale_frequencies(frequencies, config.rope_scaling, config.rope_theta)
     positions = torch.arange(config.max_position_embeddings, device=device).double()
     angles = positions[:, None] * frequencies
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
 
 
-def stretch(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Tensor, float]:
-    """Scaled frequencies (D/2,) and the factor by which cosines and sines are multiplied."""
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Tensor, float]:
+    """Return the scaled frequencies (D/2,), and the factor by which cosines and sines are multiplied."""
     slowed = frequencies / scaling.factor
     original = scaling.original_max_position_embeddings or 0
     if scaling.kind == "linear":
@@ -40,7 +40,7 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Te
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return slowed * (1 - keep) + frequencies * keep, 1.0
     # YaRN: dimensions that turn more than beta_fast times over the original context are kept, those that turn less than
-    # beta_slow times are slowed, those between are mixed (2309.00071, section 3.2).
+    # beta_slow times are slowed down, those in between are interpolated (2309.00071, section 3.2).
     size = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
@@ -59,19 +59,20 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Te
 def extend_context(
     config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn"
 ) -> ModelConfig:
-    """The configuration for reading `context` tokens with weights that were trained on fewer.
+    """Return the configuration for a context of `context` tokens, with weights that were trained on a shorter one.
 
-    ntk raises the base so that the slowest dimension turns as far over the new context as it did over the old one; it
-    is a plain model with another rope_theta. UsageError for learned positions (the table ends) or a shorter context.
+    ntk: raise rope_theta so that the slowest dimension turns as far over the new context as over the old one; nothing
+        else changes. linear, yarn, llama3: see `RopeScaling`.
+    Raises UsageError for learned positions, or if the context is not longer than before.
     """
     old = config.max_position_embeddings
     if config.position != "rope":
-        raise UsageError(f"learned positions end at {old}; only rotary positions can be extended.")
+        raise UsageError(f"the learned positions of this model end at {old}; only rotary positions can be extended.")
     if context <= old:
-        raise UsageError(f"the context is {old} already; extend it to more, not to {context}.")
+        raise UsageError(f"the context is already {old}; {context} does not extend it.")
     assert config.rope_theta is not None
     if config.rope_scaling is not None:
-        raise UsageError("the context of this model is extended already.")
+        raise UsageError("the context of this model has already been extended.")
     factor = context / old
     if method == "ntk":
         theta = config.rope_theta * factor ** (config.head_dim / max(1, config.head_dim - 2))

@@ -1,4 +1,4 @@
-"""Sparse upcycling: a mixture of experts that starts as the dense model it is made from (2212.05055)."""
+"""Sparse upcycling: turn a dense model into a mixture of experts (Komatsuzaki et al. 2022, 2212.05055)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SPARSE_LAYOUT = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 
 @torch.no_grad()
 def upcycle(model: Transformer, num_experts: int, num_experts_per_tok: int = 2) -> Transformer:
-    """A model in which every feed-forward layer has become `num_experts` copies of itself behind a new router.
+    """Return a model in which every feed-forward layer is `num_experts` copies of the original behind a new router.
 
-    The chosen experts' weights add up to 1 and all experts are alike, so it computes at first what `model` does.
-    UsageError for a model whose family has no sparse relative.
+    The chosen experts' weights add up to 1 and all experts are equal, so at first it computes what `model` computes.
+    Raises UsageError for a model whose family has no layout with experts.
     """
     c = model.config
     if c.model_type not in SPARSE_LAYOUT or c.num_experts or c.attention_bias or c.mlp_bias:
@@ -35,9 +35,9 @@ def upcycle(model: Transformer, num_experts: int, num_experts_per_tok: int = 2) 
     sparse = Transformer(config, dropout=model.dropout).to(next(model.parameters()).device)
     dense = model.state_dict()
     sparse.load_state_dict({k: v for k, v in dense.items() if ".mlp." not in k}, strict=False)
-    for ours, theirs in zip(sparse.layers, model.layers, strict=True):
-        assert isinstance(ours.mlp, MixtureOfExperts)
-        assert isinstance(theirs.mlp, MLP)
-        ours.mlp.up_proj.copy_(theirs.mlp.up_proj.weight.expand_as(ours.mlp.up_proj))
-        ours.mlp.down_proj.copy_(theirs.mlp.down_proj.weight.expand_as(ours.mlp.down_proj))
+    for new, old in zip(sparse.layers, model.layers, strict=True):
+        assert isinstance(new.mlp, MixtureOfExperts)
+        assert isinstance(old.mlp, MLP)
+        new.mlp.up_proj.copy_(old.mlp.up_proj.weight.expand_as(new.mlp.up_proj))
+        new.mlp.down_proj.copy_(old.mlp.down_proj.weight.expand_as(new.mlp.down_proj))
     return sparse
