@@ -11,7 +11,7 @@ import torch
 from gptsmith.errors import UsageError
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
-from gptsmith.presets import OWN, RECIPES, describe_presets, preset
+from gptsmith.presets import OWN, RECIPES, describe_own, describe_published, preset
 from gptsmith.train.config import RunConfig
 
 
@@ -51,13 +51,13 @@ def test_an_unknown_one_names_the_nearest() -> None:
         preset("char-smal")
 
 
-def test_each_is_described_in_a_line() -> None:
-    own, published = describe_presets().split("\n\n")
-    for name, line in zip(OWN, own.splitlines(), strict=True):
-        assert line.split(maxsplit=1)[0] == name
-        assert len(line) > 40
-    assert published.replace("*", "").split(":", 1)[1].split() == list(RECIPES)
-    assert all(len(line) <= 120 for line in published.splitlines())
+def test_each_preset_is_described() -> None:
+    for name, (described, text) in zip(OWN, describe_own(), strict=True):
+        assert described == name
+        assert len(text) > 40
+    names = " ".join(names for _, names in describe_published())
+    assert names.replace("*", "").split() == list(RECIPES)
+    assert [family for family, _ in describe_published()] == list(families.FAMILIES)
 
 
 @pytest.mark.parametrize("name", families.SIZES)

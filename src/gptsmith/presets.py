@@ -1,7 +1,7 @@
-"""Named starting points for training: functions that return a `RunConfig`. Those of our own describe themselves in
-their docstrings; those of published sizes come from two tables, `families.SIZES` and `RECIPES`.
+"""Presets: named configurations to start from. Options on the command line override their values.
 
-Every value can be overridden on the command line.
+Presets of our own are functions whose docstrings describe them. Presets of published sizes come from two tables,
+`families.SIZES` and `RECIPES`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from gptsmith.train.config import ModelOptions, OptimConfig, RunConfig, run_conf
 
 
 def char_small() -> RunConfig:
-    """0.8M parameters, one token a character, modern layout with Muon: minutes on a laptop CPU. The default."""
+    """The default: 0.8M parameters, one token per character, a modern layout, Muon. Minutes on a laptop CPU."""
     return RunConfig()
 
 
 def shakespeare_3min() -> RunConfig:
-    """The demo: char-small over 1,200 steps, about two minutes on two CPU cores."""
+    """The demo: char-small for 1,200 steps. About two minutes on two CPU cores."""
     return char_small().replace(steps=1200, eval_every=400)
 
 
 def shakespeare_quick() -> RunConfig:
-    """0.2M parameters, context 64: readable Shakespeare in seconds."""
+    """0.2M parameters, context 64. Readable Shakespeare in seconds."""
     return run_config(
         model=ModelOptions(num_hidden_layers=2, hidden_size=96, num_attention_heads=3, tie_word_embeddings=False),
         context=64,
@@ -39,7 +39,7 @@ def shakespeare_quick() -> RunConfig:
 
 
 def nanogpt_cpu() -> RunConfig:
-    """nanoGPT's published recipe for a CPU (GPT-2 layout, AdamW, context 64), to compare with."""
+    """nanoGPT's published recipe for a CPU, for comparison: GPT-2 layout, AdamW, context 64."""
     return run_config(
         model=ModelOptions(family="gpt2", num_hidden_layers=4, hidden_size=128, num_attention_heads=4),
         context=64,
@@ -59,7 +59,7 @@ def nanogpt_cpu() -> RunConfig:
 
 
 def bpe_small() -> RunConfig:
-    """12M parameters over a byte-level BPE vocabulary trained on your text (books, code, notes): hours on a CPU."""
+    """12M parameters, a byte-level BPE tokenizer trained on your text (books, code, notes). Hours on a CPU."""
     return run_config(
         tokenizer="bpe",
         vocab_size=4096,
@@ -73,20 +73,20 @@ def bpe_small() -> RunConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model of a published size is trained. `published` is False where its paper gives no learning rate."""
+    """How to train a model of a published size."""
 
     lr: float
     batch_size: int  # sequences of `context`
     context: int
-    tokens: float  # seen in training, all told
+    tokens: float  # in all steps together
     warmup_steps: int
-    published: bool = True
+    published: bool = True  # False if the paper does not state the learning rate
 
 
-# GPT-1: section 4.1 of the paper; 100 epochs of BooksCorpus, of about a billion tokens. GPT-2: the paper gives the
-# batch; rates are GPT-3's for the same sizes, tokens those of common reproductions. GPT-3: table 2.1 and appendix B of
-# 2005.14165. Llama: 2302.13971, table 2; Llama 3.1: 2407.21783, table 3 and section 3.4.1 (its first stage). The others
-# name tokens and contexts at most: their rates and batches here are Llama's.
+# GPT-1: section 4.1 of the paper; 100 epochs of BooksCorpus, which has about a billion tokens. GPT-2: the batch size is
+# from the paper, learning rates are those of GPT-3 for the same sizes, tokens those of common reproductions. GPT-3:
+# table 2.1 and appendix B of 2005.14165. Llama: 2302.13971, table 2. Llama 3.1: 2407.21783, table 3 and section 3.4.1
+# (its first stage). The others publish tokens and contexts at most; learning rates and batch sizes are Llama's.
 RECIPES: dict[str, Recipe] = {
     "gpt1-117m": Recipe(2.5e-4, 64, 512, 100e9, 2000),
     "gpt2-124m": Recipe(6e-4, 512, 1024, 10.5e9, 700, published=False),
@@ -121,11 +121,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def published_size(name: str) -> RunConfig:
-    """A model of `families.SIZES`, trained from the start as its paper says, or as `Recipe` says where it is silent.
+    """Return the configuration that trains a model of `families.SIZES` from new weights by its `Recipe`.
 
-    All of it by AdamW and a cosine. GPT-2 and GPT-3 with GPT-2's vocabulary; for the others a BPE of the published size
-    is learned from the data, since theirs was learned from data of their own. Scaling of rotary positions for longer
-    contexts comes after training (`gptsmith export --context`).
+    The optimizer is AdamW with a cosine schedule. GPT-2 and GPT-3 use GPT-2's tokenizer. For the others, a BPE
+    tokenizer of the published size is trained on the data, since their own was trained on other data. Rotary positions
+    are scaled to longer contexts after training (`gptsmith export --context`).
     """
     family, options = families.SIZES[name]
     c, recipe = families.FAMILIES[family](**options), RECIPES[name]
@@ -179,17 +179,20 @@ PRESETS: dict[str, Callable[[], RunConfig]] = OWN | {name: partial(published_siz
 
 
 def preset(name: str) -> RunConfig:
-    """The configuration of a preset. UsageError that names the nearest for an unknown one."""
+    """Return the configuration of a preset. Raise UsageError for an unknown name."""
     if name not in PRESETS:
         raise UsageError(f"there is no preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}.")
     return PRESETS[name]()
 
 
-def describe_presets() -> str:
-    """A line for each of our own, and the published sizes by family."""
-    lines = [f"  {name:18}{(make.__doc__ or '').strip()}" for name, make in OWN.items()]
-    lines += ["", "published sizes, for GPUs; those with * with the paper's own training settings:"]
-    for family in families.FAMILIES:
-        names = [name for name in RECIPES if families.SIZES[name][0] == family]
-        lines.append("  " + "  ".join(name + "*" * RECIPES[name].published for name in names))
-    return "\n".join(lines)
+def describe_own() -> list[tuple[str, str]]:
+    """Return the name and the description of each preset of our own."""
+    return [(name, (make.__doc__ or "").strip()) for name, make in OWN.items()]
+
+
+def describe_published() -> list[tuple[str, str]]:
+    """Return each family with its published sizes. A * marks those with the training settings of the paper."""
+    sizes = {family: [name for name in RECIPES if families.SIZES[name][0] == family] for family in families.FAMILIES}
+    return [
+        (family, " ".join(name + "*" * RECIPES[name].published for name in names)) for family, names in sizes.items()
+    ]

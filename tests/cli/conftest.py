@@ -1,4 +1,4 @@
-"""Runs made once through the real command line; each test gets a copy to spoil."""
+"""Runs made once through the real command line; tests that change one get a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small models only suffer from threads that wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower with several threads
 
 TINY = [
     *("--model.hidden-size", "32", "--model.num-hidden-layers", "1", "--context", "32", "--batch-size", "4"),
@@ -30,7 +30,7 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, words: str, tiny: list[str]) -> Path:
-    """A run that came to its end; its text lies beside it. Not to be changed."""
+    """A finished run, with its text beside it. Do not change it."""
     from gptsmith.cli import main
 
     place = tmp_path_factory.mktemp("finished")
@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words: str, tiny: list[st
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory: pytest.TempPathFactory, words: str, tiny: list[str]) -> Path:
-    """A run stopped by Ctrl-C at step 15, with checkpoints of steps 5, 10 and 15. Not to be changed."""
+    """A run stopped by Ctrl-C at step 15, with checkpoints of steps 5, 10 and 15. Do not change it."""
     from gptsmith.cli import main
     from gptsmith.train.trainer import Trainer
 
@@ -73,7 +73,7 @@ def stopped_copy(stopped: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], Snapshot]:
-    """All that is in a directory, byte for byte: files' contents, links' targets, and None for folders."""
+    """Return what is in a directory: contents of files, targets of links, None for folders."""
 
     def take(directory: Path) -> Snapshot:
         seen: Snapshot = {}

@@ -1,4 +1,4 @@
-"""Budgets, depth and the ladder, through the real command line."""
+"""`--budget`, `--depth` and `gptsmith scale`, through the real command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def record(run: Path) -> dict[str, object]:
     return dict(json.loads((run / "run.json").read_text()))
 
 
-def test_a_budget_of_tokens_chooses_and_says_why(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+def test_a_token_budget_reports_its_choices(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     code, _, err = run_cli("train", text_file, "--budget", "30ktok", "--out", out, "--context", "32", *QUICK)
     assert code == 0, err
@@ -37,10 +37,10 @@ def test_a_budget_of_tokens_chooses_and_says_why(run_cli: Cli, text_file: Path, 
     config = record(out)["config"]
     assert isinstance(config, dict)
     assert (config["auto"]["budget"], config["loop"]["context"]) == ("30ktok", 32)
-    assert len(record(out)["choice"]["reasons"]) == 3  # type: ignore[index]
+    assert len(record(out)["plan"]["reasons"]) == 3  # type: ignore[index]
 
 
-def test_a_run_of_a_budget_is_a_configuration_like_any_other(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+def test_the_configuration_of_a_budget_can_be_reused(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_cli("train", text_file, "--budget", "10ktok", "--out", first, *QUICK)[0] == 0
     assert run_cli("train", text_file, "--config", first / "run.json", "--out", second)[0] == 0
@@ -50,7 +50,7 @@ def test_a_run_of_a_budget_is_a_configuration_like_any_other(run_cli: Cli, text_
     assert losses[0] == losses[1]
 
 
-def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path) -> None:
+def test_a_large_alphabet_gets_a_bpe_tokenizer(run_cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "many.txt"
     path.write_text(" ".join(chr(0x4E00 + i % 400) for i in range(20_000)))
     code, _, err = run_cli("train", path, "--budget", "20ktok", "--out", tmp_path / "run", "--context", "32", *QUICK)
@@ -70,7 +70,7 @@ def test_a_text_of_many_characters_gets_byte_pairs(run_cli: Cli, tmp_path: Path)
         (("--budgett", "5m"), "budget"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing(
+def test_wrong_options_leave_no_files(
     options: tuple[str, ...], message: str, run_cli: Cli, text_file: Path, tmp_path: Path
 ) -> None:
     code, out, err = run_cli("train", text_file, "--out", tmp_path / "run", *QUICK, *options)
@@ -80,7 +80,7 @@ def test_mistakes_are_named_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_ladder_is_fitted_drawn_and_continued(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+def test_scale_fits_draws_and_continues(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "ladder"
     command = ("scale", text_file, "--out", out, "--budgets", "16ktok,4ktok,8ktok", *QUICK, "--context", "32")
     code, printed, err = run_cli(*command)
@@ -99,7 +99,7 @@ def test_a_ladder_is_fitted_drawn_and_continued(run_cli: Cli, text_file: Path, t
     assert (out / "4ktok" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_ladder_reads_the_same_tokens_on_every_rung(
+def test_scale_uses_one_tokenizer_for_all_budgets(
     run_cli: Cli, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_budget = {4000.0: ("bpe", 300), 8000.0: ("bpe", 400)}
@@ -112,14 +112,14 @@ def test_a_ladder_reads_the_same_tokens_on_every_rung(
 
 
 @pytest.mark.parametrize("budgets", ["1m", "1m,1e12flop", "1m,1m", "x,y", ""])
-def test_a_ladder_needs_two_budgets_of_a_kind(budgets: str, run_cli: Cli, text_file: Path) -> None:
+def test_scale_needs_two_budgets_of_one_kind(budgets: str, run_cli: Cli, text_file: Path) -> None:
     code, _, err = run_cli("scale", text_file, f"--budgets={budgets}")
     assert code == 2
     assert "budget" in err
 
 
 @pytest.mark.slow
-def test_a_budget_of_time_is_kept(text_file: Path, tmp_path: Path) -> None:
+def test_a_time_budget_is_met(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptsmith", "train", str(text_file), "--budget", "40s"]
     command += ["--out", str(tmp_path / "run")]
     began = time.monotonic()
@@ -128,7 +128,7 @@ def test_a_budget_of_time_is_kept(text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_that_becomes_slower_ends_on_time_all_the_same(text_file: Path, tmp_path: Path) -> None:
+def test_a_time_budget_is_met_on_a_machine_that_slows_down(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptsmith", "train", str(text_file), "--budget", "60s"]
     command += ["--out", str(tmp_path / "run")]
     began = time.monotonic()
@@ -147,7 +147,7 @@ def test_a_machine_that_becomes_slower_ends_on_time_all_the_same(text_file: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
-def test_a_stopped_run_of_a_budget_goes_on_to_its_time(text_file: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_meets_its_time_budget(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptsmith", "train"]
     run = tmp_path / "run"
     process = subprocess.Popen(

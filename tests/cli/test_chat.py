@@ -1,4 +1,4 @@
-"""`gptsmith chat` as a person uses it: through a pseudo-terminal, and through a pipe."""
+"""`gptsmith chat` through a pseudo-terminal and through a pipe."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def test_commands(say: Any, tmp_path: Path) -> None:
     assert "temperature 0" in err
     assert "Did you mean 'temperature'?" in err
     assert "needs a number, not 'x'" in err
-    assert "/save needs a file" in err
+    assert "/save needs the name of a file" in err
     assert "must be at least 0" in err
     assert str(tmp_path / "a") in err
     assert json.loads((tmp_path / "c").read_text()) == {"messages": [{"role": "system", "content": "be brief"}]}
 
 
-def test_what_was_said_before_is_read_again_only_once(tokenizer: Tokenizer) -> None:
+def test_earlier_turns_are_cached(tokenizer: Tokenizer) -> None:
     engine = Engine(make_model(tokenizer.vocab_size, 900), vocab_size=tokenizer.vocab_size, block_size=4)
     talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0))
     for text in ("the quick brown fox jumps over the lazy dog " * 3, "and", "then"):
@@ -105,7 +105,7 @@ def test_what_was_said_before_is_read_again_only_once(tokenizer: Tokenizer) -> N
     assert engine.stats.blocks_used == 0
 
 
-def test_breaking_off_keeps_what_was_said(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_interrupted_answer_is_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     engine = Engine(make_model(tokenizer.vocab_size), vocab_size=tokenizer.vocab_size)
     talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=100, seed=0))
 
@@ -116,7 +116,7 @@ def test_breaking_off_keeps_what_was_said(tokenizer: Tokenizer, monkeypatch: pyt
 
     output = Output()
     monkeypatch.setattr(sys, "stdout", output)
-    with pytest.raises(KeyboardInterrupt):  # from the newline that follows: this output interrupts for ever
+    with pytest.raises(KeyboardInterrupt):  # from the final newline: every flush of this output interrupts
         chat._speak(talk, "hello")
     monkeypatch.undo()
     assert "(stopped)" in capsys.readouterr().err
@@ -127,19 +127,19 @@ def test_breaking_off_keeps_what_was_said(tokenizer: Tokenizer, monkeypatch: pyt
     assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 2
 
 
-def test_a_long_conversation_forgets_its_beginning_and_says_so(tokenizer: Tokenizer, capsys: Any) -> None:
+def test_a_full_context_drops_the_oldest_turns_with_a_note(tokenizer: Tokenizer, capsys: Any) -> None:
     engine = Engine(make_model(tokenizer.vocab_size, 100), vocab_size=tokenizer.vocab_size)
     talk = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0), "be kind")
     for _ in range(6):
         list(talk.answer("hello there"))
-    assert "does not fit" in capsys.readouterr().err
+    assert "dropped: the context is full" in capsys.readouterr().err
     assert talk.messages[0] == {"role": "system", "content": "be kind"}
     with pytest.raises(UsageError, match="too long"):
         list(talk.answer("word " * 200))
-    assert len(talk.turns) == 12  # the one that was too long was taken back
+    assert len(talk.turns) == 12  # the turn that was too long was removed
 
 
-def test_without_a_template_one_is_told(tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_chat_template_is_noted(tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train_bpe(["User: Assistant: " * 9], 270)
     save_checkpoint(tmp_path / "model", make_model(plain.vocab_size), plain)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
@@ -148,41 +148,40 @@ def test_without_a_template_one_is_told(tmp_path: Path, run_cli: Any, monkeypatc
     assert "no chat template" in err
 
 
-def test_the_context_is_full_by_choice(tokenizer: Tokenizer, capsys: Any) -> None:
-    """The oldest turns go (above), or the conversation is refused, or the answer goes on as the window shifts."""
+def test_overflow(tokenizer: Tokenizer, capsys: Any) -> None:
+    """error: the turn is refused. shift: the answer continues beyond the context. truncate: it ends there."""
     engine = Engine(make_model(tokenizer.vocab_size, 100), vocab_size=tokenizer.vocab_size)
     strict = chat.Conversation(engine, tokenizer, SamplingParams(max_tokens=20, seed=0), overflow="error")
     list(strict.answer("hello there"))
-    with pytest.raises(UsageError, match="/reset begins anew"):
+    with pytest.raises(UsageError, match="Use /reset to start over"):
         list(strict.answer("hello there " * 9))
     assert len(strict.turns) == 2
-    assert strict.turns[-1]["role"] == "assistant"  # what was refused was taken back
-    assert "does not fit" not in capsys.readouterr().err
+    assert strict.turns[-1]["role"] == "assistant"  # the refused turn was removed
+    assert "dropped" not in capsys.readouterr().err
     params = SamplingParams(max_tokens=300, seed=0, temperature=3.0, logit_bias={tokenizer.eos_id or 0: float("-inf")})
     overflows: list[chat.Overflow] = ["truncate", "shift"]
     for overflow in overflows:
         talk = chat.Conversation(engine, tokenizer, params, overflow=overflow)
-        made = engine.stats.generated_tokens
+        before = engine.stats.generated_tokens
         list(talk.answer("hello"))
-        made = engine.stats.generated_tokens - made
-        told = capsys.readouterr().err
-        assert made == 300 if overflow == "shift" else made < 100
-        assert ("its beginning is forgotten" in told) == (overflow == "shift")
-        assert ("the context is full: ended after" in told) == (overflow == "truncate")
+        generated = engine.stats.generated_tokens - before
+        err = capsys.readouterr().err
+        assert generated == 300 if overflow == "shift" else generated < 100
+        assert ("the oldest tokens are forgotten" in err) == (overflow == "shift")
+        assert bool(re.search(r"stopped after \d+ tokens: the context is full", err)) == (overflow == "truncate")
 
 
-def test_what_was_known_and_guessed_is_told(say: Any, model_directory: Path) -> None:
+def test_stats_report_speed_and_cached_tokens(say: Any, model_directory: Path) -> None:
     for options in (("--prompt-lookup",), ("--draft-model", str(model_directory))):
         code, _, err = say("the quick brown fox " * 2, "the quick brown fox", "/stats", options=options)
         assert code == 0, err
-        told = err.splitlines()[-1]
-        assert re.search(r"24 tokens, .* tok/s; of \d+ tokens read \d+ were known \(\d+%\)", told)
+        assert re.search(r"24 tokens, .* tok/s; \d+ of \d+ prompt tokens cached \(\d+%\)", err.splitlines()[-1])
     assert say("hi", options=("--prompt-lookup", "--draft-model", "x"))[0] == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_ctrl_c_stops_an_answer_without_end(model_directory: Path, tmp_path: Path) -> None:
-    """One that would go on for an hour, as the window shifts: only Ctrl-C can have ended it."""
+def test_ctrl_c_stops_an_endless_answer(model_directory: Path, tmp_path: Path) -> None:
+    """An answer of 9 million tokens, which only Ctrl-C can have ended so soon."""
     import pexpect
 
     options = [str(model_directory), "--max-tokens", "9000000", "--temperature", "3", "--overflow", "shift"]
@@ -195,9 +194,9 @@ def test_ctrl_c_stops_an_answer_without_end(model_directory: Path, tmp_path: Pat
         codec_errors="replace",
     )
     child.expect("> ")
-    for _ in range(20):  # it may come to the end-of-text token by itself
+    for _ in range(20):  # the end-of-text token may end it first
         child.sendline("hello")
-        if child.expect_exact(["its beginning is forgotten", "\n> "]) == 1:
+        if child.expect_exact(["the oldest tokens are forgotten", "\n> "]) == 1:
             continue
         child.sendintr()
         if child.expect_exact(["(stopped)", "\n> "]) == 0:
@@ -212,8 +211,8 @@ def test_ctrl_c_stops_an_answer_without_end(model_directory: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_ctrl_c_stops_the_answer_and_not_the_program(model_directory: Path, tmp_path: Path) -> None:
-    """In a real terminal: interrupt an answer, then go on talking, interrupt the prompt, leave with Ctrl-D."""
+def test_ctrl_c_stops_the_answer_but_not_the_program(model_directory: Path, tmp_path: Path) -> None:
+    """In a pseudo-terminal: interrupt an answer, continue, interrupt the prompt, exit with Ctrl-D."""
     import pexpect
 
     options = ["--device", "cpu", "--max-tokens", "90000", "--temperature", "3"]
@@ -230,12 +229,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model_directory: Path, tmp_
     child.expect_exact("hello")
     child.expect(r"[a-z]")
     child.sendintr()
-    child.expect(r"stopped|ended after|> ")
+    child.expect(r"stopped|> ")
     child.sendline("/temperature 0")
     child.expect("temperature 0")
     child.expect("> ")
     child.sendintr()
-    child.expect("Ctrl-D or /quit leaves")
+    child.expect("Ctrl-D or /quit exits")
     child.sendeof()
     child.expect(pexpect.EOF)
     child.close()

@@ -15,7 +15,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_rates_and_a_picture(
+def test_learning_rates_and_a_picture(
     run_cli: Cli, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def test_rates_and_a_picture(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["find-lr-words-2.png", "find-lr-words.png"]
 
 
-def test_mistakes(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+def test_wrong_options(run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken.png"
     taken.write_text("mine")
     for arguments, message in (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,9 +308,9 @@ def test_weights_beyond_fp16_are_rejected(source: Path, tmp_path: Path, run_cli:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "hf", "--dtype", "q8_0"), "no --dtype q8_0"),
-        (("--to", "gguf", "--dtype", "bf16"), "no --dtype bf16"),
-        (("--to", "gguf"), "ends in .gguf"),
+        (("--to", "hf", "--dtype", "q8_0"), "--to hf writes fp32, bf16 or fp16, not --dtype q8_0"),
+        (("--to", "gguf", "--dtype", "bf16"), "--to gguf writes f32, f16, q8_0 or q4_0, not --dtype bf16"),
+        (("--to", "gguf"), "must end in .gguf"),
         (("--license", "a b"), "not a license identifier"),
         (("--to", "onnx"), "invalid choice"),
     ],
@@ -386,19 +384,9 @@ def test_gguf_rejects_unsupported_families(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_help_imports_nothing_heavy(command: str) -> None:
-    code = (
-        "import sys\nfrom gptsmith.cli import main\ntry:\n"
-        f"    main([{command!r}, '--help'])\nexcept SystemExit:\n    pass\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'tokenizers', 'safetensors', 'huggingface_hub')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-
-
 @pytest.mark.slow
 @pytest.mark.network
-def test_the_named_model_knows_the_capital_of_italy(run_cli: Cli) -> None:
+def test_the_named_model_generates_text(run_cli: Cli) -> None:
     pytest.importorskip("gguf")
     prompt = "The capital of Italy is"
     code, out, err = run_cli(

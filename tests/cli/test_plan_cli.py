@@ -19,7 +19,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "PASS_SECONDS", 0.1)
 
 
-def test_a_page_for_people(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_the_printed_forecast(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     code, out, _ = run_cli("plan", text_file, *tiny, "--price-per-hour", "3.6")
     assert code == 0
     for word in ("parameters", "FLOP per token", "weights", "activations", "available", "tokens/s", "per evaluation"):
@@ -29,7 +29,7 @@ def test_a_page_for_people(run_cli: Cli, text_file: Path, tiny: list[str], tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_json_tells_what_train_will_do(run_cli: Cli, text_file: Path, tiny: list[str], finished: Path) -> None:
+def test_json_agrees_with_training(run_cli: Cli, text_file: Path, tiny: list[str], finished: Path) -> None:
     code, out, _ = run_cli("plan", text_file, *tiny, "--json", "--price-per-hour", "2")
     assert code == 0
     plan = json.loads(out)
@@ -45,7 +45,7 @@ def test_json_tells_what_train_will_do(run_cli: Cli, text_file: Path, tiny: list
 
 
 @pytest.mark.slow
-def test_the_largest_published_model_without_any_text(run_cli: Cli) -> None:
+def test_the_largest_published_model_without_data(run_cli: Cli) -> None:
     code, out, _ = run_cli("plan", "--preset", "gpt3-175b", "--tokenizer", "bpe", "--json", "--device", "cpu")
     assert code == 0
     plan = json.loads(out)
@@ -57,7 +57,7 @@ def test_the_largest_published_model_without_any_text(run_cli: Cli) -> None:
     assert plan["seconds"] > 1e9
 
 
-def test_budget_and_depth_are_chosen_as_train_would(run_cli: Cli, text_file: Path) -> None:
+def test_budget_and_depth_choose_as_in_training(run_cli: Cli, text_file: Path) -> None:
     code, out, err = run_cli("plan", text_file, "--depth", "2", "--compile", "off", "--device", "cpu", "--json")
     assert code == 0
     assert json.loads(out)["model"]["num_hidden_layers"] == 2
@@ -74,7 +74,7 @@ def test_budget_and_depth_are_chosen_as_train_would(run_cli: Cli, text_file: Pat
         (["missing.txt"], "missing.txt"),
     ],
 )
-def test_mistakes(run_cli: Cli, arguments: list[str], message: str) -> None:
+def test_wrong_options(run_cli: Cli, arguments: list[str], message: str) -> None:
     code, out, err = run_cli("plan", *arguments)
     assert code in (1, 2)
     assert message in err

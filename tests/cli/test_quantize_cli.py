@@ -1,4 +1,4 @@
-"""`gptsmith quantize`, and models of few bits in the other commands."""
+"""`gptsmith quantize`, and quantized models in the other commands."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def model_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_and_used_everywhere(
+def test_quantized_models_work_in_every_command(
     bits: int, model_directory: Path, tmp_path: Path, words: str, run_cli: Cli
 ) -> None:
     out, text = tmp_path / "small", tmp_path / "text.txt"
     text.write_text(words[:3000])
     code, said, err = run_cli("quantize", model_directory, "--bits", bits, "--out", out, "--text", text)
     assert code == 0, err
-    found = re.search(r"perplexity ([\d.]+) before, ([\d.]+) after \(([+-][\d.]+) %\), over ([\d,]+) tokens", said)
+    found = re.search(r"perplexity ([\d.]+) before, ([\d.]+) after \(([+-][\d.]+)%\), on ([\d,]+) tokens", said)
     assert found is not None, said
     before, after, change = (float(found[i]) for i in (1, 2, 3))
     assert change == pytest.approx(100 * (after / before - 1), abs=0.02)
@@ -61,8 +61,8 @@ def test_quantized_and_used_everywhere(
     greedy = ("--prompt", "ba", "--max-tokens", 12, "--temperature", 0, "--device", "cpu")
     code, stored, err = run_cli("generate", out, *greedy)
     assert code == 0, err
-    _, made, _ = run_cli("generate", model_directory, *greedy, "--quantize", f"int{bits}")
-    assert stored == made  # rounded now or before, the same
+    _, quantized, _ = run_cli("generate", model_directory, *greedy, "--quantize", f"int{bits}")
+    assert stored == quantized  # quantizing while loading gives the same as quantizing before
     code, _, err = run_cli("export", out, "--out", tmp_path / "plain")
     assert code == 0, err
     with torch.no_grad():
@@ -75,9 +75,9 @@ def test_quantized_and_used_everywhere(
     assert run_cli("generate", tmp_path / "small.gguf", *greedy)[0] == 0
 
 
-def test_what_cannot_be_done(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_wrong_options(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
     code, _, err = run_cli("quantize", model_directory, "--out", model_directory)
-    assert (code, "exists already" in err) == (2, True)
+    assert (code, "already exists" in err) == (2, True)
     code, _, err = run_cli("quantize", model_directory, "--out", tmp_path / "x", "--text", tmp_path / "none.txt")
     assert (code, "cannot be read" in err) == (2, True)
     assert not (tmp_path / "x").exists()
@@ -87,7 +87,7 @@ def test_what_cannot_be_done(model_directory: Path, tmp_path: Path, run_cli: Cli
     assert code == 0, err
 
 
-def test_damaged_directories_are_refused(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+def test_damaged_directories_are_rejected(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
     out = tmp_path / "x"
     assert run_cli("quantize", model_directory, "--out", out, "--tokens", 0, "--bits", 4)[0] == 0
     (out / "manifest.json").unlink(missing_ok=True)
@@ -106,10 +106,10 @@ def test_damaged_directories_are_refused(model_directory: Path, tmp_path: Path, 
     assert (code, "quantization_config (gptsmith) is not supported" in err) == (1, True), err
 
 
-def test_an_adapter_at_the_command_line(
+def test_the_adapter_option(
     model_directory: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It changes the text, over full and few bits; one that is none is refused."""
+    """An adapter changes the output of full-precision and quantized models. A wrong directory is rejected."""
     torch.manual_seed(1)
     name = "base_model.model.model.layers.1.self_attn.o_proj"
     tensors = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, sent to the real program in a process of its own."""
+"""Ctrl-C and SIGTERM, sent to `gptsmith train` in its own process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_saves_and_stops(
+def test_the_first_signal_saves_and_stops(
     number: signal.Signals, start: Start, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     run = tmp_path / "run"
@@ -64,15 +64,15 @@ def test_the_first_saves_and_stops(
     out, err = process.communicate(timeout=30)
     assert time.monotonic() - began < 15  # it writes the report too
     assert process.returncode == 128 + number
-    assert out == f"stopped and saved. Go on with: gptsmith train --resume {run}\n"
-    assert "stopping: saving a checkpoint first" in err
+    assert out == f"Stopped; progress saved. Resume with: gptsmith train --resume {run}\n"
+    assert "Stopping after saving a checkpoint." in err
     assert "Traceback" not in err
 
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert "<html" in (run / "report.html").read_text()
     logged = JsonLines(run / "metrics.jsonl").read()[-1]["step"]
     last = (run / "last").resolve()
-    assert last.name == f"step-{logged:08d}"  # not a step was lost
+    assert last.name == f"step-{logged:08d}"  # no step was lost
     assert 10 <= logged < 250
     verify(last)
 
@@ -83,14 +83,14 @@ def test_the_first_saves_and_stops(
     assert steps == list(range(1, 251))
 
 
-def test_the_second_leaves_at_once(start: Start, tmp_path: Path) -> None:
+def test_the_second_signal_quits_at_once(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*LARGER, "--steps", "100", "--eval-every", "100", "--save-every", "1")  # a step takes a second
     wait_for((run / "checkpoints" / "step-00000001").exists, process)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    while "once more leaves at once" not in process.stderr.readline():
+    while "Press Ctrl-C again to quit now" not in process.stderr.readline():
         assert process.poll() is None
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -98,7 +98,7 @@ def test_the_second_leaves_at_once(start: Start, tmp_path: Path) -> None:
     assert time.monotonic() - began < 1
     assert code == 130
     verify(run / "checkpoints" / "step-00000001")
-    assert json.loads((run / "run.json").read_text())["status"] == "running"  # it had no time to say otherwise
+    assert json.loads((run / "run.json").read_text())["status"] == "running"  # there was no time to update it
 
 
 def test_ctrl_c_before_the_first_step(
@@ -108,13 +108,13 @@ def test_ctrl_c_before_the_first_step(
     tiny: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While the text is prepared there is nothing to save: it stops and leaves no run behind."""
+    """While the text is prepared there is nothing to save: the command stops and leaves no run directory."""
 
     def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("gptsmith.train.run.prepare", interrupted)
-    assert run_cli("train", text_file, "--out", tmp_path / "run", *tiny) == (130, "", "\nstopped\n")
+    assert run_cli("train", text_file, "--out", tmp_path / "run", *tiny) == (130, "", "\nStopped.\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -126,7 +126,7 @@ def test_ctrl_c_at_the_last_step_costs_nothing(
     finished: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last step is done and saved, its evaluation is not: that is left to the resumed run."""
+    """The last step is saved without its evaluation, which the resumed run does."""
     from gptsmith.train.trainer import Trainer
 
     log: Callable[..., None] = Trainer._log

@@ -1,4 +1,4 @@
-"""From a text to a model that writes, through the real command line."""
+"""`gptsmith train`, `generate`, `report`, `data` and `tokenizer`, through the real command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def record(run: Path) -> dict[str, Any]:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_and_what_it_leaves(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_directory(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "bard"
     code, out, err = run_cli("train", text_file, "--out", run, *tiny)
     assert code == 0
@@ -84,13 +84,13 @@ def test_the_run_loads_in_python(finished: Path) -> None:
     assert len(text) == 20
 
 
-def test_the_report_is_written_again(run_cli: Cli, finished_copy: Path) -> None:
+def test_the_report_is_rewritten(run_cli: Cli, finished_copy: Path) -> None:
     (finished_copy / "report.html").unlink()
     assert run_cli("report", finished_copy) == (0, f"{finished_copy / 'report.html'}\n", "")
     assert "</html>" in (finished_copy / "report.html").read_text()
 
 
-def test_run_json_as_a_configuration_makes_the_same_run(run_cli: Cli, finished: Path, tmp_path: Path) -> None:
+def test_run_json_as_configuration_gives_the_same_run(run_cli: Cli, finished: Path, tmp_path: Path) -> None:
     text, again = finished.parent / "words.txt", tmp_path / "again"
     assert run_cli("train", text, "--config", finished / "run.json", "--out", again)[0] == 0
     assert losses(again) == losses(finished)
@@ -109,7 +109,7 @@ def test_options_override_a_configuration(run_cli: Cli, text_file: Path, tmp_pat
     assert config["optim"]["beta2"] == 0.99  # what neither gives is the default
 
 
-def test_yaml_as_a_configuration(run_cli: Cli, tmp_path: Path) -> None:
+def test_yaml_as_configuration(run_cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     (tmp_path / "config.yaml").write_text("steps: 777\noptim:\n  name: adamw\n")
     code, out, _ = run_cli("train", "--config", tmp_path / "config.yaml", "--help")
@@ -148,7 +148,7 @@ def test_names_that_are_not_utf8(run_cli: Cli, words: str, tmp_path: Path, tiny:
     assert out.splitlines()[1].startswith("model ")
 
 
-def test_a_stopped_run_resumes_as_if_it_had_not(run_cli: Cli, stopped_copy: Path, finished: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(run_cli: Cli, stopped_copy: Path, finished: Path) -> None:
     code, out, err = run_cli("train", "--resume", stopped_copy)
     assert code == 0
     assert f"resuming {stopped_copy} at step 15 of 20" in err
@@ -157,7 +157,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not(run_cli: Cli, stopped_copy: Path
     assert record(stopped_copy)["status"] == "finished"
 
 
-def test_previews_may_change_when_resuming(run_cli: Cli, stopped_copy: Path) -> None:
+def test_sample_options_can_change_when_resuming(run_cli: Cli, stopped_copy: Path) -> None:
     code, _, err = run_cli("train", "--resume", stopped_copy, "--sample-tokens", "0")
     assert code == 0, err
 
@@ -191,7 +191,7 @@ def _write(kind: str, documents: list[str], place: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_documents_in_every_form_are_the_same_data(
+def test_all_document_formats_give_the_same_data(
     kind: str, run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]
 ) -> None:
     documents = _documents(words)
@@ -204,7 +204,7 @@ def test_documents_in_every_form_are_the_same_data(
     assert losses(run) == pytest.approx([2.9444389, 2.94, 2.94], abs=0.2)
 
 
-def test_another_field(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]) -> None:
+def test_the_field_option(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"body": document}) + "\n" for document in _documents(words)))
     command = ["train", path, "--out", tmp_path / "run", *tiny, "--steps", "2", "--sample-tokens", "0"]
@@ -214,9 +214,7 @@ def test_another_field(run_cli: Cli, words: str, tmp_path: Path, tiny: list[str]
     assert run_cli(*command, option, "body")[0] == 0  # the message names the option that helps
 
 
-def test_validation_text_of_ones_own(
-    run_cli: Cli, words: str, text_file: Path, tmp_path: Path, tiny: list[str]
-) -> None:
+def test_a_separate_validation_text(run_cli: Cli, words: str, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
     (tmp_path / "held-out.txt").write_text("sha ten mi\n" * 100 + "Z")
     command = ["train", text_file, "--val", tmp_path / "held-out.txt", "--out", tmp_path / "run", *tiny]
     assert run_cli(*command)[0] == 0
@@ -228,7 +226,7 @@ def test_validation_text_of_ones_own(
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_trained_along_the_way(run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_a_tokenizer_trained_on_the_data(run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
     command = ["train", text_file, "--out", tmp_path / "run", *tiny, "--tokenizer", "bpe", "--vocab-size", "300"]
     code, _, err = run_cli(*command)
     assert code == 0, err
@@ -239,7 +237,9 @@ def test_a_tokenizer_trained_along_the_way(run_cli: Cli, text_file: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_tokenizer_trained_before(kind: str, run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_a_tokenizer_trained_in_advance(
+    kind: str, run_cli: Cli, text_file: Path, tmp_path: Path, tiny: list[str]
+) -> None:
     tok = tmp_path / "tok"
     code, out, _ = run_cli("tokenizer", "train", text_file, "--kind", kind, "--vocab-size", "300", "--out", tok)
     size = 300 if kind == "bpe" else 19
@@ -254,7 +254,7 @@ def test_a_tokenizer_trained_before(kind: str, run_cli: Cli, text_file: Path, tm
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
-def test_standard_output_is_the_prompt_and_the_text(run_cli: Cli, finished: Path) -> None:
+def test_generate_prints_the_prompt_and_the_text(run_cli: Cli, finished: Path) -> None:
     command = ["generate", finished, "--prompt", "ba ko", "--max-tokens", "20", "--seed", "3"]
     code, out, err = run_cli(*command)
     assert (code, err) == (0, "")
@@ -308,14 +308,14 @@ def test_the_prompt_from_standard_input(run_cli: Cli, finished: Path, monkeypatc
     assert err == "error: standard input is not utf-8 text: invalid start byte at byte 3.\n"
 
 
-def test_an_empty_prompt_begins_a_document(run_cli: Cli, finished: Path) -> None:
+def test_an_empty_prompt_starts_a_document(run_cli: Cli, finished: Path) -> None:
     code, out, _ = run_cli("generate", finished, "--prompt", "", "--max-tokens", "10", "--seed", "1")
     assert code == 0
     assert 1 <= len(out) <= 11
 
 
 @pytest.mark.parametrize("length", [3, 40])
-def test_beyond_the_context_there_is_one_note(length: int, run_cli: Cli, finished: Path) -> None:
+def test_exceeding_the_context_gives_one_note(length: int, run_cli: Cli, finished: Path) -> None:
     prompt = ("ba ko " * 10)[:length]
     code, out, err = run_cli("generate", finished, "--prompt", prompt, "--max-tokens", "70", "--temperature", "0")
     assert code == 0
@@ -325,7 +325,7 @@ def test_beyond_the_context_there_is_one_note(length: int, run_cli: Cli, finishe
     assert "context of 32 tokens" in err
 
 
-def test_beyond_the_context_by_choice(run_cli: Cli, finished: Path) -> None:
+def test_overflow_options(run_cli: Cli, finished: Path) -> None:
     prompt = "ba ko " * 10
     command = ["generate", finished, "--prompt", prompt, "--max-tokens", "70", "--temperature", "0", "--overflow"]
     code, out, err = run_cli(*command, "error")
@@ -335,32 +335,32 @@ def test_beyond_the_context_by_choice(run_cli: Cli, finished: Path) -> None:
         code, out, err = run_cli(*command, "truncate", *several)
         assert code == 0
         assert out.count(prompt) == 1 + bool(several)
-        assert "beginning is cut off to fit the context of 32 tokens" in err
+        assert "beginning of the prompt was cut off to fit the context of 32 tokens" in err
         assert "the context of 32 tokens is full" in err
 
 
-def test_guesses_change_nothing_and_are_told_of(run_cli: Cli, finished: Path) -> None:
+def test_speculative_decoding_gives_the_same_text(run_cli: Cli, finished: Path) -> None:
     command = ["generate", finished, "--prompt", "ba ko ba ko", "--max-tokens", "20", "--seed", "1", "--stats"]
     code, expected, err = run_cli(*command)
     assert code == 0
-    assert re.search(r"20 tokens in \d+ s, .* tok/s; the first after .* s; 0 of 11 prompt tokens known", err)
-    for guessing in (["--prompt-lookup"], ["--draft-model", finished]):
-        code, out, err = run_cli(*command, *guessing, "--overflow", "error", "--num-samples", "1")
+    assert re.search(r"20 tokens in \d+ s, .* tok/s; first after .* s; 0 of 11 prompt tokens cached", err)
+    for option in (["--prompt-lookup"], ["--draft-model", finished]):
+        code, out, err = run_cli(*command, *option, "--overflow", "error", "--num-samples", "1")
         assert (code, out) == (0, expected)
     code, out, err = run_cli(*command, "--max-tokens", "150", "--temperature", "0", "--draft-model", finished)
     assert code == 0
-    assert re.search(r"; [\d,]+ of [\d,]+ guesses right \(\d+%\)", err)
+    assert re.search(r"; [\d,]+ of [\d,]+ draft tokens accepted \(\d+%\)", err)
     assert run_cli(*command, "--prompt-lookup", "--draft-model", finished)[0] == 2
 
 
-def test_a_draft_model_of_other_tokens_is_refused(
+def test_a_draft_model_with_another_vocabulary_is_rejected(
     run_cli: Cli, finished: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     (tmp_path / "other.txt").write_text("xyz XYZ ! " * 2000)
     assert run_cli("train", tmp_path / "other.txt", "--out", tmp_path / "other", *tiny, "--sample-prompt", "x")[0] == 0
     code, _, err = run_cli("generate", finished, "--draft-model", tmp_path / "other")
     assert code == 2
-    assert "has other tokens than the model" in err
+    assert "has another vocabulary than the model" in err
 
 
 def test_structured_output(run_cli: Cli, finished: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_structured_output(run_cli: Cli, finished: Path, tmp_path: Path) -> None
     (tmp_path / "long.gbnf").write_text("root ::=" + ' "ko"' * 50)
     code, out, err = run_cli(*command, "--grammar", tmp_path / "long.gbnf")
     assert (code, out) == (0, "ba" + "ko" * 10 + "\n")
-    assert "ended before it was complete" in err
+    assert "the output is incomplete" in err
     (tmp_path / "no.json").write_text('{"type": "nonsense"}')
     code, _, err = run_cli(*command, "--json-schema", tmp_path / "no.json")
     assert code == 2
@@ -379,10 +379,10 @@ def test_structured_output(run_cli: Cli, finished: Path, tmp_path: Path) -> None
     assert run_cli(*command, "--json-schema", tmp_path / "nowhere.json")[0] == 2
     code, _, err = run_cli(*command, "--regex", "a", "--choice", "b")
     assert code == 2
-    assert "give one of" in err
+    assert "exclude each other" in err
 
 
-def test_a_reader_that_leaves_is_no_error(finished: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(finished: Path) -> None:
     """`gptsmith generate RUN --max-tokens 100000 | head -c 1`"""
     command = [sys.executable, "-m", "gptsmith", "generate", str(finished), "--max-tokens", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -395,36 +395,7 @@ def test_a_reader_that_leaves_is_no_error(finished: Path) -> None:
     process.stderr.close()
 
 
-# Help ----------------------------------------------------------------------------------------------------------------
-
-
-def test_version(run_cli: Cli) -> None:
-    assert run_cli("--version") == (0, f"gptsmith {gptsmith.__version__}\n", "")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--help"], ["train", "generate", "report", "data", "tokenizer"]),
-        (["train", "--help"], ["--resume", "--preset", "char-small", "--optim.lr", "--model.family", "--val-fraction"]),
-        (["generate", "--help"], ["--prompt", "--top-p", "--min-p", "--repetition-penalty", "--stop", "--seed"]),
-        (["report", "--help"], ["--text"]),
-        (["data", "--help"], ["list", "get"]),
-        (["data", "get", "--help"], ["--out"]),
-        (["tokenizer", "--help"], ["train"]),
-        (["tokenizer", "train", "--help"], ["--kind", "--vocab-size", "--out"]),
-    ],
-    ids=lambda value: " ".join(value) if "--help" in value else "",
-)
-def test_help(arguments: list[str], words: list[str], run_cli: Cli) -> None:
-    code, out, err = run_cli(*arguments)
-    assert (code, err) == (0, "")
-    assert all(word in out for word in words)
-
-
-def test_help_shows_the_chosen_configuration(run_cli: Cli) -> None:
-    assert "(default: 2000)" in run_cli("train", "--help")[1]
-    assert "(default: 20000)" in run_cli("train", "--preset", "gpt2-124m", "--help")[1]
+# Corpora -------------------------------------------------------------------------------------------------------------
 
 
 def test_corpora_are_listed(run_cli: Cli) -> None:

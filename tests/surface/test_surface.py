@@ -181,7 +181,7 @@ def parser_of(command: str) -> Any:
         patch.setattr(tyro, "cli", capture)
         patch.setattr(extras, "cli", capture)
         try:
-            main([command, "--help"])
+            main([command])
         except _Captured as captured:
             return captured.args[0]
     raise AssertionError(f"{command} has asked for no parser")
@@ -206,14 +206,14 @@ def describe_parser(parser: Any) -> dict[str, Any]:
 
 
 def describe_action(action: Any) -> str:
-    """Its type or choices, how many values it takes, and what tyro notes at the end of the help: its default, or that
-    it is required or can be repeated."""
+    """Its type or choices, how many values it takes, and what the help notes at the end: its default, or that it is
+    required or can be repeated."""
     help_text = spaced(action.help)
     parts = ["flag" if action.nargs == 0 else spaced(action.metavar)]
     if action.nargs in ("?", "*", "+"):
         parts.append(f"nargs {action.nargs}")
-    noted = help_text[max(help_text.rfind(f"({note}") for note in ("required", "repeatable", "default: ")) :]
-    parts += [noted[1:].strip().removesuffix(")")] if noted.startswith("(") else []
+    noted = re.search(r"\((required|repeatable|default: [^()]*)\)\s*$", help_text)
+    parts += [noted[1]] if noted else []
     return ", ".join(parts)
 
 
@@ -250,7 +250,11 @@ CALLS = """
 --help
 --version
 help
+help train
+version
 nonsense
+finetune
+eval
 train
 train {text} {tiny} --out new
 train {text} {tiny} --out {run}

@@ -1,4 +1,4 @@
-"""The command line. Each command is a module that is imported only when it is asked for, so that help is instant."""
+"""The command line. A command's module is imported only when the command runs, so that help is instant."""
 
 from __future__ import annotations
 
@@ -9,78 +9,105 @@ import os
 import sys
 from collections.abc import Sequence
 
+from gptsmith.cli.help import Section, format_help
 from gptsmith.errors import GptsmithError, UsageError, nearest
 
 COMMANDS = {
-    "train": "make a GPT from a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
-    "plan": "say what a run would take - memory, time, money - before it runs",
-    "find-lr": "try rising learning rates and draw what the loss does",
-    "scale": "train a ladder of budgets and see how loss falls with compute",
-    "generate": "continue a prompt with a trained model",
-    "chat": "talk to a model",
-    "serve": "serve models: OpenAI's API, and a web page",
-    "watch": "see training runs in the browser, while they train and after",
-    "report": "write a run's report.html again",
+    "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
+    "plan": "forecast the memory, time and cost of a run",
+    "find-lr": "find a learning rate by a range test",
+    "scale": "train a series of budgets and fit a scaling law: loss against compute",
+    "generate": "continue a prompt",
+    "chat": "talk to a model in the terminal",
+    "serve": "serve models through an OpenAI-compatible API and a web page",
+    "watch": "show live training curves in the browser",
+    "report": "rewrite report.html of a run",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
-    "import": "read a model of others: Hugging Face directory, hub id, GGUF file",
-    "quantize": "write a model with weights of 8 or 4 bits",
-    "export": "write a model for others: Hugging Face directory, GGUF file",
+    "import": "import a model from elsewhere: a Hugging Face directory, a hub id or a GGUF file",
+    "quantize": "quantize a model to 8 or 4 bits",
+    "export": "export a model for other programs, as a Hugging Face directory or a GGUF file",
 }
 
-USAGE = """usage: gptsmith COMMAND ...
+_FINE_TUNING = "To train an existing model on your text, use: gptsmith train DATA --init MODEL"
+_EVALUATION = (
+    "Training measures the validation loss (see report.html of the run), and `gptsmith quantize` the perplexity of a "
+    "model before and after. There are no other evaluations yet."
+)
+OTHER_WORDS = {  # what people try first, and what there is instead
+    "finetune": _FINE_TUNING,
+    "fine-tune": _FINE_TUNING,
+    "eval": _EVALUATION,
+    "evaluate": _EVALUATION,
+    "resume": "To continue a run from its last checkpoint, use: gptsmith train --resume RUN",
+    "convert": "Use `gptsmith import` for models from elsewhere, and `gptsmith export` for other programs.",
+}
 
-Make a GPT from your own text and use it.
-
-  gptsmith train input.txt                         train on your text, into runs/input
-  gptsmith generate runs/input --prompt "Once"     let it write
-  gptsmith train --resume runs/input               go on where it stopped
-
-commands:
-{commands}
-
-options:
-  --version    the version, and leave
-  --help       this text; `gptsmith COMMAND --help` for a command's own"""
+EXAMPLES = [
+    ("gptsmith train input.txt", "train on your text, into runs/input"),
+    ('gptsmith generate runs/input --prompt "Once"', "generate text"),
+    ("gptsmith train --resume runs/input", "continue an interrupted run"),
+]
+OPTIONS = [
+    ("--version", "show the version"),
+    ("--help", "show this help; `gptsmith COMMAND --help` shows the help of a command"),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 for a failure, 2 for bad usage, 128 + N when stopped by signal N."""
+    """Run a command. Return its exit code: 0; 1 for a failure; 2 for wrong usage; 128 + N if stopped by signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # do not fail on characters that the terminal cannot show
     try:
         return _dispatch(arguments)
     except GptsmithError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print("\nStopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left: `gptsmith generate ... | head`
+    except BrokenPipeError:  # the reader of our output has exited: `gptsmith generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        print("error: memory ran out. Close other programs, or ask for less.", file=sys.stderr)
+        print("error: out of memory. Close other programs, or use a smaller model or batch.", file=sys.stderr)
         return 1
-    except OSError as error:  # one that nobody expected is still the system's, not ours
+    except OSError as error:  # a problem of the system that no command explains better
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        commands = "\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())
-        print(USAGE.format(commands=commands), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    if arguments[0] in ("--version", "-V"):
+    if not arguments:
+        print(main_help(), file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    if name == "help" and rest and rest[0] in COMMANDS:
+        name, rest = rest[0], ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(main_help())
+        return 0
+    if name in ("--version", "-V", "version"):
         from gptsmith import __version__
 
         print(f"gptsmith {__version__}")
         return 0
-    name, *rest = arguments
     if name not in COMMANDS:
-        raise UsageError(f"there is no command {name!r}.{nearest(name, COMMANDS)} `gptsmith --help` lists them.")
-    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # `import` is no name for a module
+        kind = "option" if name.startswith("-") else "command"
+        hint = f"{nearest(name, COMMANDS)} `gptsmith --help` lists the commands."
+        if (word := name.lower().replace("_", "-")) in OTHER_WORDS:
+            hint = f" {OTHER_WORDS[word]}"
+        raise UsageError(f"unknown {kind} {name!r}.{hint}")
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # a module cannot be called `import`
     command = importlib.import_module(f"gptsmith.cli.{module}")
     return int(command.main(rest) or 0)
+
+
+def main_help() -> str:
+    sections = [
+        Section("examples", EXAMPLES, name_width=46),
+        Section("commands", list(COMMANDS.items())),
+        Section("options", OPTIONS),
+    ]
+    return format_help("gptsmith COMMAND ...", "Make a GPT from your own text and use it.", sections)

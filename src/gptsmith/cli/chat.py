@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.engine.sampling import SamplingOptions, SamplingParams
 from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.log import note
@@ -23,73 +24,73 @@ if TYPE_CHECKING:
     from gptsmith.tokenizer import Tokenizer
 
 HELP = """\
-/system TEXT       what the model is told before the conversation (without TEXT: forget it); begins anew
-/reset             begin anew
-/temperature X     0: always the most probable token; below 1 safer, above 1 wilder
-/save FILE         write the conversation, as JSON that fine-tuning reads
-/stats             how fast answers came, and what of the conversation did not have to be read again
-/help              this
-/quit              leave (Ctrl-D does, too)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
+/system TEXT       set the system prompt (without TEXT: remove it) and start over
+/reset             start over
+/temperature X     0: always take the most probable token; below 1 safer, above 1 more varied
+/save FILE         save the conversation as JSON: {"messages": [...]}
+/stats             show speed and cached prompt tokens
+/help              show this help
+/quit              exit (so does Ctrl-D)
+Ctrl-C stops an answer. End a line with \\ to continue on the next."""
 
 Overflow = Literal["truncate", "shift", "error"]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to a model. In the conversation /help lists what can be done."""
+    """Talk to a model. Type /help in the conversation for its commands."""
 
-    model: tyro.conf.Positional[str]
-    """A run (its best checkpoint), a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     system: str = ""
-    """What the model is told before the conversation."""
+    """System prompt (default: none)."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(
         default=SamplingOptions(max_tokens=1000, temperature=0.7, top_p=0.95)
     )
+    """sampling"""
     overflow: Overflow = "truncate"
-    """When the context is full: leave out the oldest turns and end the answer there, let the answer go on as the window
-    shifts, or refuse to go on."""
+    """What to do when the context is full. truncate: drop the oldest turns, and end the answer when it is full again.
+    shift: drop the oldest turns, and forget the oldest tokens as the answer grows. error: refuse to continue."""
     prompt_lookup: bool = False
-    """Guess several tokens ahead where the text repeats itself: the same text, sooner. Left off where it is slower."""
+    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output, often faster."""
     draft_model: str | None = None
-    """Guess several tokens ahead with a smaller model of the same vocabulary."""
+    """Speculative decoding: draft tokens with this smaller model, which needs the same tokenizer."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
-    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
-    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     adapter: Path | None = None
-    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
+    """LoRA adapter in PEFT format: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Chat, prog="gptsmith chat", args=arguments)
+    chosen = parse(Chat, "gptsmith chat", arguments)
 
     adapter = None if chosen.adapter is None else str(chosen.adapter)
     params = SamplingParams.from_options(chosen.sampling, adapter=adapter)
-    from gptsmith.cli.generate import speculator
+    from gptsmith.cli.generate import make_speculator
     from gptsmith.engine.engine import Engine
     from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
-    room = 2 * (model.config.max_position_embeddings + 16)  # this conversation, and the one before
-    guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
-    engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=room, speculator=guessing)
+    cache_tokens = 2 * (model.config.max_position_embeddings + 16)  # for this conversation and the previous one
+    spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
+    engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=cache_tokens, speculator=spec)
     if chosen.adapter is not None:
         engine.add_adapter(str(chosen.adapter), chosen.adapter)
     conversation = Conversation(engine, tokenizer, params, chosen.system, chosen.overflow)
     if conversation.template.plain:
-        note("note: this model has no chat template; names are put before what is said. It may not know how to chat.")
+        note("note: no chat template; each turn is prefixed with the speaker's name. Answers may be poor.")
     if sys.stdin.isatty():
-        note("/help lists what can be done; Ctrl-D leaves.")
+        note("/help lists the commands; Ctrl-D exits.")
     with _line_editing():
         _talk(conversation)
     return 0
 
 
 class Conversation:
-    """What has been said, and how to go on. overflow: what to do when the context is full; see `Chat`."""
+    """A conversation with a model. overflow: what to do when the context is full; see `Chat`."""
 
     def __init__(
         self,
@@ -106,22 +107,22 @@ class Conversation:
         self.system, self.overflow = system, overflow
         self.turns: list[dict[str, str]] = []
         self.seconds = 0.0
-        """That answers took, all together."""
+        """Total time of all answers."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def answer(self, text: str) -> Iterator[str]:
-        """Say something; the answer as it is made. What has been made when it is broken off counts as the answer.
+        """Add a turn of the user and yield the answer as it is generated. An interrupted answer is kept as it is.
 
-        Where they no longer fit, the oldest turns are left out, with a note (unless `overflow` says otherwise). Raises
-        GptsmithError if the model or its template cannot go on; the turn is taken back then.
+        The oldest turns are dropped, with a note, if they no longer fit, unless `overflow` is "error". Raise
+        GptsmithError, and remove the turn, if the model or its template cannot continue.
         """
         from gptsmith.engine.text import stream
 
         self.turns.append({"role": "user", "content": text})
-        made, began = "", time.perf_counter()
+        generated, began = "", time.perf_counter()
         try:
             ids, room = self._fitting()
             shifts = self.overflow == "shift"
@@ -132,24 +133,27 @@ class Conversation:
                 stop=self.template.stop,
                 stop_ids=self.template.end_ids(),
             )
-            pieces = stream(self.engine, self.tokenizer, ids, params, on_shift=_shifted)
-            with contextlib.closing(pieces):  # type: ignore[type-var]
-                for piece in pieces:
-                    made += piece.text
-                    yield piece.text
-                    if piece.finish_reason == "length":
+            chunks = stream(self.engine, self.tokenizer, ids, params, on_shift=_shifted)
+            with contextlib.closing(chunks):  # type: ignore[type-var]
+                for chunk in chunks:
+                    generated += chunk.text
+                    yield chunk.text
+                    if chunk.finish_reason == "length":
                         full = params.max_tokens < self.params.max_tokens
-                        note(f"\n({'the context is full: ' if full else ''}ended after {params.max_tokens} tokens)")
+                        limit = "the context is full" if full else "length limit"
+                        note(f"\n(stopped after {params.max_tokens} tokens: {limit})")
         except GptsmithError:
             self.turns.pop()
             raise
         finally:
             self.seconds += time.perf_counter() - began
             if self.turns and self.turns[-1]["role"] == "user":
-                self.turns.append({"role": "assistant", "content": made.strip() if self.template.plain else made})
+                self.turns.append(
+                    {"role": "assistant", "content": generated.strip() if self.template.plain else generated}
+                )
 
     def _fitting(self) -> tuple[list[int], int]:
-        """The ids of as much of the conversation as leaves room for an answer, and the room."""
+        """Return the ids of the conversation, without the oldest turns that do not fit, and the room for an answer."""
         context = self.engine.context
         wanted = min(self.params.max_tokens, context // 4)
         turns, dropped = list(self.turns), 0
@@ -160,26 +164,27 @@ class Conversation:
                 break
             if self.overflow == "error":
                 raise UsageError(
-                    f"the conversation has {len(ids):,} tokens, and the context of {context:,} must hold an answer, "
-                    "too. /reset begins anew; with --overflow truncate the oldest turns are left out."
+                    f"the conversation has {len(ids):,} tokens, which leaves no room for an answer in the context of "
+                    f"{context:,}. Use /reset to start over, or --overflow truncate to drop the oldest turns."
                 )
             if len(turns) <= 1:
-                raise UsageError(f"that is too long: {len(ids):,} tokens, and the context has {context:,}.")
+                raise UsageError(f"the message is too long: {len(ids):,} tokens for a context of {context:,}.")
             turns, dropped = turns[2:], dropped + 1
         if dropped:
-            note(f"(the oldest {dropped} {'turns do' if dropped > 1 else 'turn does'} not fit the context any more)")
+            turns_were = f"{dropped} turns were" if dropped > 1 else "turn was"
+            note(f"(the oldest {turns_were} dropped: the context is full)")
         return ids, context - len(ids)
 
-    def told(self) -> str:
-        """How it went so far, in a line."""
+    def stats_line(self) -> str:
+        """Return speed and cache use so far in a line."""
         stats = self.engine.stats
-        told = (
-            f"({stats.generated_tokens:,} tokens, {stats.generated_tokens / max(self.seconds, 1e-9):,.1f} tok/s; of "
-            f"{stats.prefix_tokens:,} tokens read {stats.prefix_hits:,} were known ({stats.prefix_hit_rate:.0%})"
+        line = (
+            f"{stats.generated_tokens:,} tokens, {stats.generated_tokens / max(self.seconds, 1e-9):,.1f} tok/s; "
+            f"{stats.prefix_hits:,} of {stats.prefix_tokens:,} prompt tokens cached ({stats.prefix_hit_rate:.0%})"
         )
         if self.engine.speculator is not None:
-            told += f"; {stats.accepted:,} of {stats.drafted:,} guesses right ({stats.acceptance_rate:.0%})"
-        return told + ")"
+            line += f"; {stats.accepted:,} of {stats.drafted:,} draft tokens accepted ({stats.acceptance_rate:.0%})"
+        return f"({line})"
 
     def save(self, path: Path) -> None:
         from gptsmith.storage import write_text
@@ -188,7 +193,7 @@ class Conversation:
 
 
 def _shifted() -> None:
-    note("\n(the context is full: the answer goes on, and its beginning is forgotten)")
+    note("\n(the context is full: the answer continues, the oldest tokens are forgotten)")
 
 
 def _talk(conversation: Conversation) -> None:
@@ -196,7 +201,7 @@ def _talk(conversation: Conversation) -> None:
         try:
             line = _read()
         except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit leaves)")
+            note("\n(Ctrl-D or /quit exits)")
             continue
         except EOFError:
             if sys.stdin.isatty():
@@ -216,11 +221,11 @@ def _talk(conversation: Conversation) -> None:
 
 def _speak(conversation: Conversation, line: str) -> None:
     answer = conversation.answer(line)
-    begun = False
+    started = False
     try:
         for text in answer:
-            text = text if begun else text.lstrip()
-            begun = begun or bool(text)
+            text = text if started else text.lstrip()
+            started = started or bool(text)
             sys.stdout.write(text)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -230,7 +235,7 @@ def _speak(conversation: Conversation, line: str) -> None:
 
 
 def _command(conversation: Conversation, line: str) -> bool:
-    """Obey; False to leave."""
+    """Run a command of the conversation. Return whether the conversation continues."""
     name, _, value = line[1:].partition(" ")
     value = value.strip()
     if name in ("quit", "exit"):
@@ -238,14 +243,14 @@ def _command(conversation: Conversation, line: str) -> bool:
     if name == "help":
         note(HELP)
     elif name == "stats":
-        note(conversation.told())
+        note(conversation.stats_line())
     elif name == "reset":
         conversation.turns.clear()
-        note("(a new conversation)")
+        note("(new conversation)")
     elif name == "system":
         conversation.system = value
         conversation.turns.clear()
-        note(f"(a new conversation, {'with' if value else 'without'} a system prompt)")
+        note(f"(new conversation, {'with' if value else 'without'} a system prompt)")
     elif name == "temperature":
         try:
             conversation.params = replace(conversation.params, temperature=float(value))
@@ -254,17 +259,17 @@ def _command(conversation: Conversation, line: str) -> bool:
         note(f"(temperature {conversation.params.temperature:g})")
     elif name == "save":
         if not value:
-            raise UsageError("/save needs a file to write to.")
+            raise UsageError("/save needs the name of a file.")
         conversation.save(Path(value).expanduser())
         note(f"(saved to {value})")
     else:
         names = ("system", "reset", "temperature", "save", "stats", "help", "quit")
-        raise UsageError(f"there is no /{name}.{nearest(name, names)} /help lists what there is.")
+        raise UsageError(f"unknown command /{name}.{nearest(name, names)} /help lists the commands.")
     return True
 
 
 def _read() -> str:
-    """A line, and those it goes on in. Raises EOFError at the end."""
+    """Read a line, joined with the next one while it ends in a backslash. Raise EOFError at the end of the input."""
     prompt = "> " if sys.stdin.isatty() else ""
     try:
         line = input(prompt)
@@ -277,13 +282,13 @@ def _read() -> str:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Arrow keys, and what was typed in earlier conversations, at a terminal that has `readline`."""
+    """Edit lines with arrow keys and recall earlier ones, at a terminal, where `readline` exists."""
     if not sys.stdin.isatty():
         yield
         return
     try:
         import readline
-    except ImportError:  # Windows has its own
+    except ImportError:  # on Windows, the console edits lines
         yield
         return
     from gptsmith.runtime import cache_directory
@@ -297,4 +302,4 @@ def _line_editing() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             readline.write_history_file(path)
-            os.chmod(path, 0o600)  # it is nobody else's business
+            os.chmod(path, 0o600)  # for the user's eyes only

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from gptsmith.cli.parser import parse_subcommand
 from gptsmith.errors import UsageError
 from gptsmith.storage import atomic_file
 
@@ -22,17 +23,18 @@ class List:
 class Get:
     """Fetch a named corpus, if it is not cached yet, and print its path."""
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """A name from `gptsmith data list`."""
     out: Path | None = None
     """Also copy the text to this file, which must not exist."""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(
-        Annotated[List, tyro.conf.subcommand("list")] | Annotated[Get, tyro.conf.subcommand("get")],
-        prog="gptsmith data",
-        args=arguments,
-        description="List and fetch named corpora. They are fetched on first use, verified and cached.",
+    chosen: List | Get = parse_subcommand(
+        {"list": List, "get": Get},
+        "gptsmith data",
+        arguments,
+        "List and fetch named corpora. They are fetched on first use, verified and cached.",
     )
     from gptsmith.data.corpora import CORPORA, corpus_path
 
@@ -42,7 +44,6 @@ def main(arguments: list[str]) -> int:
             size = f"{corpus.size / 1e6:,.1f} MB"
             print(f"{corpus.name:16} {size:>9}  {state:13} {corpus.description}. License: {corpus.license}.")
         return 0
-    assert isinstance(chosen, Get)
     if chosen.out is not None and chosen.out.exists():
         raise UsageError(f"{chosen.out} already exists. Choose another --out.")
     path = corpus_path(chosen.name)

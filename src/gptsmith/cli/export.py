@@ -1,4 +1,4 @@
-"""`gptsmith export`: a model in the form that others read."""
+"""`gptsmith export`: write a model for other programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
 from gptsmith.export.transforms import ModelTransform
 
@@ -27,28 +28,31 @@ _GGUF: dict[str, GgufType] = {
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model for others: a Hugging Face directory with a model card, or a GGUF file for llama.cpp."""
+    """Export a model for other programs: a Hugging Face directory with a model card, or a GGUF file for llama.cpp."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run, a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     out: Path
-    """The directory (hf) or the .gguf file to write; must not exist."""
+    """Directory (hf) or .gguf file to write; must not exist."""
     to: Literal["hf", "gguf"] = "hf"
-    """hf: a directory for transformers, vLLM and others. gguf: one file for llama.cpp and others."""
+    """hf: a Hugging Face directory, for transformers, vLLM and others. gguf: a file for llama.cpp and others."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q4_0"] = "auto"
-    """hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16, q8_0 or q4_0 (auto: f16)."""
+    """Type of the weights. hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16, q8_0 or q4_0 (auto: f16)."""
     license: str | None = None
-    """For the model card: an identifier such as mit or apache-2.0 (default: the model's own, where it is known)."""
+    """License for the model card, such as mit or apache-2.0 (default: the license of the model, if it is known)."""
     change: Annotated[ModelTransform, tyro.conf.arg(name="")] = field(default_factory=ModelTransform)
+    """changes to the model"""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Export, prog="gptsmith export", args=arguments)
+    chosen = parse(Export, "gptsmith export", arguments)
     if chosen.to == "gguf":
         return _write_gguf(chosen)
     dtype = {"f32": "fp32", "f16": "fp16"}.get(chosen.dtype, chosen.dtype)
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
-        raise UsageError(f"--to hf has no --dtype {dtype}; there are fp32, bf16 and fp16 (quantized is --to gguf).")
+        raise UsageError(
+            f"--to hf writes fp32, bf16 or fp16, not --dtype {dtype}. For quantized weights use --to gguf."
+        )
 
     from gptsmith.export.export import describe, export_directory
 
@@ -62,9 +66,9 @@ def main(arguments: list[str]) -> int:
 def _write_gguf(chosen: Export) -> int:
     dtype = _GGUF.get(chosen.dtype)
     if dtype is None:
-        raise UsageError(f"--to gguf has no --dtype {chosen.dtype}; there are f32, f16, q8_0 and q4_0.")
+        raise UsageError(f"--to gguf writes f32, f16, q8_0 or q4_0, not --dtype {chosen.dtype}.")
     if chosen.out.suffix.lower() != ".gguf":
-        raise UsageError(f"--to gguf writes a file, whose name ends in .gguf; --out {chosen.out} does not.")
+        raise UsageError(f"--out {chosen.out}: the name of a GGUF file must end in .gguf.")
 
     from gptsmith.export.export import describe, export_gguf
 

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FindLr(RunOptions):
-    """Find a learning rate: a short run whose rate rises until the loss explodes. Takes the options of train.
+    """Find a learning rate: raise it during a short run until the loss explodes. Takes the options of train.
 
-    All rates rise together, from 1/100,000 of --optim.lr (and of --optim.embedding-lr, with muon) to 100 times it.
+    All learning rates rise together, from 1/100,000 of --optim.lr (with muon, also of --optim.embedding-lr) to 100
+    times that.
     """
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
     out: Path | None = None
-    """The picture to write (default: runs/find-lr-NAME.png, numbered if taken)."""
+    """Picture to write (default: runs/find-lr-NAME.png, numbered if taken)."""
     updates: int = 100
     """Number of learning rates to try, one per update."""
     lowest: float = 1e-5
@@ -96,7 +97,7 @@ def _place(out: Path | None, name: str) -> Path:
     """Return the path of the picture, which must not exist yet."""
     if out is not None:
         if out.exists():
-            raise UsageError(f"--out {out} exists. Choose another name.")
+            raise UsageError(f"--out {out} already exists. Choose another name.")
         return out if out.suffix == ".png" else out.with_name(out.name + ".png")
     number = 1
     while (path := Path("runs") / f"find-lr-{name}{'' if number == 1 else f'-{number}'}.png").exists():
@@ -106,7 +107,7 @@ def _place(out: Path | None, name: str) -> Path:
 
 def _advice(found: RangeTest, config: RunConfig) -> str:
     if not found.is_conclusive:
-        note("warning: the loss hardly fell before it exploded; the rates below are uncertain. Try more --updates")
+        note("warning: the loss hardly fell before it exploded; the rates below are uncertain. Try more --updates.")
     lines = []
     rules = (("steepest", found.steepest), ("lowest / 10", found.tenth_of_lowest))
     for rule, factor in rules:
@@ -115,12 +116,12 @@ def _advice(found: RangeTest, config: RunConfig) -> str:
             options += f" --optim.embedding-lr {factor * config.optim.embedding_lr:.2g}"
         lines.append(f"{rule:12}{options}")
     if len(found.losses) and found.lowest == len(found.losses) - 1:
-        note(f"the loss was still falling at the highest rate; continue with --highest {config.optim.lr:g}")
+        note("note: the loss was still falling at the highest learning rate. Try a larger --highest.")
     return "\n".join(lines)
 
 
 def terminal_plot(rates: NDArray[np.float64], losses: NDArray[np.float64], *, width: int = 68, height: int = 12) -> str:
-    """Return a plot of the loss over the logarithm of the rate, in characters."""
+    """Return a text plot of the loss over the logarithm of the learning rate."""
     import math
 
     low, high = float(losses.min()), float(losses.max())

@@ -6,10 +6,11 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.engine.sampling import GenerationOptions, SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
@@ -23,47 +24,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt with a trained model; the text appears as it is made."""
+    """Continue a prompt with a trained model. The text appears as it is generated."""
 
-    model: tyro.conf.Positional[str]
-    """A run (its best checkpoint), a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     prompt: str = "\n"
-    """The text to continue; - reads it from standard input."""
+    """Text to continue; - reads it from standard input."""
     sampling: tyro.conf.OmitArgPrefixes[GenerationOptions] = field(default=GenerationOptions())
+    """sampling"""
     num_samples: int = 1
-    """How many continuations."""
+    """Number of continuations."""
     json_schema: Path | None = None
-    """The text is JSON that the schema in this file describes ({}: any)."""
+    """Restrict the output to JSON that matches the schema in this file ({} allows any JSON)."""
     regex: str | None = None
-    """The text is matched by this regular expression."""
+    """Restrict the output to text that this regular expression matches as a whole."""
     choice: tuple[str, ...] = field(default=())
-    """The text is this; given several times, one of them."""
+    """Restrict the output to one of these texts."""
     grammar: Path | None = None
-    """The text follows the grammar in this file, in Lark or GBNF."""
+    """Restrict the output to the grammar in this file (Lark or GBNF)."""
     prompt_lookup: bool = False
-    """Guess several tokens ahead where the text repeats itself: the same text, sooner. Left off where it is slower."""
+    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output, often faster."""
     draft_model: str | None = None
-    """Guess several tokens ahead with a smaller model of the same vocabulary."""
+    """Speculative decoding: draft tokens with this smaller model, which needs the same tokenizer."""
     stats: bool = False
-    """Say at the end how fast it went, what of the prompt was known and how many guesses were right."""
+    """Report speed, cached prompt tokens and accepted draft tokens at the end."""
     overflow: Literal["shift", "truncate", "error"] = "shift"
-    """Beyond the context: forget the oldest tokens as the window shifts, cut the prompt's beginning off, or refuse."""
+    """What to do when the context is full. shift: forget the oldest tokens and continue. truncate: cut off the start of
+    the prompt so that the output fits. error: refuse a prompt that does not fit, and stop at the limit."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
-    """int8 or int4: make the weights 8 or 4 bits while loading; they take less memory, and less time where memory is
-    what takes time. auto: as they are stored. none: full precision in memory, whatever they are stored in."""
+    """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     adapter: Path | None = None
-    """A LoRA adapter in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors."""
+    """LoRA adapter in PEFT format: a directory with adapter_config.json and adapter_model.safetensors."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Generate, prog="gptsmith generate", args=arguments, config=(tyro.conf.UseAppendAction,))
+    chosen = parse(Generate, "gptsmith generate", arguments)
     if chosen.num_samples < 1:
         raise UsageError(f"--num-samples must be at least 1, not {chosen.num_samples}.")
 
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
-        raise UsageError("give one of --json-schema, --regex, --choice and --grammar.")
+        raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
     params = SamplingParams.from_options(
         chosen.sampling,
         n=chosen.num_samples,
@@ -79,49 +81,53 @@ def main(arguments: list[str]) -> int:
     context = model.config.max_position_embeddings
 
     params = replace(params, constraint=_constraint(chosen, tokenizer))
-    guessing = speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
-    engine = engine_for(model, tokenizer, params, guessing)
+    spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
+    engine = engine_for(model, tokenizer, params, spec)
     if chosen.adapter is not None:
         engine.add_adapter(str(chosen.adapter), chosen.adapter)
 
     def on_shift() -> None:
         if params.overflow == "shift":
-            note(f"note: beyond the context of {context} tokens the oldest are forgotten as the window slides.")
+            note(f"note: the context of {context} tokens is full; the oldest tokens are forgotten as the text grows.")
         else:
-            note(f"note: the prompt's beginning is cut off to fit the context of {context} tokens.")
+            note(f"note: the beginning of the prompt was cut off to fit the context of {context} tokens.")
 
     began, first = time.perf_counter(), 0.0
-    pieces = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
+    chunks = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
     texts, reasons = [""] * params.n, [""] * params.n
     if params.n == 1:
         _write(prompt)
-    for piece in pieces:
+    for chunk in chunks:
         first = first or time.perf_counter() - began
-        texts[piece.index] += piece.text
-        reasons[piece.index] = piece.finish_reason or ""
+        texts[chunk.index] += chunk.text
+        reasons[chunk.index] = chunk.finish_reason or ""
         if params.n == 1:
-            _write(piece.text)
+            _write(chunk.text)
     seconds = time.perf_counter() - began
     if params.n == 1:
         _write("\n")
     for i, text in enumerate(texts if params.n > 1 else ()):
         _write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {params.n} ---\n{prompt}{text}\n")
     if "context" in reasons:
-        note(f"note: the context of {context} tokens is full; --overflow shift goes on beyond it.")
+        note(f"note: the context of {context} tokens is full. To continue beyond it, use --overflow shift.")
     if params.constraint is not None and not {"length", "context"}.isdisjoint(reasons):
-        note("note: the text ended before it was complete; --max-tokens is how long it may become.")
+        note("note: the output is incomplete: it reached the length limit. Raise --max-tokens.")
     if chosen.stats:
-        note(_told(engine, first, seconds))
+        note(_stats_line(engine, first, seconds))
     return 0
 
 
-def speculator(tokenizer: Tokenizer, prompt_lookup: bool, draft_model: str | None, device: str) -> Speculator | None:
-    """What guesses ahead, if anything is to. Raises UsageError for options that contradict each other or a draft model
-    of another vocabulary."""
+def make_speculator(
+    tokenizer: Tokenizer, prompt_lookup: bool, draft_model: str | None, device: str
+) -> Speculator | None:
+    """Return what drafts tokens for speculative decoding; None if neither option is set.
+
+    Raise UsageError if both are set, or if the draft model has another vocabulary.
+    """
     if not prompt_lookup and draft_model is None:
         return None
     if prompt_lookup and draft_model is not None:
-        raise UsageError("give --prompt-lookup or --draft-model, not both.")
+        raise UsageError("--prompt-lookup and --draft-model exclude each other. Use one of them.")
     from gptsmith.engine.draft_model import DraftModel
     from gptsmith.engine.speculative import PromptLookup, Speculator
     from gptsmith.loading import load_model
@@ -129,13 +135,13 @@ def speculator(tokenizer: Tokenizer, prompt_lookup: bool, draft_model: str | Non
 
     if draft_model is None:
         return Speculator(PromptLookup())
-    model, its = load_model(draft_model, device=choose_device(device))
-    same = its.vocab_size == tokenizer.vocab_size and all(
-        its.token_bytes(id) == tokenizer.token_bytes(id) for id in range(its.vocab_size)
+    model, draft_tokenizer = load_model(draft_model, device=choose_device(device))
+    same = draft_tokenizer.vocab_size == tokenizer.vocab_size and all(
+        draft_tokenizer.token_bytes(id) == tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)
     )
     if not same:
-        raise UsageError(f"--draft-model {draft_model} has other tokens than the model; it must have the same.")
-    return Speculator(DraftModel(model, vocab_size=its.vocab_size))
+        raise UsageError(f"--draft-model {draft_model} has another vocabulary than the model. Use one with the same.")
+    return Speculator(DraftModel(model, vocab_size=tokenizer.vocab_size))
 
 
 def _constraint(chosen: Generate, tokenizer: Tokenizer) -> Constraint | None:
@@ -158,16 +164,17 @@ def _constraint(chosen: Generate, tokenizer: Tokenizer) -> Constraint | None:
     return None
 
 
-def _told(engine: Engine, first: float, seconds: float) -> str:
-    """How it went, in a line. first, seconds: until the first text and in all."""
+def _stats_line(engine: Engine, first: float, seconds: float) -> str:
+    """Return speed and cache use in a line. first, seconds: the time until the first text, and the total time."""
     stats = engine.stats
-    told = (
-        f"{stats.generated_tokens:,} tokens in {duration(seconds)}, {stats.generated_tokens / max(seconds, 1e-9):,.1f} "
-        f"tok/s; the first after {first:.2f} s; {stats.prefix_hits:,} of {stats.prompt_tokens:,} prompt tokens known"
+    speed = stats.generated_tokens / max(seconds, 1e-9)
+    line = (
+        f"{stats.generated_tokens:,} tokens in {duration(seconds)}, {speed:,.1f} tok/s; first after {first:.2f} s; "
+        f"{stats.prefix_hits:,} of {stats.prompt_tokens:,} prompt tokens cached"
     )
     if engine.speculator is not None:
-        told += f"; {stats.accepted:,} of {stats.drafted:,} guesses right ({stats.acceptance_rate:.0%})"
-    return told
+        line += f"; {stats.accepted:,} of {stats.drafted:,} draft tokens accepted ({stats.acceptance_rate:.0%})"
+    return line
 
 
 def _read_input() -> str:
@@ -180,6 +187,6 @@ def _read_input() -> str:
 
 
 def _write(text: str) -> None:
-    """To standard output, at once."""
+    """Write to standard output without buffering."""
     sys.stdout.write(text)
     sys.stdout.flush()

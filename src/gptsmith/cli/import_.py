@@ -1,4 +1,4 @@
-"""`gptsmith import`: a model from elsewhere as a model directory of this package."""
+"""`gptsmith import`: convert a model from elsewhere to a model directory."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.export.transforms import ModelTransform
 
 
 @dataclass(frozen=True)
 class Import:
-    """Write a model from elsewhere as a model directory, which every command and transformers read."""
+    """Import a model from elsewhere as a model directory, which every command and transformers can read."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A Hugging Face directory, a .gguf file, org/name on the hub (also org/name@revision), or smollm2-135m."""
+    """A Hugging Face directory, a .gguf file, ORG/NAME or ORG/NAME@REVISION on the hub, or smollm2-135m."""
     out: Path
-    """The directory to write (must not exist)."""
+    """Directory to write; must not exist."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What to store weights in. auto: as they are stored there (fp32 for a quantized file)."""
+    """Type of the weights. auto: as stored in the source (fp32 if it is quantized)."""
     change: Annotated[ModelTransform, tyro.conf.arg(name="")] = field(default_factory=ModelTransform)
+    """changes to the model"""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Import, prog="gptsmith import", args=arguments)
+    chosen = parse(Import, "gptsmith import", arguments)
 
     from gptsmith.export.export import describe, export_directory
 

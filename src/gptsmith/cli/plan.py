@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.forecast.plan import Plan as Forecast
 
-CHARACTERS = 100  # assumed size of an alphabet
-ENDLESS = 10**15  # tokens, where there is no text to count
+CHARACTERS = 100  # assumed vocabulary of a char tokenizer
+ENDLESS = 10**15  # assumed tokens where there is no text
 
 
 @dataclass(frozen=True)
 class Plan(RunOptions):
     """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """The text to train on, if you have it: for its vocabulary, its length and the time of evaluations."""
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
+    """The text to train on, if you have it. Gives the vocabulary, the length and the time of evaluations."""
     price_per_hour: float | None = None
     """Price of the machine per hour, in your currency."""
     json: bool = False
-    """Print everything as JSON."""
+    """Print the forecast as JSON."""
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:
-    """Return the configuration adapted to --init, the text if there is one, and what is known of it."""
+    """Return the configuration adapted to --init, the text or None, and what is known or assumed about it."""
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.run import adapted_to_init, load_init
     from gptsmith.train.text import prepare_text, read_text
@@ -86,7 +86,7 @@ def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """Return how many tokens the tokenizer will have, as far as that is known without a text."""
+    """Return the vocabulary size of the tokenizer, as far as it is known without a text."""
     if config.init.tokenizer == "char":
         return CHARACTERS
     if config.init.tokenizer == "bpe":
@@ -96,7 +96,7 @@ def _vocabulary(config: RunConfig) -> int:
     return ready_tokenizer(config.init.tokenizer).vocab_size
 
 
-# The printed page ----------------------------------------------------------------------------------------------------
+# The printed forecast ------------------------------------------------------------------------------------------------
 
 
 def describe(plan: Forecast) -> str:
@@ -167,7 +167,7 @@ def _fit(plan: Forecast, accumulation: int) -> str:
 
 
 def _short(number: float) -> str:
-    """`0.82M`, `175B`."""
+    """Format a number like `0.82M` or `175B`."""
     for scale, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= scale:
             return f"{number / scale:,.3g}{unit}"

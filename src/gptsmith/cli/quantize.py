@@ -1,4 +1,4 @@
-"""`gptsmith quantize`: a model with weights of few bits."""
+"""`gptsmith quantize`: quantize the weights of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import note
 
@@ -17,24 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Write a model with weights of 8 or 4 bits, and say what it has lost: perplexity before and after."""
+    """Quantize the weights of a model to 8 or 4 bits, and measure the perplexity before and after."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run, a model directory, a .gguf file, org/name on the hub, or smollm2-135m."""
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     out: Path
-    """The directory to write; must not exist."""
+    """Directory to write; must not exist."""
     bits: Literal[8, 4] = 8
-    """8: nearly nothing is lost. 4: half as large again."""
+    """8: nearly lossless. 4: half the size, with some loss."""
     text: Path | None = None
-    """A text to measure perplexity on (default: Python's own documentation, in English)."""
+    """Text file to measure perplexity on (default: Python's documentation)."""
     tokens: int = 8192
-    """How much of it, in tokens; 0: do not measure."""
+    """Number of tokens of the text to measure on; 0: do not measure."""
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Quantize, prog="gptsmith quantize", args=arguments)
+    chosen = parse(Quantize, "gptsmith quantize", arguments)
     if chosen.out.exists():
-        raise UsageError(f"--out {chosen.out} exists already; give a new directory.")
+        raise UsageError(f"--out {chosen.out} already exists. Choose another directory.")
     if chosen.tokens < 0:
         raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
 
@@ -53,16 +54,16 @@ def main(arguments: list[str]) -> int:
         except TokenizerError:
             if chosen.text is not None:
                 raise
-            note("note: this tokenizer lacks characters of Python's documentation; --text FILE measures on a text.")
+            note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
     before = perplexity(model, ids) if ids else None
     size = _size(model)
     quantize(model, chosen.bits)
     save_checkpoint(chosen.out, model, tokenizer)
-    print(f"{chosen.out}: {chosen.bits} bits, {_size(model) / 1e6:,.0f} MB instead of {size / 1e6:,.0f}")
+    print(f"{chosen.out}: {chosen.bits} bits, {size / 1e6:,.1f} MB -> {_size(model) / 1e6:,.1f} MB")
     if before is not None:
         after = perplexity(model, ids)
-        change = f"{100 * (after / before - 1):+.2f} %"
-        print(f"perplexity {before:.3f} before, {after:.3f} after ({change}), over {len(ids):,} tokens")
+        change = f"{100 * (after / before - 1):+.2f}%"
+        print(f"perplexity {before:.3f} before, {after:.3f} after ({change}), on {len(ids):,} tokens")
     return 0
 
 

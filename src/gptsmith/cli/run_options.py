@@ -11,9 +11,11 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from gptsmith.cli.help import Section
+from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
 from gptsmith.log import note
-from gptsmith.presets import describe_presets, preset
+from gptsmith.presets import describe_own, describe_published, preset
 from gptsmith.run_directory import migrated
 from gptsmith.train.budget.recipe import settled
 from gptsmith.train.config import (
@@ -29,7 +31,7 @@ from gptsmith.train.config import (
     with_options,
 )
 
-_FLAT = tyro.conf.arg(name="")  # options of the part without its name before them
+_FLAT = tyro.conf.arg(name="")  # the options of the part do not carry its name
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,19 @@ class RunOptions:
     config: Path | None = None
     """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
     auto: Annotated[AutoConfig, _FLAT] = field(default_factory=AutoConfig)
+    """automatic choices"""
     text: Annotated[DataConfig, _FLAT] = field(default_factory=DataConfig)
+    """data"""
     init: Annotated[InitConfig, _FLAT] = field(default_factory=InitConfig)
+    """initialization"""
     model: ModelOptions = field(default_factory=ModelOptions)
+    """model"""
     method: Annotated[PretrainConfig, _FLAT] = field(default_factory=PretrainConfig)
+    """pretraining"""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """optimizer"""
     loop: Annotated[LoopConfig, _FLAT] = field(default_factory=LoopConfig)
+    """training loop"""
 
     @property
     def run(self) -> RunConfig:
@@ -70,13 +79,13 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
     base, whole = _base(arguments)
     explicit = explicit_options(arguments)
     parts = {"text" if part.name == "data" else part.name: getattr(base, part.name) for part in fields(base)}
-    options = tyro.cli(
-        command,
-        prog=f"gptsmith {name}",
-        args=list(arguments),
-        default=command(**parts, **defaults),
-        description=f"{command.__doc__}\n\npresets:\n{describe_presets()}",
-    )
+    presets = [
+        Section("presets", describe_own()),
+        Section(
+            "presets of published sizes, for GPUs (*: with the training settings of the paper)", describe_published()
+        ),
+    ]
+    options = parse(command, f"gptsmith {name}", arguments, default=command(**parts, **defaults), sections=presets)
     if options.init.init is not None:
         _refuse_with_init(options.init.init, explicit)
     return ParsedRun(options, explicit | (settled(base) if whole else set()))

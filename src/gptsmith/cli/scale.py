@@ -1,4 +1,4 @@
-"""`gptsmith scale`: a ladder of budgets, and the scaling law of the user's own data."""
+"""`gptsmith scale`: train a series of budgets and fit the scaling law of the data."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gptsmith.train.config import RunConfig
 
 @dataclass(frozen=True)
 class Scale(RunOptions):
-    """Train a ladder of models, each the best for its budget; fit loss against compute and extrapolate.
+    """Train a series of models, each the best for its budget; fit loss against compute and extrapolate.
 
-    OUT gets a run directory for each budget, scale.json and scale.png. Called again with the same OUT it continues
-    where it was stopped.
+    OUT gets a run directory for each budget, scale.json and scale.png. An interrupted series continues when the command
+    is run again with the same OUT.
     """
 
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
     budgets: str = "30s,1m,2m,4m"
-    """The ladder: at least two budgets of one kind, separated by commas (30s,1m · 1e12flop,1e13flop · 1Mtok,4Mtok)."""
+    """At least two budgets of one kind, separated by commas, such as 30s,1m or 1e12flop,1e13flop or 1Mtok,4Mtok."""
     out: Path | None = None
     """Directory of the runs (default: runs/scale-NAME)."""
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
     source = open_source(chosen.data, field=config.data.field)
     out = chosen.out or Path("runs") / f"scale-{source.name}"
-    # All runs read the same tokens, those for the largest budget: otherwise their losses could not be compared.
+    # All runs use the tokenizer for the largest budget: losses per token are comparable only over the same tokens.
     largest = choose_tokenizer(config.replace(budget=budgets[-1]), overrides, source)
     overrides = {*overrides, "tokenizer"}
     results = []
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(chosen: Scale, config: RunConfig, overrides: set[str], directory: Path) -> tuple[dict[str, Any] | None, int]:
-    """Train one budget, or resume it, or take it as it is; None and the exit code where it was interrupted."""
+    """Train one budget, resume it, or reuse a finished run. Return its result, or None and the exit code."""
     from gptsmith.report import write_report
     from gptsmith.run_directory import read_run
     from gptsmith.train.run import resume, start
@@ -77,16 +77,16 @@ def _train(chosen: Scale, config: RunConfig, overrides: set[str], directory: Pat
     if (directory / "run.json").exists():
         run = read_run(directory)
         if run.part("data").get("spec") != _spec(chosen):
-            raise UsageError(f"{directory} is a run over other data. Choose another --out.")
+            raise UsageError(f"{directory} is a run on other data. Choose another --out.")
         if run.status != "finished":
-            ended = resume(directory, on_end=write_report)
-            if ended.outcome == "interrupted":
-                return None, 128 + ended.signal
+            result = resume(directory, on_end=write_report)
+            if result.outcome == "interrupted":
+                return None, 128 + result.signal
     else:
         began = time.monotonic()
-        ended = start(str(chosen.data), config, directory, overrides=overrides, began=began, on_end=write_report)
-        if ended.outcome == "interrupted":
-            return None, 128 + ended.signal
+        result = start(str(chosen.data), config, directory, overrides=overrides, began=began, on_end=write_report)
+        if result.outcome == "interrupted":
+            return None, 128 + result.signal
     return _result(directory), 0
 
 
@@ -106,7 +106,7 @@ def _result(directory: Path) -> dict[str, Any]:
     run = read_run(directory)
     best = run.best
     if best is None:
-        raise UsageError(f"{directory} has no validation loss; scale needs some held-out text (--val-fraction, --val).")
+        raise UsageError(f"{directory} has no validation loss. Hold out some text with --val-fraction or --val.")
     model = from_dict(ModelConfig, run.info["model"])
     return {
         "budget": run.options["budget"],
@@ -120,7 +120,7 @@ def _result(directory: Path) -> dict[str, Any]:
 
 
 def _conclude(rungs: list[dict[str, Any]], out: Path) -> str:
-    """Fit, extrapolate, draw and write; return the table to print."""
+    """Fit the scaling law, write scale.json and scale.png, and return the table to print."""
     from gptsmith.report.curves import scaling_figure
     from gptsmith.report.figures import save_png
     from gptsmith.storage import write_text
@@ -153,6 +153,6 @@ def _conclude(rungs: list[dict[str, Any]], out: Path) -> str:
         low, high = prediction["val_loss"][0], prediction["val_loss"][-1]
         expected = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
         lines.append(f"at {prediction['times']}× the largest ({prediction['flops']:.2g} FLOP): {expected} expected")
-    lines.append("an extrapolation: it holds only while there is new text to read")
+    lines.append("These extrapolations hold only while there is new text to train on.")
     lines.append(f"picture {out / 'scale.png'}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError, nearest
 from gptsmith.log import note
 
@@ -20,20 +21,20 @@ KEY_VARIABLE = "GPTSMITH_API_KEY"
 class Serve:
     """Serve models through an OpenAI-compatible API and a web page."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
-    """A run, a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 listens on all interfaces."""
     port: int = 8000
     """Port to bind; 0 picks a free one."""
-    api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
+    api_key: tuple[str, ...] = field(default=())
     """API key that requests must send. Other users of this machine can see command lines, so prefer
     --api-key-file or the environment variable GPTSMITH_API_KEY."""
     api_key_file: Path | None = None
     """File with one key per line."""
-    alias: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
+    alias: tuple[str, ...] = field(default=())
     """NAME=MODEL: another name for a model."""
-    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
+    adapter: tuple[str, ...] = field(default=())
     """NAME=DIRECTORY: serve the first model with this LoRA adapter under the given name; NAME=DIRECTORY@MODEL: another
     model."""
     preload: Literal["first", "all", "none"] = "first"
@@ -48,15 +49,15 @@ class Serve:
     """Request timeout in seconds, including the time in the queue."""
     max_body: int = 4 << 20
     """Maximum size of a request body, in bytes."""
-    cors: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
+    cors: tuple[str, ...] = field(default=())
     """Origin (https://example.org) whose web pages may call the API, or * for all."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     cache_tokens: int | None = None
-    """Size of each model's KV cache, in tokens. By default, what --max-concurrency sequences can need, up to a quarter
-    of the memory."""
+    """Size of each model's KV cache, in tokens (default: enough for --max-concurrency sequences, up to a quarter of the
+    memory)."""
     speculate: bool = False
     """Speculative decoding: draft tokens by prompt lookup. Answers stay the same."""
     log_level: Literal["info", "warning", "error"] = "info"
@@ -66,12 +67,12 @@ class Serve:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Serve, prog="gptsmith serve", args=arguments)
+    chosen = parse(Serve, "gptsmith serve", arguments)
     if not chosen.models:
-        raise UsageError("no model given. Name at minimum one: gptsmith serve runs/bard")
+        raise UsageError("no model given. Name at least one: gptsmith serve runs/bard")
     for name, minimum in (("max_concurrency", 1), ("queue_limit", 0), ("max_body", 1)):
         if getattr(chosen, name) < minimum:
-            raise UsageError(f"--{name.replace('_', '-')} must be at minimum {minimum}, not {getattr(chosen, name)}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(chosen, name)}.")
     if not 0 < chosen.timeout <= 86_400:
         raise UsageError(f"--timeout must be above 0 and at most 86400 seconds, not {chosen.timeout:g}.")
     if not 0 <= chosen.port <= 65_535:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from gptsmith.cli.parser import parse_subcommand
 from gptsmith.errors import UsageError
 
 
@@ -15,7 +16,7 @@ from gptsmith.errors import UsageError
 class TrainTokenizer:
     """Train a tokenizer on a text and save it as tokenizer.json, which transformers can also read."""
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus."""
     out: Path
     """Directory to write, which must be empty or not exist."""
@@ -30,8 +31,8 @@ class TrainTokenizer:
 
 
 def main(arguments: list[str]) -> int:
-    chosen: TrainTokenizer = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainTokenizer}, prog="gptsmith tokenizer", args=arguments, description="Train tokenizers."
+    chosen: TrainTokenizer = parse_subcommand(
+        {"train": TrainTokenizer}, "gptsmith tokenizer", arguments, "Train tokenizers."
     )
     from gptsmith.data.sources import open_source
     from gptsmith.tokenizer import train_bpe, train_char

@@ -12,17 +12,17 @@ import tyro
 from gptsmith.cli.run_options import RunOptions, parse_run
 from gptsmith.errors import UsageError
 
-BEGAN = time.monotonic()  # this module is loaded as the command starts: its budget of time runs from here
+BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
 
 
 @dataclass(frozen=True)
 class Train(RunOptions):
     """Train a GPT. The run directory gets checkpoints, metrics, samples and report.html."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
+    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
     """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
     out: Path | None = None
-    """The run directory (default: runs/NAME, numbered if taken)."""
+    """Run directory (default: runs/NAME, numbered if taken)."""
     resume: Path | None = None
     """Continue this run from its last checkpoint."""
 

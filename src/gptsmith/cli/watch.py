@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from gptsmith.cli.parser import parse
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.log import note
 
@@ -16,7 +18,7 @@ from gptsmith.log import note
 class Watch:
     """Show training runs in the browser: loss, learning rate, speed and samples, updated live."""
 
-    run: tyro.conf.Positional[Path] = Path("runs")
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN]")] = Path("runs")
     """Run directory, or directory of runs."""
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 listens on all interfaces."""
@@ -27,7 +29,7 @@ class Watch:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = tyro.cli(Watch, prog="gptsmith watch", args=arguments)
+    chosen = parse(Watch, "gptsmith watch", arguments)
     if not 0 <= chosen.port <= 65_535:
         raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
     if not chosen.run.is_dir():

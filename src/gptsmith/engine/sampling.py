@@ -155,8 +155,8 @@ class SamplingOptions:
     )
     seed: int | None = option(
         None,
-        "Seed of the random numbers; the same seed gives the same text. Sample i of several uses seed + i. "
-        "Default: a new seed each time.",
+        "Seed of the random numbers; the same seed gives the same text. Sample i of several uses seed + i "
+        "(default: a new seed each time).",
         request_range=Range(ge=-(2**63), le=2**63 - 1),
     )
 
@@ -188,7 +188,7 @@ class GenerationOptions(SamplingOptions):
         Range(ge=-100, le=100),
         request_range=Range(ge=-2, le=2),
     )
-    stop: tuple[str, ...] = option((), "Stop before this text; can be given several times.")
+    stop: tuple[str, ...] = option((), "Stop before this text.")
     best_of: int | None = option(
         None,
         "Generate this many continuations and keep those with the highest mean log-probability.",

@@ -28,38 +28,40 @@ class ModelOptions:
     family: Literal[
         "gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
     ] = "qwen3"
-    """gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: today's (RoPE, RMSNorm, SwiGLU, grouped queries,
-    QK-norm); llama, mistral, qwen2: its relatives; mixtral, qwen2_moe, qwen3_moe: with experts."""
+    """Architecture. gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: a current one (RoPE, RMSNorm, SwiGLU,
+    grouped-query attention, QK-norm); llama, mistral, qwen2: similar. mixtral, qwen2_moe, qwen3_moe: mixtures of
+    experts."""
     num_hidden_layers: int = 4
-    """Depth: the number of blocks."""
+    """Number of blocks."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_attention_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     num_key_value_heads: int | None = None
-    """Key/value heads (default: as many as query heads)."""
+    """Number of key/value heads (default: the number of query heads)."""
     head_dim: int | None = None
-    """Width of a head (default: hidden size / heads)."""
+    """Width of a head (default: hidden size / query heads)."""
     intermediate_size: int | None = None
     """Width of the feed-forward layer (default: 4x for gpt2, about 8/3x for qwen3)."""
     rope_theta: float | None = None
-    """Base of the rotary angles: larger for longer contexts (default: the family's, 10,000 or 500,000)."""
+    """Base of the rotary frequencies; longer contexts need a larger one (default: that of the family)."""
     tie_word_embeddings: bool = True
-    """Use one matrix for the input embedding and the output head."""
+    """Share one matrix between the input embedding and the output head."""
     sliding_window: int | None = None
-    """How far back the banded layers of gpt3 and mistral see (default: as published)."""
+    """Window of the sliding-window layers of gpt3 and mistral, in tokens (default: as published)."""
     num_experts: int | None = None
-    """Experts of each layer of mixtral, qwen2_moe and qwen3_moe, of width intermediate-size (default: as published)."""
+    """Number of experts per layer in mixtral, qwen2_moe and qwen3_moe (default: as published)."""
     num_experts_per_tok: int | None = None
-    """Experts that a token uses (default: as published)."""
+    """Number of experts that each token uses (default: as published)."""
     shared_expert_intermediate_size: int | None = None
-    """Width of qwen2_moe's shared expert (default: that of a token's experts together)."""
+    """Width of the shared expert of qwen2_moe (default: the total width of the experts of a token)."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss (default: 0.001)."""
     router_z_loss_coef: float | None = None
     """Weight of the router z-loss (default: 0)."""
     residual_init: Literal["normal", "scaled"] | None = None
-    """scaled: start projections into the residual stream smaller, as GPT-2 does (default: as in the family's paper)."""
+    """Initialization of the projections into the residual stream. scaled: smaller, as in GPT-2 (default: that of the
+    family)."""
 
     def build(self, vocab_size: int, context: int) -> ModelConfig:
         """The resolved `ModelConfig`. UsageError where sizes do not fit together."""
@@ -99,28 +101,31 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "muon"] = "muon"
-    """muon: matrices by Muon, the rest by AdamW. adamw: everything by AdamW."""
+    """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything."""
     lr: float = 0.02
-    """Peak learning rate: of the matrices with muon, of everything with adamw."""
+    """Peak learning rate; with muon, that of the matrices."""
     embedding_lr: float = 0.01
-    """With muon: AdamW's peak learning rate for embeddings, head and norms."""
+    """With muon: peak learning rate of AdamW, for embeddings, head and norms."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices and embeddings."""
     momentum: float = 0.9
-    """Muon's momentum."""
+    """Momentum of Muon."""
     newton_schulz_steps: int = 5
-    """Muon's iterations: fewer are faster and less exact."""
+    """Newton-Schulz iterations of Muon; fewer are faster and less exact."""
     beta1: float = 0.9
+    """Decay rate of the first moment of AdamW."""
     beta2: float = 0.99
+    """Decay rate of the second moment of AdamW."""
     clip: float = 1.0
-    """Largest allowed gradient norm (0: no clipping)."""
+    """Maximum gradient norm; 0: no clipping."""
     schedule: Schedule = "wsd"
-    """How the learning rate moves: wsd (warm-up, stable, linear decay), cosine, constant."""
+    """Learning rate schedule after the warmup. wsd (warmup-stable-decay): constant, then linear decay."""
     warmup_steps: int = 10
+    """Number of steps over which the learning rate rises to its peak."""
     decay_fraction: float = 1.0
-    """With wsd: the last share of the steps, over which the rate falls."""
+    """With wsd: fraction of the steps, at the end, over which the learning rate decays."""
     final_factor: float = 0.0
-    """The rate at the end, as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "embedding_lr"):
@@ -139,11 +144,11 @@ class AutoConfig:
     """Options that leave other options to the rules of `gptsmith.train.budget.recipe`."""
 
     budget: str | None = None
-    """What to spend: time (5m, 2h), arithmetic (1e15flop) or tokens (200Mtok). Options that you do not set (size,
-    context, batch, learning rates, steps) are chosen for the lowest loss within it."""
+    """Time (5m, 2h), compute (1e15flop) or tokens (200Mtok) to spend. Options that you do not set (size, context, batch
+    size, learning rates, steps) are chosen for the lowest loss within the budget."""
     depth: int | None = None
-    """Model size by one number, instead of model.num-hidden-layers and its companions: 3 is 0.6M parameters, 12 is
-    85M. Options that you do not set follow from it."""
+    """Size of the model as one number: 3 gives 0.6M parameters, 12 gives 85M. Options that you do not set follow from
+    it."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,11 @@ class DataConfig:
     """The text of a run, besides the data argument itself."""
 
     val: str | None = None
-    """Your own validation text: a file, folder or named corpus (default: cut from the end of the data)."""
+    """Validation text: a file, folder or named corpus (default: cut from the end of the data)."""
     val_fraction: float = 0.1
-    """Share of the data, from its end, held out for validation."""
+    """Fraction of the data, at its end, held out for validation."""
     field: str = "text"
-    """The field that holds the text, for JSONL and parquet."""
+    """Field or column with the text, for JSONL and parquet."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "at least 0 and at most 0.5")
@@ -166,15 +171,15 @@ class InitConfig:
     """What training starts from: a new tokenizer and new weights, or an existing model with its tokenizer."""
 
     init: str | None = None
-    """Continue pretraining an existing model, with its tokenizer: a run, a model directory, a .gguf file, a hub id or
-    a named model (default: start from new weights)."""
+    """Continue pretraining this model, with its tokenizer: a run, a model directory, a .gguf file, ORG/NAME on the hub,
+    or smollm2-135m (default: start from new weights)."""
     tokenizer: str = "char"
     """char, bpe (trained on the data), gpt2, or a directory with tokenizer.json."""
     vocab_size: int = 4096
     """Vocabulary size of a bpe tokenizer trained on the data."""
     unknown: bool = False
-    """Add a token for unknown characters to a char tokenizer. With an existing tokenizer: accept a text of which it
-    does not know more than 1%."""
+    """Add a token for unknown characters to a char tokenizer. With an existing tokenizer: accept text of which more
+    than 1% is unknown to it."""
 
     def __post_init__(self) -> None:
         _check(self.vocab_size >= 1, "--vocab-size", self.vocab_size, "at least 1")
@@ -185,9 +190,9 @@ class PretrainConfig:
     """Pretraining: predict every next token of a text."""
 
     mask_documents: bool = False
-    """Tokens attend only within their own document."""
+    """Let tokens attend only within their own document."""
     eval_tokens: int | None = None
-    """Evaluate only on this many tokens from the start of the validation split (default: the whole split)."""
+    """Number of validation tokens to evaluate on, from the start of the split (default: the whole split)."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "eval_tokens")
@@ -198,38 +203,38 @@ class LoopConfig:
     """The training loop: lengths, batches, intervals, device."""
 
     context: int = 128
-    """Sequence length in training, in tokens; with new weights also the model's limit."""
+    """Sequence length in training, in tokens; for a new model also its maximum context."""
     dropout: float = 0.0
-    """Probability of zeroing an activation."""
+    """Dropout probability."""
     steps: int = 2000
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     batch_size: int = 16
-    """Sequences per update."""
+    """Number of sequences per update."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; fewer than the batch accumulates gradients (default: the whole batch)."""
+    """Number of sequences per forward pass; gradients are accumulated to the batch size (default: the batch size)."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations in the backward pass, which saves memory and costs about a third more arithmetic. auto:
-    only where the run would not fit into memory otherwise."""
+    """Recompute activations in the backward pass, which saves memory for about a third more compute. auto: only if the
+    run would not fit in memory otherwise."""
     eval_every: int = 500
     """Steps between evaluations on the validation split; a checkpoint is saved before each."""
     save_every: int | None = None
-    """Steps between checkpoints (default: the same as eval-every)."""
+    """Steps between checkpoints (default: that of --eval-every)."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep, besides the best."""
+    """Number of recent checkpoints to keep, besides the best."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl (losses are averaged over them)."""
+    """Steps between lines of metrics.jsonl; losses are averaged over them."""
     sample_tokens: int = 200
-    """Length of the preview printed at each evaluation (0: none)."""
+    """Number of tokens of the sample printed at each evaluation; 0: none."""
     sample_prompt: str = "\n"
-    """Prompt of the previews and of the report's samples."""
+    """Prompt of the samples."""
     seed: int = 1337
     """Seed of the weights, the data order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Precision = "auto"
-    """auto: fp32 on a CPU, bf16 (else fp16) on a GPU."""
+    """Number format of the computations. auto: fp32 on a CPU; bf16, or else fp16, on a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: use torch.compile where a compiler is present and the run is long enough to make up for compiling."""
+    """Use torch.compile. auto: if there is a compiler and the run is long enough to make up for compiling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "context", "eval_every", "log_every", "keep_checkpoints"):
