@@ -39,8 +39,8 @@ test-fast: $(VENV)/.dev ## run the tests that take a minute or two: without comm
 test-all: $(VENV)/.dev ## run all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"
 
-coverage: $(VENV)/.dev ## run the tests, print the coverage of src and write htmlcov/index.html
-	$(PYTEST) --cov --cov-report=term --cov-report=html
+coverage: $(VENV)/.dev ## run the tests, print how much of src they run and write htmlcov/index.html
+	$(PYTEST) --cov --cov-report=term --cov-report=html --cov-fail-under=90
 
 build: $(VENV)/.dev ## build the source distribution and, from it, the wheel into dist/
 	rm -rf dist
