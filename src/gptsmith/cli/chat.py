@@ -52,7 +52,8 @@ class Chat:
     """What to do when the context is full. truncate: drop the oldest turns, and end the answer when it is full again.
     shift: drop the oldest turns, and forget the oldest tokens as the answer grows. error: refuse to continue."""
     prompt_lookup: bool = False
-    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output, often faster."""
+    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output; paused while it
+    does not pay off."""
     draft_model: str | None = None
     """Speculative decoding: draft tokens with this smaller model, which needs the same tokenizer."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"

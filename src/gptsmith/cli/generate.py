@@ -43,7 +43,8 @@ class Generate:
     grammar: Path | None = None
     """Restrict the output to the grammar in this file (Lark or GBNF)."""
     prompt_lookup: bool = False
-    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output, often faster."""
+    """Speculative decoding: draft tokens by looking up repetitions in the text. Same output; paused while it
+    does not pay off."""
     draft_model: str | None = None
     """Speculative decoding: draft tokens with this smaller model, which needs the same tokenizer."""
     stats: bool = False

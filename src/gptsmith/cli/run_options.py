@@ -41,7 +41,7 @@ class RunOptions:
     preset: str | None = None
     """Start from a named configuration (see below); other options override it."""
     config: Path | None = None
-    """Start from a file: a run's run.json, or JSON/YAML with the same names as the options."""
+    """Start from a file: run.json of a run, or JSON or YAML with the names of the options."""
     auto: Annotated[AutoConfig, _FLAT] = field(default_factory=AutoConfig)
     """automatic choices"""
     text: Annotated[DataConfig, _FLAT] = field(default_factory=DataConfig)
@@ -63,7 +63,7 @@ class RunOptions:
 
 
 class ParsedRun(NamedTuple):
-    """A parsed command line of a command that describes a run."""
+    """The parsed arguments of a command that describes a run."""
 
     options: Any
     """An instance of the command's dataclass."""
@@ -92,8 +92,10 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
 
 
 def explicit_options(arguments: Sequence[str]) -> set[str]:
-    """Return the flat names of the options on a command line (`--model.no-tie-word-embeddings` sets
-    model.tie_word_embeddings)."""
+    """Return the flat names of the options on a command line.
+
+    `--model.no-tie-word-embeddings` sets model.tie_word_embeddings.
+    """
     names = [argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
     return {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
 
@@ -126,9 +128,9 @@ def _base(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 def _value(arguments: Sequence[str], option: str) -> str | None:
     """Return the value of an option by the parser's rules: the last one counts."""
     value = None
-    for i, argument in enumerate(arguments):
-        if argument == option and i + 1 < len(arguments):
-            value = arguments[i + 1]
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument == option and not following.startswith("--"):
+            value = following
         elif argument.startswith(option + "="):
             value = argument.removeprefix(option + "=")
     return value
@@ -158,7 +160,7 @@ def read_config(path: Path) -> RunConfig:
         raise UsageError(f"--config {path} is not valid JSON: {error}.") from None
     except UsageError:
         raise
-    except Exception as error:  # yaml has its own
+    except Exception as error:  # yaml raises exceptions of its own
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     if isinstance(values, dict) and "config" in values and "version" in values:  # a run.json
         values = migrated(values, str(path))["config"]
