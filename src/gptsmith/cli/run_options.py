@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ def _base(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 def _value(arguments: Sequence[str], option: str) -> str | None:
     """Return the value of an option by the parser's rules: the last one counts."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument == option and not following.startswith("--"):
             value = following
         elif argument.startswith(option + "="):
