@@ -30,8 +30,8 @@ lint: $(VENV)/.dev $(NODE_MODULES) ## check style, types, the direction of impor
 	$(BIN)/lint-imports
 	$(if $(NODE_MODULES),npm run --silent lint,@echo "no npm here: the page's JavaScript is not checked")
 
-test: $(VENV)/.dev ## run the tests
-	$(PYTEST)
+test: $(VENV)/.dev ## run the tests; with COVERAGE=1 print how much of src they run
+	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term --cov-report=html --cov-fail-under=90)
 
 test-fast: $(VENV)/.dev ## run the tests that take a minute or two: without commands, server and training
 	$(PYTEST) $(SLOW_TESTS:%=--ignore=tests/%)
@@ -40,7 +40,7 @@ test-all: $(VENV)/.dev ## run all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"
 
 coverage: $(VENV)/.dev ## run the tests, print how much of src they run and write htmlcov/index.html
-	$(PYTEST) --cov --cov-report=term --cov-report=html --cov-fail-under=90
+	$(MAKE) test COVERAGE=1
 
 build: $(VENV)/.dev ## build the source distribution and, from it, the wheel into dist/
 	rm -rf dist
