@@ -56,11 +56,11 @@ def fit(
     model: the model's configuration, or a function `(ModelConfig, dropout) -> Transformer`.
     Raises GptsmithError (UsageError, DataError, DivergedError, …), or KeyboardInterrupt after saving on Ctrl-C.
     """
-    given = dict(options)
+    settings = dict(options)
     if config is not None and not isinstance(config, RunConfig):
-        given = {**config, **given}
+        settings = {**config, **settings}
     if init is not None:
-        given["init"] = str(init)
+        settings["init"] = str(init)
     base = config if isinstance(config, RunConfig) else RunConfig()
     batches = data if data is not None and not isinstance(data, str | Path) else None
     extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))
@@ -71,18 +71,18 @@ def fit(
                 raise UsageError(
                     "resume takes the directory and the starting model from the run; leave out out and init."
                 )
-            result = _resume(Path(resume), given, config, extras, data is not None and batches is None)
+            result = _resume(Path(resume), settings, config, extras, data is not None and batches is None)
         else:
             if data is None and objective in (None, "pretrain"):
                 raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
-            overrides = options_of(given) | ({"init"} if init is not None else set())
+            overrides = options_of(settings) | ({"init"} if init is not None else set())
             if isinstance(config, RunConfig):
                 from gptsmith.train.budget.recipe import settled
 
                 overrides |= settled(base)
             result = start(
                 str(data) if isinstance(data, str | Path) else None,
-                with_options(base, given),
+                with_options(base, settings),
                 None if out is None else Path(out),
                 overrides=overrides,
                 began=began,
@@ -96,16 +96,16 @@ def fit(
     return read_run(result.run.directory)
 
 
-def _resume(directory: Path, given: dict[str, Any], config: Any, extras: Extras, with_text: bool) -> Any:
+def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extras, with_text: bool) -> Any:
     from gptsmith.train.run import run_config_of
 
     if with_text:
         raise UsageError("resume takes the text from the run; leave out data.")
     asked: RunConfig | None = None
     if isinstance(config, RunConfig):
-        asked = with_options(config, given)
-    elif given:
-        asked = with_options(run_config_of(read_run(directory)), given)
+        asked = with_options(config, settings)
+    elif settings:
+        asked = with_options(run_config_of(read_run(directory)), settings)
     return resume(directory, asked, on_end=write_report, extras=extras)
 
 

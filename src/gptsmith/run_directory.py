@@ -132,7 +132,7 @@ def find_runs(root: str | Path = "runs") -> list[Run]:
 
 
 def run_directories(root: Path) -> dict[str, Path]:
-    """Return name -> directory of the runs in `root`: its children and theirs ("parent/child"), or `root` itself."""
+    """Return name -> directory of the runs in `root`: children and grandchildren ("parent/child"), or itself."""
     if (root / "run.json").is_file():
         return {root.resolve().name: root}
     found: dict[str, Path] = {}

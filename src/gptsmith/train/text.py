@@ -61,7 +61,7 @@ def ready_tokenizer(name: str) -> Tokenizer:
 
 
 def choose_tokenizer(config: RunConfig, overrides: Collection[str], source: Source) -> RunConfig:
-    """Return `config` with the tokenizer that suits its budget, the length of the text and its alphabet."""
+    """Return `config` with the tokenizer for its budget, the length of the text and its alphabet."""
     if config.auto.budget is None or config.init.tokenizer != "char" or "tokenizer" in overrides:
         return config
     alphabet: set[str] = set()

@@ -32,11 +32,11 @@ def check_saveable(model: Transformer) -> None:
     except (GptsmithError, KeyError) as error:
         raise UsageError(f"this model cannot be saved: {error} Choose a model_type that has what it uses.") from None
     for option in dataclasses.fields(ModelConfig):
-        mine, theirs = getattr(config, option.name), getattr(read_back, option.name)
-        if mine != theirs and option.name not in _NOT_SAVED:
+        value, read = getattr(config, option.name), getattr(read_back, option.name)
+        if value != read and option.name not in _NOT_SAVED:
             raise UsageError(
-                f"this model cannot be saved: the {config.model_type} layout has no place for {option.name} = {mine!r} "
-                f"(it would be read as {theirs!r}). Choose another model_type, or leave the option as it is."
+                f"this model cannot be saved: the {config.model_type} layout has no place for {option.name} = "
+                f"{value!r} (it would be read as {read!r}). Choose another model_type, or leave the option as it is."
             )
     if type(model) is Transformer:
         return
@@ -54,9 +54,9 @@ def check_saveable(model: Transformer) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         ids = torch.randint(config.vocab_size, (1, min(16, config.max_position_embeddings)))
         was_training = model.training
-        ours, theirs = model.eval()(ids.to(device)).cpu(), plain.eval()(ids)
+        logits, expected = model.eval()(ids.to(device)).cpu(), plain.eval()(ids)
         model.train(was_training)
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
         raise UsageError(
             f"{name} cannot be saved: in eval mode its logits differ from those of a Transformer with the same "
             "weights, which is how the saved directory would be loaded. A variation can only change training."
