@@ -242,10 +242,16 @@ def stream(
     Raise, before anything is computed, what `encode_prompt` and `Engine.add_request` raise, and later the error of a
     request that fails.
     """
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids) if params.echo else ""
+    ids, text = _ids_and_text(tokenizer, prompt, params)
     detokenizer = Detokenizer(tokenizer, text, params, ignore_eos=ignore_eos)
     return _chunks(engine, engine.stream(ids, detokenizer.engine_params), detokenizer, len(ids), on_shift)
+
+
+def _ids_and_text(tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams) -> tuple[list[int], str]:
+    """Return the ids of a prompt, and its text as far as a `Detokenizer` needs it."""
+    if isinstance(prompt, str):
+        return encode_prompt(tokenizer, prompt), prompt
+    return list(prompt), tokenizer.decode(list(prompt)) if params.echo else ""
 
 
 def _chunks(
@@ -275,9 +281,10 @@ def _chunks(
 
 
 def generate_texts(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], params: SamplingParams
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], params: SamplingParams
 ) -> list[list[str]]:
-    """Continue many prompts together; return `params.n` texts for each (without the prompt, unless `echo`).
+    """Continue many prompts (texts, or their ids) together; return `params.n` texts for each, without the prompt unless
+    `echo`.
 
     Raise the first error of any request.
     """
@@ -285,8 +292,9 @@ def generate_texts(
     texts: dict[int, list[str]] = {}
     try:
         for prompt in prompts:
-            detokenizer = Detokenizer(tokenizer, prompt, params)
-            number = engine.add_request(encode_prompt(tokenizer, prompt), detokenizer.engine_params)
+            ids, text = _ids_and_text(tokenizer, prompt, params)
+            detokenizer = Detokenizer(tokenizer, text, params)
+            number = engine.add_request(ids, detokenizer.engine_params)
             detokenizers[number], texts[number] = detokenizer, [""] * params.n
         unfinished = set(detokenizers)
         while unfinished:
