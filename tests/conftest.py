@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -70,3 +71,25 @@ def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def restored_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what the test registers, and the import of modules (plugins) in its `tmp_path`."""
+    from gptsmith import cli
+    from gptsmith.data.corpora import CORPORA
+    from gptsmith.model.families import FAMILIES
+    from gptsmith.server import app
+    from gptsmith.tasks.registry import TASKS
+    from gptsmith.train.objectives.registry import OBJECTIVES
+
+    registries: tuple[dict[str, Any], ...] = (cli.COMMANDS, cli._modules, CORPORA, FAMILIES, OBJECTIVES, TASKS)
+    before = [dict(registry) for registry in registries]
+    monkeypatch.setattr(app, "ROUTERS", list(app.ROUTERS))
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

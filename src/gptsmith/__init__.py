@@ -14,17 +14,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "generate", "load", "runs"]
+__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "runs"]
 
 if TYPE_CHECKING:
     from gptsmith.api import fit, runs
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
+    from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
     "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
     "load": ("gptsmith.loading", "load_model"),
+    "load_plugins": ("gptsmith.plugins", "load_plugins"),
     "runs": ("gptsmith.api", "runs"),
 }
 

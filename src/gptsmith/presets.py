@@ -194,5 +194,7 @@ def describe_published() -> list[tuple[str, str]]:
     """Return each family with its published sizes. A * marks those with the training settings of the paper."""
     sizes = {family: [name for name in RECIPES if families.SIZES[name][0] == family] for family in families.FAMILIES}
     return [
-        (family, " ".join(name + "*" * RECIPES[name].published for name in names)) for family, names in sizes.items()
+        (family, " ".join(name + "*" * RECIPES[name].published for name in names))
+        for family, names in sizes.items()
+        if names
     ]

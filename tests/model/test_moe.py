@@ -79,7 +79,7 @@ def test_experts_learn_and_their_load_is_logged(
 ) -> None:
     config = run_config(
         model=ModelOptions(
-            family=family,  # type: ignore[arg-type]
+            family=family,
             num_hidden_layers=2,
             hidden_size=32,
             num_attention_heads=2,

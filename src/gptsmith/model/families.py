@@ -9,6 +9,7 @@ from typing import Any
 
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import ModelConfig, RopeScaling
+from gptsmith.registry import Registry
 
 
 def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward: Callable[[int], int]) -> ModelConfig:
@@ -244,18 +245,30 @@ def qwen3_moe(**overrides: Any) -> ModelConfig:
     return _build(defaults, overrides, feed_forward=_gated)
 
 
-FAMILIES: dict[str, Callable[..., ModelConfig]] = {
-    "gpt1": gpt1,
-    "gpt2": gpt2,
-    "gpt3": gpt3,
-    "llama": llama,
-    "mistral": mistral,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "mixtral": mixtral,
-    "qwen2_moe": qwen2_moe,
-    "qwen3_moe": qwen3_moe,
-}
+FAMILIES: Registry[Callable[..., ModelConfig]] = Registry(
+    "model family",
+    {
+        "gpt1": gpt1,
+        "gpt2": gpt2,
+        "gpt3": gpt3,
+        "llama": llama,
+        "mistral": mistral,
+        "qwen2": qwen2,
+        "qwen3": qwen3,
+        "mixtral": mixtral,
+        "qwen2_moe": qwen2_moe,
+        "qwen3_moe": qwen3_moe,
+    },
+)
+
+
+def register_family(name: str, make: Callable[..., ModelConfig]) -> None:
+    """Make a family known as `name`, to `--model.family` too.
+
+    make: returns a configuration: the published one without arguments, else with the given fields changed, as `llama`
+        and the others here do. Its `model_type` decides the Hugging Face layout in which models are saved.
+    """
+    FAMILIES.register(name, make)
 
 
 def _size(layers: int, hidden: int, heads: int, kv_heads: int | None = None, wide: int | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -26,6 +26,17 @@ from gptsmith.server.models import ModelRegistry
 from gptsmith.server.schema import Error, ModelCard, ModelList
 from gptsmith.server.service import Service, Settings, context_of, service_of
 from gptsmith.server.webapp import add_web_app
+
+ROUTERS: list[APIRouter] = []
+
+
+def register_router(router: APIRouter) -> None:
+    """Have every application made from now on serve the router's endpoints, after those of this package.
+
+    They need an API key if the server has any. `service_of(request)` gives them the models; see `Service`.
+    """
+    if router not in ROUTERS:
+        ROUTERS.append(router)
 
 
 class _App(FastAPI):
@@ -61,6 +72,8 @@ def create_app(models: ModelRegistry, settings: Settings | None = None) -> FastA
     for endpoints in (completions, chat, responses, embeddings, api_docs):
         app.include_router(endpoints.router)
     _add_status_routes(app)
+    for router in ROUTERS:
+        app.include_router(router)
     _add_error_handlers(app)
     add_web_app(app, models=True, runs=settings.runs, stopping=lambda: service.draining)
 

@@ -20,13 +20,14 @@ from gptsmith.server.errors import ApiError
 from gptsmith.server.request_context import RequestContext
 from gptsmith.server.service import Service
 
+_OPEN = ("/", "/favicon.ico", "/docs", "/openapi.json", "/health", "/ready")
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics")
 _MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are read and dropped, so that the client sees the 413
 
 
 def requires_key(path: str) -> bool:
-    """Return whether a path needs an API key if the server has keys: all but pages, documentation and health."""
-    return path.startswith(("/v1/", "/api/")) or path in ("/tokenize", "/detokenize", "/metrics")
+    """Return whether a path needs an API key if the server has keys: all but the page, documentation and health."""
+    return path not in _OPEN and not path.startswith("/static/")
 
 
 class RequestMiddleware:

@@ -12,11 +12,12 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.families import FAMILIES
 from gptsmith.optim.schedule import Schedule
 from gptsmith.runtime import Precision
 
@@ -25,9 +26,7 @@ from gptsmith.runtime import Precision
 class ModelOptions:
     """The shape of the model; what is left out follows from the family and the width."""
 
-    family: Literal[
-        "gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
-    ] = "qwen3"
+    family: Annotated[str, FAMILIES] = "qwen3"
     """Architecture. gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: a current one (RoPE, RMSNorm, SwiGLU,
     grouped-query attention, QK-norm); llama, mistral, qwen2: similar. mixtral, qwen2_moe, qwen3_moe: mixtures of
     experts."""
@@ -63,10 +62,11 @@ class ModelOptions:
     """Initialization of the projections into the residual stream. scaled: smaller, as in GPT-2 (default: that of the
     family)."""
 
+    def __post_init__(self) -> None:
+        FAMILIES.find(self.family)
+
     def build(self, vocab_size: int, context: int) -> ModelConfig:
         """The resolved `ModelConfig`. UsageError where sizes do not fit together."""
-        from gptsmith.model.families import FAMILIES
-
         _check(self.num_attention_heads >= 1, "--model.num-attention-heads", self.num_attention_heads, "at least 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(

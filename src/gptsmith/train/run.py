@@ -28,6 +28,7 @@ from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, Usag
 from gptsmith.loading import load_model, resolve_model
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import SCHEMA, Run, read_run
 from gptsmith.runtime import (
@@ -160,7 +161,7 @@ def start(
         model_config = config.model.build(tokenizer.vocab_size, config.loop.context)
     factory = None if extras.model is None or isinstance(extras.model, ModelConfig) else extras.model
     build = functools.partial(make_model, model_config, config, factory, init)
-    if extras.model is not None:
+    if extras.model is not None or (init is None and config.model.family not in FAMILIES.builtin):
         check_saveable(build())
     stop = StopSignal()
     objective = _make_objective(extras, make_objective, ObjectiveContext(config, tokenizer, dataset, stop))
@@ -281,7 +282,7 @@ def run_config_of(run: Run) -> RunConfig:
                 _ = part[key]
         return from_dict(RunConfig, run.info["config"])
     except UsageError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}.") from None
 

@@ -115,7 +115,7 @@ def test_a_preset_settles_all_but_the_length() -> None:
 
 @pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "mixtral", "qwen3_moe"])
 def test_every_family_has_sizes(family: str) -> None:
-    config = run_config(budget="2Mtok", model=ModelOptions(family=family))  # type: ignore[arg-type]
+    config = run_config(budget="2Mtok", model=ModelOptions(family=family))
     c = choose(config, {"model.family"}, TEXT).config
     c.model.build(TEXT.vocab_size, c.loop.context)
 

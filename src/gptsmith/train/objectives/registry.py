@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptsmith.data.shards import Dataset
-from gptsmith.errors import UsageError, nearest
+from gptsmith.errors import UsageError
+from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import RunConfig
 from gptsmith.train.objectives.base import Objective
@@ -33,12 +34,12 @@ class ObjectiveContext:
 ObjectiveFactory = Callable[[ObjectiveContext], Objective[Any]]
 
 
-def pretrain(context: ObjectiveContext) -> Pretrain:
-    """Make the pretraining objective."""
+def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
+    """Make the pretraining objective. kind: a subclass of `Pretrain`, for another loss on the same batches."""
     config, dataset = context.config, context.dataset
     if dataset is None:
         raise UsageError("pretraining needs a text: a file, a folder or a named corpus.")
-    return Pretrain(
+    return kind(
         dataset,
         batch_size=config.loop.batch_size,
         seq_len=config.loop.context,
@@ -50,12 +51,12 @@ def pretrain(context: ObjectiveContext) -> Pretrain:
     )
 
 
-OBJECTIVES: dict[str, ObjectiveFactory] = {"pretrain": pretrain}
+OBJECTIVES: Registry[ObjectiveFactory] = Registry("objective", {"pretrain": pretrain})
 
 
 def register_objective(name: str, factory: ObjectiveFactory) -> None:
     """Make an objective known as `name`. factory: takes an `ObjectiveContext`; a class will do."""
-    OBJECTIVES[name] = factory
+    OBJECTIVES.register(name, factory)
 
 
 def reference_to(thing: Any) -> str:
@@ -80,11 +81,4 @@ def find_objective(name: str | ObjectiveFactory) -> tuple[str, ObjectiveFactory]
     if not isinstance(name, str):
         known = [registered for registered, factory in OBJECTIVES.items() if factory is name]
         return (known[0] if known else reference_to(name)), name
-    if name in OBJECTIVES:
-        return name, OBJECTIVES[name]
-    if ":" in name:
-        return name, import_reference(name)
-    raise UsageError(
-        f"there is no objective {name!r}.{nearest(name, OBJECTIVES)} Registered: {', '.join(OBJECTIVES)}. "
-        "Import the module that registers it, or name it as module:name."
-    )
+    return name, import_reference(name) if ":" in name else OBJECTIVES.find(name)
