@@ -58,10 +58,18 @@ PUBLIC = {
     "Transformer": "gptsmith.model.transformer",
     "choices": "gptsmith.engine.grammar",
     "create_app": "gptsmith.server.app",
+    "evaluate_task": "gptsmith.evaluate.tasks",
     "generate_texts": "gptsmith.engine.text",
     "grammar": "gptsmith.engine.grammar",
     "json_schema": "gptsmith.engine.grammar",
+    "make_task": "gptsmith.tasks",
     "regex": "gptsmith.engine.grammar",
+    "register_command": "gptsmith.cli",
+    "register_corpus": "gptsmith.data.corpora",
+    "register_family": "gptsmith.model.families",
+    "register_objective": "gptsmith.train.objectives.registry",
+    "register_router": "gptsmith.server.app",
+    "register_task": "gptsmith.tasks",
     "stream": "gptsmith.engine.text",
 }
 PRESETS = ("gptsmith.presets", "PRESETS")
