@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.log import JsonLines
-from gptsmith.server.runs import Follower, RunsDirectory, Tail, downsample, nan_to_null
+from gptsmith.server.runs import Follower, RunsDirectory, Tail, downsample, json_safe
 from gptsmith.server.webapp import watch_app
 
 
@@ -126,7 +126,7 @@ def test_nan_becomes_null(client: TestClient, root: Path) -> None:
     assert "NaN" not in response.text
     assert "Infinity" not in response.text
     assert response.json()["metrics"][-1]["loss"] is None
-    assert nan_to_null({"a": [math.inf, 1, "x", {"b": -math.inf}]}) == {"a": [None, 1, "x", {"b": None}]}
+    assert json_safe({"a": [math.inf, 1, "x", {"b": -math.inf}]}) == {"a": [None, 1, "x", {"b": None}]}
 
 
 def test_unreadable_run_reports_the_error(client: TestClient, root: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptsmith.engine.lifecycle import Lifecycle
 from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust
 from gptsmith.engine.sequence import FinishReason, Request, Sequence, TokenLogprob
-from gptsmith.errors import GptsmithError
+from gptsmith.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class BeamSearch:
             self._finished[request] = finished
         steps = extend_beams(request.live, finished)
         if not steps and not finished.best:
-            raise GptsmithError(NO_TOKEN_ALLOWED)
+            raise UsageError(NO_TOKEN_ALLOWED)
         self._lifecycle.generated_tokens += len(steps)
         length = len(request.live[0].generated) + 1
         reason = self._limit_reached(request, length)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INT32_MAX = 2**31 - 1
+GREEDY_BELOW = 1e-5
+"""Temperatures below this count as 0, as in vLLM: dividing by them overflows, and they choose the same token anyway."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,8 @@ class SamplingParams(GenerationOptions):
                 self._reject(name, "a finite number")
             if value not in range:
                 self._reject(name, str(range))
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         self._check_collections()
         if self.min_tokens > self.max_tokens:
             self._reject("min_tokens", f"at most max_tokens ({self.max_tokens})")

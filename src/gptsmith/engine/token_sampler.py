@@ -11,7 +11,7 @@ from gptsmith.engine.output import token_logprobs
 from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust, choose
 from gptsmith.engine.sequence import FinishReason, Request, Sequence, TokenLogprob
 from gptsmith.engine.speculative import Speculator
-from gptsmith.errors import GptsmithError
+from gptsmith.errors import UsageError
 
 
 class TokenSampler:
@@ -119,8 +119,8 @@ def _finish_reason(sequence: Sequence, token: int, context: int) -> FinishReason
 
 
 def _check_tokens_left(adjusted: Tensor, sequences: list[Sequence]) -> None:
-    """Raise GptsmithError if a row of the adjusted logits (R, V) forbids every token."""
+    """Raise UsageError if a row of the adjusted logits (R, V) forbids every token."""
     if all(sequence.sampler.params.uses_raw_logits for sequence in sequences):
         return
     if bool((adjusted.amax(dim=-1) == -torch.inf).any()):
-        raise GptsmithError(NO_TOKEN_ALLOWED)
+        raise UsageError(NO_TOKEN_ALLOWED)

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from gptsmith import __version__
 from gptsmith.server import api_docs, chat, completions, embeddings, responses
 from gptsmith.server.errors import ApiError, from_validation
+from gptsmith.server.head import HeadMiddleware
 from gptsmith.server.middleware import RequestMiddleware
 from gptsmith.server.models import ModelRegistry
 from gptsmith.server.schema import Error, ModelCard, ModelList
@@ -77,12 +78,13 @@ def create_app(models: ModelRegistry, settings: Settings | None = None) -> FastA
     _add_error_handlers(app)
     add_web_app(app, models=True, runs=settings.runs, stopping=lambda: service.draining)
 
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestMiddleware, service=service)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
@@ -145,7 +147,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(request, from_validation(error.errors()))
+        return respond(request, from_validation(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+
+
+def escape_surrogates(text: str) -> str:
+    """Return the text with lone surrogates, which UTF-8 cannot encode, written as escapes (\\udc80)."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ApiError(Exception):
@@ -25,7 +31,9 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.code, self.retry_after = status, code, retry_after
+        self.message = escape_surrogates(message)
+        self.param = None if param is None else escape_surrogates(param)
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -53,23 +61,127 @@ def from_engine(error: GptsmithError, *, constrained: bool = False) -> ApiError:
     return ApiError(500, str(error))
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Convert the first of pydantic's validation errors of a request body into a 400 error."""
-    error = errors[0]
-    path = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(part for part in path if not part.startswith("function-")) or None
+def from_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> ApiError:
+    """Convert pydantic's validation errors of a request body into a 400 error that names one field of `body`.
+
+    Where a field takes several types, pydantic reports errors for each of them. The one reported here is of the type
+    that fits best: the one whose first error is the deepest in the body.
+    """
+    if isinstance(body, bytes | str) and errors[0]["loc"] == ("body",):
+        return ApiError(400, "The request body is not JSON; send the header Content-Type: application/json.")
+    chosen = list(errors)
+    while True:
+        first = chosen[0]
+        path = _path(first, body)
+        branches: dict[Any, list[Mapping[str, Any]]] = {}  # by the type that pydantic tried
+        for error in chosen:
+            if _path(error, body)[: len(path)] == path:
+                branches.setdefault(error["loc"][: _num_common(error["loc"], first["loc"]) + 1], []).append(error)
+        best = max(branches.values(), key=lambda branch: _fit(_path(branch[0], body), len(path)))
+        if len(branches) == 1 or len(_path(best[0], body)) == len(path):
+            break
+        chosen = best
+    name = ".".join(map(str, path)) or None
+    kinds = list(dict.fromkeys(_kind(branch[0]["msg"]) for branch in branches.values()))
+    if len(kinds) > 1 and None not in kinds:  # none fits: name all of them
+        expected = " or ".join(map(str, kinds))
+        return ApiError(400, f"{name} must be {expected}{_received(first.get('input'))}.", param=name)
+    return _described(first, name)
+
+
+def _described(error: Mapping[str, Any], name: str | None) -> ApiError:
     shown = name or "The request body"
-    kind = error["type"]
+    kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
-        return ApiError(400, f"The request body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
+        return ApiError(400, f"The request body is not valid JSON: {context.get('error', error['msg'])}.")
     if kind == "extra_forbidden":
         return ApiError(400, f"{name} is not a known field of this request.", param=name, code="unknown_parameter")
     if kind == "none_required":
         return ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
+        if kind != "missing":
+            name = shown = f"{name}.{_tag_field(context)}"
         return ApiError(400, f"{shown} is missing.", param=name, code="missing_required_parameter" if name else None)
+    if kind == "union_tag_invalid":
+        name = f"{name}.{_tag_field(context)}"
+        return ApiError(400, f"{name} must be {context['expected_tags']}, not {context['tag'][:100]!r}.", param=name)
     message = error["msg"].removeprefix("Value error, ")
     if kind == "literal_error":
-        message = message.replace("True", "true").replace("False", "false")
-    message, required = re.subn(r"^\w+ should ", "must ", message)
+        message = message.replace("True", "true").replace("False", "false") + _received(error.get("input"))
+    elif error.get("input", ...) is None:
+        message = message.partition(",")[0] + ", not null"
+    message, required = re.subn(r"^\w+ should ", "must ", message.replace(" after validation", ""))
     return ApiError(400, f"{shown}{' ' if required else ': '}{message}.".replace("..", "."), param=name)
+
+
+def _tag_field(context: Mapping[str, Any]) -> str:
+    """Return the field that decides between the types of a union."""
+    field = str(context["discriminator"])
+    return field.strip("'") if field.startswith("'") else "type"
+
+
+def _path(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Return where in the body an error is. pydantic's locations also name the types of unions, which are left out."""
+    parts = [part for part in error["loc"] if part not in ("body", "query", "path")]
+    if body is None:
+        return tuple(part for part in parts if not str(part).startswith("function-"))
+    path: list[str | int] = []
+    for i, part in enumerate(parts):
+        held: Container[Any] = range(len(body)) if isinstance(body, list) else body if isinstance(body, Mapping) else ()
+        if part in held:
+            body = body[part]
+        elif not (error["type"] == "missing" and i == len(parts) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return the length of the common beginning of two locations, at most all of `other` but its last part."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other) - 1)
+
+
+def _fit(path: Sequence[str | int], at: int) -> tuple[int, int]:
+    """Return how well a type fits: how deep its first error is, and at which item of the list that the path enters."""
+    item = path[at] if len(path) > at else -1
+    return len(path), item if isinstance(item, int) else -1
+
+
+def _kind(message: str) -> str | None:
+    """Return the type of value that a message asks for, such as "a string"; None if it asks for something else."""
+    found = re.match(r"Input should be (an? (?:valid )?\w+)", message)
+    return None if found is None else found[1].replace("valid dictionary", "object").replace("valid ", "")
+
+
+def _received(value: Any) -> str:
+    """Return ", not …" with a short form of a value."""
+    if isinstance(value, Mapping | list):
+        return f", not {'a list' if isinstance(value, list) else 'an object'}"
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return f", not {text if len(text) <= 60 else text[:60] + '...'}"
+
+
+def check_json(value: Any) -> None:
+    """Raise ApiError 400 for what Python reads as JSON but cannot write: NaN, Infinity and lone surrogates."""
+    pending: list[tuple[str, Any]] = [("", value)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, str):
+            _check_text(name, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ApiError(400, f"{name or 'The request body'} is not a finite number.", param=name or None)
+        elif isinstance(value, dict):
+            for key in value:
+                _check_text(f"A name in {name or 'the request body'}", key)
+            pending += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{name}.{i}".lstrip("."), item) for i, item in enumerate(value)]
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = name or "The request body"
+        message = f"{shown} contains half of a surrogate pair (such as \\ud83d), which is no character."
+        raise ApiError(400, message, param=name if name and " " not in name else None) from None

@@ -42,13 +42,60 @@ async def respond(body: ResponsesRequest, request: Request) -> Any:
     """Answer in a conversation, in the format of the Responses API."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options requires stream=true.", param="stream_options")
-    answer = await start_answer(service_of(request), request, _as_chat(body))
+    try:
+        answer = await start_answer(service_of(request), request, _as_chat(body))
+    except ApiError as error:
+        raise _in_fields_of(body, error) from None
     output = _Output(body, answer)
     if body.stream:
         return event_stream(output.events(), output.failure)
     async for _ in output.events():
         pass
     return JSONResponse(output.response())
+
+
+_CHAT_FIELDS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "overflow": "truncation",
+}
+
+
+def _in_fields_of(body: ResponsesRequest, error: ApiError) -> ApiError:
+    """Return an error of a chat request that names the field of the response request instead."""
+    field, dot, rest = (error.param or "").partition(".")
+    if field not in _CHAT_FIELDS:
+        return error
+    param = _CHAT_FIELDS[field]
+    if field == "messages" and dot and not isinstance(body.input, str):
+        number, _, rest = rest.partition(".")
+        items = _message_items(body)
+        item = items[int(number)] if number.isdecimal() and int(number) < len(items) else None
+        param = "instructions" if item is None else f"{param}.{item}"
+        if rest == "tool_calls" and isinstance(item, int):
+            call = next((i for i in range(item, len(body.input)) if isinstance(body.input[i], FunctionCall)), item)
+            param, rest = f"{_CHAT_FIELDS[field]}.{call}", "arguments"
+        dot = "." if rest else ""
+    param = f"{param}{dot}{rest}"
+    message = error.message
+    if error.param is not None and message.startswith(error.param):
+        message = param + message[len(error.param) :]
+    return ApiError(error.status, message, param=param, code=error.code, retry_after=error.retry_after)
+
+
+def _message_items(body: ResponsesRequest) -> list[int | None]:
+    """Return the number of the input item that each chat message begins with; None for the instructions."""
+    messages: list[dict[str, Any]] = []
+    numbers: list[int | None] = []
+    if body.instructions is not None:
+        messages.append({"role": "system", "content": body.instructions})
+        numbers.append(None)
+    for i, item in enumerate(body.input):
+        _append(messages, item)
+        numbers += [i] * (len(messages) - len(numbers))
+    return numbers
 
 
 def _as_chat(body: ResponsesRequest) -> ChatRequest:

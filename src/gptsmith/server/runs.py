@@ -28,7 +28,7 @@ from gptsmith.run_directory import (
     run_directories,
     without_repeats,
 )
-from gptsmith.server.errors import ApiError
+from gptsmith.server.errors import ApiError, escape_surrogates
 
 MAX_ROWS = 4_000  # metrics rows in one response: more than a chart has pixels
 MAX_SAMPLES = 60
@@ -52,11 +52,15 @@ class RunsDirectory:
         self._summaries: dict[str, tuple[Any, Row]] = {}  # name -> (signatures of its files, summary)
 
     def find(self, name: str) -> Path | None:
-        return run_directories(self.root).get(name)
+        return self._directories().get(name)
+
+    def _directories(self) -> dict[str, Path]:
+        """Return the runs by name. A name that is not UTF-8 has escapes for its other bytes."""
+        return {escape_surrogates(name): directory for name, directory in run_directories(self.root).items()}
 
     def summaries(self) -> list[Row]:
         """Return a summary of each run, the newest first."""
-        rows = [self._summary(name, directory) for name, directory in run_directories(self.root).items()]
+        rows = [self._summary(name, directory) for name, directory in self._directories().items()]
         return sorted(rows, key=lambda row: str(row["started"] or ""), reverse=True)
 
     def _summary(self, name: str, directory: Path) -> Row:
@@ -73,7 +77,7 @@ def _summarize(name: str, directory: Path) -> Row:
     try:
         run = read_run(directory)
     except GptsmithError as error:
-        return {"name": name, "status": "unreadable", "error": str(error), "started": None}
+        return {"name": name, "status": "unreadable", "error": escape_surrogates(str(error)), "started": None}
     options, model, data = run.options, run.part("model"), run.part("data")
     best = run.best or {}
     row = {
@@ -93,7 +97,8 @@ def _summarize(name: str, directory: Path) -> Row:
         "val_loss": best.get("val_loss"),
         "tokens_per_second": last_number(run.metrics, "tokens_per_second"),
     }
-    return {key: nan_to_null(value) for key, value in row.items()}
+    safe: Row = json_safe(row)
+    return safe
 
 
 class Signature(NamedTuple):
@@ -175,10 +180,10 @@ class Follower:
         self._started, self._last_step = True, metrics[-1]["step"] if metrics else -math.inf
         return {
             "name": self.name,
-            "record": nan_to_null(info),
-            "metrics": nan_to_null(downsample(metrics)),
+            "record": json_safe(info),
+            "metrics": json_safe(downsample(metrics)),
             "rows": len(metrics),
-            "samples": nan_to_null(_sample_rows(samples)),
+            "samples": json_safe(_sample_rows(samples)),
             "unreadable_lines": self.metrics.unreadable + self.samples.unreadable,
         }
 
@@ -200,13 +205,13 @@ class Follower:
         signature = _signature(self.directory / "run.json")
         if signature != self._info_signature:
             with contextlib.suppress(GptsmithError):
-                events.append(("run", nan_to_null(_record(self.directory))))
+                events.append(("run", json_safe(_record(self.directory))))
                 self._info_signature = signature
         if metrics:
             self._last_step = metrics[-1]["step"]
-            events.append(("metrics", nan_to_null(metrics)))
+            events.append(("metrics", json_safe(metrics)))
         if samples:
-            events.append(("samples", nan_to_null(_sample_rows(samples))))
+            events.append(("samples", json_safe(_sample_rows(samples))))
         return events
 
     async def events(
@@ -217,7 +222,7 @@ class Follower:
             try:
                 events = await run_in_threadpool(self.poll)
             except GptsmithError as error:
-                events = [("gone", {"name": self.name, "error": str(error)})]
+                events = [("gone", {"name": self.name, "error": escape_surrogates(str(error))})]
             for event, data in events:
                 yield {"event": event, "data": json.dumps(data, ensure_ascii=False)}
                 if event == "gone":
@@ -243,14 +248,16 @@ def downsample(rows: Sequence[Mapping[str, Any]], limit: int = MAX_ROWS) -> list
     return [rows[i] for i in sorted(kept)]
 
 
-def nan_to_null(value: Any) -> Any:
-    """Replace NaN and infinities by None, because JSON has neither."""
+def json_safe(value: Any) -> Any:
+    """Replace NaN and infinities by None, and escape lone surrogates: JSON in UTF-8 has none of them."""
+    if isinstance(value, str):
+        return escape_surrogates(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: nan_to_null(item) for key, item in value.items()}
+        return {escape_surrogates(str(key)): json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [nan_to_null(item) for item in value]
+        return [json_safe(item) for item in value]
     return value
 
 

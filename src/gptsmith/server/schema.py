@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from gptsmith.engine.sampling import INT32_MAX, SAMPLING_OPTIONS
+from gptsmith.server.errors import check_json
 
 Id = Annotated[int, Field(ge=0, le=INT32_MAX)]
 
@@ -35,6 +36,12 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="The name of a model, as listed by /v1/models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_json(cls, values: Any) -> Any:
+        check_json(values)
+        return values
 
 
 class StreamOptions(BaseModel):
@@ -311,8 +318,20 @@ class ResponseStreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+def _item_type(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[ResponseMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")],
+    Discriminator(_item_type),
+]
+
+
 class ResponsesRequest(Request):
-    input: str | list[ResponseMessage | FunctionCall | FunctionCallOutput] = Field(
+    input: str | list[InputItem] = Field(
         description="A text, or the conversation: messages, function calls and their outputs."
     )
     instructions: str | None = Field(None, description="A system message to put before the conversation.")

@@ -20,6 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import gptsmith
 from gptsmith.server.errors import ApiError
+from gptsmith.server.head import HeadMiddleware
 from gptsmith.server.runs import runs_routes
 
 TYPES = {
@@ -134,6 +135,7 @@ def watch_app(runs: Path, *, hosts: list[str] | None = None, stopping: Callable[
     DNS rebinding by web pages elsewhere.
     """
     app = FastAPI(title="gptsmith watch", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(HeadMiddleware)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
