@@ -50,7 +50,8 @@ def fit(
     config, options: a `RunConfig`, or options by the names of the command line (`steps=500`,
         `**{"model.hidden_size": 64}`, `model_options`); `options` win over `config`.
     out: the run directory (default: runs/NAME, numbered if taken). init: continue pretraining this model.
-    resume: continue this run from its last checkpoint instead; `objective`, `model` and batches as it was started with.
+    resume: continue this run from its last checkpoint instead; `objective`, `model` and batches as it was started with,
+        `data` only if the text has moved, `steps` to extend it.
     objective: a registered name, `module:name`, or a function that makes an `Objective` of an `ObjectiveContext`
         (default: pretraining, or that of the resumed run).
     model: the model's configuration, or a function `(ModelConfig, dropout) -> Transformer`.
@@ -71,7 +72,8 @@ def fit(
                 raise UsageError(
                     "resume takes the directory and the starting model from the run; leave out out and init."
                 )
-            result = _resume(Path(resume), settings, config, extras, data is not None and batches is None)
+            moved_to = str(data) if isinstance(data, str | Path) else None
+            result = _resume(Path(resume), settings, config, extras, moved_to)
         else:
             if data is None and objective in (None, "pretrain"):
                 raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
@@ -96,17 +98,15 @@ def fit(
     return read_run(result.run.directory)
 
 
-def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extras, with_text: bool) -> Any:
+def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extras, moved_to: str | None) -> Any:
     from gptsmith.train.run import run_config_of
 
-    if with_text:
-        raise UsageError("resume takes the text from the run; leave out data.")
     asked: RunConfig | None = None
     if isinstance(config, RunConfig):
         asked = with_options(config, settings)
     elif settings:
         asked = with_options(run_config_of(read_run(directory)), settings)
-    return resume(directory, asked, on_end=write_report, extras=extras)
+    return resume(directory, asked, data=moved_to, on_end=write_report, extras=extras)
 
 
 def runs(directory: str | Path = "runs") -> list[Run]:

@@ -272,7 +272,7 @@ def test_a_bad_configuration_file(
 
 def test_configurations_do_not_mix(rejected: Any, text_file: Path, stopped: Path) -> None:
     assert "use one of them" in rejected("train", "--resume", stopped, "--preset", "char-small", code=2)
-    assert "omit the data argument and --out" in rejected("train", text_file, "--resume", stopped, code=2)
+    assert "omit --out" in rejected("train", "--resume", stopped, "--out", text_file, code=2)
 
 
 # Places --------------------------------------------------------------------------------------------------------------
@@ -619,7 +619,9 @@ def test_resuming_with_changed_data(change: str, rejected: Any, stopped_copy: Pa
     (stopped_copy / "run.json").write_text(json.dumps(record))
     if change == "gone":
         text.unlink()
-        assert str(text) in rejected("train", "--resume", stopped_copy, code=2)
+        err = rejected("train", "--resume", stopped_copy, code=2)
+        assert f"no such file or folder: {text}" in err
+        assert f"gptsmith train --resume {stopped_copy} NEWPLACE" in err
         return
     changed = {"a line more": words + "ba\n", "a letter": "k" + words[1:], "a new character": "Ü" + words[1:]}
     text.write_text(changed[change])
@@ -628,7 +630,12 @@ def test_resuming_with_changed_data(change: str, rejected: Any, stopped_copy: Pa
 
 
 def test_resuming_a_finished_run(rejected: Any, finished_copy: Path) -> None:
-    assert "has already finished all 20 steps" in rejected("train", "--resume", finished_copy, code=2)
+    err = rejected("train", "--resume", finished_copy, code=2)
+    assert "has already finished all 20 steps" in err
+    assert f"gptsmith train DATA --init {finished_copy}" in err  # its learning rate is zero by now
+    err = rejected("train", "--resume", finished_copy, "--steps", "30", code=2)
+    assert "the learning rate" in err
+    assert f"gptsmith train DATA --init {finished_copy}" in err
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,15 @@ def test_a_run_directory(run_cli: Cli, text_file: Path, tiny: list[str], tmp_pat
         f"report  {run}/report.html",
         f'try     gptsmith generate {run} --prompt "..."',
     ]
+    assert err.splitlines()[:7] == [
+        f"data        {text_file}: 57,260 characters, 57,260 tokens, 5,726 of them held out",
+        "vocabulary  19 tokens (char)",
+        f"model       qwen3: 1 layer, width 32, {record(run)['parameters']:,} parameters",
+        "device      cpu, fp32",
+        "batch       4 sequences of 32 tokens",
+        "steps       20",
+        f"run         {run}",
+    ]
     assert "step 20/20" in err
     assert "val loss" in err
     assert any(line.startswith("  | ") for line in err.splitlines())  # a preview
@@ -152,6 +161,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_cli: Cli, stopped_copy: P
     code, out, err = run_cli("train", "--resume", stopped_copy)
     assert code == 0
     assert f"resuming {stopped_copy} at step 15 of 20" in err
+    assert f"run         {stopped_copy}" in err
     assert losses(stopped_copy) == losses(finished)
     assert out.splitlines()[1] == f"model   {stopped_copy}/best"
     assert record(stopped_copy)["status"] == "finished"

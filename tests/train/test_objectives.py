@@ -126,7 +126,8 @@ def test_where_the_objective_fails_the_run_is_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out of order"):
         gptsmith.fit(None, CONFIG, out=tmp_path / "run", objective=Failing, tokenizer=alphabet())
     assert (tmp_path / "run" / "checkpoints" / "step-00000007").is_dir()
-    assert read_run(tmp_path / "run").status == "failed"
+    run = read_run(tmp_path / "run")
+    assert (run.status, run.info["error"]) == ("failed", "the reward is out of order")
 
 
 def test_evaluations_must_have_the_metric_that_selects(tmp_path: Path) -> None:

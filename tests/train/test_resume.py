@@ -22,8 +22,10 @@ from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import to_dict
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.log import JsonLines
+from gptsmith.run_directory import read_run
+from gptsmith.train import trainer
 from gptsmith.train.config import OptimConfig
-from gptsmith.train.run import resume, start
+from gptsmith.train.run import _refuse_changes, resume, start
 from tests.factories import tiny_run_config
 
 KILLED = 1 if os.name == "nt" else -signal.SIGKILL  # the exit status of a killed process
@@ -263,6 +265,127 @@ def test_a_new_run_refuses_an_occupied_directory(text: Path, uninterrupted: Path
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UsageError, match="not an empty directory"):
         start(str(text), CONFIG, tmp_path)
+
+
+def test_saving_by_time_changes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.replace(steps=20, eval_every=10, save_every=None, keep_checkpoints=20)
+    start(str(text), config, tmp_path / "by-steps")
+    assert CheckpointStore(tmp_path / "by-steps").steps() == [10, 20]
+    monkeypatch.setattr(trainer, "FIRST_SAVE_SECONDS", 0.0)
+    start(str(text), config, tmp_path / "first-early")
+    assert CheckpointStore(tmp_path / "first-early").steps() == [1, 10, 20]
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    start(str(text), config, tmp_path / "by-time")
+    assert CheckpointStore(tmp_path / "by-time").steps() == list(range(1, 21))
+    assert_same_run(tmp_path / "by-steps", tmp_path / "first-early")
+    assert_same_run(tmp_path / "by-steps", tmp_path / "by-time")
+    resume(interrupted_copy(tmp_path / "by-time", tmp_path, 7))
+    assert_same_run(tmp_path / "by-steps", tmp_path / "run")
+
+
+def test_the_first_checkpoint_comes_within_a_minute() -> None:
+    assert trainer.FIRST_SAVE_SECONDS < 60
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [OptimConfig(schedule="constant"), OptimConfig(decay_fraction=0.0), OptimConfig(final_factor=1.0, name="adamw")],
+)
+def test_a_finished_run_is_extended(optim: OptimConfig, text: Path, tmp_path: Path) -> None:
+    """The extended run is the one that had all the steps from the beginning."""
+    config = CONFIG.replace(steps=12, eval_every=6, optim=optim)
+    start(str(text), config, tmp_path / "whole")
+    start(str(text), config.replace(steps=6), tmp_path / "extended")
+    with pytest.raises(UsageError, match="--steps 12"):
+        resume(tmp_path / "extended")
+    result = resume(tmp_path / "extended", config)
+    assert result.outcome == "finished"
+    assert read_run(tmp_path / "extended").info["config"]["loop"]["steps"] == 12
+    left, right = weights(tmp_path / "extended"), weights(tmp_path / "whole")
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert trace(tmp_path / "extended") == trace(tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_while_it_was_extended(text: Path, tmp_path: Path) -> None:
+    """The checkpoint is older than the extension, which the run remembers."""
+    config = CONFIG.replace(steps=12, eval_every=6, optim=OptimConfig(schedule="constant"))
+    start(str(text), config, tmp_path / "whole")
+    start(str(text), config.replace(steps=6), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["config"]["loop"]["steps"], record["status"] = 12, "running"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    resume(tmp_path / "run")
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+def test_steps_that_cannot_change(text: Path, tmp_path: Path) -> None:
+    start(str(text), CONFIG.replace(steps=15, eval_every=15), tmp_path / "falling")
+    with pytest.raises(UsageError, match="learning rate .* has begun to fall .*--init"):
+        resume(tmp_path / "falling", CONFIG.replace(steps=20, eval_every=15))
+    constant = CONFIG.replace(steps=10, eval_every=10, optim=OptimConfig(schedule="constant"))
+    start(str(text), constant, tmp_path / "constant")
+    with pytest.raises(UsageError, match="has a checkpoint of step 10 already"):
+        resume(tmp_path / "constant", constant.replace(steps=8))
+    before = json.loads((tmp_path / "constant" / "run.json").read_text())
+    assert (before["status"], before["config"]["loop"]["steps"]) == ("finished", 10)
+
+
+def test_a_decay_that_has_not_begun_moves(text: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(decay_fraction=0.25)
+    config = CONFIG.replace(steps=40, eval_every=20, save_every=5, keep_checkpoints=20, optim=optim)
+    start(str(text), config, tmp_path / "whole")
+    start(str(text), config.replace(steps=20), tmp_path / "short")
+    out = interrupted_copy(tmp_path / "short", tmp_path, 15)
+    resume(out, config)
+    left, right = weights(out), weights(tmp_path / "whole")
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_intervals_may_change(uninterrupted: Path, tmp_path: Path) -> None:
+    out = interrupted_copy(uninterrupted, tmp_path, 55)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resume(out, CONFIG.replace(log_every=1, eval_every=2, save_every=4))
+    finally:
+        torch.set_num_threads(threads)
+    left, right = weights(out), weights(uninterrupted)
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    rows = JsonLines(out / "metrics.jsonl").read()
+    assert [row["step"] for row in rows if "val_loss" in row] == [20, 40, 56, 58, 60]
+    assert read_run(out).info["config"]["loop"]["log_every"] == 1
+
+
+def test_intervals_of_evaluation_are_part_of_a_plan_for_a_time() -> None:
+    config = CONFIG.replace(budget="1m")
+    _refuse_changes(config, config.replace(log_every=1))
+    with pytest.raises(UsageError, match="eval_every"):
+        _refuse_changes(config, config.replace(eval_every=7))
+
+
+def test_a_text_that_has_moved(text: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """run.json names the new place from then on."""
+    out = interrupted_copy(uninterrupted, tmp_path, 55)
+    record = json.loads((out / "run.json").read_text())
+    record["data"]["spec"] = str(tmp_path / "old" / "words.txt")
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=f"--resume {out} NEWPLACE"):
+        resume(out)
+    other = tmp_path / "other.txt"
+    other.write_text("something else\n" * 100)
+    with pytest.raises(CheckpointError, match="has changed"):
+        resume(out, data=str(other))
+    place = tmp_path / "new" / "renamed.txt"
+    place.parent.mkdir()
+    shutil.copy(text, place)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resume(out, data=str(place))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_run(uninterrupted, out)
+    assert read_run(out).info["data"]["spec"] == str(place.resolve())
 
 
 @pytest.mark.slow

@@ -24,21 +24,22 @@ class Train(RunOptions):
     out: Path | None = None
     """Run directory (default: runs/NAME, numbered if taken)."""
     resume: Path | None = None
-    """Continue this run from its last checkpoint."""
+    """Continue this run from its last checkpoint. DATA says where the text is now, if it has moved; --steps extends the
+    run, if its learning rate has not begun to fall."""
 
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_run(Train, "train", arguments)
     if chosen.resume is None and not chosen.data:
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith train input.txt")
-    if chosen.resume is not None and (chosen.data is not None or chosen.out is not None):
-        raise UsageError("--resume takes the data and the directory from the run; omit the data argument and --out.")
+    if chosen.resume is not None and chosen.out is not None:
+        raise UsageError("--resume takes the directory from the run; omit --out.")
 
     from gptsmith.report import write_report
     from gptsmith.train.run import resume, start
 
     if chosen.resume is not None:
-        result = resume(chosen.resume, chosen.run, on_end=write_report)
+        result = resume(chosen.resume, chosen.run, data=chosen.data, on_end=write_report)
     else:
         result = start(str(chosen.data), chosen.run, chosen.out, overrides=overrides, began=BEGAN, on_end=write_report)
     directory = result.run.directory

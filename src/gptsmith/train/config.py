@@ -18,7 +18,7 @@ from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
-from gptsmith.optim.schedule import Schedule
+from gptsmith.optim.schedule import Schedule, learning_rate_factor
 from gptsmith.runtime import Precision
 
 
@@ -138,6 +138,17 @@ class OptimConfig:
         for name in ("decay_fraction", "final_factor"):
             _check(0 <= getattr(self, name) <= 1, f"--optim.{name.replace('_', '-')}", getattr(self, name), "in [0, 1]")
 
+    def factor(self, step: int, steps: int) -> float:
+        """Return the factor of the peak learning rates for step `step` (0-based) of `steps`."""
+        return learning_rate_factor(
+            step,
+            steps=steps,
+            kind=self.schedule,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            final_factor=self.final_factor,
+        )
+
 
 @dataclass(frozen=True)
 class AutoConfig:
@@ -218,7 +229,8 @@ class LoopConfig:
     eval_every: int = 500
     """Steps between evaluations on the validation split; a checkpoint is saved before each."""
     save_every: int | None = None
-    """Steps between checkpoints (default: that of --eval-every)."""
+    """Steps between checkpoints (default: that of --eval-every). Besides, the first is saved within a minute, and then
+    one at least every ten minutes."""
     keep_checkpoints: int = 2
     """Number of recent checkpoints to keep, besides the best."""
     log_every: int = 10

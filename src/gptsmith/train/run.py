@@ -56,13 +56,19 @@ from gptsmith.train.objectives.registry import (
 )
 from gptsmith.train.session import RunResult, Session, now
 from gptsmith.train.signals import StopSignal
+from gptsmith.train.summary import summary
 from gptsmith.train.text import choose_tokenizer, make_tokenizer, open_sources
 from gptsmith.train.variation import ModelFactory, check_saveable
 
 MOST_INIT_CONTEXT = 512  # default sequence length with --init, where the model allows more
 
 # Options that can differ between a run and its resumption without changing what it computes.
-CHANGEABLE = frozenset({"keep_checkpoints", "sample_tokens", "sample_prompt", "device"})
+CHANGEABLE = frozenset(
+    {
+        *("eval_every", "save_every", "log_every", "keep_checkpoints", "sample_tokens", "sample_prompt", "device"),
+        *("steps", "val"),  # where the schedule allows, and where the text is the same: both are checked
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,7 @@ def start(
     with _locked(directory):
         tokenizer.save(directory / "tokenizer")
         run.update(parameters=session.model.num_parameters())
+        note(summary(session, config, dataset))
         return session.train(on_end)
 
 
@@ -210,12 +217,15 @@ def resume(
     directory: Path,
     config: RunConfig | None = None,
     *,
+    data: str | None = None,
     on_end: Callable[[Path], object] = lambda directory: None,
     extras: Extras = Extras(),
 ) -> RunResult:
     """Continue the run in `directory` from its newest intact checkpoint, bit for bit.
 
-    config: refused where it differs from the run's own in anything that changes what is computed.
+    config: refused where it differs from the run's own in anything that changes what has been computed so far. More
+        steps extend a run, even a finished one, if its learning rate so far would have been the same.
+    data: where the text is now, if it has moved.
     extras: as the run was started with; by default they are found by the names in run.json.
     """
     run = read_run(directory)
@@ -224,9 +234,9 @@ def resume(
         _refuse_changes(saved, config)
     config = config or saved
     store = CheckpointStore(directory)
-    if run.status == "finished" and store.steps():
+    if run.status == "finished" and store.steps() and config.loop.steps == saved.loop.steps:
         raise UsageError(
-            f"{directory} has already finished all {saved.loop.steps} steps. Start a new run to train more."
+            f"{directory} has already finished all {saved.loop.steps} steps. {_how_to_extend(directory, saved)}"
         )
     extras = _completed(extras, run)
     if run.info.get("objective") == reference_to(BatchStream) and extras.batches is None:
@@ -235,7 +245,7 @@ def resume(
             f"gptsmith.fit(batches, resume={str(directory)!r})."
         )
     tokenizer = Tokenizer.load(directory / "tokenizer")
-    dataset = _prepare_again(run, config, tokenizer)
+    dataset = _prepare_again(run, config, tokenizer, data)
     device = choose_device(config.loop.device)
     keep_freed_memory()
     try:
@@ -262,14 +272,17 @@ def resume(
             callbacks=extras.callbacks,
         )
         step = session.restore() if steps else 0
+        if config.loop.steps != saved.loop.steps:
+            _check_extension(directory, saved, config, step)
         store.delete_after(step)
         remove_temporaries(directory)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (directory / name).exists():
                 JsonLines(directory / name).truncate_after(step)
+        note(summary(session, config, dataset))
         note(f"resuming {directory} at step {step} of {session.trainer.steps}")
         run.info.pop("error", None)
-        run.update(status="running")
+        run.update(status="running", config=to_dict(config))
         return session.train(on_end)
 
 
@@ -300,8 +313,7 @@ def _describe_data(
     if source is None or dataset is None:
         return {"spec": None, "val": None, "fingerprint": None}
     return {
-        "spec": data if source.path is None else str(source.path.resolve()),
-        "val": None if val is None else (config.data.val if val.path is None else str(val.path.resolve())),
+        **_places(data, source, config.data.val, val),
         "fingerprint": dataset.fingerprint,
         "train_tokens": len(dataset.train),
         "val_tokens": len(dataset.val),
@@ -310,21 +322,40 @@ def _describe_data(
     }
 
 
-def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer) -> Dataset | None:
-    """Return the dataset that the run was started with. CheckpointError where the text has changed since."""
+def _places(spec: str | None, source: Source, val_spec: str | None, val: Source | None) -> dict[str, str | None]:
+    return {
+        "spec": spec if source.path is None else str(source.path.resolve()),
+        "val": None if val is None else (val_spec if val.path is None else str(val.path.resolve())),
+    }
+
+
+def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer, moved_to: str | None) -> Dataset | None:
+    """Return the dataset that the run was started with. CheckpointError where the text has changed since.
+
+    moved_to: where the text is now. The new places of texts are written into `run.info`.
+    """
     data = run.info["data"]
     if data["spec"] is None:
+        if moved_to is not None:
+            raise UsageError(f"{run.directory} was trained without a text; leave out {moved_to}.")
         return None
-    source = open_source(data["spec"], field=config.data.field)
-    val = open_source(data["val"], field=config.data.field) if data["val"] else None
+    spec = moved_to or data["spec"]
+    val_spec = config.data.val if config.data.val != run_config_of(run).data.val else data["val"]
+    for what, place, argument in (("text", spec, "NEWPLACE"), ("validation text", val_spec, "--val NEWPLACE")):
+        if place and place in (data["spec"], data["val"]) and Path(place).is_absolute() and not Path(place).exists():
+            command = f"gptsmith train --resume {run.directory} {argument}"
+            raise UsageError(f"no such file or folder: {place}. Say where the {what} is now: {command}")
+    source = open_source(spec, field=config.data.field)
+    val = open_source(val_spec, field=config.data.field) if val_spec else None
     try:
         dataset = prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=True)
         if dataset.fingerprint == data["fingerprint"]:
+            run.info["data"] = data | _places(spec, source, val_spec, val)
             return dataset
     except TokenizerError:  # a character that was not there before
         pass
     raise CheckpointError(
-        f"the data of {run.directory} has changed since the run began ({data['spec']}). "
+        f"the data of {run.directory} has changed since the run began ({spec}). "
         "Put the text back as it was, or start a new run."
     )
 
@@ -445,10 +476,39 @@ def make_model(
 
 def _refuse_changes(saved: RunConfig, asked: RunConfig) -> None:
     before, after = saved.flat(), asked.flat()
-    changed = [name for name in before if before[name] != after[name] and name not in CHANGEABLE]
-    if changed:
+    fixed = {"eval_every"} if _by_the_clock(saved) else set()  # the plan of the steps depends on it
+    differing = [name for name in before if before[name] != after[name]]
+    if any(name not in CHANGEABLE - fixed for name in differing):
+        changed = [name for name in differing if name not in CHANGEABLE - fixed - {"steps"}]
         what = ", ".join(f"{name} ({before[name]} → {after[name]})" for name in changed)
         raise UsageError(f"a resumed run keeps its settings; these differ: {what}. Leave them out, or start a new run.")
+
+
+def _by_the_clock(config: RunConfig) -> bool:
+    """Return whether a budget of time plans the steps."""
+    return config.auto.budget is not None and Budget.parse(config.auto.budget).kind == "seconds"
+
+
+def _how_to_extend(directory: Path, saved: RunConfig) -> str:
+    steps = saved.loop.steps
+    if not _by_the_clock(saved) and saved.optim.factor(steps - 1, steps) == saved.optim.factor(steps - 1, 2 * steps):
+        return f"To train it further, set more steps: gptsmith train --resume {directory} --steps {2 * steps}"
+    return f"To train the model further, start a new run from it: gptsmith train DATA --init {directory}"
+
+
+def _check_extension(directory: Path, saved: RunConfig, config: RunConfig, step: int) -> None:
+    """Raise UsageError unless the first `step` steps are the same with the new number of steps."""
+    steps, optim = config.loop.steps, config.optim
+    instead = f"Start a new run from its model instead: gptsmith train DATA --init {directory}"
+    if _by_the_clock(saved):
+        raise UsageError(f"--steps {steps}: the steps of {directory} follow from its budget of time. {instead}")
+    if steps <= step:
+        raise UsageError(f"--steps {steps}: {directory} has a checkpoint of step {step} already. Set more steps.")
+    if step and optim.factor(step - 1, saved.loop.steps) != optim.factor(step - 1, steps):
+        raise UsageError(
+            f"--steps {steps}: by step {step} the learning rate of {directory} has begun to fall towards step "
+            f"{saved.loop.steps}, so its steps cannot be changed. {instead}"
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor
 from gptsmith.checkpoint import CheckpointStore, TrainState
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.log import JsonLines
-from gptsmith.optim.schedule import learning_rate_factor
 from gptsmith.run_directory import Run, evaluation_at
 from gptsmith.runtime import out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
@@ -32,6 +31,8 @@ from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
 Outcome = Literal["finished", "interrupted"]
 
 STATE_SCHEMA = 2
+FIRST_SAVE_SECONDS = 50.0  # until the first checkpoint, if none is due before: with its writing, within a minute
+SAVE_SECONDS = 600.0  # between checkpoints, if none is due before
 MOST_EMPTY_BATCHES = 100  # in a row, before an objective is held to be broken
 
 
@@ -68,7 +69,8 @@ class Trainer:
         self.elapsed_before = 0.0  # seconds of training in earlier processes of this run
         self.seconds_since_log, self.tokens_since_log = 0.0, 0.0  # of updates alone
         self.update_seconds = 0.0  # seconds in updates alone, over the whole run: what speed is measured by
-        self.started = time.monotonic()
+        self.started = self.last_save = time.monotonic()
+        self.save_seconds = FIRST_SAVE_SECONDS
 
     def run(self) -> Outcome:
         """Train to the end, or until asked to stop.
@@ -94,7 +96,8 @@ class Trainer:
 
     def _run(self) -> Outcome:
         self.model.train()
-        self.started = time.monotonic()
+        self.started = self.last_save = time.monotonic()
+        self.save_seconds = SAVE_SECONDS if self.store.steps() else FIRST_SAVE_SECONDS
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
         while self.step < self.steps:
             if self.should_stop():
@@ -105,7 +108,7 @@ class Trainer:
             if self.step % self.config.loop.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
-            if self.step % (self.config.loop.save_every or self.eval_every) == 0 or self._evaluation_due():
+            if self._save_due():
                 self._save()
             self._evaluate_if_due()
         return "interrupted" if self.should_stop() else "finished"
@@ -125,15 +128,7 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _lr_factor(self) -> float:
-        optim = self.config.optim
-        return learning_rate_factor(
-            self.step,
-            steps=self.steps,
-            kind=optim.schedule,
-            warmup_steps=optim.warmup_steps,
-            decay_fraction=optim.decay_fraction,
-            final_factor=optim.final_factor,
-        )
+        return self.config.optim.factor(self.step, self.steps)
 
     def update(self, lr_factor: float) -> None:
         """Make one update and keep its books."""
@@ -312,6 +307,11 @@ class Trainer:
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
+    def _save_due(self) -> bool:
+        """Return whether to save after this step: by the steps, before an evaluation, or by the time since the last."""
+        by_steps = self.step % (self.config.loop.save_every or self.eval_every) == 0
+        return by_steps or self._evaluation_due() or time.monotonic() - self.last_save > self.save_seconds
+
     def _save(self) -> None:
         if self.step in self.store.steps():
             return
@@ -341,6 +341,7 @@ class Trainer:
         tensors |= self.training_step.random_state()
         state = TrainState(values, tensors)
         path = self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.loop.keep_checkpoints)
+        self.last_save, self.save_seconds = time.monotonic(), SAVE_SECONDS
         self._call("on_save", self.step, path)
 
     def restore(self, state: TrainState) -> None:
@@ -355,7 +356,9 @@ class Trainer:
             self.training_step.scaler.load_state_dict(values["scaler"])
             self.optimizers.load_state_tensors(part("optimizer/"))
             self.training_step.set_random_state(tensors)
-            self.step, self.steps = int(values["step"]), int(values["steps"])
+            self.step = int(values["step"])
+            if self.deadline is not None:  # which has planned anew; otherwise as the configuration says
+                self.steps = int(values["steps"])
             self.tokens_seen = float(values["tokens_seen"])
             size = min(self.training_step.micro_batch_size, int(values["micro_batch_size"]))
             self.training_step.micro_batch_size = size

@@ -1,0 +1,40 @@
+"""What a run is about to do, in a few lines, before its first step."""
+
+from __future__ import annotations
+
+from gptsmith.data.shards import Dataset
+from gptsmith.train.config import RunConfig
+from gptsmith.train.session import Session
+
+
+def summary(session: Session, config: RunConfig, dataset: Dataset | None) -> str:
+    """Return data, vocabulary, model, device, batch, steps and directory of a run, a line each."""
+    model, tokenizer, run = session.model.config, session.tokenizer, session.run
+    lines = []
+    if dataset is not None:
+        total = len(dataset.train) + len(dataset.val)
+        characters = dataset.train.num_chars + dataset.val.num_chars
+        spec = run.part("data").get("spec")
+        lines.append(
+            f"data        {spec}: {characters:,} characters, {total:,} tokens, {len(dataset.val):,} of them held out"
+        )
+    lines += [
+        f"vocabulary  {tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
+        f"model       {model.model_type}: {_layers(model.num_hidden_layers)}, width {model.hidden_size}, "
+        f"{session.model.num_parameters():,} parameters",
+        f"device      {session.training_step.device}, {run.info['precision']}",
+        f"batch       {_batch(config, session.training_step.micro_batch_size)}",
+        f"steps       {session.trainer.steps:,}",
+        f"run         {run.directory}",
+    ]
+    return "\n".join(lines)
+
+
+def _batch(config: RunConfig, micro_batch_size: int) -> str:
+    loop = config.loop
+    batch = f"{loop.batch_size:,} sequences of {loop.context:,} tokens"
+    return batch if micro_batch_size >= loop.batch_size else f"{batch}, {micro_batch_size:,} at a time"
+
+
+def _layers(number: int) -> str:
+    return f"{number} layer{'' if number == 1 else 's'}"
