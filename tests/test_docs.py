@@ -165,9 +165,10 @@ def test_command_options(command: str) -> None:
     for names, description in options.items():
         name = names.split(",")[0]
         if name not in config and name != "--model.tie-word-embeddings":
-            default = description.rpartition("default: ")[2] if "default: " in description else description
-            named = {"None": "–", "False": "no", "True": "yes", "'\n'": "newline"}
-            expected[name] = named.get(default, default.rpartition(", ")[2])
+            note = re.sub(r"\{.*\}", "", description).partition(", ")[2]  # without the type or choices
+            default = note.removeprefix("default: ")
+            named = {"": "–", "False": "no", "True": "yes", "'\\n'": "newline"}
+            expected[name] = named.get(default, default)
     assert option_table(section[1]) == expected
 
 

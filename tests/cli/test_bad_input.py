@@ -119,7 +119,7 @@ def test_no_text_at_all(name: str, rejected: Any, tmp_path: Path, monkeypatch: p
         (["train", "TEXT", "--model.hiden-size", "32"], "--model.hidden-size"),
         (["train", "TEXT", "--preset", "char-smal"], "'char-small'"),
         (["train", "TEXT", "--preset=char-smal"], "'char-small'"),
-        (["train", "TEXT", "--model.family", "qwen"], "'qwen3'"),
+        (["train", "TEXT", "--model.family", "qwen"], "'qwen2'"),
         (["train", "TEXT", "--tokenizer", "bep"], "bpe"),
         (["train", "tinyshakespear"], "'tinyshakespeare'"),
         (["train", "TEXT", "--val", "tinyshakespear"], "'tinyshakespeare'"),
