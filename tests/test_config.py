@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError
 from gptsmith.presets import PRESETS
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import RunConfig, run_config
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,9 @@ def test_a_configuration_must_be_a_mapping(values: Any) -> None:
 def test_a_missing_key_is_reported() -> None:
     with pytest.raises(UsageError, match="'path'"):
         from_dict(Outer, {"steps": 1})
+
+
+def test_seeds_have_64_bits() -> None:
+    with pytest.raises(UsageError, match="--seed must be an integer of 64 bits"):
+        run_config(seed=2**64)
+    assert run_config(seed=2**63 - 1).loop.seed == 2**63 - 1

@@ -53,6 +53,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise GptsmithError(f"no permission to write {path}. Choose another location.") from error
+        if error.errno == errno.EISDIR:
+            raise GptsmithError(f"cannot write {path}: it is a directory. Choose the name of a file.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise GptsmithError(f"cannot write {path}: part of that path is a file, not a directory.") from error
         raise
@@ -71,6 +73,12 @@ def atomic_file(path: Path, mode: str = "wb", **open_options: Any) -> Iterator[I
         path.parent.mkdir(parents=True, exist_ok=True)
         if "b" not in mode:
             open_options.setdefault("encoding", "utf-8")
+        if (
+            path.exists() and not path.is_file() and not path.is_dir()
+        ):  # a device or a pipe, to be written, not replaced
+            with open(path, mode, **open_options) as file:
+                yield file
+            return
         fd, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.name[-40:], dir=path.parent)
         try:
             with os.fdopen(fd, mode, **open_options) as file:

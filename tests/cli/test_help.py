@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -241,3 +242,11 @@ def test_help_of_a_command_imports_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'tokenizers', 'safetensors', 'huggingface_hub')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_closed_standard_streams() -> None:
+    command = f'"{sys.executable}" -m gptsmith --version >&- 2>&- <&-'
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    wrong = subprocess.run(f'"{sys.executable}" -m gptsmith nothing 2>&-', shell=True, check=False, capture_output=True)
+    assert wrong.returncode == 2

@@ -331,3 +331,18 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_short_names(tmp_path: Path, path: str, name: str) -> None:
     (tmp_path / path).write_text("x")
     assert open_source(tmp_path / path).name == name
+
+
+def test_integers_of_thousands_of_digits(tmp_path: Path) -> None:
+    path = tmp_path / "big.jsonl"
+    path.write_text('{"text": "a", "id": ' + "9" * 5000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: a number in the JSON has too many digits"):
+        list(open_source(path).chunks())
+
+
+@pytest.mark.parametrize("encoding", ["utf-32-le", "utf-32-be"])
+def test_utf32_is_called_so(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffabc".encode(encoding))
+    with pytest.raises(DataError, match="is UTF-32"):
+        list(open_source(path).chunks())

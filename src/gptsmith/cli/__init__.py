@@ -73,6 +73,9 @@ OPTIONS = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return its exit code: 0; 1 for a failure; 2 for wrong usage; 128 + N if stopped by signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdin", "stdout", "stderr"):  # None where it was closed: gptsmith ... >&-
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # do not fail on characters that the terminal cannot show
     try:

@@ -136,6 +136,8 @@ class JsonLinesSource(Source):
             ) from None
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+        except ValueError:  # Python reads integers of up to 4300 digits
+            raise DataError(f"{where}: a number in the JSON has too many digits. Store it as a string.") from None
         except RecursionError:
             raise DataError(f"{where}: the JSON is nested too deeply.") from None
         if not isinstance(row, dict):
@@ -462,6 +464,8 @@ def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
     of_text = " of the decompressed text" if _suffixes(path)[1] else ""
     advice = "If it is text, convert it to UTF-8 first."
     for block in blocks:
+        if offset == 0 and block.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+            raise _NotText(f"{path} is UTF-32, not UTF-8 text. Convert it: iconv -f UTF-32 -t UTF-8")
         if offset == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise _NotText(f"{path} is UTF-16, not UTF-8 text. Convert it: iconv -f UTF-16 -t UTF-8")
         pending = len(decoder.getstate()[0])

@@ -42,7 +42,7 @@ def read_keys(path: Path) -> list[str]:
     """Return the keys in a file, one per line; blank lines and lines that start with # are ignored. Raise UsageError
     for a file that cannot be read or has no keys."""
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UsageError(f"--api-key-file {path}: no such file.") from None
     except UnicodeDecodeError:

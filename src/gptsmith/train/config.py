@@ -253,6 +253,7 @@ class LoopConfig:
             _at_least_one(self, name)
         _at_least_one(self, "micro_batch_size")
         _at_least_one(self, "save_every")
+        _check(abs(self.seed) < 2**63, "--seed", self.seed, "an integer of 64 bits")
         _check(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
         _check(self.sample_tokens >= 0, "--sample-tokens", self.sample_tokens, "0 or more")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
