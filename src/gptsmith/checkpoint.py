@@ -52,8 +52,10 @@ def save_checkpoint(
     """
     with atomic_directory(directory) as temporary:
         with explain_full_disk(directory):
-            save_model(model, temporary, eos_token_id=tokenizer.eos_id if tokenizer else None)
-            if tokenizer is not None:
+            if tokenizer is None:
+                save_model(model, temporary)
+            else:
+                save_model(model, temporary, bos_token_id=tokenizer.bos_id, end_ids=tokenizer.end_ids)
                 tokenizer.save(temporary)
             if state is not None:
                 (temporary / "train").mkdir()

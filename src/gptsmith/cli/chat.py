@@ -8,14 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.engine.sampling import SamplingOptions, SamplingParams
+from gptsmith.engine.sampling import SamplingOptions, SamplingParams, model_defaults
 from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.log import note
 
@@ -34,6 +34,8 @@ HELP = """\
 Ctrl-C stops an answer. End a line with \\ to continue on the next."""
 
 Overflow = Literal["truncate", "shift", "error"]
+DEFAULT_SAMPLING = SamplingOptions(max_tokens=1000, temperature=0.7, top_p=0.95)
+"""Where the model has no defaults of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,7 @@ class Chat:
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     system: str = ""
     """System prompt (default: none)."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(
-        default=SamplingOptions(max_tokens=1000, temperature=0.7, top_p=0.95)
-    )
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default=DEFAULT_SAMPLING)
     """sampling"""
     overflow: Overflow = "truncate"
     """What to do when the context is full. truncate: drop the oldest turns, and end the answer when it is full again.
@@ -66,15 +66,22 @@ class Chat:
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Chat, "gptsmith chat", arguments)
-
-    adapter = None if chosen.adapter is None else str(chosen.adapter)
-    params = SamplingParams.from_options(chosen.sampling, adapter=adapter)
+    SamplingParams.from_options(chosen.sampling)  # raises for bad options before the model is loaded
     from gptsmith.cli.generate import make_speculator
     from gptsmith.engine.engine import Engine
     from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
 
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
+    defaults = model_defaults(model.generation_config)
+    names = [each.name for each in fields(SamplingOptions)]
+    own = replace(DEFAULT_SAMPLING, **{name: x for name, x in defaults.options.items() if name in names})
+    chosen = parse(Chat, "gptsmith chat", arguments, default=Chat(model="", sampling=own))
+    if (text := defaults.describe(DEFAULT_SAMPLING, chosen.sampling)) is not None:
+        note(f"note: {text}")
+    adapter = None if chosen.adapter is None else str(chosen.adapter)
+    others = {name: x for name, x in defaults.options.items() if name not in names}
+    params = SamplingParams.from_options(chosen.sampling, adapter=adapter, **others)
     cache_tokens = 2 * (model.config.max_position_embeddings + 16)  # for this conversation and the previous one
     spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=cache_tokens, speculator=spec)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.engine.sampling import GenerationOptions, SamplingParams
+from gptsmith.engine.sampling import GenerationOptions, SamplingParams, model_defaults
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
 
@@ -67,12 +67,7 @@ def main(arguments: list[str]) -> int:
 
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
-    params = SamplingParams.from_options(
-        chosen.sampling,
-        n=chosen.num_samples,
-        overflow=chosen.overflow,
-        adapter=None if chosen.adapter is None else str(chosen.adapter),
-    )
+    _params(chosen)  # raises for bad options before the model is loaded
     from gptsmith.engine.text import engine_for, stream
     from gptsmith.loading import load_model
     from gptsmith.runtime import choose_device
@@ -81,7 +76,12 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
 
-    params = replace(params, constraint=_constraint(chosen, tokenizer))
+    defaults = model_defaults(model.generation_config)
+    own = Generate(model="", sampling=replace(GenerationOptions(), **defaults.options))
+    chosen = parse(Generate, "gptsmith generate", arguments, default=own)
+    if (text := defaults.describe(GenerationOptions(), chosen.sampling)) is not None:
+        note(f"note: {text}")
+    params = replace(_params(chosen), constraint=_constraint(chosen, tokenizer))
     spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = engine_for(model, tokenizer, params, spec)
     if chosen.adapter is not None:
@@ -116,6 +116,15 @@ def main(arguments: list[str]) -> int:
     if chosen.stats:
         note(_stats_line(engine, first, seconds))
     return 0
+
+
+def _params(chosen: Generate) -> SamplingParams:
+    return SamplingParams.from_options(
+        chosen.sampling,
+        n=chosen.num_samples,
+        overflow=chosen.overflow,
+        adapter=None if chosen.adapter is None else str(chosen.adapter),
+    )
 
 
 def make_speculator(

@@ -55,13 +55,13 @@ def main(arguments: list[str]) -> int:
             if chosen.text is not None:
                 raise
             note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
-    before = perplexity(model, ids) if ids else None
+    before = perplexity(model, ids, prefix=tokenizer.prefix_ids) if ids else None
     size = _size(model)
     quantize(model, chosen.bits)
     save_checkpoint(chosen.out, model, tokenizer)
     print(f"{chosen.out}: {chosen.bits} bits, {size / 1e6:,.1f} MB -> {_size(model) / 1e6:,.1f} MB")
     if before is not None:
-        after = perplexity(model, ids)
+        after = perplexity(model, ids, prefix=tokenizer.prefix_ids)
         change = f"{100 * (after / before - 1):+.2f}%"
         print(f"perplexity {before:.3f} before, {after:.3f} after ({change}), on {len(ids):,} tokens")
     return 0

@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.loading import resolve_model
     from gptsmith.server.access_log import configure_logging
     from gptsmith.server.auth import parse_rate, read_keys
-    from gptsmith.server.models import ModelRegistry, default_name, load
+    from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
     from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
     from gptsmith.server.service import Settings
 
@@ -128,7 +128,8 @@ def main(arguments: list[str]) -> int:
     try:
         for name in {"first": models.base_models[:1], "all": models.base_models, "none": []}[chosen.preload]:
             note(f"loading {name}")
-            models.load(name)
+            if (text := models.load(name).defaults.describe(SERVER_SAMPLING)) is not None:
+                note(f"note: {name}: {text}")
         if not is_loopback(chosen.host) and not keys:
             note("warning: anyone who can reach this machine can use this server. Protect it with --api-key-file.")
         app = create_app(models, settings)

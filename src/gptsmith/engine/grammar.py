@@ -36,9 +36,10 @@ class Grammar:
 
     def start(self) -> GrammarState:
         """Return the state of an empty text. Raise UsageError for a language that is invalid, too complex or empty."""
-        ll, tokens = _llguidance(), _tokens(self.tokenizer)
+        ll, tokens = _llguidance(), _tokens(self.tokenizer, self.tokenizer.eos_id)
         matcher = ll.LLMatcher(tokens, self.source, log_level=0)
-        state = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, self.end_ids)
+        end_ids = (*self.tokenizer.end_ids, *self.end_ids)
+        state = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, end_ids)
         if matcher.is_error():
             raise UsageError(f"the grammar cannot be used: {_reason(matcher)}.")
         try:
@@ -82,7 +83,7 @@ class GrammarState:
     def push(self, token: int) -> None:
         """Advance by a token. Raise GptsmithError if the grammar does not allow it."""
         self._allowed = None
-        self.matcher.consume_token(token)
+        self.matcher.consume_token(self.eos_id if token in self.end_ids else token)
         if self.matcher.is_error():
             raise GptsmithError(f"the grammar cannot be followed here: {_reason(self.matcher)}.")
 
@@ -135,14 +136,15 @@ def _llguidance() -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _tokens(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+def _tokens(tokenizer: Tokenizer, eos_id: int | None) -> llguidance.LLTokenizer:
     """Return the tokenizer as `llguidance` needs it, which takes up to a second for a large one.
 
-    For a tokenizer without an end-of-text token, an id beyond the last one stands for it.
+    eos_id: the tokenizer's, by which two tokenizers that are otherwise equal can differ. For a tokenizer without an
+    end-of-text token, an id beyond the last one stands for it.
     """
     ll = _llguidance()
-    eos = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
-    if tokenizer.kind != "char" and tokenizer.eos_id is not None:
+    eos = tokenizer.vocab_size if eos_id is None else eos_id
+    if tokenizer.kind != "char" and eos_id is not None:
         try:
             exact: llguidance.LLTokenizer = ll.LLTokenizer(
                 tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos

@@ -191,6 +191,7 @@ class GenerationOptions(SamplingOptions):
         request_range=Range(ge=-2, le=2),
     )
     stop: tuple[str, ...] = option((), "Stop before this text.")
+    ignore_eos: bool = option(False, "Continue past the model's end tokens.")
     best_of: int | None = option(
         None,
         "Generate this many continuations and keep those with the highest mean log-probability.",
@@ -324,6 +325,92 @@ class SamplingParams(GenerationOptions):
             or self.min_tokens
             or self.beams > 1
         )
+
+
+_MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+# Keys of generation_config.json that do not change which tokens are chosen, or that are handled elsewhere.
+_WITHOUT_EFFECT = {
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        "do_sample",
+        "max_length",
+        "min_length",
+    ),
+    *(
+        "max_new_tokens",
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "return_legacy_cache",
+        "num_return_sequences",
+    ),
+    *("transformers_version", "trust_remote_code", "return_dict_in_generate", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states", "early_stopping", "length_penalty", "remove_invalid_values"),
+    *("disable_compile", "compile_config", "low_memory", "chat_format"),
+}
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, 1.0, [], {}, "")
+
+
+class ModelDefaults(NamedTuple):
+    """The sampling options that a model came with.
+
+    options: fields of `SamplingOptions` and `GenerationOptions`. unused: settings that change which tokens are chosen
+    and that this engine does not have.
+    """
+
+    options: dict[str, Any]
+    unused: dict[str, Any]
+
+    def describe(self, own: SamplingOptions, chosen: SamplingOptions | None = None) -> str | None:
+        """Return a sentence for the user about what differs from the `own` defaults; None if nothing does.
+
+        chosen: the options in use; those that differ from the model's are not mentioned.
+        """
+        options = {
+            name: value
+            for name, value in self.options.items()
+            if getattr(own, name, None) != value and getattr(chosen, name, value) == value
+        }
+        parts = ["the model's own sampling options: " + _listed(options)] if options else []
+        if self.unused:
+            parts.append("options of the model that are not supported: " + _listed(self.unused))
+        return "; ".join(parts) + "." if parts else None
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> ModelDefaults:
+    """Return the sampling options in a model's generation_config.json. Values that switch an option off are left out.
+
+    `do_sample: false` means temperature 0. Raise UsageError for a value out of range.
+    """
+    options: dict[str, Any] = {}
+    for name in _MODEL_DEFAULTS:
+        value = generation_config.get(name)
+        if value is None or (name == "top_k" and value == 0) or (name not in ("temperature", "top_k") and value == 1):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value not in SAMPLING_OPTIONS[name].range or (name == "top_k" and type(value) is not int):
+            raise UsageError(f"the model's generation_config.json has {name} = {value!r}, which is not valid.")
+        options[name] = value
+    if generation_config.get("do_sample") is False:
+        options = {name: value for name, value in options.items() if name == "repetition_penalty"} | {
+            "temperature": 0.0
+        }
+    unused = {
+        name: value
+        for name, value in generation_config.items()
+        if name not in _MODEL_DEFAULTS
+        and name not in _WITHOUT_EFFECT
+        and not name.startswith("_")
+        and (value is True or value not in _NEUTRAL)
+    }
+    return ModelDefaults(options, unused)
 
 
 SAMPLING_OPTIONS: dict[str, Option] = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.sampling import SamplingParams
+from gptsmith.engine.sampling import SamplingParams, model_defaults
 from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.engine.speculative import Speculator
 from gptsmith.errors import GptsmithError, UsageError
@@ -79,9 +79,9 @@ class TextChunk:
 class Detokenizer:
     """Turns a request's events into text. Push events; when `push` finds a stop string, `engine.stop` the sample.
 
-    engine_params: the parameters for the engine. They end a text at the tokenizer's end-of-text token (unless
-    `ignore_eos`), and leave stop strings and echo to the detokenizer. Only an echo with log-probabilities of the prompt
-    comes from the engine; `prompt_length` is then the number of the prompt's ids.
+    engine_params: the parameters for the engine. They end a text at any of the tokenizer's end tokens (unless
+    `params.ignore_eos`), and leave stop strings and echo to the detokenizer. Only an echo with log-probabilities of the
+    prompt comes from the engine; `prompt_length` is then the number of the prompt's ids.
     skip_special_tokens: leave them out of the text.
     """
 
@@ -91,15 +91,14 @@ class Detokenizer:
         prompt: str,
         params: SamplingParams,
         *,
-        ignore_eos: bool = False,
         prompt_length: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
         self.tokenizer, self.prompt, self.params = tokenizer, prompt, params
         self.skip_special_tokens = skip_special_tokens
         self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
-        eos_ids = () if tokenizer.eos_id is None or ignore_eos else (tokenizer.eos_id,)
-        stop_ids = tuple(dict.fromkeys((*params.stop_ids, *eos_ids)))
+        end_ids = () if params.ignore_eos else tokenizer.end_ids
+        stop_ids = tuple(dict.fromkeys((*params.stop_ids, *end_ids)))
         stop_condition = _StopStrings(self) if params.stop and params.returns_only_at_end else params.stop_condition
         self.engine_params = replace(
             params, stop=(), echo=self.echoed > 0, stop_ids=stop_ids, stop_condition=stop_condition
@@ -212,12 +211,13 @@ class _StopStringMatcher:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the prompt's ids; for an empty prompt, the end-of-text token, after which texts begin.
+    """Return the prompt's ids, with a beginning-of-sequence token if the tokenizer adds one.
 
-    Raise TokenizerError for characters that the tokenizer lacks, UsageError for an empty prompt if there is no
-    end-of-text token.
+    For an empty prompt without such a token: the end-of-text token, after which texts begin.
+    Raise TokenizerError for characters that the tokenizer lacks, UsageError for an empty prompt if there is no token to
+    start from.
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode_prompt(prompt)
     if ids:
         return ids
     if tokenizer.eos_id is None:
@@ -238,12 +238,13 @@ def stream(
 ) -> Iterator[TextChunk]:
     """Continue a prompt (a text, or its ids); yield the text as it is generated, in chunks of whole characters.
 
+    ignore_eos: as `params.ignore_eos`.
     on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
     Raise, before anything is computed, what `encode_prompt` and `Engine.add_request` raise, and later the error of a
     request that fails.
     """
     ids, text = _ids_and_text(tokenizer, prompt, params)
-    detokenizer = Detokenizer(tokenizer, text, params, ignore_eos=ignore_eos)
+    detokenizer = Detokenizer(tokenizer, text, replace(params, ignore_eos=True) if ignore_eos else params)
     return _chunks(engine, engine.stream(ids, detokenizer.engine_params), detokenizer, len(ids), on_shift)
 
 
@@ -320,6 +321,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: An
     """Return the continuation of `prompt` (without the prompt).
 
     params: fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, min_p, stop, seed, ...
+    Others are the model's own defaults (`engine.sampling.model_defaults`), then those of `SamplingParams`.
     By default (`overflow="shift"`), the oldest tokens are forgotten when the context is full.
     For many prompts, create one `Engine` and use `generate_texts`.
 
@@ -329,7 +331,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: An
     stop = params.pop("stop", ())
     params["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     try:
-        chosen = SamplingParams(**{"overflow": "shift", **params})
+        own = model_defaults(model.generation_config).options
+        chosen = SamplingParams(**{"overflow": "shift", **own, **params})
     except TypeError as error:
         raise UsageError(f"generate: {str(error).partition(') ')[2] or error}.") from None
     if chosen.n > 1:

@@ -22,7 +22,15 @@ from gptsmith.checkpoint import explain_full_disk
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError, first_few
 from gptsmith.export.model_card import About, license_of, model_card, run_of
 from gptsmith.export.transforms import ModelTransform
-from gptsmith.formats.hf import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, config_to_hf, weights_to_hf
+from gptsmith.formats.hf import (
+    CONFIG_FILE,
+    DEFAULT_GENERATION,
+    GENERATION_FILE,
+    WEIGHTS_FILE,
+    config_to_hf,
+    token_ids,
+    weights_to_hf,
+)
 from gptsmith.formats.named import NAMED_MODELS
 from gptsmith.formats.safetensors import INDEX_FILE
 from gptsmith.formats.source import ModelSource, open_model
@@ -200,19 +208,21 @@ def _own_card(path: Path) -> str | None:
 def _configuration(
     config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, source: ModelSource | None
 ) -> dict[str, Any]:
-    values = config_to_hf(config, eos_token_id=tokenizer.eos_id)
+    values = config_to_hf(config, bos_token_id=tokenizer.bos_id, end_ids=tokenizer.end_ids)
     if source is not None:
         values |= {key: source.hf_config[key] for key in _TOKEN_IDS if key in source.hf_config}
     return values | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _generation(tokenizer: Tokenizer, source: ModelSource | None) -> dict[str, Any]:
-    if source is not None and source.generation_config is not None:
-        return dict(source.generation_config)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
+    values = {} if source is None else dict(source.generation_config)
+    if "eos_token_id" in values:
+        return values
+    ids = token_ids(tokenizer.bos_id, tokenizer.end_ids)
     if source is not None:
-        ids |= {key: source.hf_config[key] for key in _TOKEN_IDS if source.hf_config.get(key) is not None}
-    return {**ids, "do_sample": True, "temperature": 0.8}
+        others = ("bos_token_id", "pad_token_id")
+        ids |= {key: source.hf_config[key] for key in others if source.hf_config.get(key) is not None}
+    return {**ids, **(values or DEFAULT_GENERATION)}
 
 
 def _write_weights(directory: Path, weights: Mapping[str, Tensor], shard_bytes: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, UsageError
-from gptsmith.formats.gguf_config import config_to_metadata, llama3_divisors, metadata_to_config
+from gptsmith.formats.gguf_config import config_to_metadata, llama3_divisors, metadata_to_config, sampling_to_metadata
 from gptsmith.formats.gguf_file import TYPES_BY_NAME, GgufFile, PlannedTensor, TensorType, open_gguf, write_gguf_file
 from gptsmith.formats.gguf_weights import (
     ARCHITECTURES,
@@ -170,6 +170,7 @@ def write_gguf(model: Transformer, vocabulary: Mapping[str, Any], path: Path, dt
         "general.name": Path(path).stem,
         "general.file_type": GGUF_TYPES[dtype],
         "general.quantization_version": 2,
+        **sampling_to_metadata(model.generation_config),
         **settings,
         **vocabulary,
     }

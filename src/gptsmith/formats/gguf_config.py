@@ -249,6 +249,32 @@ def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> 
     return divisors.astype(np.float32)
 
 
+_SAMPLING = {  # llama.cpp's keys, by those of generation_config.json
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+def sampling_from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling defaults in a GGUF file, as generation_config.json has them."""
+    values = {name: metadata.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+    found = {name: _shortest_decimal(x) if type(x) is float else x for name, x in values.items() if x is not None}
+    return {"do_sample": True, **found} if found else {}
+
+
+def sampling_to_metadata(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata for the sampling defaults of a generation_config.json."""
+    values: dict[str, Any] = {key: generation_config.get(name) for name, key in _SAMPLING.items()}
+    return {
+        f"general.sampling.{key}": int(value) if key == "top_k" else float(value)
+        for key, value in values.items()
+        if type(value) in (int, float) and value >= 0
+    }
+
+
 def _shortest_decimal(value: float) -> float:
     """Return the shortest decimal number that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if abs(value) < 3e38 else value

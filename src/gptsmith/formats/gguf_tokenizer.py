@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptsmith.errors import CheckpointError, TokenizerError
-from gptsmith.tokenizer.tokenizer import _BYTE_OF_CHARACTER, Tokenizer
+from gptsmith.log import note
+from gptsmith.tokenizer.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, token_content, with_added_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,6 +69,13 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"}
 _WRITABLE = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default")
 
+# llama.cpp ends a text at tokens with these names, besides those whose ids are stored.
+_END_TOKENS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+    *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+    "<end_of_utterance>",
+}
+
 _SPACE = "▁"  # SentencePiece's character for a space
 _MAX_PIECE = 256  # characters; longer tokens are not derived from pairs
 
@@ -84,11 +92,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     stored = metadata.get(HUGGINGFACE_KEY)
     try:
         if isinstance(stored, str):
-            tokenizer = Tokenizer(stored, reader.config())
+            tokenizer = reader.tokenizer(stored)
             if tokenizer.vocab_size > len(reader.tokens):
                 raise reader.fail(f"its tokenizer.json has more tokens than its list of {len(reader.tokens):,}")
             return tokenizer
-        return Tokenizer(reader.pipeline().to_str(pretty=True), reader.config())
+        return reader.tokenizer(reader.pipeline().to_str(pretty=True))
     except CheckpointError:
         raise
     except BaseException as error:  # `tokenizers` raises bare Exceptions and Rust panics, which are BaseExceptions
@@ -132,8 +140,13 @@ class _Reader:
 
     def special(self, name: str) -> str | None:
         """Return the token whose id is stored under `name`, such as "bos"."""
-        id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return self.tokens[id] if type(id) is int and 0 <= id < len(self.tokens) else None
+        id = self.special_id(name)
+        return None if id is None else self.tokens[id]
+
+    def special_id(self, name: str) -> int | None:
+        defaults = {"bos": 1, "eos": 2, "unknown": 0} if self.model == "llama" else {}  # llama.cpp's
+        id = self.metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
+        return id if type(id) is int and 0 <= id < len(self.tokens) else None
 
     def config(self) -> dict[str, Any]:
         """Return the contents of the equivalent tokenizer_config.json."""
@@ -142,10 +155,33 @@ class _Reader:
             if (token := self.special(name)) is not None:
                 config[f"{role}_token"] = token
         config["add_bos_token"] = self.adds_bos()
+        config["add_eos_token"] = self.flag("add_eos_token", False)
         template = self.metadata.get("tokenizer.chat_template")
         if isinstance(template, str):
             config["chat_template"] = template
         return config
+
+    def tokenizer(self, text: str) -> Tokenizer:
+        """Return the tokenizer of a tokenizer.json, which adds to a text the tokens that the metadata name."""
+        tokenizer = Tokenizer(text, self.config(), self.end_ids())
+        around: list[dict[str, int]] = []
+        for name, adds in (("bos", self.adds_bos()), ("eos", self.flag("add_eos_token", False))):
+            id = self.special_id(name) if adds else None
+            around.append({} if id is None else {self.tokens[id]: id})
+        before, after = around
+        if (tokenizer.prefix_ids, tokenizer.suffix_ids) == (tuple(before.values()), tuple(after.values())):
+            return tokenizer
+        return Tokenizer(with_added_tokens(text, before, after), self.config(), self.end_ids())
+
+    def end_ids(self) -> list[int]:
+        """Return the tokens at which llama.cpp ends a text."""
+        stored = (self.special_id(name) for name in ("eos", "eot", "eom"))
+        named = (
+            id
+            for id, (token, type) in enumerate(zip(self.tokens, self.types, strict=True))
+            if token in _END_TOKENS and type != NORMAL
+        )
+        return list(dict.fromkeys([*(id for id in stored if id is not None), *named]))
 
     def adds_bos(self) -> bool:
         """Return whether encoding prepends the BOS token. Without the flag, decide as llama.cpp does."""
@@ -154,7 +190,7 @@ class _Reader:
         )
 
     def pipeline(self) -> tokenizers.Tokenizer:
-        from tokenizers import AddedToken, processors
+        from tokenizers import AddedToken
 
         pipeline = self.byte_level() if self.model == "gpt2" else self.sentencepiece()
         for type in (CONTROL, USER_DEFINED):
@@ -165,16 +201,11 @@ class _Reader:
                 if its_type in kind and token
             ]
             (pipeline.add_special_tokens if type == CONTROL else pipeline.add_tokens)(added)
-        if self.adds_bos() and (bos := self.special("bos")) is not None:
-            pipeline.post_processor = processors.TemplateProcessing(
-                single=f"{bos}:0 $A:0" if ":" not in bos and " " not in bos else "$A:0",
-                special_tokens=[(bos, self.tokens.index(bos))],
-            )
         return pipeline
 
     def byte_level(self) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Pipeline
-        from tokenizers import decoders, models, processors
+        from tokenizers import decoders, models
 
         name = self.metadata.get(_PRE_TOKENIZER_KEY, "default")
         if name not in PRE_TOKENIZERS:
@@ -188,7 +219,6 @@ class _Reader:
         vocabulary = {token: id for id, token in enumerate(self.tokens)}
         pipeline = Pipeline(models.BPE(vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
         pipeline.decoder = decoders.ByteLevel()
-        pipeline.post_processor = processors.ByteLevel(trim_offsets=False)
         return _with(pipeline, "pre_tokenizer", PRE_TOKENIZERS[name])
 
     def sentencepiece(self) -> tokenizers.Tokenizer:
@@ -282,15 +312,15 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {f"tokenizer.ggml.{key}": value for key, value in specific.items()}
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        named = config.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
+        named = token_content(config.get(f"{role}_token"))
         if named in ids:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ids[named]
-    if tokenizer.eos_id is not None:
-        metadata["tokenizer.ggml.eos_token_id"] = tokenizer.eos_id
-        metadata.setdefault("tokenizer.ggml.bos_token_id", tokenizer.eos_id)
-    metadata["tokenizer.ggml.add_bos_token"] = _adds_bos(description, config)
-    metadata["tokenizer.ggml.add_eos_token"] = False
+    metadata |= _added_tokens(tokenizer)
+    unnamed = [id for id in tokenizer.end_ids[1:] if tokens[id] not in _END_TOKENS or types[id] == NORMAL]
+    metadata |= {f"tokenizer.ggml.{name}_token_id": id for name, id in zip(("eot", "eom"), unnamed, strict=False)}
+    if len(unnamed) > 2:
+        lost = ", ".join(tokens[id] for id in unnamed[2:])
+        note(f"warning: GGUF has no place for more than three end tokens; llama.cpp will not stop at {lost}.")
     template = config.get("chat_template")
     if isinstance(template, str):
         metadata["tokenizer.chat_template"] = template
@@ -408,14 +438,18 @@ def _space_prefix(description: Mapping[str, Any]) -> bool | None:
     return bool(kinds[0] == "Prepend")
 
 
-def _adds_bos(description: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether the tokenizer prepends its BOS token."""
-    stated = config.get("add_bos_token")
-    if isinstance(stated, bool):
-        return stated
-    processor = description.get("post_processor") or {}
-    first = (processor.get("single") or [{}])[0] if processor.get("type") == "TemplateProcessing" else {}
-    return "SpecialToken" in first
+def _added_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the metadata about the tokens that are put around a text."""
+    if len(tokenizer.prefix_ids) > 1 or len(tokenizer.suffix_ids) > 1:
+        raise TokenizerError("the tokenizer puts several tokens before or after a text; llama.cpp puts one at most.")
+    bos_id = next(iter(tokenizer.prefix_ids), tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
+    eos_id = next(iter(tokenizer.suffix_ids), tokenizer.eos_id)
+    ids = {"bos": bos_id, "eos": eos_id}
+    return {
+        **{f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None},
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.prefix_ids),
+        "tokenizer.ggml.add_eos_token": bool(tokenizer.suffix_ids),
+    }
 
 
 def _is_byte(token: str) -> bool:

@@ -28,6 +28,8 @@ from gptsmith.storage import atomic_file
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+DEFAULT_GENERATION = {"do_sample": True, "temperature": 0.8}
+"""What generation_config.json says about sampling, for a model that came without one."""
 
 _MAX_JSON_BYTES = 64 << 20  # the index of a model with hundreds of shards has about 10 MB
 
@@ -80,7 +82,9 @@ LAYOUTS: dict[str, Layout] = {
 # Configuration --------------------------------------------------------------------------------------------------------
 
 
-def config_to_hf(config: ModelConfig, *, eos_token_id: int | None = None) -> dict[str, Any]:
+def config_to_hf(
+    config: ModelConfig, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return the contents of `config.json`. Raise CheckpointError for a configuration that the layout cannot hold."""
     if config.attention_scale is not None and config.model_type != "gpt_neo":
         raise CheckpointError(f"the {config.model_type} layout supports no attention_scale but 1/sqrt(head_dim).")
@@ -88,9 +92,20 @@ def config_to_hf(config: ModelConfig, *, eos_token_id: int | None = None) -> dic
         **LAYOUTS[config.model_type].config_to_hf(config),
         "model_type": config.model_type,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
+        **token_ids(bos_token_id, end_ids),
         "dtype": "float32",
+    }
+
+
+def token_ids(bos_token_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the ids of special tokens as config.json and generation_config.json have them.
+
+    Several end tokens are a list. Without a bos_token_id, the first end token stands for it.
+    """
+    first = next(iter(end_ids), None)
+    return {
+        "bos_token_id": first if bos_token_id is None else bos_token_id,
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else first,
     }
 
 
@@ -132,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is implausibly large ({size:,} bytes) for a JSON file: rejected.")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
@@ -223,20 +238,24 @@ def _split(model: Transformer, mapping: WeightMapping, tensor: Tensor) -> tuple[
 # Model directories ----------------------------------------------------------------------------------------------------
 
 
-def save_model(model: Transformer, directory: Path, *, eos_token_id: int | None = None) -> None:
+def save_model(
+    model: Transformer, directory: Path, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
+) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing directory.
 
-    A quantized model is stored under this package's own tensor names, which `quantization_config` in its config.json
-    announces.
+    bos_token_id, end_ids: the tokenizer's. The model's `generation_config` is kept. A quantized model is stored under
+    this package's own tensor names, which `quantization_config` in its config.json announces.
     """
     from safetensors.torch import save
 
     directory = Path(directory)
-    config = config_to_hf(model.config, eos_token_id=eos_token_id)
+    config = config_to_hf(model.config, bos_token_id=bos_token_id, end_ids=end_ids)
     bits = bits_of(model)
     if bits is not None:
         config["quantization_config"] = quantization_config(bits)
-    generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": True, "temperature": 0.8}
+    generation = model.generation_config or DEFAULT_GENERATION
+    ids = token_ids(bos_token_id, end_ids)
+    generation = {**generation, **{key: id for key, id in ids.items() if id is not None or key not in generation}}
     for name, values in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
         with atomic_file(directory / name, "w") as file:
             json.dump(values, file, indent=2)
@@ -246,7 +265,10 @@ def save_model(model: Transformer, directory: Path, *, eos_token_id: int | None 
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:
-    """Read `model.safetensors` of a directory into `model`. Raise CheckpointError if it is missing or does not fit."""
+    """Read `model.safetensors` and `generation_config.json` of a directory into `model`.
+
+    Raise CheckpointError if the weights are missing or do not fit.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(directory) / WEIGHTS_FILE
@@ -257,3 +279,10 @@ def load_model_weights(model: Transformer, directory: Path) -> None:
             load_weights(model, {name: file.get_tensor(name) for name in file.keys()}, str(path))  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
+    model.generation_config = read_generation_config(directory)
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """Return the contents of a directory's `generation_config.json`, {} without one. Raise CheckpointError."""
+    path = Path(directory) / GENERATION_FILE
+    return read_json(path) if path.is_file() else {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from torch.overrides import TorchFunctionMode
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
-    GENERATION_FILE,
     WEIGHTS_FILE,
     config_from_hf,
     load_weights,
     read_config_file,
-    read_json,
+    read_generation_config,
     weight_mappings,
 )
 from gptsmith.formats.hf_weights import WeightMapping
@@ -80,8 +79,8 @@ class ModelSource:
     """Weights by their Hugging Face names; of a model quantized by this package, by our names."""
     tokenizer: Callable[[], Tokenizer]
     """Read the tokenizer, its chat template included. Raises TokenizerError."""
-    generation_config: Mapping[str, Any] | None = None
-    """The contents of generation_config.json, if there is one."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """The contents of generation_config.json, {} without one; for a GGUF file the equivalent."""
     bits: Bits | None = None
     """Bits per weight of a model quantized by this package; None for any other."""
 
@@ -102,6 +101,7 @@ class ModelSource:
         try:
             with _MetaSkeleton():
                 model = Transformer(self.config, initialize=False)
+            model.generation_config = dict(self.generation_config)
         except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
             raise CheckpointError(f"{self.path}: no model can be built from its configuration: {error}.") from None
         where = str(self.path)
@@ -170,7 +170,7 @@ def open_model(path: Path) -> ModelSource:
         return _open_gguf(path)
     values = read_config_file(path)
     config = _checked_config(values, str(path / CONFIG_FILE))
-    generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
+    generation = read_generation_config(path)
     bits = bits_of_config(values.get("quantization_config"))
     weights = open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
     return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
@@ -178,12 +178,18 @@ def open_model(path: Path) -> ModelSource:
 
 def _open_gguf(path: Path) -> ModelSource:
     from gptsmith.formats.gguf import read_gguf
+    from gptsmith.formats.gguf_config import sampling_from_metadata
     from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf
 
     file = read_gguf(path)
     config = _checked_config(file.hf_config, str(path))
     return ModelSource(
-        path, config, file.hf_config, file.tensors, lambda: tokenizer_from_gguf(file.metadata, str(path))
+        path,
+        config,
+        file.hf_config,
+        file.tensors,
+        lambda: tokenizer_from_gguf(file.metadata, str(path)),
+        sampling_from_metadata(file.metadata),
     )
 
 

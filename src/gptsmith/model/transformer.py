@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +208,8 @@ class Transformer(nn.Module):
     initialize: draw random initial weights; otherwise they are undefined until they are loaded.
     activation_checkpointing (an attribute): compute the activations of each layer again in the backward pass instead of
         keeping them (Chen et al. 2016, 1604.06174). Loss and gradients stay the same.
+    generation_config (an attribute): sampling defaults and token ids that the model came with, named as Hugging Face
+        names them. They are saved with the model; `forward` does not use them.
     """
 
     def __init__(self, config: ModelConfig, *, dropout: float = 0.0, initialize: bool = True) -> None:
@@ -215,6 +217,7 @@ class Transformer(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
         self.config, self.dropout = config, dropout
+        self.generation_config: dict[str, Any] = {}
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":

@@ -33,6 +33,7 @@ def upcycle(model: Transformer, num_experts: int, num_experts_per_tok: int = 2) 
         norm_topk_prob=True,
     )
     sparse = Transformer(config, dropout=model.dropout).to(next(model.parameters()).device)
+    sparse.generation_config = dict(model.generation_config)
     dense = model.state_dict()
     sparse.load_state_dict({k: v for k, v in dense.items() if ".mlp." not in k}, strict=False)
     for new, old in zip(sparse.layers, model.layers, strict=True):

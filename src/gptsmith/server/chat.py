@@ -202,9 +202,7 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
         more_stop=template.stop,
         more_stop_ids=() if body.ignore_eos else end_ids,
     )
-    detokenizer = Detokenizer(
-        served.tokenizer, "", params, ignore_eos=bool(body.ignore_eos), skip_special_tokens=tool_format is None
-    )
+    detokenizer = Detokenizer(served.tokenizer, "", params, skip_special_tokens=tool_format is None)
     generation = await service.start(request, served, [Job(ids, detokenizer)])
     return Answer(served, generation, tool_format, logprobs=bool(body.logprobs))
 

@@ -53,7 +53,7 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
         ids = await input_ids(tokenizer, prompt, "prompt")
         check_length(served, ids, body.overflow)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-        detokenizer = Detokenizer(tokenizer, text, params, ignore_eos=bool(body.ignore_eos), prompt_length=len(ids))
+        detokenizer = Detokenizer(tokenizer, text, params, prompt_length=len(ids))
         jobs.append(Job(ids, detokenizer))
     generation = await service.start(request, served, jobs)
     envelope: dict[str, Any] = {

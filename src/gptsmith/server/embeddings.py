@@ -93,8 +93,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         raise ApiError(400, "Set either prompt or messages.", param="prompt")
     if body.prompt is not None:
         text = body.prompt
-        ids = await encode(lambda: tokenizer.encode(text), len(text))
+        add = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_prompt
+        ids = await encode(lambda: add(text), len(text))
     else:
+        if body.add_special_tokens is not None:
+            raise ApiError(400, "add_special_tokens is for a prompt, not for messages.", param="add_special_tokens")
         messages = template_messages(body.messages or [])
         tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
         ids = await encode(

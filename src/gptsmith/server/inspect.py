@@ -104,7 +104,7 @@ def inspect_text(
     config = model.config
     if layer >= config.num_hidden_layers:
         raise UsageError(f"layer must be from 0 to {config.num_hidden_layers - 1} for this model, not {layer}.")
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_prompt(text)
     limit = min(MAX_TOKENS, config.max_position_embeddings)
     if not 1 <= len(ids) <= limit:
         raise UsageError(f"text must have 1 to {limit} tokens, not {len(ids)}.")

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptsmith.engine.sampling import ModelDefaults, SamplingOptions, model_defaults
 from gptsmith.errors import GptsmithError, UsageError, nearest
+from gptsmith.server.access_log import logger
 from gptsmith.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from gptsmith.server.tools import ToolCallFormat
     from gptsmith.tokenizer import Tokenizer
     from gptsmith.tokenizer.chat import ChatTemplate
+
+
+SERVER_SAMPLING = SamplingOptions(temperature=1.0)
+"""OpenAI's default, where the model has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class LoadedModel:
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def defaults(self) -> ModelDefaults:
+        """The sampling options that the model came with. Raise UsageError for invalid ones."""
+        return model_defaults(self.model.generation_config)
 
     @functools.cached_property
     def tool_format(self) -> ToolCallFormat | None:
@@ -174,6 +185,8 @@ class ModelRegistry:
             if entry.loaded is None:
                 loaded = self._load(entry.spec)
                 try:
+                    if (text := loaded.defaults.describe(SERVER_SAMPLING)) is not None:
+                        logger.info("model loaded", extra={"fields": {"model": name, "note": text}})
                     for adapter, (base, directory) in self._adapters.items():
                         if base == name:
                             loaded.engine.add_adapter(adapter, directory)

@@ -10,7 +10,7 @@ from gptsmith.engine.sampling import SAMPLING_OPTIONS, Constraint, SamplingParam
 from gptsmith.engine.text import encode_prompt
 from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
-from gptsmith.server.models import ServedModel
+from gptsmith.server.models import SERVER_SAMPLING, ServedModel
 from gptsmith.server.schema import GenerationRequest, JsonObjectFormat, JsonSchemaFormat, ResponseFormat
 from gptsmith.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def sampling_params(
     more_stop_ids: tuple[int, ...] = (),
     **more: Any,
 ) -> SamplingParams:
-    """Return the sampling parameters a request asks for.
+    """Return the sampling parameters a request asks for: its own, then the model's defaults, then the server's.
 
     more_stop, more_stop_ids: further stop strings and tokens, such as the end of turn of a chat template.
     more: parameters that the endpoints name differently (max_tokens, logprobs, …); None: the default.
@@ -37,8 +37,12 @@ def sampling_params(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not text for text in stop):
         raise ApiError(400, "stop must not contain an empty string.", param="stop")
+    defaults = {"temperature": SERVER_SAMPLING.temperature, **served.loaded.defaults.options}
     params: dict[str, Any] = {
-        "temperature": (0.0 if beam_search else 1.0) if body.temperature is None else body.temperature,
+        **defaults,
+        "temperature": (0.0 if beam_search else defaults["temperature"])
+        if body.temperature is None
+        else body.temperature,
         "stop": (*stop, *more_stop),
         "logit_bias": _logit_bias(body, served),
         "adapter": served.adapter,

@@ -54,7 +54,7 @@ class StreamOptions(BaseModel):
 class GenerationRequest(Request):
     """The fields that completions and chat completions share."""
 
-    temperature: float | None = sampling_field("temperature", "Default 1; 0 with beam search.")
+    temperature: float | None = sampling_field("temperature", "Default: the model's own, else 1; 0 with beam search.")
     top_p: float | None = sampling_field("top_p")
     n: int | None = sampling_field("n")
     stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(
@@ -82,7 +82,7 @@ class GenerationRequest(Request):
     length_penalty: float | None = sampling_field("length_penalty")
     early_stopping: bool | None = sampling_field("early_stopping")
     stop_token_ids: list[Id] | None = Field(None, description=SAMPLING_OPTIONS["stop_ids"].help)
-    ignore_eos: bool | None = Field(None, description="Continue past the end-of-text token.")
+    ignore_eos: bool | None = sampling_field("ignore_eos")
     overflow: Literal["error", "truncate", "shift"] | None = sampling_field("overflow")
     regex: str | None = _REGEX
     grammar: str | None = _GRAMMAR
@@ -336,7 +336,7 @@ class ResponsesRequest(Request):
     )
     instructions: str | None = Field(None, description="A system message to put before the conversation.")
     max_output_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
-    temperature: float | None = sampling_field("temperature", "Default 1.")
+    temperature: float | None = sampling_field("temperature", "Default: the model's own, else 1.")
     top_p: float | None = sampling_field("top_p")
     top_logprobs: int | None = sampling_field("logprobs")
     include: list[Literal["message.output_text.logprobs"]] | None = None
@@ -397,6 +397,9 @@ class TokenizeRequest(Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool | None = Field(
+        None, description="Put the tokens around a prompt that the tokenizer adds, as completions do. Default true."
+    )
     return_token_strs: bool = False
 
 

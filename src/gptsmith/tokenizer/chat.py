@@ -5,7 +5,9 @@
     ids, mask = template.encode(conversation, return_mask=True)     # for training: mask marks the assistant's tokens
 
 A template may write special tokens. The text of a message never becomes one: a user who types "<|im_end|>" gets the
-tokens of those ten characters. A tokenizer without a template gets a plain one that names the speaker of each turn.
+tokens of those ten characters. Where the tokenizer puts a beginning-of-sequence token before a text, a conversation
+whose template does not write it gets it, too, as in llama.cpp. A tokenizer without a template gets a plain one that
+names the speaker of each turn.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer
+from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer, token_content
 
 if TYPE_CHECKING:
     import jinja2
@@ -54,13 +56,12 @@ class ChatTemplate:
         self.source: str = PLAIN if self.plain else str(source)
         self.stop = ("\nUser:",) if self.plain else ()
         self._named_tokens = {
-            role: _content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token")
+            role: token_content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         self._special = {text: id for id, text in tokenizer.special_tokens().items()}
         self._special_ids = frozenset(self._special.values())
         self._end_of_turn_ids = {self._special[token] for token in END_TOKENS if token in self._special}
-        if tokenizer.eos_id is not None:
-            self._end_of_turn_ids.add(tokenizer.eos_id)
+        self._end_of_turn_ids.update(tokenizer.end_ids)
         self._template = _compile(self.source)
         self._pipeline: tokenizers.Tokenizer | None = None
 
@@ -136,7 +137,9 @@ class ChatTemplate:
         whole = marker not in text and self.tokenizer.kind == "other"
 
         def encode_text(text: str) -> list[int]:
-            return self._encode_whole(text) if whole else self._encode_parts(text, marker)
+            ids = self._encode_whole(text) if whole else self._encode_parts(text, marker)
+            prefix = list(self.tokenizer.prefix_ids)
+            return ids if ids[: len(prefix)] == prefix else prefix + ids
 
         ids = encode_text(text)
         if not return_mask:
@@ -250,11 +253,6 @@ class ChatTemplate:
 def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of ids at the beginning that both have in common."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _content(token: object) -> str:
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else ""
 
 
 def _compile(source: str) -> jinja2.Template:

@@ -6,14 +6,23 @@ as in GPT-1). The chat template becomes part of the tokenizer's configuration.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptsmith.errors import TokenizerError
 from gptsmith.tokenizer.bpe import _byte_level, _special_token
-from gptsmith.tokenizer.tokenizer import CONFIG_FILE, END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+from gptsmith.tokenizer.tokenizer import (
+    CONFIG_FILE,
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    Tokenizer,
+    model_end_ids,
+    read_file,
+    read_object,
+    token_content,
+    with_added_tokens,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -38,26 +47,26 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         )
     else:
         return Tokenizer.load(directory)  # raises an error that names the missing file
-    config = tokenizer.config()
-    for role, token in _object(directory / "special_tokens_map.json").items():
+    config = read_object(directory / CONFIG_FILE)
+    for role, token in read_object(directory / "special_tokens_map.json").items():
         if role in _SPECIAL_ROLES and config.get(role) is None:
             config[role] = token
     template = directory / CHAT_TEMPLATE_FILE
     if template.is_file():
-        config["chat_template"] = _text(template)
-    return tokenizer if config == tokenizer.config() else Tokenizer.from_json(tokenizer.to_json(), config)
+        config["chat_template"] = read_file(template)
+    return Tokenizer.from_json(tokenizer.to_json(), config, model_end_ids(directory))
 
 
 def _from_vocabulary(directory: Path) -> Tokenizer:
     """Read a tokenizer from vocab.json (token: id) and merges.txt (one pair per line, in order)."""
     where = directory / "vocab.json"
-    vocabulary = _object(where)
+    vocabulary = read_object(where)
     if not vocabulary or not all(isinstance(id, int) and 0 <= id < 1 << 24 for id in vocabulary.values()):
         raise TokenizerError(f"{where} is not a vocabulary: it must map each token to its id.")
-    lines = _text(directory / "merges.txt").split("\n")
+    lines = read_file(directory / "merges.txt").split("\n")
     rules = [line for line in lines if line.strip() and not line.startswith("#version")]
     merges = [(left, right) for left, _, right in (rule.partition(" ") for rule in rules)]
-    config = _object(directory / CONFIG_FILE)
+    config = read_object(directory / CONFIG_FILE)
     try:
         if any(token.endswith(_END_OF_WORD) for token in vocabulary):
             pipeline = _whole_words(vocabulary, merges)
@@ -66,12 +75,18 @@ def _from_vocabulary(directory: Path) -> Tokenizer:
             pipeline.add_special_tokens([_special_token(END_OF_TEXT)] if END_OF_TEXT in vocabulary else [])
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise TokenizerError(f"{where} and merges.txt do not match: {error}.") from None
-    added = {id: token for token, id in _object(directory / "added_tokens.json").items() if token not in vocabulary}
+    added = {id: token for token, id in read_object(directory / "added_tokens.json").items() if token not in vocabulary}
     first = pipeline.get_vocab_size()
     if set(added) != set(range(first, first + len(added))):
         raise TokenizerError(f"{directory / 'added_tokens.json'}: the ids of added tokens must continue from {first}.")
     pipeline.add_special_tokens([_special_token(added[id]) for id in sorted(added)])
-    return Tokenizer(pipeline.to_str(pretty=True), config)
+    text = pipeline.to_str(pretty=True)
+    around: list[dict[str, int]] = []
+    for role in ("bos", "eos"):
+        token = token_content(config.get(f"{role}_token")) or END_OF_TEXT
+        id = pipeline.token_to_id(token)
+        around.append({token: id} if config.get(f"add_{role}_token") is True and id is not None else {})
+    return Tokenizer(with_added_tokens(text, *around) if any(around) else text, config)
 
 
 def _whole_words(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -92,23 +107,3 @@ def _whole_words(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -
     if unknown is not None:
         pipeline.add_special_tokens([_special_token(unknown)])
     return pipeline
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Return an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"cannot read {path}: {error}.") from None
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} is not a JSON object.")
-    return values
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read {path}: {error}.") from None

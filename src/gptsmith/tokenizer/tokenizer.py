@@ -7,7 +7,9 @@ the same ids. There are three kinds:
 - `bpe`: byte-level byte-pair encoding (Radford et al. 2019). Every text has ids, and they decode to exactly that text.
 - `other`: any other `tokenizer.json`, used as it is.
 
-Text never becomes a special token: "<|endoftext|>" in a text is thirteen ordinary characters.
+Text never becomes a special token: "<|endoftext|>" in a text is thirteen ordinary characters. Some tokenizers put
+special tokens around a text, mostly a beginning-of-sequence token before it; `encode_prompt` does so, and `encode` does
+not.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ END_OF_TEXT = "<|endoftext|>"  # the document separator: GPT-2's name for it
 UNKNOWN = "<|unk|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"  # which name further end tokens
 
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -63,22 +66,30 @@ class Tokenizer:
     """A tokenizer that is described by a tokenizer.json. Immutable and picklable.
 
     kind: "char", "bpe" or "other". vocab_size: ids are 0 ... vocab_size - 1. eos_id: the document separator (None if
-    there is none). unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens
-    becomes the unknown token. covers_all_text: whether there is no such text. fingerprint: sha256 (hex) of the
-    canonical tokenizer.json.
+    there is none). end_ids: the tokens at which generated text ends; the first is eos_id. bos_id: the token that stands
+    for the beginning of a text (None if there is none). prefix_ids, suffix_ids: what `encode_prompt` puts around a
+    text. unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens becomes the
+    unknown token. covers_all_text: whether there is no such text. fingerprint: sha256 (hex) of the canonical
+    tokenizer.json.
     """
 
     kind: Literal["char", "bpe", "other"]
     vocab_size: int
     eos_id: int | None
+    end_ids: tuple[int, ...]
+    bos_id: int | None
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
     unk_id: int | None
     replaces_unknown: bool
     covers_all_text: bool
     fingerprint: str
 
-    def __init__(self, text: str, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, text: str, config: Mapping[str, Any] | None = None, end_ids: Iterable[int] = ()) -> None:
         """Create it from the text of a tokenizer.json and the values of its tokenizer_config.json.
 
+        end_ids: tokens at which the model ends a text, besides the configuration's eos_token; without an eos_token the
+        first of them is the document separator.
         Raises TokenizerError if the text is not a tokenizer.json.
         """
         from tokenizers import Tokenizer as Pipeline
@@ -102,10 +113,17 @@ class Tokenizer:
         self._special = {
             id: token.content for id, token in self._pipeline.get_added_tokens_decoder().items() if token.special
         }
+        self._further_end_ids = tuple(id for id in end_ids if 0 <= id < self.vocab_size)
         self.eos_id = _token_id(vocabulary, self._config.get("eos_token"))
         if self.eos_id is None:
             contents = set(self._special.values())
-            self.eos_id = next((vocabulary[token] for token in END_TOKENS if token in contents), None)
+            ends = (*self._further_end_ids, *(vocabulary[token] for token in END_TOKENS if token in contents))
+            self.eos_id = next(iter(ends), None)
+        self.end_ids = tuple(dict.fromkeys(() if self.eos_id is None else (self.eos_id, *self._further_end_ids)))
+        self.prefix_ids, self.suffix_ids = _added_ids(description.get("post_processor") or {})
+        self.bos_id = _token_id(vocabulary, self._config.get("bos_token"))
+        if self.bos_id is None and len(self.prefix_ids) == 1:
+            (self.bos_id,) = self.prefix_ids
         unknown = description["model"].get("unk_token")
         self.unk_id = _token_id(vocabulary, unknown if isinstance(unknown, str) else self._config.get("unk_token"))
         if description["model"].get("type") == "Unigram":
@@ -134,6 +152,24 @@ class Tokenizer:
             ids: list[int] = self.encode_array(text).tolist()
             return ids
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text for a model to continue: as `tokenizer(text)` of transformers, with the tokens that
+        the tokenizer puts around a text.
+
+        Where the text begins with the spelling of these tokens ("<s>Once"), they are not added a second time.
+        Raises TokenizerError as `encode` does.
+        """
+        for id in self.prefix_ids:
+            text = text.removeprefix(self._special.get(id, ""))
+        return [*self.prefix_ids, *self.encode(text), *self.suffix_ids]
+
+    def without_added_tokens(self) -> Tokenizer:
+        """Return this tokenizer with an `encode_prompt` that adds nothing to a text."""
+        if not self.prefix_ids and not self.suffix_ids:
+            return self
+        config = {key: value for key, value in self._config.items() if key not in ("add_bos_token", "add_eos_token")}
+        return Tokenizer(with_added_tokens(self._text, {}, {}), config, self._further_end_ids)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the same ids as a (number of tokens,) uint32 array."""
@@ -247,31 +283,29 @@ class Tokenizer:
     # files
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into `directory`, in the form that transformers reads."""
+        """Write tokenizer.json and tokenizer_config.json into `directory`, in the form that transformers reads.
+
+        End tokens that these files cannot name are written into a generation_config.json, if there is none.
+        """
         write_text(Path(directory) / TOKENIZER_FILE, self._text)
         write_text(Path(directory) / CONFIG_FILE, json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n")
+        if self._further_end_ids and not (Path(directory) / GENERATION_FILE).exists():
+            values = {"eos_token_id": list(self.end_ids)}
+            write_text(Path(directory) / GENERATION_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Load the tokenizer saved in `directory`. Raises TokenizerError naming a file that is missing or damaged."""
+        """Load the tokenizer saved in `directory`, with the end tokens of a model that is saved there.
+
+        Raises TokenizerError naming a file that is missing or damaged.
+        """
         path = Path(directory) / TOKENIZER_FILE
         config_path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise TokenizerError(f"no tokenizer in {directory}: {path} does not exist.")
+        text = read_file(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"cannot read {path}: {error}.") from None
-        config: Any = {}
-        if config_path.exists():
-            try:
-                config = json.loads(config_path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise TokenizerError(f"cannot read {config_path}: {error}.") from None
-            if not isinstance(config, dict):
-                raise TokenizerError(f"{config_path} is not a JSON object.")
-        try:
-            return cls(text, config)
+            return cls(text, read_object(config_path), model_end_ids(directory))
         except TokenizerError as error:
             raise TokenizerError(f"{path} is {error} The file is damaged, or does not describe a tokenizer.") from None
 
@@ -280,9 +314,9 @@ class Tokenizer:
         return self._text
 
     @classmethod
-    def from_json(cls, text: str, config: Mapping[str, Any] | None = None) -> Tokenizer:
-        """Create a tokenizer from the text of a tokenizer.json and the values of its tokenizer_config.json."""
-        return cls(text, config)
+    def from_json(cls, text: str, config: Mapping[str, Any] | None = None, end_ids: Iterable[int] = ()) -> Tokenizer:
+        """Create a tokenizer as the constructor does."""
+        return cls(text, config, end_ids)
 
     def config(self) -> dict[str, Any]:
         """Return the values of tokenizer_config.json: the loaded ones, or some that suit transformers."""
@@ -295,8 +329,8 @@ class Tokenizer:
             config["unk_token"] = self._pipeline.id_to_token(self.unk_id)
         return config
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any]]]:
-        return Tokenizer, (self._text, self._config)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any], tuple[int, ...]]]:
+        return Tokenizer, (self._text, self._config, self._further_end_ids)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
@@ -387,6 +421,39 @@ class StreamDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
+def model_end_ids(directory: Path) -> tuple[int, ...]:
+    """Return the end tokens that generation_config.json and config.json name, as a number or a list.
+
+    Raises TokenizerError for a file that is damaged.
+    """
+    ids: list[Any] = []
+    for name in (GENERATION_FILE, MODEL_FILE):
+        value = read_object(Path(directory) / name).get("eos_token_id")
+        ids += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(id for id in ids if type(id) is int))
+
+
+def read_file(path: Path) -> str:
+    """Read a UTF-8 file, without a byte-order mark. Raises TokenizerError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read {path}: {error}.") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file. Return an empty one if there is no such file. Raises TokenizerError."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"cannot read {path}: {error}.") from None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} is not a JSON object.")
+    return values
+
+
 def _kind(description: Mapping[str, Any]) -> Literal["char", "bpe", "other"]:
     model = description["model"]
     if model.get("type") == "WordLevel" and all(description.get(key) == part for key, part in CHAR_PIPELINE.items()):
@@ -404,9 +471,56 @@ def _kind(description: Mapping[str, Any]) -> Literal["char", "bpe", "other"]:
 
 
 def _token_id(vocabulary: Mapping[str, int], token: object) -> int | None:
-    """Return the id of a token that a tokenizer_config.json names as a string or as {"content": ...}."""
+    """Return the id of a token that a tokenizer_config.json names."""
+    content = token_content(token)
+    return vocabulary.get(content) if content else None
+
+
+def token_content(token: object) -> str:
+    """Return a token that a tokenizer_config.json names as a string or as {"content": ...}; "" if it does not."""
     content = token.get("content") if isinstance(token, dict) else token
-    return vocabulary.get(content) if isinstance(content, str) else None
+    return content if isinstance(content, str) else ""
+
+
+def _added_ids(processor: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor of a tokenizer.json puts before and after a text."""
+    kind = processor.get("type")
+    if kind == "Sequence":  # `tokenizers` lets only the first of several add tokens
+        added = (_added_ids(part) for part in processor["processors"])
+        return next((each for each in added if any(each)), ((), ()))
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return (processor["cls"][1],), (processor["sep"][1],)
+    if kind != "TemplateProcessing":
+        return (), ()
+    sides: tuple[list[int], list[int]] = ([], [])
+    at = 0
+    for piece in processor["single"]:
+        if "Sequence" in piece:
+            at = 1
+        else:
+            sides[at].extend(processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return tuple(sides[0]), tuple(sides[1])
+
+
+def with_added_tokens(text: str, before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """Return the tokenizer.json `text` with another post-processor: one that puts these tokens around a text."""
+
+    def pieces(tokens: Iterable[str]) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+
+    def single(name: str) -> list[dict[str, Any]]:
+        return [*pieces(before), {"Sequence": {"id": name, "type_id": 0}}, *pieces(after)]
+
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single("A"),
+        "pair": single("A") + single("B"),
+        "special_tokens": {
+            token: {"id": token, "ids": [id], "tokens": [token]} for token, id in {**before, **after}.items()
+        },
+    }
+    description = {**json.loads(text), "post_processor": processor if before or after else None}
+    return json.dumps(description, ensure_ascii=False, indent=1)
 
 
 def _code_point_table(vocabulary: Mapping[str, int], special: Mapping[int, str]) -> np.ndarray:

@@ -468,6 +468,7 @@ def make_model(
         model = Transformer(model_config, dropout=config.loop.dropout, initialize=init is None)
     if init is not None:
         model.load_state_dict(init.model.state_dict())
+        model.generation_config = dict(init.model.generation_config)
     return model
 
 

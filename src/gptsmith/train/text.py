@@ -47,7 +47,7 @@ def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Toke
     if init.tokenizer == "bpe":
         fraction = 0.0 if val is not None else config.data.val_fraction
         return train_bpe(_training_part(train, fraction), init.vocab_size)
-    return ready_tokenizer(init.tokenizer)
+    return ready_tokenizer(init.tokenizer).without_added_tokens()  # which the training text does not have
 
 
 def ready_tokenizer(name: str) -> Tokenizer:
