@@ -425,3 +425,12 @@ def test_a_corpus_is_fetched_and_copied(run_cli: Cli, tmp_path: Path, own_cache:
     assert cached.read_bytes() == (tmp_path / "new" / "stdlib.jsonl").read_bytes()
     code, _, err = run_cli("data", "get", "python-stdlib", "--out", tmp_path / "new")
     assert (code, err.startswith("error: ")) == (2, True)
+
+
+def test_a_text_without_line_ends(run_cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "text.txt").write_text("ba ko mi " * 500)
+    assert run_cli("train", tmp_path / "text.txt", "--out", tmp_path / "run", *tiny, "--steps", "2")[0] == 0
+    code, out, _ = run_cli("generate", tmp_path / "run", "--max-tokens", "5")
+    assert code == 0
+    assert out.endswith("\n")
+    assert "\n" not in out[:-1]  # nothing but what the model wrote

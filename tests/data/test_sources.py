@@ -346,3 +346,15 @@ def test_utf32_is_called_so(encoding: str, tmp_path: Path) -> None:
     path.write_bytes("\ufeffabc".encode(encoding))
     with pytest.raises(DataError, match="is UTF-32"):
         list(open_source(path).chunks())
+
+
+def test_linked_folders_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts" / "more").symlink_to(tmp_path / "elsewhere")
+    source = open_source(tmp_path / "texts")
+    assert isinstance(source, FolderSource)
+    assert [chunk.text for chunk in source.chunks()] == ["a"]
+    assert source.skipped == 1
+    assert "linked folders: more" in capsys.readouterr().err

@@ -268,7 +268,10 @@ def _command(conversation: Conversation, line: str) -> bool:
     elif name == "save":
         if not value:
             raise UsageError("/save needs the name of a file.")
-        conversation.save(Path(value).expanduser())
+        try:
+            conversation.save(Path(value).expanduser())
+        except OSError as error:
+            raise UsageError(f"cannot write {value}: {error.strerror or error}.") from None
         note(f"(saved to {value})")
     else:
         names = ("system", "reset", "temperature", "save", "stats", "help", "quit")

@@ -12,7 +12,7 @@ import tyro
 
 from gptsmith.cli.parser import parse
 from gptsmith.engine.sampling import GenerationOptions, SamplingParams, model_defaults
-from gptsmith.errors import UsageError
+from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import duration, note
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> int:
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
+    if prompt == Generate.prompt and not _knows(tokenizer, prompt):  # its text has no line end
+        prompt = ""
 
     defaults = model_defaults(model.generation_config)
     own = Generate(model="", sampling=replace(GenerationOptions(), **defaults.options))
@@ -194,6 +196,13 @@ def _read_input() -> str:
         raise UsageError(
             f"standard input is not {sys.stdin.encoding} text: {error.reason} at byte {error.start}."
         ) from None
+
+
+def _knows(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        return bool(tokenizer.encode(text))
+    except TokenizerError:
+        return False
 
 
 def _write(text: str) -> None:

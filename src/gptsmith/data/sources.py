@@ -217,6 +217,7 @@ class FolderSource(Source):
     def __init__(self, spec: str, path: Path, name: str) -> None:
         super().__init__(spec, path, name)
         self.skipped = 0
+        self._linked: list[str] = []  # folders that are links, which are not followed
         self._files: list[Path] | None = None
 
     @property
@@ -258,13 +259,14 @@ class FolderSource(Source):
                     files.append(path)
                     seen.append(state)
                     digest.update(f"{content.hexdigest()} {relative}\n".encode("utf-8", "surrogateescape"))
-        self.skipped = hidden + len(not_text)
+        self.skipped = hidden + len(not_text) + len(self._linked)
         if not files:
             raise DataError(
                 f"no text in the folder {self.path}: it has no UTF-8 text files ({self.skipped} are hidden or binary)."
             )
         if self.skipped:
             names = f", not text: {', '.join(not_text[:3])}{', ...' if len(not_text) > 3 else ''}" if not_text else ""
+            names += f", linked folders: {', '.join(self._linked[:3])}" if self._linked else ""
             note(f"{self.spec}: {len(files):,} text files; skipped {self.skipped:,} (hidden: {hidden:,}{names})")
         self._fingerprint, self._seen = digest.hexdigest(), tuple(seen)
         return files
@@ -278,6 +280,7 @@ class FolderSource(Source):
         found: list[Path] = []
         hidden = 0
         for root, folders, names in os.walk(self.path, onerror=refuse):
+            self._linked += [name for name in folders if (Path(root) / name).is_symlink()]
             hidden += sum(name.startswith(".") for name in [*folders, *names])
             folders[:] = [name for name in folders if not name.startswith(".")]
             paths = (Path(root, name) for name in names if not name.startswith("."))
