@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 
 from gptsmith.checkpoint import CheckpointStore, verify
-from gptsmith.errors import CheckpointError, TokenizerError, nearest
+from gptsmith.errors import CheckpointError, nearest
 from gptsmith.formats.hf import CONFIG_FILE
 from gptsmith.formats.hub import hub_model_path, is_hub_id
 from gptsmith.formats.named import NAMED_MODELS, named_model_path
 from gptsmith.formats.source import open_model
+from gptsmith.log import note
 from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
 from gptsmith.model.quantized import quantize as quantize_model
 from gptsmith.model.transformer import Transformer
@@ -41,8 +42,10 @@ def load_model(
     `gptsmith quantize`, or in a GGUF file); none dequantizes them to `dtype`. In a quantized model the other weights
     are float32, on a GPU bfloat16.
 
-    Raises CheckpointError if the model is missing, damaged or of an unknown kind, TokenizerError if its tokenizer does
-    not fit, and UsageError for quantized weights on a GPU without torchao.
+    Tokens that were added to the tokenizer without an embedding in the model are errors in texts. Without a tokenizer,
+    texts are token ids.
+    Raises CheckpointError if the model is missing, damaged or of an unknown kind, TokenizerError if its tokenizer is
+    damaged or that of another model, and UsageError for quantized weights on a GPU without torchao.
     """
     source = open_model(resolve_model(spec))
     requested: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
@@ -55,12 +58,13 @@ def load_model(
         model = source.model(dtype=dtype, packed=quantize != "none")
         if requested is not None and bits_of(model) != requested:
             model = quantize_model(source.model(), requested)
-    tokenizer = source.tokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise TokenizerError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"the model only {model.config.vocab_size:,}."
+    tokenizer, rows = source.checked_tokenizer(), model.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        note(
+            f"note: {source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,}. "
+            f"The tokens from {rows} on ({tokenizer.token_text(rows)!r}) cannot be used."
         )
+        tokenizer = tokenizer.limited_to(rows)
     return model.to(device), tokenizer
 
 

@@ -165,7 +165,7 @@ class _Bytes:
         self.eos_token_id, self.bos_token_id = eos_id, None
         special = tokenizer.special_tokens()
         count = max(tokenizer.vocab_size, eos_id + 1)
-        self.special_token_ids = sorted({*special, eos_id})
+        self.special_token_ids = sorted({*(id for id in special if id < count), eos_id})
         self.tokens = [
             special.get(id, "<end>").encode()
             if id in special or id >= tokenizer.vocab_size

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import explain_full_disk
-from gptsmith.errors import CheckpointError, TokenizerError, UsageError, first_few
+from gptsmith.errors import CheckpointError, UsageError, first_few
 from gptsmith.export.model_card import About, license_of, model_card, run_of
 from gptsmith.export.transforms import ModelTransform
 from gptsmith.formats.hf import (
@@ -124,12 +124,7 @@ def read_verified(source: ModelSource) -> tuple[Transformer, Tokenizer]:
     Raises CheckpointError that lists tensors with NaN or infinite weights, and TokenizerError if the tokenizer does not
     fit the model.
     """
-    tokenizer = source.tokenizer()
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise TokenizerError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
-            f"{source.config.vocab_size:,}."
-        )
+    tokenizer = source.checked_tokenizer()
     model = source.model()
     _check_finite(weights_to_hf(model), f"{source.path} has weights that are NaN or infinite")
     return model, tokenizer

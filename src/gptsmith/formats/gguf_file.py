@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptsmith.errors import CheckpointError
+from gptsmith.errors import CheckpointError, first_few
 from gptsmith.model.quantized import Codes
 
 MAGIC = b"GGUF"
@@ -84,12 +85,16 @@ TYPES_BY_NAME = {each.name: each for each in TENSOR_TYPES.values()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is stored. shape: slowest dimension first, as in numpy and torch. offset: bytes into the file."""
+    """Where a tensor is stored.
+
+    shape: slowest dimension first, as in numpy and torch. offset: bytes into the file. part: of a file that is split.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
     offset: int
+    part: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -98,16 +103,21 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened file.
+    """An opened file, or all parts of one that is split.
 
-    metadata: plain values; arrays of numbers as numpy arrays, arrays of strings as lists. tensors: by name. data: the
-    memory-mapped file.
+    metadata: plain values; arrays of numbers as numpy arrays, arrays of strings as lists. tensors: by name. parts: the
+    memory-mapped files.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    data: mmap.mmap
+    parts: tuple[mmap.mmap, ...]
+
+    def bytes_of(self, name: str, count: int | None = None) -> np.ndarray:
+        """Return the stored bytes of a tensor, (bytes,) uint8 without a copy; only the first `count` if given."""
+        info = self.tensors[name]
+        return np.frombuffer(self.parts[info.part], np.uint8, info.num_bytes if count is None else count, info.offset)
 
     def read(self, name: str, part: int | None = None) -> np.ndarray:
         """Return tensor `name` dequantized to float32. part: only that index of its first dimension.
@@ -150,7 +160,7 @@ class GgufFile:
         if part is not None:
             size //= shape[0]
             start, shape = start + part * size, shape[1:]
-        return np.frombuffer(self.data, dtype=np.uint8, count=size, offset=start), info.type, shape
+        return np.frombuffer(self.parts[info.part], dtype=np.uint8, count=size, offset=start), info.type, shape
 
     def _not_finite(self, name: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
@@ -290,18 +300,59 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read and check a file's header and memory-map its tensors. Raise CheckpointError if it is damaged."""
+    """Read and check a file's header and memory-map its tensors. Raise CheckpointError if it is damaged.
+
+    path: of a file that is split (llama.cpp's gguf-split: NAME-00001-of-00003.gguf), any part; the others must be
+    beside it.
+    """
     path = Path(path)
+    metadata, tensors, data = _open_part(path)
+    count = metadata.get("split.count", 0)
+    if type(count) is not int or count <= 1:
+        return GgufFile(path, metadata, tensors, (data,))
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name["count"]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count:,} parts of a model, and was renamed: the parts must be named "
+            f"NAME-00001-of-{count:05d}.gguf and so on."
+        )
+    paths = [path.with_name(f"{name['stem']}-{part + 1:05d}-of-{count:05d}.gguf") for part in range(count)]
+    missing = [each.name for each in paths if not each.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} lacks {len(missing)} of {count} parts of the model: {first_few(missing)}."
+        )
+    joined: dict[str, TensorInfo] = {}
+    parts = [_open_part(each) for each in paths]
+    for part, (its_metadata, its_tensors, _) in enumerate(parts):
+        if (its_metadata.get("split.no"), its_metadata.get("split.count")) != (part, count):
+            raise CheckpointError(f"{paths[part]} is not part {part + 1} of {count} of the model.")
+        for tensor in its_tensors.values():
+            if tensor.name in joined:
+                raise CheckpointError(f"the tensor {tensor.name!r} is in two parts of the model; one is {paths[part]}.")
+            joined[tensor.name] = replace(tensor, part=part)
+    metadata = parts[0][0]
+    if metadata.get("split.tensors.count", len(joined)) != len(joined):
+        raise CheckpointError(
+            f"the parts of {paths[0]} have {len(joined):,} tensors, but {metadata['split.tensors.count']!r:.80} are "
+            "expected. They may be of different models; download them again."
+        )
+    return GgufFile(paths[0], metadata, joined, tuple(data for _, _, data in parts))
+
+
+_PART = re.compile(r"(?P<stem>.+)-(\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def _open_part(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], mmap.mmap]:
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     try:
-        metadata, tensors = _read_header(_Cursor(data))
+        return *_read_header(_Cursor(data)), data
     except _Damaged as problem:
         raise CheckpointError(f"{path} is not a readable GGUF file: {problem}.") from None
-    return GgufFile(path, metadata, tensors, data)
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ GENERATION_FILE = "generation_config.json"
 DEFAULT_GENERATION = {"do_sample": True, "temperature": 0.8}
 """What generation_config.json says about sampling, for a model that came without one."""
 
+HEAD = "lm_head.weight"
+"""The name of the output matrix in every layout."""
+
 _MAX_JSON_BYTES = 64 << 20  # the index of a model with hundreds of shards has about 10 MB
 
 
@@ -44,30 +47,35 @@ class Layout:
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     ignored_tensors: str
     """Regular expression for tensors that hold no weights, such as the causal masks that old files contain."""
+    prefix: str
+    """What all names but that of the output matrix begin with; files of a model without one may lack it."""
 
 
 _MASKS, _ROTARY = r".*\.attn\.(attention\.)?(bias|masked_bias)", r".*\.rotary_emb\.inv_freq"
 _LLAMA = Layout(
-    hf_weights.llama_mappings, hf_config.llama_config_to_hf, hf_config.llama_config_from_hf, ignored_tensors=_ROTARY
+    hf_weights.llama_mappings, hf_config.llama_config_to_hf, hf_config.llama_config_from_hf, _ROTARY, "model."
 )
 LAYOUTS: dict[str, Layout] = {
     "openai-gpt": Layout(
         hf_weights.openai_mappings,
         hf_config.gpt1_config_to_hf,
         hf_config.gpt1_config_from_hf,
-        ignored_tensors=_MASKS + r"|transformer\.position_ids",
+        _MASKS + r"|transformer\.position_ids",
+        "transformer.",
     ),
     "gpt2": Layout(
         hf_weights.openai_mappings,
         hf_config.gpt2_config_to_hf,
         hf_config.gpt2_config_from_hf,
-        ignored_tensors=_MASKS,
+        _MASKS,
+        "transformer.",
     ),
     "gpt_neo": Layout(
         hf_weights.gpt_neo_mappings,
         hf_config.gpt_neo_config_to_hf,
         hf_config.gpt_neo_config_from_hf,
-        ignored_tensors=_MASKS,
+        _MASKS,
+        "transformer.",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -162,8 +170,48 @@ def weight_mappings(config: ModelConfig) -> list[WeightMapping]:
     """Return the mapping of every weight of a model with this configuration."""
     mappings = LAYOUTS[config.model_type].weight_mappings(config)
     if not config.tie_word_embeddings:
-        mappings.append(WeightMapping("lm_head.weight", ("lm_head.weight",)))
+        mappings.append(WeightMapping("lm_head.weight", (HEAD,)))
     return mappings
+
+
+class _RenamedTensors(Mapping[str, Tensor]):
+    """Tensors under other names. stored_names: their names in `tensors`, by the new ones."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], stored_names: Mapping[str, str]) -> None:
+        self._tensors, self._stored_names = tensors, stored_names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._stored_names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored_names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored_names)
+
+    def __len__(self) -> int:
+        return len(self._stored_names)
+
+
+def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
+    """Return the tensors of a file under the names that `weight_mappings` expects, without reading them.
+
+    As in transformers, the names may lack the layout's prefix (files of a model without output matrix), and the
+    embeddings may be stored only as the output matrix that they are tied to.
+    """
+    prefix = LAYOUTS[config.model_type].prefix
+    names = {name: name for name in tensors}
+    if not any(name.startswith(prefix) for name in names):
+        names = {name if name == HEAD else prefix + name: name for name in names}
+    embeddings = embeddings_name(config)
+    if config.tie_word_embeddings and embeddings not in names and HEAD in names:
+        names[embeddings] = names.pop(HEAD)
+    return _RenamedTensors(tensors, names)
+
+
+def embeddings_name(config: ModelConfig) -> str:
+    """Return the Hugging Face name of the token embeddings."""
+    return next(m.hf[0] for m in weight_mappings(config) if m.local == "embed_tokens.weight")
 
 
 def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
@@ -184,17 +232,14 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
 
     where: the source, for messages. Raises CheckpointError that lists missing, unexpected and misshapen tensors.
     """
-    if model.config.model_type in ("gpt2", "openai-gpt", "gpt_neo") and not any(
-        name.startswith("transformer.") for name in tensors
-    ):
-        tensors = {("" if name.startswith("lm_head") else "transformer.") + name: t for name, t in tensors.items()}
+    tensors = named_tensors(tensors, model.config)
     mappings = weight_mappings(model.config)
     expected = {name for mapping in mappings for name in mapping.hf}
     missing = sorted(expected - tensors.keys())
     ignored = re.compile(LAYOUTS[model.config.model_type].ignored_tensors)
     unexpected = sorted(name for name in tensors.keys() - expected if not ignored.fullmatch(name))
-    if model.config.tie_word_embeddings and "lm_head.weight" in unexpected:
-        unexpected.remove("lm_head.weight")  # some writers store a tied head twice
+    if model.config.tie_word_embeddings and HEAD in unexpected:
+        unexpected.remove(HEAD)  # some writers store a tied head twice
     wrong_shapes = []
     state = model.state_dict()
     with torch.no_grad():

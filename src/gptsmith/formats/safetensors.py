@@ -21,6 +21,8 @@ from gptsmith.log import note
 
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
 LEGACY_FILE = "pytorch_model.bin"
+_OPTIONAL = re.compile(r"lm_head\.weight|.*\.(attn\.(attention\.)?(masked_)?bias|rotary_emb\.inv_freq)")
+"""Tensors that an index may list without there being any: a model can do without them."""
 
 
 def open_weights(directory: Path) -> Mapping[str, Tensor]:
@@ -54,17 +56,21 @@ def _shards(index: Path, suffix: str) -> tuple[set[str], list[Path]]:
                 f"{index} rejected: the shard {shard!r} is not the plain name of a {suffix} file beside it."
             )
     paths = [index.parent / shard for shard in sorted(set(weight_map.values()))]
-    missing = [path.name for path in paths if not path.is_file()]
+    needed = {shard for name, shard in weight_map.items() if not _OPTIONAL.fullmatch(name)}
+    missing = [path.name for path in paths if not path.is_file() and path.name in needed]
     if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of {len(paths)} shards: {first_few(missing)}. Download it again."
         )
-    return set(weight_map), paths
+    return set(weight_map), [path for path in paths if path.is_file()]
 
 
 def _check_complete(tensors: Mapping[str, Tensor], names: set[str], index: Path) -> Mapping[str, Tensor]:
-    """Return `tensors`. Raise CheckpointError unless they include all that the index lists (there may be more)."""
-    missing = sorted(names - tensors.keys())
+    """Return `tensors`. Raise CheckpointError unless they include all that the index lists (there may be more).
+
+    An output matrix may be missing: it can be tied to the embeddings.
+    """
+    missing = sorted(name for name in names - tensors.keys() if not _OPTIONAL.fullmatch(name))
     if missing:
         raise CheckpointError(f"{index} lists tensors that its shards do not contain: {first_few(missing)}.")
     return tensors

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gptsmith.errors import CheckpointError
+from gptsmith.errors import CheckpointError, TokenizerError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
+    HEAD,
     WEIGHTS_FILE,
     config_from_hf,
+    embeddings_name,
     load_weights,
+    named_tensors,
     read_config_file,
     read_generation_config,
     weight_mappings,
 )
 from gptsmith.formats.hf_weights import WeightMapping
 from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
+from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import (
     Bits,
@@ -48,7 +52,9 @@ from gptsmith.model.quantized import (
 )
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
-from gptsmith.tokenizer.pretrained import read_tokenizer
+from gptsmith.tokenizer.ids import IdTokenizer
+from gptsmith.tokenizer.pretrained import has_tokenizer, read_tokenizer
+from gptsmith.tokenizer.tokenizer import model_end_ids
 
 _LIMITS = {  # a larger value is a mistake or an attack: tables and lists of that length would be built
     "vocab_size": 1 << 24,
@@ -121,6 +127,20 @@ class ModelSource:
         load_weights(model, self.tensors, where)
         return model.eval()
 
+    def checked_tokenizer(self) -> Tokenizer:
+        """Read the tokenizer, and check that it fits the model.
+
+        It may have tokens that the model has no embeddings for, which were added to it later, or a single one.
+        Raises TokenizerError if the tokenizer is damaged, or is that of another model.
+        """
+        tokenizer, rows = self.tokenizer(), self.config.vocab_size
+        further = set(range(rows, tokenizer.vocab_size))
+        if len(further) > 1 and not further <= tokenizer.added_ids:
+            raise TokenizerError(
+                f"{self.path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {rows:,}."
+            )
+        return tokenizer
+
     def stored_dtype(self) -> torch.dtype:
         """Return bfloat16 or float16 if all matrices are stored in it, else float32."""
         stored = {dtype for dtype, shape in self._stored().values() if len(shape) > 1}
@@ -172,14 +192,53 @@ def open_model(path: Path) -> ModelSource:
     config = _checked_config(values, str(path / CONFIG_FILE))
     generation = read_generation_config(path)
     bits = bits_of_config(values.get("quantization_config"))
-    weights = open_weights(path) if bits is None else SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
-    return ModelSource(path, config, values, weights, lambda: read_tokenizer(path), generation, bits)
+    if bits is not None:
+        weights: Mapping[str, Tensor] = SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
+    else:
+        weights = open_weights(path)
+        config = _untied(config, weights, path)
+    return ModelSource(path, config, values, weights, lambda: _read_tokenizer(path, config), generation, bits)
+
+
+def _untied(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> ModelConfig:
+    """Return the configuration, untied if the file has an output matrix that differs from the embeddings.
+
+    The weights decide, as in transformers, whatever config.json says.
+    """
+    named, embeddings = named_tensors(tensors, config), embeddings_name(config)
+    if not config.tie_word_embeddings or HEAD not in named or embeddings not in named:
+        return config
+    head, embedded = named[HEAD], named[embeddings]
+    if head.shape == embedded.shape and torch.equal(head.float(), embedded.float()):
+        return config
+    note(
+        f"note: {path} has an output matrix of its own, although its config.json ties it to the embeddings. It is used."
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def _read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    if has_tokenizer(path):
+        return read_tokenizer(path)
+    return _id_tokenizer(path, config, model_end_ids(path))
+
+
+def _id_tokenizer(path: Path, config: ModelConfig, end_ids: Iterable[int]) -> Tokenizer:
+    note(f"note: {path} has no tokenizer. Prompts and texts are token ids, such as 5 17 3.")
+    return IdTokenizer.of(config.vocab_size, end_ids)
+
+
+def _read_gguf_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any]) -> Tokenizer:
+    from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf
+
+    if metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):
+        return _id_tokenizer(path, config, [id for id in [metadata.get("tokenizer.ggml.eos_token_id")] if id])
+    return tokenizer_from_gguf(metadata, str(path))
 
 
 def _open_gguf(path: Path) -> ModelSource:
     from gptsmith.formats.gguf import read_gguf
     from gptsmith.formats.gguf_config import sampling_from_metadata
-    from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf
 
     file = read_gguf(path)
     config = _checked_config(file.hf_config, str(path))
@@ -188,7 +247,7 @@ def _open_gguf(path: Path) -> ModelSource:
         config,
         file.hf_config,
         file.tensors,
-        lambda: tokenizer_from_gguf(file.metadata, str(path)),
+        lambda: _read_gguf_tokenizer(path, config, file.metadata),
         sampling_from_metadata(file.metadata),
     )
 

@@ -32,6 +32,12 @@ _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _END_OF_WORD = "</w>"
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a model directory has files of a tokenizer, complete or not."""
+    names = (TOKENIZER_FILE, CONFIG_FILE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+    return any((directory / name).is_file() for name in names) or any(directory.glob("*.model"))
+
+
 def read_tokenizer(directory: Path) -> Tokenizer:
     """Read the tokenizer of a model directory. Raises TokenizerError naming a file that is missing or damaged."""
     directory = Path(directory)

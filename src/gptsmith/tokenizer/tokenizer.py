@@ -68,7 +68,8 @@ class Tokenizer:
     kind: "char", "bpe" or "other". vocab_size: ids are 0 ... vocab_size - 1. eos_id: the document separator (None if
     there is none). end_ids: the tokens at which generated text ends; the first is eos_id. bos_id: the token that stands
     for the beginning of a text (None if there is none). prefix_ids, suffix_ids: what `encode_prompt` puts around a
-    text. unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens becomes the
+    text. added_ids: tokens that are not the model's own (special ones, and others that are found in a text as a whole).
+    unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens becomes the
     unknown token. covers_all_text: whether there is no such text. fingerprint: sha256 (hex) of the canonical
     tokenizer.json.
     """
@@ -80,6 +81,7 @@ class Tokenizer:
     bos_id: int | None
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
+    added_ids: frozenset[int]
     unk_id: int | None
     replaces_unknown: bool
     covers_all_text: bool
@@ -110,9 +112,10 @@ class Tokenizer:
 
         vocabulary = self._pipeline.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._special = {
-            id: token.content for id, token in self._pipeline.get_added_tokens_decoder().items() if token.special
-        }
+        added = self._pipeline.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
+        self._special = {id: token.content for id, token in added.items() if token.special}
+        self._is_limited = False
         self._further_end_ids = tuple(id for id in end_ids if 0 <= id < self.vocab_size)
         self.eos_id = _token_id(vocabulary, self._config.get("eos_token"))
         if self.eos_id is None:
@@ -164,6 +167,13 @@ class Tokenizer:
             text = text.removeprefix(self._special.get(id, ""))
         return [*self.prefix_ids, *self.encode(text), *self.suffix_ids]
 
+    def limited_to(self, rows: int) -> Tokenizer:
+        """Return this tokenizer for a model that has only ids below `rows`: other tokens are errors in texts."""
+        other = copy.copy(self)
+        other.vocab_size, other._is_limited = min(rows, self.vocab_size), rows < self.vocab_size
+        other.end_ids = tuple(id for id in self.end_ids if id < rows)
+        return other
+
     def without_added_tokens(self) -> Tokenizer:
         """Return this tokenizer with an `encode_prompt` that adds nothing to a text."""
         if not self.prefix_ids and not self.suffix_ids:
@@ -186,6 +196,8 @@ class Tokenizer:
             if self.unk_id is None:
                 raise _unknown_character(text, int(unknown.argmax()), len(self._special), self.vocab_size)
             ids[unknown] = self.unk_id
+        if self._is_limited:
+            self._refuse_ids_beyond(ids.tolist())
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -193,7 +205,9 @@ class Tokenizer:
         if self.kind == "char":
             return [self.encode(text) for text in texts]
         try:
-            return [each.ids for each in self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded: list[list[int]] = [
+                each.ids for each in self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
         except Exception as error:  # `tokenizers` raises bare Exceptions
             for text in texts:
                 try:
@@ -203,6 +217,19 @@ class Tokenizer:
             if not self.replaces_unknown:
                 raise UnknownTextError(f"the tokenizer cannot encode this text: {error}.") from None
             raise TokenizerError(f"the tokenizer cannot encode this text: {error}.") from None
+        if self._is_limited:
+            for ids in encoded:
+                self._refuse_ids_beyond(ids)
+        return encoded
+
+    def _refuse_ids_beyond(self, ids: list[int]) -> None:
+        """Raise TokenizerError for an id that the model does not have; see `limited_to`."""
+        largest = max(ids, default=0)
+        if largest >= self.vocab_size:
+            raise TokenizerError(
+                f"the text has the token {self._pipeline.id_to_token(largest)!r} ({largest}), which the model does not "
+                f"have: its ids go from 0 to {self.vocab_size - 1}."
+            )
 
     def count_unknown(self, text: str) -> Counter[str]:
         """Return the parts of the text that have no token of their own, and how often each occurs.
@@ -330,7 +357,7 @@ class Tokenizer:
         return config
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any], tuple[int, ...]]]:
-        return Tokenizer, (self._text, self._config, self._further_end_ids)
+        return type(self), (self._text, self._config, self._further_end_ids)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint

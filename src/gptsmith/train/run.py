@@ -402,8 +402,17 @@ class Init:
 
 
 def load_init(spec: str) -> Init:
-    """Load the model that training starts from, as `gptsmith.load` does. Quantized weights become float32."""
-    return Init(*load_model(spec, quantize="none"))
+    """Load the model that training starts from, as `gptsmith.load` does. Quantized weights become float32.
+
+    Raises TokenizerError if the model has no embedding for the token that separates documents.
+    """
+    model, tokenizer = load_model(spec, quantize="none")
+    if tokenizer.eos_id is not None and tokenizer.eos_id >= model.config.vocab_size:
+        raise TokenizerError(
+            f"{spec}: the end-of-text token has the id {tokenizer.eos_id}, and the model has ids below "
+            f"{model.config.vocab_size} only. Name another eos_token in its tokenizer_config.json."
+        )
+    return Init(model, tokenizer)
 
 
 def _refuse_options_of_new_models(config: RunConfig) -> None:
