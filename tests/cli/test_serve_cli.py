@@ -155,3 +155,44 @@ def test_port_in_use(run_cli: RunCli, finished: Path) -> None:
     finally:
         taken.close()
     assert (code, "cannot listen" in err) == (2, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_sighup_reloads_keys_and_logs_json_only(finished: Path, tmp_path: Path) -> None:
+    """A server of two models with the same last path component, under names of their own."""
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / finished.name).symlink_to(finished)
+    models = [f"a={finished}", f"b={tmp_path / 'other' / finished.name}"]
+    options = ["--port", "0", "--device", "cpu", "--api-key-file", str(keys), "--allowed-host", "gpt.example.org"]
+    command = [sys.executable, "-m", "gptsmith", "serve", *models, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = json.loads(process.stderr.readline())["event"]
+        url = first.partition(" at ")[2].split()[0]
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
+        reader.start()
+
+        def names(key: str, host: str = "localhost") -> Any:
+            headers = {"authorization": f"Bearer {key}", "host": host}
+            answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
+            return [card["id"] for card in answer.json()["data"]] if answer.status_code == 200 else answer.status_code
+
+        try:
+            assert names("one") == ["a", "b"]
+            assert names("one", "gpt.example.org") == ["a", "b"]
+            assert names("one", "evil.example.org") == 403
+            keys.write_text("two\n")
+            process.send_signal(signal.SIGHUP)
+            for _ in range(500):
+                if names("two") == ["a", "b"]:
+                    break
+            assert names("one") == 401
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            reader.join()
+    assert all(isinstance(json.loads(line), dict) for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ import tyro
 
 from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError, nearest
-from gptsmith.log import note
+from gptsmith.log import is_terminal, note, quiet
 
 KEY_VARIABLE = "GPTSMITH_API_KEY"
 
@@ -22,7 +23,8 @@ class Serve:
     """Serve models through an OpenAI-compatible API and a web page."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
-    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m.
+    NAME=MODEL serves it under another name."""
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 listens on all interfaces."""
     port: int = 8000
@@ -51,6 +53,10 @@ class Serve:
     """Maximum size of a request body, in bytes."""
     cors: tuple[str, ...] = field(default=())
     """Origin (https://example.org) whose web pages may call the API, or * for all."""
+    allowed_host: tuple[str, ...] = field(default=())
+    """Host header to accept, such as the name under which a reverse proxy passes requests on."""
+    trusted_proxy: tuple[str, ...] = field(default=())
+    """Address of a reverse proxy whose X-Forwarded-For header names the client, for rate limits and the log."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
@@ -87,32 +93,38 @@ def main(arguments: list[str]) -> int:
             f"serving needs a package that is not installed ({error.name}): pip install 'gptsmith[serve]'."
         ) from None
     from gptsmith.loading import resolve_model
-    from gptsmith.server.access_log import configure_logging
+    from gptsmith.server.access_log import announce, configure_logging, logger
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
     from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
     from gptsmith.server.service import Settings
 
-    keys = [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split()]
-    if chosen.api_key_file is not None:
-        keys += read_keys(chosen.api_key_file)
+    def current_keys() -> list[str]:
+        from_file = [] if chosen.api_key_file is None else read_keys(chosen.api_key_file)
+        return [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split(), *from_file]
+
+    keys = current_keys()
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key: a key must not be empty.")
+    restricted = bool(chosen.allowed_host) or (is_loopback(chosen.host) and not keys)
     settings = Settings(
         keys=tuple(keys),
+        read_keys=None if chosen.api_key_file is None else current_keys,
+        trusted_proxies=chosen.trusted_proxy,
         max_concurrency=chosen.max_concurrency,
         queue_limit=chosen.queue_limit,
         rate=None if chosen.rate_limit is None else parse_rate(chosen.rate_limit),
         timeout=chosen.timeout,
         max_body=chosen.max_body,
         cors=chosen.cors,
-        hosts=(*LOOPBACK, chosen.host) if is_loopback(chosen.host) and not keys else None,
+        hosts=(*LOOPBACK, chosen.host, *chosen.allowed_host) if restricted else None,
         runs=chosen.runs,
     )
-    for spec in chosen.models:  # report missing models now, not at the first request
+    named = _named(chosen.models, default_name)
+    for spec in named.values():  # report missing models now, not at the first request
         resolve_model(spec)
     models = ModelRegistry(
-        chosen.models,
+        named,
         functools.partial(
             load,
             device=chosen.device,
@@ -122,26 +134,48 @@ def main(arguments: list[str]) -> int:
             speculate=chosen.speculate,
         ),
         aliases=aliases,
-        adapters=dict(_adapter(text, [*map(default_name, chosen.models), *chosen.models]) for text in chosen.adapter),
+        adapters=dict(_adapter(text, [*named, *named.values()]) for text in chosen.adapter),
     )
+    configure_logging(chosen.log_level)
+    say = note if is_terminal() else announce  # a log file has JSON lines only
     listening = listen(chosen.host, chosen.port)
     try:
-        for name in {"first": models.base_models[:1], "all": models.base_models, "none": []}[chosen.preload]:
-            note(f"loading {name}")
-            if (text := models.load(name).defaults.describe(SERVER_SAMPLING)) is not None:
-                note(f"note: {name}: {text}")
-        if not is_loopback(chosen.host) and not keys:
-            note("warning: anyone who can reach this machine can use this server. Protect it with --api-key-file.")
         app = create_app(models, settings)
-        configure_logging(chosen.log_level)
+        if not is_loopback(chosen.host) and not keys:
+            say("warning: anyone who can reach this machine can use this server. Protect it with --api-key-file.")
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        note(f"serving {', '.join(models.names)} at http://{shown}:{port} (press Ctrl-C to stop)")
-        serve(app, listening)
+        say(f"serving {', '.join(models.names)} at http://{shown}:{port} (press Ctrl-C to stop)")
+        preload = {"first": models.base_models[:1], "all": models.base_models, "none": []}[chosen.preload]
+
+        def load_models() -> None:
+            for name in preload:
+                defaults = models.load(name).defaults.describe(SERVER_SAMPLING)
+                logger.info("model loaded", extra={"fields": {"model": name, "defaults": defaults}})
+                if defaults is not None:
+                    note(f"{name}: {defaults}")
+
+        with quiet(not is_terminal()):
+            serve(app, listening, load_models if preload else None)
     finally:
         listening.close()
         models.close(drain=False)
     return 0
+
+
+def _named(models: tuple[str, ...], default_name: Callable[[str], str]) -> dict[str, str]:
+    """Return the models by name, from MODEL or NAME=MODEL. Raise UsageError for a name that two of them have."""
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, spec = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            name, spec = default_name(text), text
+        elif not name or not spec:
+            raise UsageError(f"{text!r}: expected MODEL or NAME=MODEL.")
+        if name in named:
+            raise UsageError(f"two models are named {name!r}; give one of them another name with NAME=MODEL.")
+        named[name] = spec
+    return named
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

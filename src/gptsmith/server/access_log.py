@@ -26,6 +26,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+def announce(text: str) -> None:
+    """Write a line at any log level."""
+    logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, text, (), None))
+
+
 def configure_logging(level: str = "info") -> None:
     """Write this log, and uvicorn's warnings and errors, to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)

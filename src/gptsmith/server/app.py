@@ -106,15 +106,20 @@ def _add_status_routes(app: FastAPI) -> None:
         raise ApiError(404, f"The model {name[:100]!r} does not exist.", param="model", code="model_not_found")
 
     @app.get("/health", tags=["server"])
-    async def health() -> dict[str, str]:
-        """Report that the server is running."""
+    async def health(request: Request, response: Response) -> dict[str, str]:
+        """Report that the server is running: 200, or 503 with the status "loading" until the first model is loaded."""
+        if service_of(request).loading:
+            response.status_code, response.headers["retry-after"] = 503, "5"
+            return {"status": "loading"}
         return {"status": "ok"}
 
     @app.get("/ready", tags=["server"])
     async def ready(request: Request) -> dict[str, str]:
-        """Report whether the server accepts requests: 200, or 503 while it is shutting down."""
+        """Report whether the server accepts requests: 200, or 503 while it is loading or shutting down."""
         if service_of(request).draining:
             raise ApiError(503, "The server is shutting down.", retry_after=5)
+        if service_of(request).loading:
+            raise ApiError(503, "The model is loading.", retry_after=5)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["server"], response_class=Response)
@@ -138,7 +143,7 @@ def _cards(models: ModelRegistry) -> list[ModelCard]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def respond(request: Request, error: ApiError) -> JSONResponse:
-        context_of(request).log_fields.setdefault("error", error.message)
+        context_of(request).log_error(error)
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(ApiError)

@@ -142,21 +142,21 @@ class Answer:
             for index, chunk in chunks:
                 delta = deltas.setdefault(index, ChoiceDelta())
                 delta.tokens += chunk.tokens
-                text, num_calls = chunk.text, 0
+                text, has_calls = chunk.text, False
                 if self._tool_format is not None:
                     parser = self._parsers.setdefault(index, ToolCallParser(self._tool_format))
                     text, calls = parser.push(text)
                     if chunk.finish_reason is not None:
                         text += parser.finish()
                     delta.calls += calls
-                    num_calls = parser.calls
+                    has_calls = parser.calls > 0 and not parser.in_call
                 if self.served.template.plain and index not in self._has_text:
                     text = text.lstrip()  # the plain template leaves the space after "Assistant:" to the model
                 if text:
                     self._has_text.add(index)
                 delta.text += text
                 reason = finish_reason(chunk.finish_reason)
-                delta.finish_reason = "tool_calls" if num_calls and reason == "stop" else reason
+                delta.finish_reason = "tool_calls" if has_calls and reason == "stop" else reason
             yield deltas
 
     async def collect(self) -> dict[int, Choice]:

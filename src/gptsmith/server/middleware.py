@@ -15,13 +15,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptsmith.server.access_log import logger
-from gptsmith.server.auth import Keys
 from gptsmith.server.errors import ApiError
 from gptsmith.server.request_context import RequestContext
 from gptsmith.server.service import Service
 
 _OPEN = ("/", "/favicon.ico", "/docs", "/openapi.json", "/health", "/ready")
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics")
+_NOT_LOGGED = (*_OPEN_WHILE_DRAINING, "/", "/favicon.ico")  # and /static/: probes and the page's files
 _MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are read and dropped, so that the client sees the 413
 
 
@@ -34,7 +34,7 @@ class RequestMiddleware:
     """The outermost ASGI middleware of the application."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service, self.keys = app, service, Keys(service.settings.keys)
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,6 +49,8 @@ class RequestMiddleware:
                 context.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = context.id
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                context.complete = True
 
         try:
             try:
@@ -81,8 +83,8 @@ class RequestMiddleware:
             return
         address = scope.get("client")
         client = str(address[0] if address else "local")
-        if self.keys:
-            client = context.log_fields["key"] = self.keys.check(Headers(scope=scope))
+        if self.service.keys:
+            client = context.log_fields["key"] = self.service.keys.check(Headers(scope=scope))
         rate = self.service.settings.rate
         if rate is not None and path != "/metrics":
             rate.take(client)
@@ -140,8 +142,8 @@ class RequestMiddleware:
                 task.cancel()
             await asyncio.wait({app_task, watch_task})
             if not watch_task.cancelled() and watch_task.exception() is None:
-                interrupted = not app_task.done() or app_task.cancelled()
-                scope["state"]["context"].log_fields.setdefault("client_disconnected", interrupted)
+                context = scope["state"]["context"]  # the connection also counts as closed after a whole response
+                context.log_fields.setdefault("client_disconnected", not context.complete)
         if not app_task.cancelled():
             app_task.result()
 
@@ -152,6 +154,8 @@ class RequestMiddleware:
         status = context.status or 499  # nginx's code for: the client closed the connection before the response
         self.service.metrics.record_request(endpoint, context.log_fields.get("model"), status, seconds)
         client = scope.get("client")
+        if status < 400 and (scope["path"] in _NOT_LOGGED or scope["path"].startswith("/static/")):
+            return
         fields = {
             "request_id": context.id,
             "method": scope["method"],
@@ -167,7 +171,7 @@ class RequestMiddleware:
 async def _send_error(send: Send, error: ApiError, context: RequestContext) -> None:
     if context.status is not None:  # the response has already started: it ends here, incomplete
         return
-    context.log_fields.setdefault("error", error.message)
+    context.log_error(error)
     body = json.dumps(error.body(), ensure_ascii=False).encode()
     headers = error.headers | {"content-type": "application/json", "content-length": str(len(body))}
     if error.status in (408, 413):

@@ -140,7 +140,7 @@ class ModelRegistry:
 
     def _reserve(self, name: str) -> None:
         if name in self:
-            raise UsageError(f"two models are named {name!r}; rename one of them with --alias.")
+            raise UsageError(f"two models are named {name!r}; give one of them another name with NAME=MODEL.")
 
     @property
     def base_models(self) -> list[str]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -41,8 +44,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Serve `app` until SIGTERM or Ctrl-C.
+def serve(app: FastAPI, listening: socket.socket, load: Callable[[], None] | None = None) -> None:
+    """Serve `app` until SIGTERM or Ctrl-C. SIGHUP reloads the API keys.
+
+    load: called in a thread once the server listens; until it returns, /health answers 503. What it raises ends the
+    server and is raised here.
 
     The first signal stops accepting requests and lets running ones finish; a second one quits immediately.
     """
@@ -53,22 +59,41 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         access_log=False,
         server_header=False,
         ws="none",
+        proxy_headers=bool(service.settings.trusted_proxies),
+        forwarded_allow_ips=list(service.settings.trusted_proxies),
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(service.settings.timeout) + 5,
     )
-    _Server(config, service).run(sockets=[listening])
+    server = _Server(config, service, load)
+    server.run(sockets=[listening])
+    if server.load_error is not None:
+        raise server.load_error
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, load: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._load = service, load
+        self.load_error: Exception | None = None
+        self._load_task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            self._loop.add_signal_handler(signal.SIGHUP, self._service.reload_keys)
+        self._service.loading = self._load is not None
         await super().startup(sockets)
+        if self._load is not None:
+            self._load_task = asyncio.ensure_future(self._load_models(self._load))
+
+    async def _load_models(self, load: Callable[[], None]) -> None:
+        try:
+            await asyncio.to_thread(load)
+        except Exception as error:
+            self.load_error, self.should_exit = error, True
+        self._service.loading = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining or self._loop is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import time
@@ -29,6 +28,7 @@ from gptsmith.run_directory import (
     without_repeats,
 )
 from gptsmith.server.errors import ApiError, escape_surrogates
+from gptsmith.server.sse import json_line
 
 MAX_ROWS = 4_000  # metrics rows in one response: more than a chart has pixels
 MAX_SAMPLES = 60
@@ -224,7 +224,7 @@ class Follower:
             except GptsmithError as error:
                 events = [("gone", {"name": self.name, "error": escape_surrogates(str(error))})]
             for event, data in events:
-                yield {"event": event, "data": json.dumps(data, ensure_ascii=False)}
+                yield {"event": event, "data": json_line(data)}
                 if event == "gone":
                     return
             await asyncio.sleep(poll_seconds)

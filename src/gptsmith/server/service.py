@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import Request
 
-from gptsmith.server.auth import RateLimiter
+from gptsmith.errors import GptsmithError
+from gptsmith.server.access_log import logger
+from gptsmith.server.auth import Keys, RateLimiter
 from gptsmith.server.concurrency import ConcurrencyLimiter
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Generation, Job
@@ -25,6 +27,10 @@ class Settings:
 
     keys: tuple[str, ...] = ()
     """API keys; with none, anyone can use the server."""
+    read_keys: Callable[[], Sequence[str]] | None = None
+    """Returns the keys as they are now, for SIGHUP; None: they cannot change."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of reverse proxies whose X-Forwarded-For header names the client."""
     max_concurrency: int = 32
     """Requests processed at once."""
     queue_limit: int = 256
@@ -52,8 +58,23 @@ class Service:
         self.metrics = Metrics(models, self.limiter)
         self.draining = False
         """Whether new requests are refused while those in flight finish."""
+        self.keys = Keys(settings.keys)
+        self.loading = False
+        """Whether the models to load at startup are still being loaded."""
         self.open_requests = 0
         """HTTP requests in flight."""
+
+    def reload_keys(self) -> None:
+        """Read the API keys again. If that fails, log why and keep those there are."""
+        if self.settings.read_keys is None:
+            logger.warning("there is no file of keys to reload")
+            return
+        try:
+            self.keys = Keys(self.settings.read_keys())
+        except GptsmithError as error:
+            logger.error("the keys were not reloaded", extra={"fields": {"error": str(error)}})
+        else:
+            logger.info("the keys were reloaded")
 
     def start_draining(self) -> None:
         """Refuse new requests from now on. Endless streams check `draining` and end."""

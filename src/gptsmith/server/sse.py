@@ -19,9 +19,17 @@ SEND_TIMEOUT = 60.0
 """Seconds without a successful send after which the client counts as disconnected."""
 
 
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"}
+
+
+def json_line(data: Any) -> str:
+    """Encode JSON in one line, also for readers that end lines at U+0085, U+2028 and U+2029."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+
+
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """Encode one event. name: its type, for clients that distinguish events by name."""
-    line = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    line = json_line(data)
     return f"data: {line}\n\n".encode() if name is None else f"event: {name}\ndata: {line}\n\n".encode()
 
 

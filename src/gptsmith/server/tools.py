@@ -169,6 +169,11 @@ class ToolCallParser:
         self._scanner = _JsonObjectScanner()
         self.calls = 0
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a call has begun and is not complete, as when a stop text cuts its arguments."""
+        return self._state in ("name", "arguments")
+
     def push(self, text: str) -> tuple[str, list[ToolCallDelta]]:
         """Return the new text outside of calls, and the new pieces of calls."""
         f, outside, deltas = self._format, "", []
