@@ -516,8 +516,8 @@ def test_embeddings(live: Any, client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        *("audio", "function_call", "functions", "metadata", "prediction", "reasoning_effort", "verbosity"),
-        *("web_search_options", "prompt_cache_key", "safety_identifier", "moderation", "no_such_field"),
+        *("audio", "function_call", "functions", "prediction"),
+        *("web_search_options", "prompt_cache_options", "moderation", "no_such_field"),
     ],
 )
 def test_unsupported_fields_are_named(client: openai.OpenAI, field: str) -> None:

@@ -139,10 +139,13 @@ class SamplingOptions:
         None,
         "Sample from the k most probable tokens only.",
         Range(ge=1),
-        request_range=Range(ge=1, le=INT32_MAX),
+        request_range=Range(ge=-1, le=INT32_MAX),
     )
     top_p: float | None = option(  # Holtzman et al. 2019, 1904.09751
-        None, "Sample from the fewest tokens whose probabilities sum to at least p.", Range(gt=0, le=1)
+        None,
+        "Sample from the fewest tokens whose probabilities sum to at least p.",
+        Range(gt=0, le=1),
+        request_range=Range(ge=0, le=1),
     )
     min_p: float | None = option(  # Nguyen et al. 2024, 2407.01082
         None,

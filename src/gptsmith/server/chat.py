@@ -189,7 +189,8 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
     messages = template_messages(body.messages)
     tools = None if tool_format is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     length = sum(len(str(message.get("content"))) for message in messages)
-    ids = await encode(lambda: template.encode(messages, tools=tools), length)
+    variables: Any = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    ids = await encode(lambda: template.encode(messages, tools=tools, **variables), length)
     check_length(served, ids, body.overflow)
     response_format = None if isinstance(body.response_format, TextFormat) else body.response_format
     end_ids = template.end_ids()

@@ -54,6 +54,10 @@ def sampling_params(
         value = getattr(body, name)
         if value is not None:
             params[name] = value
+    if params.get("top_k") in (0, -1):  # as in llama.cpp and vLLM: all tokens
+        del params["top_k"]
+    if params.get("top_p") == 0:  # the most probable token only
+        params["top_p"] = 1e-9
     try:
         return SamplingParams(**(params | {name: value for name, value in more.items() if value is not None}))
     except GptsmithError as error:

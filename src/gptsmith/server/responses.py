@@ -133,6 +133,8 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
             values["response_format"] = {"type": "json_schema", "json_schema": schema}
         else:
             values["response_format"] = {"type": text_format.type}
+    if body.reasoning is not None:
+        values["reasoning_effort"] = body.reasoning.effort
     if body.truncation == "auto":
         values["overflow"] = "truncate"
     try:

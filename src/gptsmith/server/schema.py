@@ -44,6 +44,13 @@ class Request(BaseModel):
         return values
 
 
+# Hints that cannot change the result of this server: accepted, and not used.
+Hint = Annotated[str, Field(max_length=1024)] | None
+ServiceTier = Literal["auto", "default", "flex", "priority", "scale"] | None
+Verbosity = Literal["low", "medium", "high"] | None
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -69,7 +76,7 @@ class GenerationRequest(Request):
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream=true.")
     user: str | None = Field(None, max_length=512, description="Written to the log.")
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier = None
 
     # extensions to OpenAI's API: pass them in extra_body with the official client
     top_k: int | None = sampling_field("top_k")
@@ -87,8 +94,11 @@ class GenerationRequest(Request):
     regex: str | None = _REGEX
     grammar: str | None = _GRAMMAR
     choice: list[str] | None = _CHOICE
+    prompt_cache_key: Hint = None
+    safety_identifier: Hint = None
+    store: bool | None = Field(None, description="Answers are never stored.")
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
-    prompt_cache_key: None = None
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
     moderation: None = None
@@ -238,16 +248,13 @@ class ChatRequest(GenerationRequest):
     )
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls in one answer. Default true.")
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    reasoning_effort: Effort = Field(None, description="A variable of the chat template.")
+    verbosity: Verbosity = None
 
     audio: None = None
     function_call: None = None
     functions: None = None
-    metadata: None = None
     prediction: None = None
-    reasoning_effort: None = None
-    safety_identifier: None = None
-    verbosity: None = None
     web_search_options: None = None
 
 
@@ -310,12 +317,32 @@ class ResponseJsonSchema(JsonSchema):
 class ResponseText(BaseModel):
     model_config = ConfigDict(extra="forbid")
     format: Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")] | None = None
-    verbosity: None = None
+    verbosity: Verbosity = None
 
 
 class ResponseStreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_obfuscation: Literal[False] | None = None
+
+
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""What to add to an answer. Answers here have log-probabilities only; there is nothing of the others to add."""
+
+
+class Reasoning(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    effort: Effort = Field(None, description="A variable of the chat template.")
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 def _item_type(item: Any) -> Any:
@@ -339,7 +366,7 @@ class ResponsesRequest(Request):
     temperature: float | None = sampling_field("temperature", "Default: the model's own, else 1.")
     top_p: float | None = sampling_field("top_p")
     top_logprobs: int | None = sampling_field("logprobs")
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Includable] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the answer.")
     parallel_tool_calls: bool | None = None
     tools: Annotated[list[ResponseFunction], Field(max_length=128)] | None = None
@@ -350,10 +377,13 @@ class ResponsesRequest(Request):
     )
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    store: Literal[False] | None = Field(None, description="Answers are not stored.")
+    store: bool | None = Field(None, description="Answers are never stored.")
     background: Literal[False] | None = None
     user: str | None = Field(None, max_length=512)
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier = None
+    reasoning: Reasoning | None = None
+    prompt_cache_key: Hint = None
+    safety_identifier: Hint = None
 
     # extensions to OpenAI's API
     seed: int | None = sampling_field("seed")
@@ -374,11 +404,8 @@ class ResponsesRequest(Request):
     moderation: None = None
     previous_response_id: None = None
     prompt: None = None
-    prompt_cache_key: None = None
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
-    reasoning: None = None
-    safety_identifier: None = None
 
 
 class EmbeddingsRequest(Request):
