@@ -183,13 +183,17 @@ def test_upcycling(models: Callable[[str], Path], tmp_path: Path, run_cli: Cli) 
 @pytest.mark.parametrize(
     ("model_type", "arguments", "message"),
     [
-        ("gpt2", ("--context", "99"), "learned positions end at 64; only rotary positions can be extended"),
-        ("qwen3", ("--context", "10"), "the context is 64 already"),
+        (
+            "gpt2",
+            ("--context", "99"),
+            "learned positions of this model end at 64; only rotary positions can be extended",
+        ),
+        ("qwen3", ("--context", "10"), "the context is already 64"),
         ("qwen3", ("--context", "99999999"), "limit of 2,097,152 tokens"),
         ("qwen3", ("--rope-scaling", "ntk"), "requires --context"),
         ("qwen3", ("--experts-per-tok", "2"), "requires --upcycle"),
         ("qwen3", ("--upcycle", "0"), "must be at least 1"),
-        ("qwen3", ("--upcycle", "2", "--experts-per-tok", "3"), "num_experts_per_tok (3) must be 1 to 2"),
+        ("qwen3", ("--upcycle", "2", "--experts-per-tok", "3"), "num_experts_per_tok (3) must be between 1 and 2"),
         ("gpt2", ("--upcycle", "2"), "a gpt2 model cannot be upcycled; these can: llama, mistral, qwen3"),
     ],
 )
