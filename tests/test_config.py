@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError
 from gptsmith.presets import PRESETS
-from gptsmith.train.config import RunConfig, run_config
+from gptsmith.train.config import run_config
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def test_missing_keys_come_from_the_default(config: Outer, default: Outer) -> No
 
 def test_every_preset_round_trips() -> None:
     for make in PRESETS.values():
-        assert from_dict(RunConfig, json.loads(json.dumps(to_dict(make())))) == make()
+        assert run_config(**json.loads(json.dumps(to_dict(make())))) == make()
 
 
 def test_an_integer_is_accepted_for_a_float() -> None:

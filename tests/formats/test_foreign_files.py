@@ -236,7 +236,7 @@ def test_an_end_token_without_a_row(short: tuple[Path, int]) -> None:
     model, tokenizer = load_model(directory)
     assert tokenizer.end_ids == ()
     assert gptsmith.generate(model, tokenizer, "a", max_tokens=3) is not None
-    from gptsmith.train.run import load_init
+    from gptsmith.train.init import load_init
 
     with pytest.raises(TokenizerError, match="end-of-text token"):
         load_init(str(directory))

@@ -90,8 +90,7 @@ def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = F
         "import os, sys, json, time, torch",
         "from pathlib import Path",
         "torch.set_num_threads(1)",
-        "from gptsmith.config import from_dict",
-        "from gptsmith.train.config import RunConfig",
+        "from gptsmith.train.config import run_config",
         "from gptsmith.train.run import resume, start",
     ]
     if slow_save:
@@ -100,7 +99,7 @@ def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = F
         code.append(f"resume(Path({str(out)!r}))")
     else:
         config = json.dumps(to_dict(CONFIG))
-        code.append(f"start({str(text)!r}, from_dict(RunConfig, json.loads({config!r})), Path({str(out)!r}))")
+        code.append(f"start({str(text)!r}, run_config(**json.loads({config!r})), Path({str(out)!r}))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(errors_of(out), "ab") as errors:
         return subprocess.Popen(

@@ -56,9 +56,9 @@ def main(arguments: list[str]) -> int:
     from gptsmith.report.figures import save_png
     from gptsmith.runtime import choose_device, keep_freed_memory
     from gptsmith.storage import explain_os_errors
+    from gptsmith.train.init import adapted_to_init, load_init
     from gptsmith.train.range_test import range_test
-    from gptsmith.train.run import adapted_to_init, load_init
-    from gptsmith.train.text import prepare_text, read_text
+    from gptsmith.train.text import Text, read_text
 
     device = choose_device(config.loop.device)
     init = None
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     else:
         init = load_init(config.init.init)
         config = adapted_to_init(config, overrides, init.config)
-        tokenizer, dataset = init.tokenizer, prepare_text(chosen.data, config, init.tokenizer)
+        tokenizer, dataset = init.tokenizer, Text.open(chosen.data, config).prepare(config, init.tokenizer)
     keep_freed_memory()
     with progress(chosen.updates, "trying learning rates") as bar:
         found = range_test(

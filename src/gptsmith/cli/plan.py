@@ -67,8 +67,9 @@ def main(arguments: list[str]) -> int:
 def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:
     """Return the configuration adapted to --init, the text or None, and what is known or assumed about it."""
     from gptsmith.train.budget.recipe import Text
-    from gptsmith.train.run import adapted_to_init, load_init
-    from gptsmith.train.text import prepare_text, read_text
+    from gptsmith.train.init import adapted_to_init, load_init
+    from gptsmith.train.text import Text as OpenedText
+    from gptsmith.train.text import read_text
 
     init = None
     if config.init.init is not None:
@@ -80,7 +81,7 @@ def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[
     if init is None:
         tokenizer, dataset = read_text(data, config, overrides)
     else:
-        tokenizer, dataset = init.tokenizer, prepare_text(data, config, init.tokenizer)
+        tokenizer, dataset = init.tokenizer, OpenedText.open(data, config).prepare(config, init.tokenizer)
     text = Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size, init.config if init else None)
     return config, text, text
 

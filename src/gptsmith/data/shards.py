@@ -170,23 +170,19 @@ class Dataset:
     def bytes_val(self) -> int:
         return self.val.num_bytes
 
-    def describe(self) -> dict[str, Any]:
-        """Return the sizes as plain data, for the record of a run."""
-        splits = {
-            name: {
-                "tokens": len(split),
-                "bytes": split.num_bytes,
-                "chars": split.num_chars,
-                "documents": split.num_documents,
-            }
-            for name, split in (("train", self.train), ("val", self.val))
-        }
+    def record(self) -> dict[str, Any]:
+        """Return the sizes, for run.json."""
         return {
-            "directory": str(self.directory),
-            "fingerprint": self.fingerprint,
-            "vocab_size": self.vocab_size,
-            **splits,
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "train_bytes": self.bytes_train,
+            "val_bytes": self.bytes_val,
         }
+
+    def summary(self) -> str:
+        """Return the sizes in words."""
+        characters, total = self.train.num_chars + self.val.num_chars, len(self.train) + len(self.val)
+        return f"{characters:,} characters, {total:,} tokens, {len(self.val):,} of them held out"
 
 
 def open_dataset(directory: Path, *, verify: bool = False) -> Dataset:

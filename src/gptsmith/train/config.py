@@ -8,7 +8,6 @@ config.replace(steps=1000)
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -197,16 +196,31 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Pretraining: predict every next token of a text."""
+class MethodConfig:
+    """Base of the options that belong to one method of training."""
 
-    mask_documents: bool = False
-    """Let tokens attend only within their own document."""
     eval_tokens: int | None = None
     """Number of validation tokens to evaluate on, from the start of the split (default: the whole split)."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "eval_tokens")
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether tokens attend only within their own document."""
+        return True
+
+
+@dataclass(frozen=True)
+class PretrainConfig(MethodConfig):
+    """Pretraining: predict every next token of a text."""
+
+    mask_documents: bool = False
+    """Let tokens attend only within their own document."""
+
+    @property
+    def masks_documents(self) -> bool:
+        return self.mask_documents
 
 
 @dataclass(frozen=True)
@@ -273,7 +287,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
-    method: PretrainConfig = field(default_factory=PretrainConfig)
+    method: MethodConfig = field(default_factory=PretrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
@@ -286,7 +300,8 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """All options by flat name."""
-        return {name: getattr(getattr(self, part), key) for name, (part, key) in option_places().items()}
+        places = option_places(type(self.method))
+        return {name: getattr(getattr(self, part), key) for name, (part, key) in places.items()}
 
     def as_options(self) -> dict[str, Any]:
         """Return plain data as the command line has it: `{"steps": …, "model": {…}, "optim": {…}}`."""
@@ -299,12 +314,11 @@ class RunConfig:
 NAMED_PARTS = ("model", "optim")  # parts whose name is on the command line
 
 
-@functools.cache
-def option_places() -> dict[str, tuple[str, str]]:
-    """flat name -> (part, field), in the order of the command line."""
+def option_places(method: type[MethodConfig] = PretrainConfig) -> dict[str, tuple[str, str]]:
+    """flat name -> (part, field), in the order of the command line, for runs of a method."""
     places = {}
     for part in dataclasses.fields(RunConfig):
-        make: Any = part.default_factory
+        make: Any = method if part.name == "method" else part.default_factory
         for option in dataclasses.fields(make):
             prefix = f"{part.name}." if part.name in NAMED_PARTS else ""
             places[prefix + option.name] = (part.name, option.name)
@@ -321,7 +335,8 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
     Also takes whole parts, nested (`{"loop": {"steps": 10}}`). Raises UsageError as `RunConfig.replace` does.
     """
-    places, parts = option_places(), {part.name: getattr(config, part.name) for part in dataclasses.fields(RunConfig)}
+    places = option_places(type(config.method))
+    parts = {part.name: getattr(config, part.name) for part in dataclasses.fields(RunConfig)}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name in places and not isinstance(value, Mapping | InitConfig):  # `init` is an option and a part
@@ -348,9 +363,9 @@ def is_flat(values: Mapping[str, Any]) -> bool:
     return any(name not in parts for name in values)
 
 
-def options_of(values: Mapping[str, Any]) -> set[str]:
+def options_of(values: Mapping[str, Any], method: type[MethodConfig] = PretrainConfig) -> set[str]:
     """The flat names of the options that a mapping for `with_options` sets."""
-    places = option_places()
+    places = option_places(method)
     names: set[str] = set()
     for name, value in values.items():
         if name in places and not isinstance(value, Mapping | InitConfig):

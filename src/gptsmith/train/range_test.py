@@ -22,8 +22,8 @@ from gptsmith.run_directory import Run
 from gptsmith.runtime import choose_precision
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import RunConfig
+from gptsmith.train.init import Init, make_model
 from gptsmith.train.objectives.registry import ObjectiveContext, pretrain
-from gptsmith.train.run import Init, make_model
 from gptsmith.train.session import Session
 
 SMOOTH = 2.5  # updates: standard deviation of the weights that losses are averaged with

@@ -18,18 +18,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import from_dict, to_dict
-from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
-from gptsmith.data.sources import Source, open_source
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
-from gptsmith.loading import load_model, resolve_model
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
-from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import SCHEMA, Run, read_run
 from gptsmith.runtime import (
     choose_device,
@@ -42,25 +40,27 @@ from gptsmith.storage import explain_os_errors, remove_temporaries
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.budget.machine import this_machine
 from gptsmith.train.budget.parse import Budget
-from gptsmith.train.budget.recipe import INIT_LR_FACTOR, Text, choose
+from gptsmith.train.budget.recipe import Text as TextSize
+from gptsmith.train.budget.recipe import choose
 from gptsmith.train.callbacks import Callback
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import RunConfig, with_options
+from gptsmith.train.init import Init, adapted_to_init, check_fits, load_init, make_model, refuse_options_of_new_models
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import BatchStream
 from gptsmith.train.objectives.registry import (
+    Method,
     ObjectiveContext,
     ObjectiveFactory,
-    find_objective,
+    Prepared,
+    TrainingData,
+    find_method,
     import_reference,
     reference_to,
 )
 from gptsmith.train.session import RunResult, Session, now
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.summary import summary
-from gptsmith.train.text import choose_tokenizer, make_tokenizer, open_sources
 from gptsmith.train.variation import ModelFactory, check_saveable
-
-MOST_INIT_CONTEXT = 512  # default sequence length with --init, where the model allows more
 
 # Options that can differ between a run and its resumption without changing what it computes.
 CHANGEABLE = frozenset(
@@ -85,6 +85,11 @@ class Extras:
     tokenizer: Tokenizer | None = None
     """The tokenizer, where neither the text nor `init` brings one."""
     callbacks: Sequence[Callback] = field(default_factory=tuple)
+
+    @property
+    def factory(self) -> ModelFactory | None:
+        """The function that makes the model."""
+        return None if isinstance(self.model, ModelConfig) else self.model
 
 
 def choose_directory(out: Path | None, name: str) -> Path:
@@ -122,37 +127,35 @@ def start(
     began = time.monotonic() if began is None else began
     if config.auto.budget is not None:
         Budget.parse(config.auto.budget)  # before any work is done for an invalid one
+    objective_name, method = find_method(extras.objective or "pretrain")
     if config.init.init is not None:
-        _refuse_options_of_new_models(config)
-    objective_name, make_objective = find_objective(extras.objective or "pretrain")
-    source, val = (None, None) if data is None else open_sources(data, config)
-    directory = choose_directory(out, _default_name(source, objective_name))
+        refuse_options_of_new_models(config)
+    elif method.needs_init:
+        raise UsageError(f"{objective_name} starts from a model: give one.")
+    opened = None if data is None else method.open_data(data, config)
+    directory = choose_directory(out, _default_name(opened, objective_name))
     device = choose_device(config.loop.device)
     precision = choose_precision(config.loop.precision, device)
     if config.loop.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
     init: Init | None = None
     if config.init.init is not None:
-        init = load_init(config.init.init)
+        init = method.adapt_init(load_init(config.init.init), config)
         config, tokenizer = adapted_to_init(config, overrides, init.config), init.tokenizer
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
-    elif source is not None:
-        config = choose_tokenizer(config, overrides, source)
-        tokenizer = make_tokenizer(config, source, val)
+    elif opened is not None:
+        config, tokenizer = opened.make_tokenizer(config, overrides)
     else:
         raise UsageError("a run without a text needs a tokenizer: give tokenizer=…, or a model with init=….")
-    dataset = None
-    if source is not None:
-        dataset = prepare(
-            source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=config.init.unknown
-        )
+    dataset = None if opened is None else opened.prepare(config, tokenizer)
+    config = method.settle(config, overrides, dataset)
     keep_freed_memory()
     plan = None
     if config.auto.budget is not None or config.auto.depth is not None:
-        if dataset is None:
+        if not isinstance(dataset, Dataset):
             raise UsageError("a budget or a depth needs a text, whose length its rules depend on. Set --steps instead.")
-        text = Text(len(dataset.train), len(dataset.val), tokenizer.vocab_size, init.config if init else None)
+        text = TextSize(len(dataset.train), len(dataset.val), tokenizer.vocab_size, init.config if init else None)
         machine = this_machine(device, precision, config.loop.compile)
         plan = choose(config, overrides, text, machine, spent=time.monotonic() - began)
         config = plan.config
@@ -160,17 +163,11 @@ def start(
             note(reason)
     if isinstance(extras.model, ModelConfig):
         model_config = extras.model
-        _check_fits(model_config, tokenizer, config)
+        check_fits(model_config, tokenizer, config)
     elif init is not None:
         model_config = init.config
     else:
         model_config = config.model.build(tokenizer.vocab_size, config.loop.context)
-    factory = None if extras.model is None or isinstance(extras.model, ModelConfig) else extras.model
-    build = functools.partial(make_model, model_config, config, factory, init)
-    if extras.model is not None or (init is None and config.model.family not in FAMILIES.builtin):
-        check_saveable(build())
-    stop = StopSignal()
-    objective = _make_objective(extras, make_objective, ObjectiveContext(config, tokenizer, dataset, stop))
     info: dict[str, Any] = {
         "schema": SCHEMA,
         "version": gptsmith.__version__,
@@ -178,21 +175,57 @@ def start(
         "started": now(),
         "config": to_dict(config),
         "model": to_dict(model_config),
-        "data": _describe_data(data, source, val, config, dataset),
+        "data": _describe_data(opened, dataset),
         "objective": objective_name if extras.batches is None else reference_to(BatchStream),
         "precision": precision,
         "machine": describe_machine(),
     }
-    if factory is not None:
-        info["model_factory"] = reference_to(factory)
+    if extras.factory is not None:
+        info["model_factory"] = reference_to(extras.factory)
     if plan is not None:
         info["plan"] = {
             "reasons": plan.reasons,
             "eval_seconds": plan.eval_seconds,
             "teardown_seconds": plan.teardown_seconds,
         }
-    run = Run(directory, info)
-    session = Session(
+    session = _session(
+        Run(directory, info), config, tokenizer, model_config, dataset, init, device, method, extras, began=began
+    )
+    with explain_os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        tokenizer.save(directory / "tokenizer")
+        session.run.update(parameters=session.model.num_parameters())
+        note(summary(session, config, dataset))
+        return session.train(on_end)
+
+
+def _session(
+    run: Run,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+    dataset: Prepared | None,
+    init: Init | None,
+    device: torch.device,
+    method: Method,
+    extras: Extras,
+    *,
+    began: float | None = None,
+) -> Session:
+    """Return the session of a run, new or resumed. init: where its weights come from, unless they are new or restored
+    from a checkpoint. Raises UsageError for a model variation that no layout can save."""
+    build = functools.partial(make_model, model_config, config, extras.factory, init)
+    if extras.model is not None or (init is None and config.model.family not in FAMILIES.builtin):
+        check_saveable(build())
+    stop = StopSignal()
+    if extras.batches is not None:
+        objective: Objective[Any] = BatchStream(
+            extras.batches, seq_len=config.loop.context, vocab_size=tokenizer.vocab_size
+        )
+    else:
+        objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop))
+    return Session(
         run,
         config,
         tokenizer,
@@ -204,13 +237,6 @@ def start(
         callbacks=extras.callbacks,
         began=began,
     )
-    with explain_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
-        tokenizer.save(directory / "tokenizer")
-        run.update(parameters=session.model.num_parameters())
-        note(summary(session, config, dataset))
-        return session.train(on_end)
 
 
 def resume(
@@ -245,32 +271,20 @@ def resume(
             f"gptsmith.fit(batches, resume={str(directory)!r})."
         )
     tokenizer = Tokenizer.load(directory / "tokenizer")
-    dataset = _prepare_again(run, config, tokenizer, data)
+    _, method = find_method(extras.objective or "pretrain")
+    dataset = _prepare_again(run, config, tokenizer, method, data)
     device = choose_device(config.loop.device)
     keep_freed_memory()
     try:
         model_config = from_dict(ModelConfig, run.info["model"])
     except (UsageError, KeyError) as error:
         raise CheckpointError(f"{directory / 'run.json'} is damaged: its model cannot be read: {error}") from None
-    factory = None if extras.model is None or isinstance(extras.model, ModelConfig) else extras.model
     with _locked(directory):
         steps = store.steps()
-        init = load_init(config.init.init) if config.init.init is not None and not steps else None
-        build = functools.partial(make_model, model_config, config, factory, init)
-        stop = StopSignal()
-        _, make_objective = find_objective(extras.objective or "pretrain")
-        objective = _make_objective(extras, make_objective, ObjectiveContext(config, tokenizer, dataset, stop))
-        session = Session(
-            run,
-            config,
-            tokenizer,
-            model_config,
-            build,
-            objective,
-            device,
-            stop=stop,
-            callbacks=extras.callbacks,
-        )
+        init = None
+        if config.init.init is not None and not steps:
+            init = method.adapt_init(load_init(config.init.init), config)
+        session = _session(run, config, tokenizer, model_config, dataset, init, device, method, extras)
         step = session.restore() if steps else 0
         if config.loop.steps != saved.loop.steps:
             _check_extension(directory, saved, config, step)
@@ -293,7 +307,8 @@ def run_config_of(run: Run) -> RunConfig:
         for part, keys in ((run.info, ("status", "precision")), (run.info["data"], ("spec", "val", "fingerprint"))):
             for key in keys:
                 _ = part[key]
-        return from_dict(RunConfig, run.info["config"])
+        _, method = find_method(_objective_of(run))
+        return with_options(RunConfig(method=method.options()), run.info["config"])
     except UsageError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
     except (TypeError, KeyError) as error:
@@ -303,33 +318,19 @@ def run_config_of(run: Run) -> RunConfig:
 # The data of a run ---------------------------------------------------------------------------------------------------
 
 
-def _default_name(source: Source | None, objective: str) -> str:
-    return source.name if source is not None else objective.rpartition(":")[2].rpartition(".")[2].lower()
+def _default_name(data: TrainingData | None, objective: str) -> str:
+    return data.name if data is not None else objective.rpartition(":")[2].rpartition(".")[2].lower()
 
 
-def _describe_data(
-    data: str | None, source: Source | None, val: Source | None, config: RunConfig, dataset: Dataset | None
-) -> dict[str, Any]:
-    if source is None or dataset is None:
+def _describe_data(data: TrainingData | None, dataset: Prepared | None) -> dict[str, Any]:
+    if data is None or dataset is None:
         return {"spec": None, "val": None, "fingerprint": None}
-    return {
-        **_places(data, source, config.data.val, val),
-        "fingerprint": dataset.fingerprint,
-        "train_tokens": len(dataset.train),
-        "val_tokens": len(dataset.val),
-        "train_bytes": dataset.bytes_train,
-        "val_bytes": dataset.bytes_val,
-    }
+    return {**data.places(), "fingerprint": dataset.fingerprint, **dataset.record()}
 
 
-def _places(spec: str | None, source: Source, val_spec: str | None, val: Source | None) -> dict[str, str | None]:
-    return {
-        "spec": spec if source.path is None else str(source.path.resolve()),
-        "val": None if val is None else (val_spec if val.path is None else str(val.path.resolve())),
-    }
-
-
-def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer, moved_to: str | None) -> Dataset | None:
+def _prepare_again(
+    run: Run, config: RunConfig, tokenizer: Tokenizer, method: Method, moved_to: str | None
+) -> Prepared | None:
     """Return the dataset that the run was started with. CheckpointError where the text has changed since.
 
     moved_to: where the text is now. The new places of texts are written into `run.info`.
@@ -345,12 +346,11 @@ def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer, moved_to: 
         if place and place in (data["spec"], data["val"]) and Path(place).is_absolute() and not Path(place).exists():
             command = f"gptsmith train --resume {run.directory} {argument}"
             raise UsageError(f"no such file or folder: {place}. Say where the {what} is now: {command}")
-    source = open_source(spec, field=config.data.field)
-    val = open_source(val_spec, field=config.data.field) if val_spec else None
+    opened = method.open_data(spec, config.replace(val=val_spec, unknown=True))
     try:
-        dataset = prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=True)
+        dataset = opened.prepare(config.replace(unknown=True), tokenizer)
         if dataset.fingerprint == data["fingerprint"]:
-            run.info["data"] = data | _places(spec, source, val_spec, val)
+            run.info["data"] = data | opened.places()
             return dataset
     except TokenizerError:  # a character that was not there before
         pass
@@ -360,21 +360,18 @@ def _prepare_again(run: Run, config: RunConfig, tokenizer: Tokenizer, moved_to: 
     )
 
 
-def _make_objective(extras: Extras, make: ObjectiveFactory, context: ObjectiveContext) -> Objective[Any]:
-    if extras.batches is not None:
-        loop = context.config.loop
-        return BatchStream(extras.batches, seq_len=loop.context, vocab_size=context.tokenizer.vocab_size)
-    return make(context)
+def _objective_of(run: Run) -> str:
+    """Return the name of the objective in run.json. Batches from Python were trained on as a text is."""
+    objective = str(run.info.get("objective", "pretrain"))
+    return "pretrain" if objective == reference_to(BatchStream) else objective
 
 
 def _completed(extras: Extras, run: Run) -> Extras:
     """Return `extras` with the objective and the model factory that run.json names, where they are not given."""
-    objective, factory = run.info.get("objective", "pretrain"), run.info.get("model_factory")
-    if objective == reference_to(BatchStream):
-        objective = "pretrain"
+    objective, factory = _objective_of(run), run.info.get("model_factory")
     try:
         if extras.objective is None:
-            find_objective(objective)
+            find_method(objective)
             extras = replace(extras, objective=objective)
         if extras.model is None and factory:
             extras = replace(extras, model=import_reference(factory))
@@ -384,101 +381,6 @@ def _completed(extras: Extras, run: Run) -> Extras:
             f"Resume it from Python: gptsmith.fit(resume={str(run.directory)!r}, objective=…, model=…)."
         ) from None
     return extras
-
-
-# Starting from an existing model -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Init:
-    """A model to start from. Its weights are float32, on the CPU."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-
-def load_init(spec: str) -> Init:
-    """Load the model that training starts from, as `gptsmith.load` does. Quantized weights become float32.
-
-    Raises TokenizerError if the model has no embedding for the token that separates documents.
-    """
-    model, tokenizer = load_model(spec, quantize="none")
-    if tokenizer.eos_id is not None and tokenizer.eos_id >= model.config.vocab_size:
-        raise TokenizerError(
-            f"{spec}: the end-of-text token has the id {tokenizer.eos_id}, and the model has ids below "
-            f"{model.config.vocab_size} only. Name another eos_token in its tokenizer_config.json."
-        )
-    return Init(model, tokenizer)
-
-
-def _refuse_options_of_new_models(config: RunConfig) -> None:
-    """Raise UsageError for options that contradict --init, since ignoring them would be a silent mistake."""
-    new = RunConfig()
-    changed = [
-        name
-        for name, value in config.flat().items()
-        if (name.startswith("model.") or name in ("tokenizer", "vocab_size")) and value != new.flat()[name]
-    ]
-    if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        raise UsageError(f"with --init the model and its tokenizer are those of {config.init.init}; leave out {flags}.")
-
-
-def adapted_to_init(config: RunConfig, overrides: Collection[str], model: ModelConfig) -> RunConfig:
-    """Return `config` with the context and learning rates that suit the model, where the user has not set them.
-
-    Raises UsageError for a context that is longer than the model's.
-    """
-    most = model.max_position_embeddings
-    config = config.replace(init=str(_absolute(config.init.init)))
-    if "context" not in overrides:
-        config = config.replace(context=min(most, MOST_INIT_CONTEXT))
-    if config.loop.context > most:
-        why = (
-            "its learned positions cannot be extended"
-            if model.position == "learned"
-            else f"extend it first: gptsmith export {config.init.init} --context {config.loop.context} --out DIR"
-        )
-        raise UsageError(f"--context {config.loop.context} is longer than the model's {most}: {why}.")
-    factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR
-    optim = {"lr": config.optim.lr * factor, "embedding_lr": config.optim.embedding_lr * factor}
-    return config.replace(optim={name: value for name, value in optim.items() if f"optim.{name}" not in overrides})
-
-
-def _absolute(spec: str | None) -> str:
-    """Return a path in full, so that the run can be resumed from another directory; other names as they are."""
-    path = Path(spec or "")
-    return str(resolve_model(path).resolve()) if path.exists() else str(spec)
-
-
-def _check_fits(model: ModelConfig, tokenizer: Tokenizer, config: RunConfig) -> None:
-    if model.vocab_size < tokenizer.vocab_size:
-        raise UsageError(
-            f"the model has rows for {model.vocab_size:,} tokens, the tokenizer has {tokenizer.vocab_size:,}."
-        )
-    if model.max_position_embeddings < config.loop.context:
-        raise UsageError(
-            f"--context {config.loop.context} is longer than the model's max_position_embeddings "
-            f"({model.max_position_embeddings})."
-        )
-
-
-def make_model(
-    model_config: ModelConfig, config: RunConfig, factory: ModelFactory | None, init: Init | None
-) -> Transformer:
-    """Build the policy of a run: by `factory` or as a `Transformer`, with the weights of `init` or new ones."""
-    if factory is not None:
-        model = factory(model_config, config.loop.dropout)
-    else:
-        model = Transformer(model_config, dropout=config.loop.dropout, initialize=init is None)
-    if init is not None:
-        model.load_state_dict(init.model.state_dict())
-        model.generation_config = dict(init.model.generation_config)
-    return model
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from gptsmith.data.shards import Dataset
 from gptsmith.train.config import RunConfig
+from gptsmith.train.objectives.registry import Prepared
 from gptsmith.train.session import Session
 
 
-def summary(session: Session, config: RunConfig, dataset: Dataset | None) -> str:
+def summary(session: Session, config: RunConfig, dataset: Prepared | None) -> str:
     """Return data, vocabulary, model, device, batch, steps and directory of a run, a line each."""
     model, tokenizer, run = session.model.config, session.tokenizer, session.run
     lines = []
     if dataset is not None:
-        total = len(dataset.train) + len(dataset.val)
-        characters = dataset.train.num_chars + dataset.val.num_chars
-        spec = run.part("data").get("spec")
-        lines.append(
-            f"data        {spec}: {characters:,} characters, {total:,} tokens, {len(dataset.val):,} of them held out"
-        )
+        lines.append(f"data        {run.part('data').get('spec')}: {dataset.summary()}")
     lines += [
         f"vocabulary  {tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
         f"model       {model.model_type}: {_layers(model.num_hidden_layers)}, width {model.hidden_size}, "

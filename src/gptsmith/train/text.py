@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
@@ -18,24 +20,53 @@ from gptsmith.train.budget.recipe import LONG_TEXT, MOST_CHARACTERS, tokenizer_f
 from gptsmith.train.config import RunConfig
 
 
-def open_sources(data: str, config: RunConfig) -> tuple[Source, Source | None]:
-    """Open the text of a run, and its own validation text if it has one."""
-    source = open_source(data, field=config.data.field)
-    return source, open_source(config.data.val, field=config.data.field) if config.data.val else None
+@dataclass(frozen=True)
+class Text:
+    """The text of a run, opened: the data of pretraining. val: a text of its own for validation."""
+
+    spec: str
+    source: Source
+    val_spec: str | None = None
+    val: Source | None = None
+
+    @classmethod
+    def open(cls, spec: str, config: RunConfig) -> Text:
+        """Open a file, a folder or a named corpus, and the validation text. Raise UsageError where there is none."""
+        val, column = config.data.val, config.data.field
+        return cls(spec, open_source(spec, field=column), val, open_source(val, field=column) if val else None)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def make_tokenizer(self, config: RunConfig, overrides: Collection[str]) -> tuple[RunConfig, Tokenizer]:
+        config = choose_tokenizer(config, overrides, self.source)
+        return config, make_tokenizer(config, self.source, self.val)
+
+    def prepare(self, config: RunConfig, tokenizer: Tokenizer, *, allow_unknown: bool | None = None) -> Dataset:
+        """Return the text tokenized. allow_unknown: accept a text unknown to the tokenizer; None: as configured."""
+        return prepare(
+            self.source,
+            tokenizer,
+            val=self.val,
+            val_fraction=config.data.val_fraction,
+            allow_unknown=config.init.unknown if allow_unknown is None else allow_unknown,
+        )
+
+    def places(self) -> dict[str, Any]:
+        """Return where the text and the validation text are, paths in full."""
+
+        def place(source: Source | None, spec: str | None) -> str | None:
+            return spec if source is None or source.path is None else str(source.path.resolve())
+
+        return {"spec": place(self.source, self.spec), "val": place(self.val, self.val_spec)}
 
 
 def read_text(data: str, config: RunConfig, overrides: Collection[str] = ()) -> tuple[Tokenizer, Dataset]:
     """Return the tokenizer and the dataset of a run with new weights. overrides: as for `gptsmith.train.run.start`."""
-    source, val = open_sources(data, config)
-    config = choose_tokenizer(config, overrides, source)
-    tokenizer = make_tokenizer(config, source, val)
-    return tokenizer, prepare_text(data, config, tokenizer)
-
-
-def prepare_text(data: str, config: RunConfig, tokenizer: Tokenizer) -> Dataset:
-    """Return the dataset of a run, tokenized by an existing tokenizer."""
-    source, val = open_sources(data, config)
-    return prepare(source, tokenizer, val=val, val_fraction=config.data.val_fraction, allow_unknown=config.init.unknown)
+    text = Text.open(data, config)
+    config, tokenizer = text.make_tokenizer(config, overrides)
+    return tokenizer, text.prepare(config, tokenizer)
 
 
 def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Tokenizer:

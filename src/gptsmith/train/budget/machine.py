@@ -31,7 +31,7 @@ def example_objective(config: RunConfig, model_config: ModelConfig) -> NextToken
     return NextToken(
         seq_len=config.loop.context,
         vocab_size=model_config.vocab_size,
-        mask_documents=config.method.mask_documents,
+        mask_documents=config.method.masks_documents,
     )
 
 

@@ -403,7 +403,7 @@ def certainly_fits(config: RunConfig, model_config: ModelConfig, micro_batch_siz
     c, tokens = model_config, micro_batch_size * config.loop.context
     width = 24 * c.hidden_size + 12 * (c.num_attention_heads * c.head_dim)
     width += 8 * c.intermediate_size * (c.num_experts_per_tok if c.num_experts else 1)
-    masks = config.method.mask_documents * config.loop.context**2 * micro_batch_size * 16
+    masks = config.method.masks_documents * config.loop.context**2 * micro_batch_size * 16
     logits = 16 * max(tokens, EVAL_TOKENS_AT_ONCE) * c.vocab_size
     rough = 32 * count_parameters(c).total + 8 * tokens * c.num_hidden_layers * width + masks + logits
     return (2 << 30) + 2 * rough < available

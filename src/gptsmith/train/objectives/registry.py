@@ -1,22 +1,55 @@
-"""Objectives by name, so that a run can be resumed by the command line.
+"""Methods of training by name, so that a run can be resumed by the command line.
 
-An objective of your own is registered by name, or found again as `module:name` if its module can be imported.
+A method is an objective with the options and the data that it needs. An objective of your own is registered by name, or
+found again as `module:name` if its module can be imported; unless you say otherwise it trains on a text.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gptsmith.data.shards import Dataset
 from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import MethodConfig, PretrainConfig, RunConfig
+from gptsmith.train.init import Init
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import Pretrain
+from gptsmith.train.text import Text
+
+
+class Prepared(Protocol):
+    """Data ready for training: tokenized, split into training and validation."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data, tokenized alike."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the sizes, for run.json."""
+
+    def summary(self) -> str:
+        """Return the sizes in words, for the lines that training begins with."""
+
+
+class TrainingData(Protocol):
+    """The data of a run, opened but not yet tokenized."""
+
+    @property
+    def name(self) -> str:
+        """What a run on it is called by default."""
+
+    def make_tokenizer(self, config: RunConfig, overrides: Collection[str]) -> tuple[RunConfig, Tokenizer]:
+        """Return the tokenizer of a run that starts without a model, and the configuration with what was chosen."""
+
+    def prepare(self, config: RunConfig, tokenizer: Tokenizer) -> Prepared: ...
+
+    def places(self) -> dict[str, Any]:
+        """Return where the data is: `spec` and `val`, paths in full."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +58,8 @@ class ObjectiveContext:
 
     config: RunConfig
     tokenizer: Tokenizer
-    dataset: Dataset | None
-    """The tokenized text; None for a run without one."""
+    dataset: Any
+    """The prepared data: a `Dataset` of a text, or what the method's `open_data` gives; None for a run without data."""
     should_stop: Callable[[], bool] = lambda: False
     """Becomes true when the run is to be saved and stopped: long work should look at it."""
 
@@ -34,10 +67,36 @@ class ObjectiveContext:
 ObjectiveFactory = Callable[[ObjectiveContext], Objective[Any]]
 
 
+def unchanged(init: Init, config: RunConfig) -> Init:
+    return init
+
+
+def as_configured(config: RunConfig, overrides: Collection[str], prepared: Prepared | None) -> RunConfig:
+    return config
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of training.
+
+    options: the dataclass of `RunConfig.method`. open_data: opens DATA (a name or path) as the configuration says.
+    adapt_init: changes the model that training starts from (adds tokens of a chat template). settle: sets options that
+    follow from the data and are not in `overrides` (steps from epochs).
+    """
+
+    objective: ObjectiveFactory
+    options: type[MethodConfig] = PretrainConfig
+    open_data: Callable[[str, RunConfig], TrainingData] = Text.open
+    adapt_init: Callable[[Init, RunConfig], Init] = unchanged
+    settle: Callable[[RunConfig, Collection[str], Prepared | None], RunConfig] = as_configured
+    needs_init: bool = False
+    """Whether it starts from an existing model only."""
+
+
 def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
     """Make the pretraining objective. kind: a subclass of `Pretrain`, for another loss on the same batches."""
-    config, dataset = context.config, context.dataset
-    if dataset is None:
+    config, dataset, method = context.config, context.dataset, context.config.method
+    if not isinstance(dataset, Dataset):
         raise UsageError("pretraining needs a text: a file, a folder or a named corpus.")
     return kind(
         dataset,
@@ -45,18 +104,18 @@ def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pret
         seq_len=config.loop.context,
         seed=config.loop.seed,
         vocab_size=context.tokenizer.vocab_size,
-        mask_documents=config.method.mask_documents,
-        eval_tokens=config.method.eval_tokens,
+        mask_documents=method.masks_documents,
+        eval_tokens=method.eval_tokens,
         should_stop=context.should_stop,
     )
 
 
-OBJECTIVES: Registry[ObjectiveFactory] = Registry("objective", {"pretrain": pretrain})
+METHODS: Registry[Method] = Registry("objective", {"pretrain": Method(pretrain)})
 
 
-def register_objective(name: str, factory: ObjectiveFactory) -> None:
-    """Make an objective known as `name`. factory: takes an `ObjectiveContext`; a class will do."""
-    OBJECTIVES.register(name, factory)
+def register_objective(name: str, factory: ObjectiveFactory | Method) -> None:
+    """Make an objective known as `name`. factory: takes an `ObjectiveContext`; a class will do. Or a whole `Method`."""
+    METHODS.register(name, factory if isinstance(factory, Method) else Method(factory))
 
 
 def reference_to(thing: Any) -> str:
@@ -76,9 +135,12 @@ def import_reference(reference: str) -> Any:
     return found
 
 
-def find_objective(name: str | ObjectiveFactory) -> tuple[str, ObjectiveFactory]:
-    """Return the name and the factory of an objective: a registered name, `module:name`, or a factory itself."""
+def find_method(name: str | ObjectiveFactory) -> tuple[str, Method]:
+    """Return the name and the method of an objective: a registered name, `module:name`, or a factory itself."""
     if not isinstance(name, str):
-        known = [registered for registered, factory in OBJECTIVES.items() if factory is name]
-        return (known[0] if known else reference_to(name)), name
-    return name, import_reference(name) if ":" in name else OBJECTIVES.find(name)
+        known = [registered for registered, method in METHODS.items() if method.objective is name]
+        return (known[0], METHODS[known[0]]) if known else (reference_to(name), Method(name))
+    if ":" not in name:
+        return name, METHODS.find(name)
+    found = import_reference(name)
+    return name, found if isinstance(found, Method) else Method(found)
