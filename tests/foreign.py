@@ -59,6 +59,43 @@ def sentencepiece(*, bos: bool = True, size: int = 400) -> Pipeline:
     return pipeline
 
 
+def unigram(text: str = TEXT, size: int = 200) -> Pipeline:
+    """A Unigram over "▁", as in T5: <pad> 0, </s> 1, <unk> 2."""
+    pipeline = Pipeline(models.Unigram())
+    pipeline.normalizer = normalizers.NFKC()
+    pipeline.pre_tokenizer = pre_tokenizers.Metaspace()
+    pipeline.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
+    pipeline.train_from_iterator([text], trainer)
+    return pipeline
+
+
+def wordpiece(text: str = TEXT, size: int = 200) -> Pipeline:
+    """A WordPiece, as in BERT: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
+    pipeline = Pipeline(models.WordPiece(unk_token="[UNK]"))
+    pipeline.normalizer = normalizers.BertNormalizer()
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pipeline.train_from_iterator(
+        [text], trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
+    return pipeline
+
+
+def word_ends(text: str = TEXT, size: int = 200) -> Pipeline:
+    """A BPE that marks the end of each word, as in GPT-1: <unk> 0."""
+    pipeline = Pipeline(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    pipeline.train_from_iterator([text], trainer)
+    return pipeline
+
+
 def write_model(
     directory: Path,
     model_type: str = "llama",

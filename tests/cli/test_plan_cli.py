@@ -70,7 +70,7 @@ def test_budget_and_depth_choose_as_in_training(run_cli: Cli, text_file: Path) -
         (["--price-per-hour", "-1"], "--price-per-hour must be 0 or more"),
         (["--budget", "soon"], "not a budget"),
         (["--model.hidden-size", "33"], "not a multiple"),
-        (["--tokenizer", "gpt3"], "use char, bpe, gpt2, or a directory"),
+        (["--tokenizer", "gpt3"], "use char, bpe, gpt2, a run, a model, or a directory"),
         (["missing.txt"], "missing.txt"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import Detokenizer, encode_prompt
 from gptsmith.errors import UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+from tests.foreign import sentencepiece, unigram, word_ends, wordpiece
 
 pytest.importorskip("llguidance")
 
@@ -146,3 +148,64 @@ def test_a_tokenizer_without_an_end_of_text_token(make_model: Any) -> None:
     (result,) = engine.generate([[0]], params)
     assert tokenizer.decode(result.ids) in ("yes", "no")
     assert result.completions[0].finish_reason == "stop"
+
+
+# tokenizers that write a token differently at the beginning of a text ------------------------------------------------
+
+FOREIGN = {
+    "unigram": Tokenizer(unigram(TEXT[0] * 8, 150).to_str(), {"eos_token": "</s>"}),
+    "sentencepiece": Tokenizer(sentencepiece().to_str(), {"eos_token": "</s>"}),
+    "wordpiece": Tokenizer(wordpiece(TEXT[0] * 8, 150).to_str(), {"eos_token": "[SEP]"}),
+    "word ends": Tokenizer(word_ends(TEXT[0] * 8, 150).to_str()),
+}
+
+
+def walk(constraint: Grammar, seed: int) -> tuple[str, bool]:
+    """Return a random text of the language, and whether it is complete."""
+    rng, state, ids = random.Random(seed), constraint.start(), list[int]()
+    tokenizer = constraint.tokenizer
+    while not state.finished and len(ids) < 80:
+        allowed = state.allowed().nonzero()[:, 0].tolist()
+        ends = [id for id in allowed if id in tokenizer.end_ids]
+        if not allowed:  # the tokenizer cannot write what has to follow
+            return tokenizer.decode(ids), False
+        if ends and (len(ids) > 6 or len(ends) == len(allowed)):
+            return tokenizer.decode(ids), True
+        id = rng.choice([id for id in allowed if id not in ends])
+        assert id not in tokenizer.special_tokens()
+        state.push(id)
+        ids.append(id)
+    return tokenizer.decode(ids), state.finished
+
+
+@pytest.mark.parametrize("name", list(FOREIGN))
+def test_tokenizers_of_words(name: str) -> None:
+    import jsonschema
+
+    tokenizer, ended = FOREIGN[name], 0
+    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3}
+    for seed in range(8):
+        text, complete = walk(choices(tokenizer, ["yes", "no", "maybe", "yes no"]), seed)
+        assert complete
+        assert text in ("yes", "no", "maybe", "yes no")
+        text, complete = walk(json_schema(tokenizer, numbers), seed)
+        if complete:
+            ended += 1
+            jsonschema.validate(json.loads(text), numbers)
+    assert ended > 2
+
+
+@pytest.mark.parametrize("name", ["unigram", "sentencepiece"])
+def test_objects_of_tokenizers_of_words(name: str) -> None:
+    import jsonschema
+
+    made = [walk(json_schema(FOREIGN[name], SCHEMA), seed) for seed in range(12)]
+    complete = [text for text, is_complete in made if is_complete]
+    assert complete
+    for text in complete:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_names_that_can_only_be_written_with_spaces_are_refused() -> None:
+    with pytest.raises(UsageError, match="a space before and after every quotation mark"):
+        json_schema(FOREIGN["wordpiece"], SCHEMA)

@@ -141,7 +141,7 @@ class Conversation:
                 stop=self.template.stop,
                 stop_ids=self.template.end_ids(),
             )
-            chunks = stream(self.engine, self.tokenizer, ids, params, on_shift=_shifted)
+            chunks = stream(self.engine, self.tokenizer, ids, params, continues_prompt=False, on_shift=_shifted)
             with contextlib.closing(chunks):  # type: ignore[type-var]
                 for chunk in chunks:
                     generated += chunk.text

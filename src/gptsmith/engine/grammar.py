@@ -37,9 +37,9 @@ class Grammar:
     def start(self) -> GrammarState:
         """Return the state of an empty text. Raise UsageError for a language that is invalid, too complex or empty."""
         ll, tokens = _llguidance(), _tokens(self.tokenizer, self.tokenizer.eos_id)
-        matcher = ll.LLMatcher(tokens, self.source, log_level=0)
+        matcher = ll.LLMatcher(tokens.ll, self.source if tokens.canonical else _unforced(self.source), log_level=0)
         end_ids = (*self.tokenizer.end_ids, *self.end_ids)
-        state = GrammarState(matcher, self.tokenizer.vocab_size, tokens.eos_token, end_ids)
+        state = GrammarState(matcher, self.tokenizer, tokens, end_ids)
         if matcher.is_error():
             raise UsageError(f"the grammar cannot be used: {_reason(matcher)}.")
         try:
@@ -52,12 +52,18 @@ class Grammar:
 
 
 class GrammarState:
-    """The state of one text in a language: a `ConstraintState`."""
+    """The state of one text in a language: a `ConstraintState`. previous: the last token of the text."""
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, vocab_size: int, eos_id: int, end_ids: Sequence[int] = ()
+        self,
+        matcher: llguidance.LLMatcher,
+        tokenizer: Tokenizer,
+        tokens: _Tokens,
+        end_ids: Sequence[int] = (),
+        previous: int | None = None,
     ) -> None:
-        self.matcher, self.vocab_size, self.eos_id, self.end_ids = matcher, vocab_size, eos_id, end_ids
+        self.matcher, self.tokenizer, self.tokens, self.end_ids = matcher, tokenizer, tokens, end_ids
+        self.previous = previous
         self._allowed: Tensor | None = None
 
     @property
@@ -66,7 +72,8 @@ class GrammarState:
         if self.matcher.is_stopped():
             return not self.matcher.is_error()
         # A tokenizer without an end-of-text token: the text ends where only that token could follow.
-        return self.eos_id >= self.vocab_size and self.matcher.is_accepting() and not bool(self.allowed().any())
+        beyond = self.tokens.eos_id >= self.tokenizer.vocab_size
+        return beyond and self.matcher.is_accepting() and not bool(self.allowed().any())
 
     def allowed(self) -> Tensor:
         """Return the tokens that can come next: (V,) bool. Raise GptsmithError if the grammar is too complex."""
@@ -74,34 +81,60 @@ class GrammarState:
             mask = self.matcher.compute_bitmask()
             if self.matcher.is_error():
                 raise GptsmithError(f"the grammar cannot be followed here: {_reason(self.matcher)}.")
-            bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
-            self._allowed = torch.from_numpy(bits[: self.vocab_size].astype(bool))
-            if self.end_ids and self.eos_id < self.vocab_size and bool(self._allowed[self.eos_id]):
+            vocab_size, eos_id = self.tokenizer.vocab_size, self.tokens.eos_id
+            bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little").astype(bool)
+            allowed = bits[:vocab_size]
+            if not self.tokenizer.follows_word(self.previous):
+                allowed[self.tokens.initial] = bits[self.tokens.first : self.tokens.first + len(self.tokens.initial)]
+            self._allowed = torch.from_numpy(allowed)
+            if self.end_ids and eos_id < vocab_size and bool(self._allowed[eos_id]):
                 self._allowed[list(self.end_ids)] = True
         return self._allowed
 
     def push(self, token: int) -> None:
         """Advance by a token. Raise GptsmithError if the grammar does not allow it."""
         self._allowed = None
-        self.matcher.consume_token(self.eos_id if token in self.end_ids else token)
+        consumed = self.tokens.eos_id if token in self.end_ids else token
+        if not self.tokenizer.follows_word(self.previous):
+            consumed = self.tokens.initial_id.get(consumed, consumed)
+        self.matcher.consume_token(consumed)
+        self.previous = token
         if self.matcher.is_error():
             raise GptsmithError(f"the grammar cannot be followed here: {_reason(self.matcher)}.")
 
     def copy(self) -> GrammarState:
         """Return an independent copy."""
-        return GrammarState(self.matcher.deep_copy(), self.vocab_size, self.eos_id, self.end_ids)
+        return GrammarState(self.matcher.deep_copy(), self.tokenizer, self.tokens, self.end_ids, self.previous)
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Grammar:
-    """Return the language of JSON that matches the schema ({}: any), with one space after commas and colons."""
+    """Return the language of JSON that matches the schema ({}: any), with one space after commas and colons.
+
+    A tokenizer that puts spaces between words puts them anywhere between the parts of the JSON. Raise UsageError for
+    what is not a schema, and for names or strings that the tokenizer can only write with spaces in them.
+    """
     try:
         values = json.loads(schema) if isinstance(schema, str) else dict(schema)
         if not isinstance(values, dict):
             raise ValueError("not an object")
-        style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        return Grammar(tokenizer, _llguidance().LLMatcher.grammar_from_json_schema(values, overrides=style))
+        source = _llguidance().LLMatcher.grammar_from_json_schema(values, overrides=json_style(tokenizer))
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"not a JSON schema: {error}.") from None
+    if tokenizer.spaces_words and any(f'"{word}"' in source for word in ("properties", "enum", "const")):
+        following = (tokenizer.token_bytes(id, tokenizer.inner_token) for id in range(tokenizer.vocab_size))
+        if not any(text.startswith(b'"') for text in following):
+            raise UsageError(
+                "this model's tokenizer puts a space before and after every quotation mark, so it cannot write the "
+                "names and texts of the schema. Use choice or regex, or another model."
+            )
+    return Grammar(tokenizer, source)
+
+
+def json_style(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the white space of JSON in `llguidance`'s terms: as `json.dumps` writes it, or free."""
+    if tokenizer.spaces_words:
+        return {"whitespace_flexible": True}
+    return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def regex(tokenizer: Tokenizer, pattern: str) -> Grammar:
@@ -135,50 +168,77 @@ def _llguidance() -> Any:
     return llguidance
 
 
-@functools.lru_cache(maxsize=8)
-def _tokens(tokenizer: Tokenizer, eos_id: int | None) -> llguidance.LLTokenizer:
-    """Return the tokenizer as `llguidance` needs it, which takes up to a second for a large one.
+class _Tokens:
+    """A tokenizer as `llguidance` needs it, which takes up to a second for a large one.
 
-    eos_id: the tokenizer's, by which two tokenizers that are otherwise equal can differ. For a tokenizer without an
-    end-of-text token, an id beyond the last one stands for it.
+    eos_id: the end-of-text token; for a tokenizer without one, an id beyond the last one stands for it. initial: the
+    tokens that are written differently where no word comes before them, as at the beginning of a text: there, they are
+    the ids from `first` on (`initial_id`). canonical: whether `llguidance` knows how the tokenizer splits a text.
     """
-    ll = _llguidance()
-    eos = tokenizer.vocab_size if eos_id is None else eos_id
-    if tokenizer.kind != "char" and eos_id is not None:
-        try:
-            exact: llguidance.LLTokenizer = ll.LLTokenizer(
-                tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos
-            )
-            return exact
-        except Exception:  # a kind of tokenizer that it does not know: pass the bytes of each token
-            pass
-    wrapped = ll.TokenizerWrapper(_Bytes(tokenizer, eos))
-    by_bytes: llguidance.LLTokenizer = ll.LLTokenizer(wrapped, n_vocab=max(tokenizer.vocab_size, eos + 1))
-    return by_bytes
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ll = _llguidance()
+        self.eos_id = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
+        self.first, self.initial = max(tokenizer.vocab_size, self.eos_id + 1), np.zeros(0, np.int64)
+        self.initial_id: dict[int, int] = {}
+        self.canonical = True
+        if tokenizer.kind == "bpe" and tokenizer.eos_id is not None:
+            try:
+                self.ll: llguidance.LLTokenizer = ll.LLTokenizer(
+                    tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=self.eos_id
+                )
+                return
+            except Exception:  # a kind of tokenizer that it does not know: pass the bytes of each token
+                pass
+        self.canonical = False
+        special, inner = tokenizer.special_tokens(), tokenizer.inner_token
+        written = [
+            special.get(id, "<end>").encode()
+            if id in special or id >= tokenizer.vocab_size
+            else tokenizer.token_bytes(id, inner)
+            for id in range(self.first)
+        ]
+        if inner is not None:
+            initially = {id: tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size) if id not in special}
+            differ = [id for id, spelled in initially.items() if spelled != written[id]]
+            written += [initially[id] for id in differ]
+            self.initial = np.array(differ, np.int64)
+            self.initial_id = {id: self.first + place for place, id in enumerate(differ)}
+        unwritable = [id for id, spelled in enumerate(written) if not spelled]
+        hidden = sorted({*(id for id in special if id < self.first), self.eos_id, *unwritable})
+        self.ll = ll.LLTokenizer(ll.TokenizerWrapper(_Bytes(written, hidden, self.eos_id)), n_vocab=len(written))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(tokenizer: Tokenizer, eos_id: int | None) -> _Tokens:
+    """Return the tokens of a tokenizer. eos_id: its own, by which two that are otherwise equal can differ."""
+    return _Tokens(tokenizer)
 
 
 class _Bytes:
     """A tokenizer as a list of byte strings, in the form that `llguidance` expects."""
 
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokens: list[bytes], special: list[int], eos_id: int) -> None:
+        self.tokens, self.special_token_ids = tokens, special
         self.eos_token_id, self.bos_token_id = eos_id, None
-        special = tokenizer.special_tokens()
-        count = max(tokenizer.vocab_size, eos_id + 1)
-        self.special_token_ids = sorted({*(id for id in special if id < count), eos_id})
-        self.tokens = [
-            special.get(id, "<end>").encode()
-            if id in special or id >= tokenizer.vocab_size
-            else tokenizer.token_bytes(id)
-            for id in range(count)
-        ]
 
     def __call__(self, text: bytes | str) -> list[int]:
-        text = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
-        try:
-            return self._tokenizer.encode(text)
-        except GptsmithError:  # it lacks some of the characters
-            return []
+        """Return no ids: without forcing, texts are not tokenized."""
+        return []
+
+
+def _unforced(source: str) -> str:
+    """Return a grammar that allows every way of tokenizing its texts.
+
+    By default, `llguidance` tokenizes a part that is the same in all texts, and allows these tokens only.
+    """
+    try:
+        described = json.loads(source)
+    except ValueError:  # a grammar in Lark
+        described = {"grammars": [{"lark_grammar": source}]}
+    language, *others = described["grammars"]
+    start = {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: @language'}
+    return json.dumps({**described, "grammars": [start, {**language, "name": "language"}, *others]})
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:

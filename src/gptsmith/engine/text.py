@@ -54,11 +54,13 @@ class StopStringFilter:
 
 @dataclass(frozen=True, slots=True)
 class TextToken:
-    """A token of a text. start: the character of its sample's text at which it begins."""
+    """A token of a text. start: the character of its sample's text at which it begins. previous: the token before it
+    in the text, as `Tokenizer.token_bytes` takes it."""
 
     id: int
     start: int
     logprob: TokenLogprob | None
+    previous: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Detokenizer:
     `params.ignore_eos`), and leave stop strings and echo to the detokenizer. Only an echo with log-probabilities of the
     prompt comes from the engine; `prompt_length` is then the number of the prompt's ids.
     skip_special_tokens: leave them out of the text.
+    prompt_ids: the prompt that the text continues. Without it, and for constrained texts, the text is one of its own,
+    as the answer in a conversation is: a tokenizer that writes "▁who" for " who" then begins it with "who".
     """
 
     def __init__(
@@ -93,10 +97,17 @@ class Detokenizer:
         *,
         prompt_length: int = 0,
         skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.prompt, self.params = tokenizer, prompt, params
+        self.previous = None
+        if params.constraint is None:
+            special = tokenizer.special_tokens() if skip_special_tokens else {}
+            self.previous = next((id for id in reversed(prompt_ids) if id not in special), None)
         self.skip_special_tokens = skip_special_tokens
         self.echoed = prompt_length if params.echo and params.prompt_logprobs is not None else 0
+        if self.echoed:  # the prompt is decoded, too
+            self.previous = None
         end_ids = () if params.ignore_eos else tokenizer.end_ids
         stop_ids = tuple(dict.fromkeys((*params.stop_ids, *end_ids)))
         stop_condition = _StopStrings(self) if params.stop and params.returns_only_at_end else params.stop_condition
@@ -131,7 +142,11 @@ class _SampleText:
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self.params, self.stop_ids = detokenizer.params, frozenset(detokenizer.engine_params.stop_ids)
-        self.decoder = detokenizer.tokenizer.stream(skip_special_tokens=detokenizer.skip_special_tokens)
+        self.previous = detokenizer.previous
+        self.decoder = detokenizer.tokenizer.stream(
+            skip_special_tokens=detokenizer.skip_special_tokens, previous=self.previous
+        )
+        self.skipped = frozenset(detokenizer.tokenizer.special_tokens() if detokenizer.skip_special_tokens else ())
         self.stop_filter, self.echoed = StopStringFilter(detokenizer.params.stop), detokenizer.echoed
         self.prefix = detokenizer.prompt if detokenizer.params.echo and not detokenizer.echoed else ""
         self.count, self.ended = 0, False
@@ -141,6 +156,8 @@ class _SampleText:
         """Characters that have been returned."""
         self.tokens: deque[TextToken] = deque()
         """Tokens that have not been returned."""
+        self.unplaced: deque[TextToken] = deque()
+        """Tokens after those, of which it is not yet certain where they begin."""
 
     def push(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None] | None) -> str:
         """Decode tokens; return the text that is now certain."""
@@ -161,14 +178,25 @@ class _SampleText:
 
     def _decode(self, token: int, logprob: TokenLogprob | None) -> str:
         if self.params.logprobs is not None:
-            self.tokens.append(TextToken(token, self.decoded, logprob))
+            self.unplaced.append(TextToken(token, 0, logprob, self.previous))
         text = self.decoder.push(token)
-        self.decoded += len(text)
+        if token not in self.skipped:
+            self.previous = token
+        self._place(text)
         return text
+
+    def _place(self, text: str) -> None:
+        """Record where the tokens begin whose place has become certain with newly decoded text."""
+        if self.params.logprobs is not None:
+            for position in self.decoder.positions:
+                self.tokens.append(replace(self.unplaced.popleft(), start=self.decoded + position))
+        self.decoded += len(text)
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        return self.stop_filter.push(self.decoder.finish()) + self.stop_filter.finish()
+        text = self.decoder.finish()
+        self._place(text)
+        return self.stop_filter.push(text) + self.stop_filter.finish()
 
     def take_tokens(self, length: int) -> tuple[TextToken, ...]:
         """Return the remaining tokens that begin in the text returned so far, `length` more characters included."""
@@ -182,7 +210,7 @@ class _SampleText:
     def copy(self) -> _SampleText:
         other = copy.copy(self)
         other.decoder, other.stop_filter = self.decoder.copy(), copy.copy(self.stop_filter)
-        other.tokens = self.tokens.copy()
+        other.tokens, other.unplaced = self.tokens.copy(), self.unplaced.copy()
         return other
 
 
@@ -234,17 +262,20 @@ def stream(
     params: SamplingParams,
     *,
     ignore_eos: bool = False,
+    continues_prompt: bool = True,
     on_shift: Callable[[], None] | None = None,
 ) -> Iterator[TextChunk]:
     """Continue a prompt (a text, or its ids); yield the text as it is generated, in chunks of whole characters.
 
-    ignore_eos: as `params.ignore_eos`.
+    ignore_eos: as `params.ignore_eos`. continues_prompt: whether the prompt and the text are one text, unlike the turns
+    of a conversation.
     on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
     Raise, before anything is computed, what `encode_prompt` and `Engine.add_request` raise, and later the error of a
     request that fails.
     """
     ids, text = _ids_and_text(tokenizer, prompt, params)
-    detokenizer = Detokenizer(tokenizer, text, replace(params, ignore_eos=True) if ignore_eos else params)
+    params = replace(params, ignore_eos=True) if ignore_eos else params
+    detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=ids if continues_prompt else ())
     return _chunks(engine, engine.stream(ids, detokenizer.engine_params), detokenizer, len(ids), on_shift)
 
 
@@ -282,19 +313,24 @@ def _chunks(
 
 
 def generate_texts(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], params: SamplingParams
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams,
+    *,
+    continues_prompt: bool = True,
 ) -> list[list[str]]:
     """Continue many prompts (texts, or their ids) together; return `params.n` texts for each, without the prompt unless
     `echo`.
 
-    Raise the first error of any request.
+    continues_prompt: as for `stream`. Raise the first error of any request.
     """
     detokenizers: dict[int, Detokenizer] = {}
     texts: dict[int, list[str]] = {}
     try:
         for prompt in prompts:
             ids, text = _ids_and_text(tokenizer, prompt, params)
-            detokenizer = Detokenizer(tokenizer, text, params)
+            detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=ids if continues_prompt else ())
             number = engine.add_request(ids, detokenizer.engine_params)
             detokenizers[number], texts[number] = detokenizer, [""] * params.n
         unfinished = set(detokenizers)

@@ -78,7 +78,7 @@ def evaluate_task(
         for start in range(0, count, EXAMPLES_AT_ONCE):
             indices = range(start, min(start + EXAMPLES_AT_ONCE, count))
             prompts = [_prompt(template, task.example(i)) for i in indices]
-            answers = generate_texts(engine, tokenizer, prompts, params)
+            answers = generate_texts(engine, tokenizer, prompts, params, continues_prompt=template.plain)
             outcomes += [TaskOutcome(i, text, task.score(i, text)) for i, (text,) in zip(indices, answers, strict=True)]
             bar.advance(len(indices))
     return TaskResult(tuple(outcomes))

@@ -13,7 +13,9 @@ from gptsmith.formats.safetensors import INDEX_FILE
 _HUB_ID = re.compile(
     r"(?P<explicit>hf:)?(?P<id>(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII
 )
-_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "tokenizer.model"]
+_HUB_FILES = ["*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.md", "LICENSE*", "tokenizer.model"]
+# All but additional_chat_templates: patterns have no "not", and a "*" in them matches "/", too.
+_UNUSED_FOLDERS = ["[!a]*/*", "a[!d]*/*", "*/*/*"]
 
 
 def is_hub_id(spec: str) -> bool:
@@ -27,10 +29,11 @@ def is_hub_id(spec: str) -> bool:
     return bool(match["explicit"]) or ("/" in match["id"] and not Path(match["id"]).parent.exists())
 
 
-def hub_model_path(spec: str) -> Path:
+def hub_model_path(spec: str, *, weights: bool = True) -> Path:
     """Return a hub model's directory in the cache of `huggingface_hub`, downloading the files that are missing.
 
-    Only configuration, tokenizer and weights are downloaded: safetensors where they exist, else the legacy file.
+    Only configuration, tokenizer and (if `weights`) weights are downloaded: safetensors where they exist, else the
+    legacy file.
     HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are respected.
     Raises UsageError without `huggingface_hub`, CheckpointError if the model does not exist or cannot be downloaded.
     """
@@ -47,15 +50,17 @@ def hub_model_path(spec: str) -> Path:
             "pip install 'gptsmith[hub]'."
         ) from None
 
-    def fetch(*weights: str) -> Path:
-        patterns = [*_HUB_FILES, *weights]
+    def fetch(*files: str) -> Path:
+        patterns = [*_HUB_FILES, *files]
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_UNUSED_FOLDERS
+            )
         )
 
     try:
-        directory = fetch("model*.safetensors")
-        if not any((directory / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        directory = fetch("model*.safetensors") if weights else fetch()
+        if weights and not any((directory / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
             directory = fetch("model*.safetensors", "pytorch_model*.bin")
     except errors.GatedRepoError:
         raise CheckpointError(

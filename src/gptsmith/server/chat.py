@@ -37,6 +37,7 @@ from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.server.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.tokenizer import readable
 
 router = APIRouter()
 
@@ -271,14 +272,18 @@ def _parse_arguments(text: str, index: int) -> dict[str, Any]:
 
 
 def logprobs_of(tokenizer: Tokenizer, tokens: list[TextToken]) -> ChatLogprobs:
-    def entry(id: int, value: float) -> dict[str, Any]:
-        return {"token": tokenizer.token_text(id), "logprob": value, "bytes": list(tokenizer.token_bytes(id))}
+    """Return log-probabilities as OpenAI does. Special tokens, which add nothing to the text, have no bytes."""
+    special = tokenizer.special_tokens()
+
+    def entry(id: int, value: float, previous: int | None) -> dict[str, Any]:
+        written = tokenizer.token_bytes(id, previous)
+        return {"token": readable(written), "logprob": value, "bytes": [] if id in special else list(written)}
 
     return ChatLogprobs(
         content=[
             ChatLogprob(
-                **entry(token.id, token.logprob.logprob),
-                top_logprobs=[TopLogprob(**entry(id, value)) for id, value in token.logprob.top],
+                **entry(token.id, token.logprob.logprob, token.previous),
+                top_logprobs=[TopLogprob(**entry(id, value, token.previous)) for id, value in token.logprob.top],
             )
             for token in tokens
             if token.logprob is not None

@@ -24,6 +24,7 @@ from gptsmith.server.schema import (
 from gptsmith.server.service import check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.tokenizer import readable
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
@@ -53,7 +54,7 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
         ids = await input_ids(tokenizer, prompt, "prompt")
         check_length(served, ids, body.overflow)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-        detokenizer = Detokenizer(tokenizer, text, params, prompt_length=len(ids))
+        detokenizer = Detokenizer(tokenizer, text, params, prompt_length=len(ids), prompt_ids=ids)
         jobs.append(Job(ids, detokenizer))
     generation = await service.start(request, served, jobs)
     envelope: dict[str, Any] = {
@@ -127,12 +128,18 @@ def finish_reason(reason: str | None) -> Literal["stop", "length"] | None:
 def _logprobs(tokenizer: Tokenizer, tokens: Sequence[TextToken], top: int | None) -> CompletionLogprobs | None:
     if top is None:
         return None
-    tops = [
-        None if token.logprob is None else {tokenizer.token_text(id): value for id, value in token.logprob.top}
-        for token in tokens
-    ]
+
+    def top_of(token: TextToken) -> dict[str, float] | None:
+        if token.logprob is None:
+            return None
+        values: dict[str, float] = {}  # of two tokens that are written alike, the more probable one comes first
+        for id, value in token.logprob.top:
+            values.setdefault(readable(tokenizer.token_bytes(id, token.previous)), value)
+        return values
+
+    tops = [top_of(token) for token in tokens]
     return CompletionLogprobs(
-        tokens=[tokenizer.token_text(token.id) for token in tokens],
+        tokens=[readable(tokenizer.token_bytes(token.id, token.previous)) for token in tokens],
         token_logprobs=[None if token.logprob is None else token.logprob.logprob for token in tokens],
         top_logprobs=tops if top else None,
         text_offset=[token.start for token in tokens],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gptsmith.tokenizer.bpe import gpt2_tokenizer, train_bpe
 from gptsmith.tokenizer.char import train_char
+from gptsmith.tokenizer.pretrained import read_tokenizer
 from gptsmith.tokenizer.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
 
-load_tokenizer = Tokenizer.load
+load_tokenizer = read_tokenizer
 
 __all__ = [
     "END_OF_TEXT",

@@ -1,14 +1,15 @@
 """The tokenizer of a Hugging Face model directory.
 
 It is read from tokenizer.json, or from the older vocab.json and merges.txt (byte-level as in GPT-2, or of whole words
-as in GPT-1). The chat template becomes part of the tokenizer's configuration.
+as in GPT-1). Tokens that only tokenizer_config.json or special_tokens_map.json name are added, as transformers does.
+The chat templates become part of the tokenizer's configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptsmith.errors import TokenizerError
 from gptsmith.tokenizer.bpe import _byte_level, _special_token
@@ -27,8 +28,13 @@ from gptsmith.tokenizer.tokenizer import (
 if TYPE_CHECKING:
     import tokenizers
 
+VOCABULARY_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt")
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FURTHER_ROLES = ("additional_special_tokens", "extra_special_tokens")  # the older and the newer name of one list
+_TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _END_OF_WORD = "</w>"
 
 
@@ -54,13 +60,72 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     else:
         return Tokenizer.load(directory)  # raises an error that names the missing file
     config = read_object(directory / CONFIG_FILE)
-    for role, token in read_object(directory / "special_tokens_map.json").items():
-        if role in _SPECIAL_ROLES and config.get(role) is None:
+    named = read_object(directory / SPECIAL_TOKENS_FILE)
+    listed = "added_tokens_decoder" in config  # in which case the older file is only a fallback, as in transformers
+    for role, token in named.items():
+        if role in (*_SPECIAL_ROLES, *_FURTHER_ROLES) and token and not (listed and config.get(role)):
             config[role] = token
-    template = directory / CHAT_TEMPLATE_FILE
-    if template.is_file():
-        config["chat_template"] = read_file(template)
-    return Tokenizer.from_json(tokenizer.to_json(), config, model_end_ids(directory))
+    if templates := _chat_templates(directory, config.get("chat_template")):
+        config["chat_template"] = templates
+    text = _with_added_tokens(tokenizer.to_json(), config, directory / CONFIG_FILE)
+    return Tokenizer.from_json(text, config, model_end_ids(directory))
+
+
+def _chat_templates(directory: Path, configured: object) -> str | list[dict[str, str]]:
+    """Return the templates in files of their own: one, or several by name; "" if there are none. They replace those in
+    tokenizer_config.json (`configured`), but for a default that has no file."""
+    templates = {}
+    if (directory / CHAT_TEMPLATE_FILE).is_file():
+        templates["default"] = read_file(directory / CHAT_TEMPLATE_FILE)
+    elif isinstance(old := read_object(directory / "chat_template.json").get("chat_template"), str):
+        templates["default"] = old
+    for path in sorted((directory / CHAT_TEMPLATE_FOLDER).glob("*.jinja")):
+        templates[path.stem] = read_file(path)
+    if set(templates) <= {"default"}:
+        return templates.get("default", "")
+    if isinstance(configured, str):
+        templates.setdefault("default", configured)
+    return [{"name": name, "template": template} for name, template in templates.items()]
+
+
+def _with_added_tokens(text: str, config: Mapping[str, Any], where: Path) -> str:
+    """Return the tokenizer.json `text` with the tokens that a tokenizer_config.json adds to it.
+
+    These are the entries of `added_tokens_decoder` and the tokens that have a role, which are special. A token that the
+    vocabulary lacks gets the next id. Raises TokenizerError for an entry with another id than the one it would get.
+    """
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Pipeline
+
+    pipeline = Pipeline.from_str(text)
+    present = {token.content: token for token in pipeline.get_added_tokens_decoder().values()}
+    tokens: dict[str, dict[str, bool]] = {}
+    entries = config.get("added_tokens_decoder") or {}
+    try:
+        numbered = sorted((int(id), token_content(entry), entry) for id, entry in entries.items())
+    except (AttributeError, TypeError, ValueError):
+        raise TokenizerError(f"{where}: added_tokens_decoder must map ids to tokens.") from None
+    for _, content, entry in numbered:
+        flags = {flag: bool(entry[flag]) for flag in _TOKEN_FLAGS if flag in entry} if isinstance(entry, dict) else {}
+        if content and any(flags.get(flag) != getattr(present.get(content), flag, None) for flag in flags):
+            tokens[content] = flags
+    further = [token for role in _FURTHER_ROLES if isinstance(config.get(role), list) for token in config[role]]
+    for token in [*(config.get(role) for role in _SPECIAL_ROLES), *further]:
+        content = token_content(token)
+        if content and content not in tokens and not (content in present and present[content].special):
+            tokens[content] = {"normalized": False}
+        if content in tokens:
+            tokens[content]["special"] = True
+    if not tokens:
+        return text
+    pipeline.add_tokens([AddedToken(content, **flags) for content, flags in tokens.items()])
+    for id, content, _ in numbered:
+        if content in tokens and (actual := pipeline.token_to_id(content)) != id:
+            raise TokenizerError(
+                f"{where}: added_tokens_decoder has {content!r} as {id}, but {TOKENIZER_FILE} makes it {actual}."
+            )
+    result: str = pipeline.to_str(pretty=True)
+    return result
 
 
 def _from_vocabulary(directory: Path) -> Tokenizer:

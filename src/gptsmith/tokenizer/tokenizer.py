@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -70,7 +71,8 @@ class Tokenizer:
     for the beginning of a text (None if there is none). prefix_ids, suffix_ids: what `encode_prompt` puts around a
     text. added_ids: tokens that are not the model's own (special ones, and others that are found in a text as a whole).
     unk_id: the unknown token (None if there is none). replaces_unknown: whether text without tokens becomes the
-    unknown token. covers_all_text: whether there is no such text. fingerprint: sha256 (hex) of the canonical
+    unknown token. covers_all_text: whether there is no such text. spaces_words: whether decoding puts spaces between
+    words, punctuation included. fingerprint: sha256 (hex) of the canonical
     tokenizer.json.
     """
 
@@ -85,6 +87,7 @@ class Tokenizer:
     unk_id: int | None
     replaces_unknown: bool
     covers_all_text: bool
+    spaces_words: bool
     fingerprint: str
 
     def __init__(self, text: str, config: Mapping[str, Any] | None = None, end_ids: Iterable[int] = ()) -> None:
@@ -137,10 +140,16 @@ class Tokenizer:
             self._code_points = _code_point_table(description["model"]["vocab"], self._special)
         elif self.kind == "bpe":
             self._token_bytes: dict[int, bytes] = {}  # filled as needed
-        self._byte_fallback = '"ByteFallback"' in json.dumps(description.get("decoder"))
+        decoder = json.dumps(description.get("decoder"))
+        self._byte_fallback = '"ByteFallback"' in decoder
+        self._word_end = _word_end(description.get("decoder") or {})
+        self.spaces_words = bool(self._word_end) or '"WordPiece"' in decoder
         needed = _BYTE_OF_CHARACTER.keys() if self.kind == "bpe" else {f"<0x{byte:02X}>" for byte in range(256)}
         has_bytes = self.kind == "bpe" or bool(description["model"].get("byte_fallback"))
         self.covers_all_text = has_bytes and vocabulary.keys() >= needed
+        self._encoder = self._pipeline
+        if description["model"].get("type") in ("Unigram", "WordLevel") and self.kind == "other":
+            self._encoder = _hidden_tokens(description, self._special)
         self._model: dict[str, Any] = {key: value for key, value in description["model"].items() if key != "merges"}
         self._has_token: dict[str, bool] = {}  # of parts of texts; see `count_unknown`
 
@@ -172,6 +181,7 @@ class Tokenizer:
         other = copy.copy(self)
         other.vocab_size, other._is_limited = min(rows, self.vocab_size), rows < self.vocab_size
         other.end_ids = tuple(id for id in self.end_ids if id < rows)
+        other.eos_id = next(iter(other.end_ids), None)
         return other
 
     def without_added_tokens(self) -> Tokenizer:
@@ -206,7 +216,7 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         try:
             encoded: list[list[int]] = [
-                each.ids for each in self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
+                each.ids for each in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
             ]
         except Exception as error:  # `tokenizers` raises bare Exceptions
             for text in texts:
@@ -246,7 +256,7 @@ class Tokenizer:
             found, counts = np.unique(codes[table[np.minimum(codes, len(table) - 1)] == _NO_ID], return_counts=True)
             return Counter(dict(zip(map(chr, found.tolist()), counts.tolist(), strict=True)))
         if self.replaces_unknown:
-            encoding = self._pipeline.encode(text, add_special_tokens=False)
+            encoding = self._encoder.encode(text, add_special_tokens=False)
             places = np.flatnonzero(np.array(encoding.ids) == self.unk_id).tolist()
             return Counter(text[slice(*encoding.offsets[place])] for place in places) if places else Counter()
         if self._model["type"] in ("WordLevel", "WordPiece"):
@@ -288,24 +298,52 @@ class Tokenizer:
         text: str = self._pipeline.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """Return a decoder that takes one id at a time."""
-        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+    def stream(self, *, skip_special_tokens: bool = True, previous: int | None = None) -> StreamDecoder:
+        """Return a decoder that takes one id at a time. previous: the token that the text continues, if any."""
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens, previous=previous)
 
     def special_tokens(self) -> dict[int, str]:
         """Return the tokens that no text becomes, as {id: content}."""
         return dict(self._special)
 
-    def token_bytes(self, id: int) -> bytes:
-        """Return the bytes that a token stands for; for kind "other", those of the token's entry in the vocabulary."""
-        return self._bytes(self._check(id)) if self.kind == "bpe" else self.token_text(id).encode("utf-8")
+    def token_bytes(self, id: int, previous: int | None = None) -> bytes:
+        """Return the bytes that a token adds to a text after the token `previous` (None: at its beginning).
+
+        The bytes of all tokens of a text, joined, are the text, but for bytes that are not UTF-8. Only for kind "other"
+        do they depend on `previous`: "▁who" adds "who" at the beginning of a text and " who" later.
+        """
+        id = self._check(id)
+        if self.kind == "bpe":
+            return self._bytes(id)
+        token: str = self._pipeline.id_to_token(id) or ""
+        if self.kind == "char" or id in self._special:
+            return token.encode("utf-8")
+        byte = self._byte_of(id)
+        if byte is not None and (byte >= 0x80 or previous is not None):  # a decoder may drop a space at the beginning
+            return bytes([byte])
+        before: list[int] = [] if previous is None else [previous]
+        start: str = self._pipeline.decode(before, skip_special_tokens=False)
+        text: str = self._pipeline.decode([*before, id], skip_special_tokens=False)
+        return text[len(start) :].encode("utf-8")
+
+    def follows_word(self, previous: int | None) -> bool:
+        """Return whether a token after `previous` (None: at the beginning of a text) is written as in the middle of a
+        text, where `token_bytes` may put a space before a word. It depends on nothing else."""
+        if self._word_end:
+            return previous is not None and (self._pipeline.id_to_token(previous) or "").endswith(self._word_end)
+        return previous is not None
+
+    @functools.cached_property
+    def inner_token(self) -> int | None:
+        """A token for `token_bytes` to take as `previous` in the middle of a text; None where there is no need."""
+        if self.kind != "other":
+            return None
+        ids = (id for id in range(self.vocab_size) if id not in self._special and self.follows_word(id))
+        return next((id for id in ids if self.token_bytes(id)), None)
 
     def token_text(self, id: int) -> str:
-        """Return a token's text for display, with the bytes of an incomplete character written as \\xNN."""
-        if self.kind == "bpe":
-            return self._bytes(self._check(id)).decode("utf-8", "backslashreplace")
-        token: str | None = self._pipeline.id_to_token(self._check(id))
-        return "" if token is None else token
+        """Return a token's text for display, as it is in the middle of a text; see `readable`."""
+        return readable(self.token_bytes(id, None if self._word_end else self.inner_token))
 
     # files
 
@@ -376,6 +414,11 @@ class Tokenizer:
             raise TokenizerError(f"{value} is not a token id: ids go from 0 to {self.vocab_size - 1}.")
         return value
 
+    def _byte_of(self, id: int) -> int | None:
+        """Return the byte that a token such as "<0x57>" stands for; None for other tokens."""
+        token = (self._pipeline.id_to_token(id) or "") if self._byte_fallback else ""
+        return int(token[3:5], 16) if _BYTE_TOKEN.fullmatch(token) else None
+
     def _bytes(self, id: int) -> bytes:
         """Return the bytes that a token of a byte-level tokenizer stands for."""
         value = self._token_bytes.get(id)
@@ -393,42 +436,79 @@ class StreamDecoder:
     """Decode one id at a time. The returned texts, joined, equal `decode` of all the ids.
 
     Text is returned as soon as it is certain: bytes of an incomplete character are held back until it is complete.
+    previous: the token before the text, which it continues (None: it is a text of its own); for kind "other", whose
+    first token may be written differently. positions: after each call, where the tokens begin whose place has become
+    certain with it, in order, counted from the beginning of the returned text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, previous: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._skipped = frozenset(tokenizer._special) if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []  # kind "other": the tokens that were returned last, and those after them
-        self._num_returned = 0  # how many of `_ids` were returned
+        before: list[int] = []
+        if previous is not None and tokenizer.kind == "other" and previous not in self._skipped:
+            # A byte token would form a run with bytes at the beginning of the text.
+            other = previous if tokenizer._byte_of(previous) is None else tokenizer.inner_token
+            before = [] if other is None else [other]
+        self._ids: list[int] = before  # kind "other": the tokens that were returned last, and those after them
+        self._num_returned = len(before)  # how many of `_ids` were returned
+        self._run: list[int | None] = []  # the bytes of a run at the end of `_ids`; None for a token that is left out
+        self.positions: list[int] = []
 
     def push(self, id: int) -> str:
         """Return the text that this id completes, which may be empty. Raises TokenizerError for an id out of range."""
         tokenizer = self._tokenizer
         id = tokenizer._check(id)
+        self.positions = [] if self._run else [0]
         if id in self._skipped:
+            if self._run:
+                self._run.append(None)
             return ""
         if tokenizer.kind == "bpe":
             return self._utf8.decode(tokenizer._bytes(id))
         if tokenizer.kind == "char":
             return tokenizer.token_text(id)
+        if (byte := tokenizer._byte_of(id)) is not None:
+            self._ids.append(id)  # such a decoder decodes a run of bytes as a whole: wait for the end of the run
+            self._run.append(byte)
+            self.positions = []
+            return ""
+        run = self._end_run()
         self._ids.append(id)
-        if tokenizer._byte_fallback and _BYTE_TOKEN.fullmatch(tokenizer.token_text(id)):
-            return ""  # such a decoder decodes a run of bytes as a whole: wait for the end of the run
-        return self._new_text(final=False)
+        self.positions.append(len(run))
+        return run + self._new_text(final=False)
 
     def copy(self) -> StreamDecoder:
         """Return an independent decoder in the same state."""
         other = copy.copy(self)
-        other._utf8, other._ids = copy.copy(self._utf8), list(self._ids)
+        other._utf8, other._ids, other._run = copy.copy(self._utf8), list(self._ids), list(self._run)
         return other
 
     def finish(self) -> str:
         """Return the text that is still held back (U+FFFD for an incomplete character), and start over."""
-        text = self._utf8.decode(b"", final=True) + (self._new_text(final=True) if self._ids else "")
+        text = self._utf8.decode(b"", final=True) + self._end_run()
+        if self._num_returned < len(self._ids):
+            text += self._new_text(final=True)
         self._utf8.reset()
         self._ids, self._num_returned = [], 0
+        return text
+
+    def _end_run(self) -> str:
+        """Return the text of a run of byte tokens, which has ended, and set the positions of its tokens."""
+        self.positions = []
+        if not self._run:
+            return ""
+        text, run = self._new_text(final=True), bytes(byte for byte in self._run if byte is not None)
+        try:
+            starts = [index for index, character in enumerate(run.decode("utf-8")) for _ in character.encode("utf-8")]
+        except UnicodeDecodeError:
+            starts = list(range(len(run)))  # the decoder writes one U+FFFD for each byte
+        place = 0
+        for byte in self._run:
+            self.positions.append(min([*starts, len(text)][place], len(text)))
+            place += byte is not None
+        self._run = []
         return text
 
     def _new_text(self, final: bool) -> str:
@@ -495,6 +575,41 @@ def _kind(description: Mapping[str, Any]) -> Literal["char", "bpe", "other"]:
     ):
         return "bpe"
     return "other"
+
+
+def readable(text: bytes) -> str:
+    """Return a token's bytes as text, with those of an incomplete character written as \\xNN."""
+    return text.decode("utf-8", "backslashreplace")
+
+
+def _word_end(decoder: Mapping[str, Any]) -> str:
+    """Return what marks the last token of a word, for a decoder that puts a space after it; "" for others."""
+    if decoder.get("type") == "Sequence":
+        return next((end for part in decoder.get("decoders") or [] if (end := _word_end(part))), "")
+    return str(decoder.get("suffix") or "") if decoder.get("type") == "BPEDecoder" else ""
+
+
+def _hidden_tokens(description: Mapping[str, Any], special: Mapping[int, str]) -> tokenizers.Tokenizer:
+    """Return a tokenizer for encoding whose model does not know the spellings of the special tokens.
+
+    Models that look up words as a whole would find "</s>" in a text, although it is not to be a special token there.
+    """
+    from tokenizers import Tokenizer as Pipeline
+
+    model = dict(description["model"])
+    hidden = {text: f"\uf8ff{id}" for id, text in special.items() if text != model.get("unk_token")}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {hidden.get(token, token): id for token, id in vocabulary.items()}
+    else:
+        model["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
+    kept = [token for token in description.get("added_tokens") or [] if token["content"] not in hidden]
+    without = {**description, "model": model, "added_tokens": kept, "post_processor": None}
+    pipeline = Pipeline.from_str(json.dumps(without, ensure_ascii=False))
+    pipeline.encode_special_tokens = True
+    pipeline.no_padding()
+    pipeline.no_truncation()
+    return pipeline
 
 
 def _token_id(vocabulary: Mapping[str, int], token: object) -> int | None:

@@ -184,7 +184,8 @@ class InitConfig:
     """Continue pretraining this model, with its tokenizer: a run, a model directory, a .gguf file, ORG/NAME on the hub,
     or smollm2-135m (default: start from new weights)."""
     tokenizer: str = "char"
-    """char, bpe (trained on the data), gpt2, or a directory with tokenizer.json."""
+    """char, bpe (trained on the data), gpt2, or the tokenizer of a directory, a file (tokenizer.json), a run or a
+    model."""
     vocab_size: int = 4096
     """Vocabulary size of a bpe tokenizer trained on the data."""
     unknown: bool = False

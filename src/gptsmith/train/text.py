@@ -10,14 +10,23 @@ from typing import Any
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
 from gptsmith.data.sources import Source, open_source
-from gptsmith.errors import UsageError, nearest
+from gptsmith.errors import TokenizerError, UsageError, nearest
+from gptsmith.formats.hub import hub_model_path, is_hub_id
+from gptsmith.formats.named import NAMED_MODELS
+from gptsmith.formats.source import open_model
+from gptsmith.loading import resolve_model
 from gptsmith.log import note
 from gptsmith.runtime import choose_device
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
+from gptsmith.tokenizer.ids import IdTokenizer
+from gptsmith.tokenizer.pretrained import VOCABULARY_FILES, has_tokenizer, read_tokenizer
+from gptsmith.tokenizer.tokenizer import CONFIG_FILE, read_file
 from gptsmith.train.budget.machine import default_flops
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.budget.recipe import LONG_TEXT, MOST_CHARACTERS, tokenizer_for
 from gptsmith.train.config import RunConfig
+
+RUN_FOLDER = "tokenizer"  # where a run keeps its tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,17 +87,46 @@ def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Toke
     if init.tokenizer == "bpe":
         fraction = 0.0 if val is not None else config.data.val_fraction
         return train_bpe(_training_part(train, fraction), init.vocab_size)
-    return ready_tokenizer(init.tokenizer).without_added_tokens()  # which the training text does not have
+    tokenizer = ready_tokenizer(init.tokenizer).without_added_tokens()  # which the training text does not have
+    if tokenizer.eos_id is None:
+        note(
+            f"note: the tokenizer {init.tokenizer} has no end-of-text token (eos_token in {CONFIG_FILE}): nothing "
+            "separates documents, and the model will not end its texts."
+        )
+    return tokenizer
 
 
 def ready_tokenizer(name: str) -> Tokenizer:
-    """Return a tokenizer that is not made from the text: gpt2, or that of a directory."""
+    """Return a tokenizer that is not made from the text: gpt2, or that of a directory, a file, a run or a model."""
     if name == "gpt2":
         return gpt2_tokenizer()
-    if not Path(name).exists():
-        near = nearest(name, ("char", "bpe", "gpt2"))
-        raise UsageError(f"--tokenizer {name}: use char, bpe, gpt2, or a directory with tokenizer.json.{near}")
-    return Tokenizer.load(Path(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        saved = path / RUN_FOLDER  # of a run
+        return read_tokenizer(saved if saved.is_dir() and not has_tokenizer(path) else path)
+    if path.is_file() and path.name in VOCABULARY_FILES:
+        return read_tokenizer(path.parent)
+    if path.is_file() and path.suffix == ".json":
+        return _from_file(path)
+    if path.suffix.lower() == ".gguf" or name in NAMED_MODELS:
+        tokenizer = open_model(resolve_model(name)).tokenizer()
+        if isinstance(tokenizer, IdTokenizer):
+            raise UsageError(f"--tokenizer {name}: this model has no tokenizer.")
+        return tokenizer
+    if is_hub_id(name) and not path.exists():
+        return read_tokenizer(hub_model_path(name, weights=False))
+    near = nearest(name, ("char", "bpe", "gpt2", *NAMED_MODELS))
+    raise UsageError(
+        f"--tokenizer {name}: use char, bpe, gpt2, a run, a model, or a directory or file with a tokenizer.{near}"
+    )
+
+
+def _from_file(path: Path) -> Tokenizer:
+    """Read a tokenizer.json under another name, without files beside it."""
+    try:
+        return Tokenizer(read_file(path))
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} is {error}") from None
 
 
 def choose_tokenizer(config: RunConfig, overrides: Collection[str], source: Source) -> RunConfig:
