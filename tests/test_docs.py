@@ -113,7 +113,7 @@ def test_command_lines(page: str, line: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tyro, "cli", parse_only)
     monkeypatch.setattr(extras, "cli", parse_only)
     if "--resume" in line or "--config" in line:  # the files do not exist
-        monkeypatch.setattr(run_options, "_base", lambda arguments: (RunConfig(), False))
+        monkeypatch.setattr(run_options, "base_config", lambda arguments: (RunConfig(), False))
     arguments = shlex.split(line, comments=True)[1:]
     try:
         main(arguments)

@@ -8,6 +8,7 @@ for run in gptsmith.runs("runs"):
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ def fit(
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
-    init: str | Path | None = None,
+    init: str | Path | Run | None = None,
     resume: str | Path | Run | None = None,
     callbacks: Sequence[Callback] = (),
     objective: str | ObjectiveFactory | None = None,
@@ -61,7 +62,7 @@ def fit(
     if config is not None and not isinstance(config, RunConfig):
         settings = {**config, **settings}
     if init is not None:
-        settings["init"] = str(init)
+        settings["init"] = os.fspath(init)
     base = config if isinstance(config, RunConfig) else RunConfig()
     batches = data if data is not None and not isinstance(data, str | Path) else None
     extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))

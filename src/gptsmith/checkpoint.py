@@ -25,7 +25,8 @@ import safetensors.torch  # imported before training, so that a run short of mem
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError
-from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_model
+from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_generation_config, save_model
+from gptsmith.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from gptsmith.log import note
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import DEFAULT_SELECTION, best_evaluation, read_info, read_metrics, selection_of
@@ -44,18 +45,27 @@ class TrainState:
 
 
 def save_checkpoint(
-    directory: Path, model: Transformer, tokenizer: Tokenizer | None, state: TrainState | None = None
+    directory: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    state: TrainState | None = None,
+    *,
+    base: str | None = None,
 ) -> None:
     """Write a model directory with its manifest, atomically. `directory` must not exist yet.
 
-    state: written to `train/`. Raises GptsmithError if the disk is full.
+    state: written to `train/`. base: the model whose weights `model` has; its adapter alone is written then, as PEFT
+    does. Raises GptsmithError if the disk is full.
     """
     with atomic_directory(directory) as temporary:
         with explain_full_disk(directory):
-            if tokenizer is None:
-                save_model(model, temporary)
+            bos, ends = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.end_ids)
+            if base is None:
+                save_model(model, temporary, bos_token_id=bos, end_ids=ends)
             else:
-                save_model(model, temporary, bos_token_id=tokenizer.bos_id, end_ids=tokenizer.end_ids)
+                save_adapter(model, temporary, base)
+                save_generation_config(model, temporary, bos_token_id=bos, end_ids=ends)
+            if tokenizer is not None:
                 tokenizer.save(temporary)
             if state is not None:
                 (temporary / "train").mkdir()
@@ -96,7 +106,8 @@ def verify(directory: Path) -> None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    adapter = ADAPTER_CONFIG in expected
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if adapter else (CONFIG_FILE, WEIGHTS_FILE):
         if name not in expected:
             raise CheckpointError(f"{path} is damaged: it does not list {name}.")
     for name, (size, digest) in expected.items():
@@ -110,10 +121,13 @@ def verify(directory: Path) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `run_directory.best_evaluation` defines which is the best."""
+    """The checkpoints of one run. `run_directory.best_evaluation` defines which is the best.
 
-    def __init__(self, run_directory: Path) -> None:
-        self.run_directory = Path(run_directory)
+    base: of a run that trains an adapter, the model that it belongs to.
+    """
+
+    def __init__(self, run_directory: Path, *, base: str | None = None) -> None:
+        self.run_directory, self.base = Path(run_directory), base
         self.directory = self.run_directory / "checkpoints"
 
     def path(self, step: int) -> Path:
@@ -145,7 +159,7 @@ class CheckpointStore:
         path = self.path(step)
         if path.exists():  # left from before a resume from an earlier step
             shutil.rmtree(path)
-        save_checkpoint(path, model, tokenizer, state)
+        save_checkpoint(path, model, tokenizer, state, base=self.base)
         best = self.best_step()
         for old in self.steps()[: -max(1, keep)]:
             if old != best:

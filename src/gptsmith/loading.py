@@ -18,7 +18,8 @@ from gptsmith.errors import CheckpointError, nearest
 from gptsmith.formats.hf import CONFIG_FILE
 from gptsmith.formats.hub import hub_model_path, is_hub_id
 from gptsmith.formats.named import NAMED_MODELS, named_model_path
-from gptsmith.formats.source import open_model
+from gptsmith.formats.peft import ADAPTER_CONFIG, base_of
+from gptsmith.formats.source import ModelSource, adapted, open_model
 from gptsmith.log import note
 from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
 from gptsmith.model.quantized import quantize as quantize_model
@@ -47,7 +48,7 @@ def load_model(
     Raises CheckpointError if the model is missing, damaged or of an unknown kind, TokenizerError if its tokenizer is
     damaged or that of another model, and UsageError for quantized weights on a GPU without torchao.
     """
-    source = open_model(resolve_model(spec))
+    source = source_of(spec)
     requested: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
     if torch.device(device).type == "cuda":
         bits = requested or (source.bits if quantize == "auto" else None)
@@ -68,17 +69,33 @@ def load_model(
     return model.to(device), tokenizer
 
 
+def source_of(spec: str | os.PathLike[str]) -> ModelSource:
+    """Open the model that `spec` refers to; an adapter together with the model that it belongs to.
+
+    Raises CheckpointError as `resolve_model` and `open_model` do.
+    """
+    path = resolve_model(spec)
+    if (path / CONFIG_FILE).exists() or not (path / ADAPTER_CONFIG).exists():
+        return open_model(path)
+    base = base_of(path)
+    try:
+        return adapted(source_of(base), path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is an adapter for {base}: {error}") from None
+
+
 def resolve_model(spec: str | os.PathLike[str]) -> Path:
     """Return the model directory or .gguf file that `spec` refers to.
 
-    An existing path comes first: a model directory, a .gguf file, or a run (its best checkpoint, else its last). Then
+    An existing path comes first: a model directory, that of an adapter (adapter_config.json), a .gguf file, or a run
+    (its best checkpoint, else its last). Then
     the named models (`smollm2-135m`), then the hub (`org/name`, `org/name@revision`, `hf:name`); these are downloaded
     if they are not in the cache.
 
     Raises CheckpointError if there is no such model, with a suggestion where a name is similar.
     """
     path = Path(spec)
-    if (path / CONFIG_FILE).exists():
+    if (path / CONFIG_FILE).exists() or (path / ADAPTER_CONFIG).exists():
         verify(path)
         return path
     store = CheckpointStore(path)

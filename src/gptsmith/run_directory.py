@@ -32,6 +32,9 @@ class Selection(NamedTuple):
     mode: Literal["min", "max"]
 
 
+PREFIXES = {"model": "model", "adapter": "lora", "optim": "optim"}
+"""The parts of a configuration whose options have a prefix on the command line (`--lora.rank`)."""
+
 DEFAULT_SELECTION = Selection("val_loss", "min")
 
 
@@ -62,10 +65,12 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The configuration as the command line has it: `options["steps"]`, `options["model"]["hidden_size"]`."""
+        """The configuration as the command line has it: `options["steps"]`, `options["model"]["hidden_size"]`,
+        `options["lora"]["rank"]`."""
         flat: dict[str, Any] = {}
         for name, part in self.config.items():
-            flat.update(part if isinstance(part, dict) and name not in ("model", "optim") else {name: part})
+            named = name in PREFIXES or not isinstance(part, dict)
+            flat.update({PREFIXES.get(name, name): part} if named else part)
         return flat
 
     def part(self, name: str) -> dict[str, Any]:

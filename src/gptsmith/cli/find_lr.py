@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         tokenizer, dataset = read_text(chosen.data, config)
     else:
         init = load_init(config.init.init)
-        config = adapted_to_init(config, overrides, init.config)
+        config = adapted_to_init(config, overrides, init)
         tokenizer, dataset = init.tokenizer, Text.open(chosen.data, config).prepare(config, init.tokenizer)
     keep_freed_memory()
     with progress(chosen.updates, "trying learning rates") as bar:

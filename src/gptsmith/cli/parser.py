@@ -114,8 +114,9 @@ class Option:
     @property
     def prefix(self) -> str:
         """What comes before the names of the options of a group (`model.`)."""
-        unnamed = _NO_PREFIX in self.metadata or any(getattr(each, "name", None) == "" for each in self.metadata)
-        return "" if unnamed else f"{self.field.name}."
+        names = [each.name for each in self.metadata if getattr(each, "name", None) is not None]
+        name = "" if _NO_PREFIX in self.metadata else names[0] if names else self.field.name
+        return f"{name}." if name else ""
 
     def invocation(self, prefix: str) -> str:
         """Return how to write the option on the command line: `--model.hidden-size INT`."""

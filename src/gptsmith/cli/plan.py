@@ -74,7 +74,7 @@ def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[
     init = None
     if config.init.init is not None:
         init = load_init(config.init.init)
-        config = adapted_to_init(config, overrides, init.config)
+        config = adapted_to_init(config, overrides, init)
     if not data:
         size = _vocabulary(config) if init is None else init.tokenizer.vocab_size
         return config, None, Text(ENDLESS, 0, size, init.config if init else None)

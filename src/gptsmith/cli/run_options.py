@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -20,14 +20,18 @@ from gptsmith.presets import describe_own, describe_published, preset
 from gptsmith.run_directory import migrated
 from gptsmith.train.budget.recipe import settled
 from gptsmith.train.config import (
+    AdapterConfig,
     AutoConfig,
     DataConfig,
     InitConfig,
     LoopConfig,
+    LoraOptions,
+    MethodConfig,
     ModelOptions,
     OptimConfig,
     PretrainConfig,
     RunConfig,
+    default_config,
     is_flat,
     with_options,
 )
@@ -49,8 +53,13 @@ class RunOptions:
     """data"""
     init: Annotated[InitConfig, _FLAT] = field(default_factory=InitConfig)
     """initialization"""
+    lora: Literal["auto", "on", "off"] = "auto"
+    """With --init: train a low-rank adapter (LoRA) and leave the model's weights unchanged. auto: if another --lora
+    option is set."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """model"""
+    adapter: Annotated[LoraOptions, tyro.conf.arg(name="lora")] = field(default_factory=LoraOptions)
+    """low-rank adapter"""
     method: Annotated[PretrainConfig, _FLAT] = field(default_factory=PretrainConfig)
     """pretraining"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -60,7 +69,16 @@ class RunOptions:
 
     @property
     def run(self) -> RunConfig:
-        return RunConfig(self.auto, self.text, self.init, self.model, self.method, self.optim, self.loop)
+        return RunConfig(
+            auto=self.auto,
+            data=self.text,
+            init=self.init,
+            model=self.model,
+            adapter=AdapterConfig(**vars(self.adapter), lora=self.lora),
+            method=self.method,
+            optim=self.optim,
+            loop=self.loop,
+        )
 
 
 class ParsedRun(NamedTuple):
@@ -77,9 +95,11 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
 
     defaults: of the command's own required fields.
     """
-    base, whole = _base(arguments)
+    base, whole = base_config(arguments)
     explicit = explicit_options(arguments)
     parts = {"text" if part.name == "data" else part.name: getattr(base, part.name) for part in fields(base)}
+    held = {name: value for name, value in vars(base.adapter).items() if name != "lora"}
+    parts |= {"lora": base.adapter.lora, "adapter": LoraOptions(**held)}
     presets = [
         Section("presets", describe_own()),
         Section(
@@ -109,9 +129,9 @@ def _refuse_with_init(model: str, explicit: set[str]) -> None:
         raise UsageError(f"with --init the model and its tokenizer are those of {model}; leave out {flags}.")
 
 
-def _base(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+def base_config(arguments: Sequence[str], method: type[MethodConfig] = PretrainConfig) -> tuple[RunConfig, bool]:
     """Return the base configuration, and whether it was chosen as a whole."""
-    resume, name, file = (_value(arguments, option) for option in ("--resume", "--preset", "--config"))
+    resume, name, file = (option_value(arguments, option) for option in ("--resume", "--preset", "--config"))
     if sum(value is not None for value in (resume, name, file)) > 1:
         raise UsageError("--resume, --preset and --config each set a whole configuration; use one of them.")
     if resume is not None:
@@ -122,11 +142,11 @@ def _base(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
     if name is not None:
         return preset(name), True
     if file is not None:
-        return read_config(Path(file)), True
-    return RunConfig(), False
+        return read_config(Path(file), method), True
+    return default_config(method), False
 
 
-def _value(arguments: Sequence[str], option: str) -> str | None:
+def option_value(arguments: Sequence[str], option: str) -> str | None:
     """Return the value of an option by the parser's rules: the last one counts."""
     value = None
     for argument, following in itertools.pairwise([*arguments, "--"]):
@@ -137,7 +157,7 @@ def _value(arguments: Sequence[str], option: str) -> str | None:
     return value
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path, method: type[MethodConfig] = PretrainConfig) -> RunConfig:
     """Read a configuration from a run.json, or from JSON or YAML with the names of the options, in parts or flat.
 
     Raises UsageError for a file that cannot be read, an unknown name or a wrong value.
@@ -170,6 +190,6 @@ def read_config(path: Path) -> RunConfig:
             raise UsageError(f"the configuration must be a mapping, not {values!r}.")
         if is_flat(values):
             note(f"note: {path} has the flat form of older versions; run.json now groups options by part")
-        return with_options(RunConfig(), values)
+        return with_options(default_config(method), values)
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, parse_run
-from gptsmith.errors import UsageError
+from gptsmith.cli.run_options import RunOptions, option_value, parse_run
+from gptsmith.errors import GptsmithError, UsageError
 
 BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
 
@@ -29,19 +30,52 @@ class Train(RunOptions):
 
 
 def main(arguments: list[str]) -> int:
+    if (command := _command_of(arguments)) != "train":  # a run of another method is resumed by its own command
+        module = importlib.import_module(f"gptsmith.cli.{command}")
+        return int(module.main(arguments))
     chosen, overrides = parse_run(Train, "train", arguments)
     if chosen.resume is None and not chosen.data:
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith train input.txt")
     if chosen.resume is not None and chosen.out is not None:
         raise UsageError("--resume takes the directory from the run; omit --out.")
 
+    return train_or_resume(chosen, overrides, began=BEGAN)
+
+
+def _command_of(arguments: list[str]) -> str:
+    """Return the command whose run `--resume` continues."""
+    directory = option_value(arguments, "--resume")
+    if directory is None:
+        return "train"
+    from gptsmith.run_directory import read_info
+
+    try:
+        objective = str(read_info(Path(directory)).get("objective"))
+    except GptsmithError:  # which the command itself explains
+        return "train"
+    return objective if objective in ("sft",) else "train"
+
+
+def train_or_resume(chosen: Any, overrides: set[str], *, began: float, objective: str | None = None) -> int:
+    """Start the run that the parsed options describe, or resume one, and print how it ended. Return the exit code.
+
+    objective: its name (default: pretraining, or that of the resumed run).
+    """
     from gptsmith.report import write_report
-    from gptsmith.train.run import resume, start
+    from gptsmith.train.run import Extras, resume, start
 
     if chosen.resume is not None:
         result = resume(chosen.resume, chosen.run, data=chosen.data, on_end=write_report)
     else:
-        result = start(str(chosen.data), chosen.run, chosen.out, overrides=overrides, began=BEGAN, on_end=write_report)
+        result = start(
+            str(chosen.data),
+            chosen.run,
+            chosen.out,
+            overrides=overrides,
+            began=began,
+            on_end=write_report,
+            extras=Extras(objective=objective),
+        )
     directory = result.run.directory
     if result.outcome == "interrupted":
         print(f"Stopped; progress saved. Resume with: gptsmith train --resume {directory}")

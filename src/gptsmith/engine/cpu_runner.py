@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gptsmith.engine.runner import Runner
 from gptsmith.kernels.threads import announce_compiling, kernels_available, run_in_threads
 from gptsmith.model.cache import Chunk, PagedCache
+from gptsmith.model.lora import lora_layers
 from gptsmith.model.quantized import QuantizedLinear, QuantizedMatrix, bits_of
 from gptsmith.model.transformer import MLP, RMSNorm, Transformer
 
@@ -36,6 +37,7 @@ def is_supported(model: Transformer) -> bool:
         and (not plain or weight.dtype == torch.float32)
         and c.norm_position == "pre"
         and not c.num_experts
+        and not lora_layers(model)  # which it would not see
         and all(isinstance(layer.mlp, MLP) for layer in model.layers)
         and (not c.qk_norm or c.norm == "rmsnorm")
         and c.head_dim % 16 == 0

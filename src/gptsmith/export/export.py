@@ -33,8 +33,8 @@ from gptsmith.formats.hf import (
 )
 from gptsmith.formats.named import NAMED_MODELS
 from gptsmith.formats.safetensors import INDEX_FILE
-from gptsmith.formats.source import ModelSource, open_model
-from gptsmith.loading import resolve_model
+from gptsmith.formats.source import ModelSource
+from gptsmith.loading import source_of
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_directory, write_text
@@ -69,7 +69,7 @@ def export_directory(
     reject_existing(out)
     if license is not None and not re.fullmatch(r"[\w.\-+]{1,64}", license):
         raise UsageError(f"--license {license!r} is not a license identifier, such as mit or apache-2.0.")
-    source = open_model(resolve_model(spec))
+    source = source_of(spec)
     stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
     model, tokenizer = read_verified(source)
     model = transform.apply(model)
@@ -90,7 +90,7 @@ def export_gguf(
     from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
 
     reject_existing(out)
-    model, tokenizer = read_verified(open_model(resolve_model(spec)))
+    model, tokenizer = read_verified(source_of(spec))
     model = transform.apply(model)
     write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
     return model

@@ -298,15 +298,26 @@ def save_model(
     bits = bits_of(model)
     if bits is not None:
         config["quantization_config"] = quantization_config(bits)
+    _write_json(directory / CONFIG_FILE, config)
+    save_generation_config(model, directory, bos_token_id=bos_token_id, end_ids=end_ids)
+    with atomic_file(directory / WEIGHTS_FILE) as file:
+        file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
+
+
+def save_generation_config(
+    model: Transformer, directory: Path, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
+) -> None:
+    """Write `generation_config.json` into an existing directory: the model's own, with the ids of its tokenizer."""
     generation = model.generation_config or DEFAULT_GENERATION
     ids = token_ids(bos_token_id, end_ids)
     generation = {**generation, **{key: id for key, id in ids.items() if id is not None or key not in generation}}
-    for name, values in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
-        with atomic_file(directory / name, "w") as file:
-            json.dump(values, file, indent=2)
-            file.write("\n")
-    with atomic_file(directory / WEIGHTS_FILE) as file:
-        file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
+    _write_json(Path(directory) / GENERATION_FILE, generation)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with atomic_file(path, "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:

@@ -35,9 +35,11 @@ from gptsmith.formats.hf import (
     weight_mappings,
 )
 from gptsmith.formats.hf_weights import WeightMapping
+from gptsmith.formats.peft import adapted_rows, load_adapter
 from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.lora import merge_lora
 from gptsmith.model.quantized import (
     Bits,
     QuantizedMatrix,
@@ -50,6 +52,7 @@ from gptsmith.model.quantized import (
     quantize_skeleton,
     replace_matrices,
 )
+from gptsmith.model.resize import resize_embeddings
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.ids import IdTokenizer
@@ -198,6 +201,42 @@ def open_model(path: Path) -> ModelSource:
         weights = open_weights(path)
         config = _untied(config, weights, path)
     return ModelSource(path, config, values, weights, lambda: _read_tokenizer(path, config), generation, bits)
+
+
+@dataclass(frozen=True)
+class AdaptedSource(ModelSource):
+    """A model with an adapter, which is folded into its weights, or stays beside quantized ones."""
+
+    adapter: Path = Path()
+    base: ModelSource | None = None
+
+    def model(self, *, dtype: torch.dtype = torch.float32, packed: bool = False) -> Transformer:
+        assert self.base is not None
+        model = self.base.model(packed=packed)
+        resize_embeddings(model, self.config.vocab_size)
+        model.generation_config = dict(self.generation_config)
+        load_adapter(self.adapter, model)
+        if bits_of(model) is None:
+            merge_lora(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return model.eval()
+
+
+def adapted(base: ModelSource, adapter: Path) -> ModelSource:
+    """Return a model together with the adapter in a directory, whose tokenizer comes first if it has one.
+
+    Raises CheckpointError for an adapter that needs more tokens than the model can get.
+    """
+    rows = adapted_rows(adapter) or base.config.vocab_size
+    config = replace(base.config, vocab_size=rows)
+    tokenizer = base.tokenizer
+    if has_tokenizer(adapter):
+        tokenizer = lambda: read_tokenizer(adapter)  # noqa: E731
+    generation = read_generation_config(adapter) or base.generation_config
+    return AdaptedSource(
+        adapter, config, base.hf_config, base.tensors, tokenizer, generation, base.bits, adapter=adapter, base=base
+    )
 
 
 def _untied(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,3 +132,37 @@ class ModelConfig:
             raise UsageError("rope_scaling needs rotary positions.")
         if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
             raise UsageError(f"rotary positions need an even head_dim (here {self.head_dim}) and a rope_theta.")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter: A of rank r and B, with y = W x + scaling · B A x."""
+
+    rank: int = 16
+    """Rank of the update of each matrix. More learns more, takes more memory, and is rarely needed above 64."""
+    alpha: float | None = None
+    """The updates are multiplied by alpha / rank (default: twice the rank, so that the learning rate can stay the same
+    for all ranks)."""
+    dropout: float = 0.0
+    """Dropout of the inputs of the updates."""
+    rslora: bool = False
+    """Multiply by alpha / √rank instead (rank-stabilized LoRA, 2312.03732); helps at high ranks."""
+    dora: bool = False
+    """Train the length of each row of the matrices, too (DoRA, 2402.09353); slower."""
+    targets: tuple[str, ...] = ()
+    """Layers to adapt, by their Hugging Face names or patterns of them: q_proj, *.layers.0.* (default: all linear
+    layers)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"--lora.rank must be at least 1, not {self.rank}.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UsageError(f"--lora.alpha must be above 0, not {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--lora.dropout must be at least 0 and below 1, not {self.dropout}.")
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

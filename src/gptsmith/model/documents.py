@@ -60,7 +60,7 @@ class Documents:
     def groups(self) -> DocumentGroups | None:
         """The documents by length, or None if every row is a single document. On a GPU this waits for the device."""
         B, T = self.starts.shape
-        if _is_fake(self.starts):  # a memory forecast has no values: assume two documents per row
+        if is_fake(self.starts):  # a memory forecast has no values: assume two documents per row
             return DocumentGroups(
                 [self.starts.new_zeros(2 * B, _padded_length(-(-T // 2)))], self.starts.new_zeros(B * T)
             )
@@ -88,7 +88,8 @@ def _padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape but no values, as in a memory forecast."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptsmith.model.config import IGNORED
+from gptsmith.model.documents import is_fake
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import compiler_available
@@ -180,9 +181,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, needs_grad: bool) -> tup
     """Return the summed loss of logits (N, V) and, if needed, its gradient with respect to them (softmax - one-hot) in
     their dtype. The logits are overwritten."""
     if logits.is_cuda:
-        from torch._subclasses.fake_tensor import FakeTensor
-
-        if isinstance(logits, FakeTensor):  # in a forecast
+        if is_fake(logits):
             return logits.new_empty((), dtype=torch.float32), logits
         kernel = _gpu_kernel(logits.device)
         if kernel is not None:

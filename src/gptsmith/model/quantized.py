@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.kernels.threads import kernels_available, quantized_linear
+from gptsmith.model.documents import is_fake
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.transformer import Transformer
 
@@ -159,7 +160,15 @@ class QuantizedMatrix(nn.Module):
         return (values * scales[..., None] + zero_points[..., None]).flatten(1)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return x (..., K) times the transposed matrix: (..., R)."""
+        """Return x (..., K) times the transposed matrix: (..., R). Differentiable with respect to x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            apply: Callable[..., Tensor] = _Product.apply
+            return apply(x, self)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if is_fake(x):  # in a memory forecast; kernels need numbers
+            return x.new_empty(*x.shape[:-1], self.rows)
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return F.linear(x, self.dequantized().to(x.dtype))
         if kernels_available():
@@ -180,6 +189,20 @@ class QuantizedMatrix(nn.Module):
         _, weight, affine = self._for_torch
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, self.columns), weight, GROUP, affine)
         return y.view(*x.shape[:-1], self.rows)
+
+
+class _Product(torch.autograd.Function):
+    """A product with a quantized matrix, which is constant: training an adapter beside it needs no gradient of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix._multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (grad,) = gradients
+        return grad @ ctx.matrix.dequantized().to(grad.dtype), None
 
 
 class QuantizedLinear(nn.Module):

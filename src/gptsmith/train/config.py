@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError, nearest
-from gptsmith.model.config import ModelConfig
+from gptsmith.model.config import LoraConfig, ModelConfig
 from gptsmith.model.families import FAMILIES
 from gptsmith.optim.schedule import Schedule, learning_rate_factor
+from gptsmith.run_directory import PREFIXES
 from gptsmith.runtime import Precision
 
 
@@ -188,12 +189,32 @@ class InitConfig:
     model."""
     vocab_size: int = 4096
     """Vocabulary size of a bpe tokenizer trained on the data."""
+    warm_start: bool = True
+    """Take over the optimizer's momentum from the checkpoint of --init, if it has one and all weights are trained by
+    the same optimizer."""
     unknown: bool = False
     """Add a token for unknown characters to a char tokenizer. With an existing tokenizer: accept text of which more
     than 1% is unknown to it."""
 
     def __post_init__(self) -> None:
         _check(self.vocab_size >= 1, "--vocab-size", self.vocab_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class LoraOptions(LoraConfig):
+    """A low-rank adapter (LoRA), and how the weights are held that it leaves unchanged."""
+
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Hold the unchanged weights in 8 or 4 bits (QLoRA): a quarter to an eighth of their memory."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig(LoraOptions):
+    """Whether a run trains an adapter, and which."""
+
+    lora: Literal["auto", "on", "off"] = "auto"
+    """Train a low-rank adapter (LoRA) and leave the model's weights unchanged. auto: if another --lora option is set;
+    fine-tuning also does it by default."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +243,47 @@ class PretrainConfig(MethodConfig):
     @property
     def masks_documents(self) -> bool:
         return self.mask_documents
+
+
+@dataclass(frozen=True)
+class SftConfig(MethodConfig):
+    """Supervised fine-tuning: predict what the assistant says in conversations, or the completions of prompts."""
+
+    epochs: float = 3.0
+    """Number of passes over the data, if neither --steps nor --budget is set."""
+    train_on: Literal["all", "last"] = "all"
+    """Which turns of the assistant are trained on: all of them, or the last of each conversation."""
+    packing: bool = True
+    """Pack several conversations into a row, each with attention to itself only. Without, every row is one conversation
+    and padding."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be trained on: stop at the first, or leave them out and count them."""
+    too_long: Literal["skip", "error"] = "skip"
+    """What to do with conversations that are longer than --context: leave them out and count them, or stop."""
+    replay: str | None = None
+    """Mix in plain text against forgetting, CORPUS:SHARE: wiki-summaries:0.05 makes 5% of the tokens of a batch plain
+    text. A file or folder is a corpus, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.epochs > 0, "--epochs", self.epochs, "above 0")
+        if self.replay is not None:
+            self.replayed()
+
+    def replayed(self) -> tuple[str, float] | None:
+        """Return the corpus that is mixed in and its share of the tokens."""
+        if self.replay is None:
+            return None
+        corpus, _, share = self.replay.rpartition(":")
+        try:
+            part = float(share)
+        except ValueError:
+            part = math.nan
+        if not corpus or not 0 < part < 1:
+            raise UsageError(
+                f"--replay {self.replay}: write CORPUS:SHARE with a share between 0 and 1, such as wiki-summaries:0.05."
+            )
+        return corpus, part
 
 
 @dataclass(frozen=True)
@@ -280,14 +342,15 @@ class RunConfig:
     """A whole run: the same values and the same data give the same weights.
 
     Each part is independent of the others; `method` belongs to the objective. On the command line the options of
-    `model` and `optim` carry the part's name (`--model.hidden-size`), all others stand alone (`--steps`): a *flat name*
-    is the same with underscores (`model.hidden_size`, `steps`).
+    `model`, `adapter` and `optim` have a prefix (`--model.hidden-size`, `--lora.rank`), all others stand alone
+    (`--steps`, `--lora`): a *flat name* is the same with underscores (`model.hidden_size`, `steps`).
     """
 
     auto: AutoConfig = field(default_factory=AutoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     method: MethodConfig = field(default_factory=PretrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -308,11 +371,8 @@ class RunConfig:
         """Return plain data as the command line has it: `{"steps": …, "model": {…}, "optim": {…}}`."""
         options: dict[str, Any] = {}
         for name, part in to_dict(self).items():
-            options.update({name: part} if name in NAMED_PARTS else part)
+            options.update({PREFIXES[name]: part} if name in PREFIXES else part)
         return options
-
-
-NAMED_PARTS = ("model", "optim")  # parts whose name is on the command line
 
 
 def option_places(method: type[MethodConfig] = PretrainConfig) -> dict[str, tuple[str, str]]:
@@ -321,9 +381,17 @@ def option_places(method: type[MethodConfig] = PretrainConfig) -> dict[str, tupl
     for part in dataclasses.fields(RunConfig):
         make: Any = method if part.name == "method" else part.default_factory
         for option in dataclasses.fields(make):
-            prefix = f"{part.name}." if part.name in NAMED_PARTS else ""
-            places[prefix + option.name] = (part.name, option.name)
+            prefix = PREFIXES.get(part.name)
+            flat = option.name if prefix in (None, option.name) else f"{prefix}.{option.name}"  # `lora` stands alone
+            places[flat] = (part.name, option.name)
     return places
+
+
+def default_config(method: type[MethodConfig] = PretrainConfig) -> RunConfig:
+    """Return the configuration of a run of a method, before any option is set."""
+    if method is PretrainConfig:
+        return RunConfig()
+    return RunConfig(method=method(), loop=LoopConfig(batch_size=8, eval_every=100, steps=1000))
 
 
 def run_config(**options: Any) -> RunConfig:
@@ -338,8 +406,11 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     """
     places = option_places(type(config.method))
     parts = {part.name: getattr(config, part.name) for part in dataclasses.fields(RunConfig)}
+    by_prefix = {prefix: part for part, prefix in PREFIXES.items()}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
+        if isinstance(value, Mapping):
+            name = by_prefix.get(name, name)
         if name in places and not isinstance(value, Mapping | InitConfig):  # `init` is an option and a part
             part, key = places[name]
             changes.setdefault(part, {})[key] = value
@@ -352,7 +423,7 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         else:
             raise UsageError(f"unknown option {name!r}.{nearest(name, [*places, *parts])}")
     updated = {
-        part: from_dict(type(parts[part]), values, default=parts[part], where=part if part in NAMED_PARTS else "")
+        part: from_dict(type(parts[part]), values, default=parts[part], where=PREFIXES.get(part, ""))
         for part, values in changes.items()
     }
     return dataclasses.replace(config, **updated)
@@ -367,8 +438,11 @@ def is_flat(values: Mapping[str, Any]) -> bool:
 def options_of(values: Mapping[str, Any], method: type[MethodConfig] = PretrainConfig) -> set[str]:
     """The flat names of the options that a mapping for `with_options` sets."""
     places = option_places(method)
+    by_prefix = {prefix: part for part, prefix in PREFIXES.items()}
     names: set[str] = set()
     for name, value in values.items():
+        if isinstance(value, Mapping):
+            name = by_prefix.get(name, name)
         if name in places and not isinstance(value, Mapping | InitConfig):
             names.add(name)
         elif isinstance(value, Mapping) or dataclasses.is_dataclass(value):

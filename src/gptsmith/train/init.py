@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptsmith.errors import TokenizerError, UsageError
+from gptsmith.checkpoint import load_train_state
+from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.loading import load_model, resolve_model
+from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+from gptsmith.optim.build import Optimizers
+from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget.recipe import INIT_LR_FACTOR
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import AdapterConfig, RunConfig
 from gptsmith.train.variation import ModelFactory
 
+LORA_LR_FACTOR = 10  # learning rate of an adapter, relative to that of the whole model
 MOST_INIT_CONTEXT = 512  # default sequence length with --init, where the model allows more
 
 
@@ -22,8 +28,15 @@ MOST_INIT_CONTEXT = 512  # default sequence length with --init, where the model 
 class Init:
     """A model to start from. Its weights are float32, on the CPU."""
 
+    spec: str
     model: Transformer
     tokenizer: Tokenizer
+    optimizer: str = "adamw"
+    """What it was trained with."""
+    checkpoint: Path | None = None
+    """Its training state, where there is one."""
+    train_fully: tuple[str, ...] = ()
+    """Modules that an adapter has to train whole: embeddings of new tokens."""
 
     @property
     def config(self) -> ModelConfig:
@@ -41,7 +54,19 @@ def load_init(spec: str) -> Init:
             f"{spec}: the end-of-text token has the id {tokenizer.eos_id}, and the model has ids below "
             f"{model.config.vocab_size} only. Name another eos_token in its tokenizer_config.json."
         )
-    return Init(model, tokenizer)
+    path = Path(spec)
+    checkpoint = resolve_model(path).resolve() if path.is_dir() else None
+    optimizer = None if checkpoint is None else _optimizer_of(checkpoint)
+    has_state = checkpoint is not None and (checkpoint / "train").is_dir()
+    return Init(spec, model, tokenizer, optimizer or "adamw", checkpoint if has_state else None)
+
+
+def _optimizer_of(checkpoint: Path) -> str | None:
+    """Return the optimizer that trained a run's checkpoint; None where that is not known."""
+    try:
+        return str(read_info(checkpoint.parent.parent)["config"]["optim"]["name"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
 
 
 def refuse_options_of_new_models(config: RunConfig) -> None:
@@ -57,12 +82,34 @@ def refuse_options_of_new_models(config: RunConfig) -> None:
         raise UsageError(f"with --init the model and its tokenizer are those of {config.init.init}; leave out {flags}.")
 
 
-def adapted_to_init(config: RunConfig, overrides: Collection[str], model: ModelConfig) -> RunConfig:
-    """Return `config` with the context and learning rates that suit the model, where the user has not set them.
+def refuse_adapter(config: RunConfig, overrides: Collection[str]) -> None:
+    """Raise UsageError for options of an adapter in a run from new weights."""
+    if _wants_adapter(config, overrides):
+        raise UsageError("an adapter changes an existing model: name it with --init, or leave out the --lora options.")
 
-    Raises UsageError for a context that is longer than the model's.
+
+def _wants_adapter(config: RunConfig, overrides: Collection[str]) -> bool:
+    given = sorted(name for name in overrides if name.startswith("lora."))
+    given = given or (["lora.…"] if replace(config.adapter, lora="auto") != AdapterConfig() else [])
+    if config.adapter.lora == "off" and given:
+        raise UsageError(f"--{given[0].replace('_', '-')} has no effect with --lora off; leave one of them out.")
+    return config.adapter.lora == "on" or bool(given)
+
+
+def adapted_to_init(config: RunConfig, overrides: Collection[str], init: Init, *, lora: bool = False) -> RunConfig:
+    """Return `config` with the context, optimizer and learning rates that suit the model, where the user has not set
+    them, and with the decision whether to train an adapter.
+
+    lora: train one by default. An adapter is trained by AdamW, a whole model by the optimizer that pretrained it: the
+    other one disturbs what the model knows (2605.10468). Raises UsageError for a context longer than the model's.
     """
-    most = model.max_position_embeddings
+    model, most = init.config, init.config.max_position_embeddings
+    adapter = _wants_adapter(config, overrides) or (lora and config.adapter.lora == "auto")
+    config = config.replace(lora="on" if adapter else "off")
+    if "optim.name" not in overrides:
+        name = "adamw" if adapter else init.optimizer
+        config = config.replace(optim={"name": name})
+        note(f"optimizer: {name}, as {'usual for adapters' if adapter else 'the model was pretrained'} (--optim.name)")
     config = config.replace(init=str(_absolute(config.init.init)))
     if "context" not in overrides:
         config = config.replace(context=min(most, MOST_INIT_CONTEXT))
@@ -74,6 +121,8 @@ def adapted_to_init(config: RunConfig, overrides: Collection[str], model: ModelC
         )
         raise UsageError(f"--context {config.loop.context} is longer than the model's {most}: {why}.")
     factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR
+    if is_on(config.adapter):
+        factor *= LORA_LR_FACTOR
     optim = {"lr": config.optim.lr * factor, "embedding_lr": config.optim.embedding_lr * factor}
     return config.replace(optim={name: value for name, value in optim.items() if f"optim.{name}" not in overrides})
 
@@ -107,4 +156,27 @@ def make_model(
     if init is not None:
         model.load_state_dict(init.model.state_dict())
         model.generation_config = dict(init.model.generation_config)
-    return model
+    return adapt(model, config.adapter, train_fully=init.train_fully if init is not None else ())
+
+
+def warm_start(optimizers: Optimizers, init: Init, config: RunConfig) -> None:
+    """Take over the optimizer state of the model's checkpoint, for the parameters that it fits.
+
+    Only where the whole model is trained, by the optimizer that it was trained with.
+    """
+    if init.checkpoint is None or is_on(config.adapter) or config.optim.name != init.optimizer:
+        return
+    shapes = {name: p.shape for p, name in optimizers.names.items()}
+    state = {
+        name.removeprefix("optimizer/"): tensor
+        for name, tensor in load_train_state(init.checkpoint).tensors.items()
+        if name.startswith("optimizer/")
+    }
+    fitting = {
+        name: tensor
+        for name, tensor in state.items()
+        if not tensor.ndim or tensor.shape == shapes.get(name.rpartition("/")[0])
+    }
+    whole = {name.rpartition("/")[0] for name, tensor in fitting.items() if tensor.ndim}
+    optimizers.load_state_tensors({name: t for name, t in fitting.items() if name.rpartition("/")[0] in whole})
+    note(f"optimizer state: from {init.checkpoint} (--no-warm-start starts without)")

@@ -38,13 +38,23 @@ from gptsmith.runtime import (
 )
 from gptsmith.storage import explain_os_errors, remove_temporaries
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.adapter import is_on
 from gptsmith.train.budget.machine import this_machine
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.budget.recipe import Text as TextSize
 from gptsmith.train.budget.recipe import choose
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, with_options
-from gptsmith.train.init import Init, adapted_to_init, check_fits, load_init, make_model, refuse_options_of_new_models
+from gptsmith.train.init import (
+    Init,
+    adapted_to_init,
+    check_fits,
+    load_init,
+    make_model,
+    refuse_adapter,
+    refuse_options_of_new_models,
+    warm_start,
+)
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import BatchStream
 from gptsmith.train.objectives.registry import (
@@ -132,6 +142,8 @@ def start(
         refuse_options_of_new_models(config)
     elif method.needs_init:
         raise UsageError(f"{objective_name} starts from a model: give one.")
+    else:
+        refuse_adapter(config, overrides)
     opened = None if data is None else method.open_data(data, config)
     directory = choose_directory(out, _default_name(opened, objective_name))
     device = choose_device(config.loop.device)
@@ -141,7 +153,8 @@ def start(
     init: Init | None = None
     if config.init.init is not None:
         init = method.adapt_init(load_init(config.init.init), config)
-        config, tokenizer = adapted_to_init(config, overrides, init.config), init.tokenizer
+        config = adapted_to_init(config, overrides, init, lora=method.trains_adapter)
+        tokenizer = init.tokenizer
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
     elif opened is not None:
@@ -225,7 +238,7 @@ def _session(
         )
     else:
         objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop))
-    return Session(
+    session = Session(
         run,
         config,
         tokenizer,
@@ -237,6 +250,9 @@ def _session(
         callbacks=extras.callbacks,
         began=began,
     )
+    if init is not None and config.init.warm_start:
+        warm_start(session.training_step.optimizers, init, config)
+    return session
 
 
 def resume(
@@ -282,7 +298,7 @@ def resume(
     with _locked(directory):
         steps = store.steps()
         init = None
-        if config.init.init is not None and not steps:
+        if config.init.init is not None and (not steps or is_on(config.adapter)):
             init = method.adapt_init(load_init(config.init.init), config)
         session = _session(run, config, tokenizer, model_config, dataset, init, device, method, extras)
         step = session.restore() if steps else 0

@@ -14,12 +14,14 @@ import torch
 from gptsmith.checkpoint import CheckpointStore, load_train_state
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.formats.hf import load_model_weights, read_config
+from gptsmith.formats.peft import load_adapter
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Run
 from gptsmith.runtime import compiler_available, out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.adapter import is_on
 from gptsmith.train.budget.deadline import Deadline
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.callbacks import Callback
@@ -82,7 +84,7 @@ class Session:
         torch.manual_seed(config.loop.seed)
         self.model = make_model().to(device)
         self.model.activation_checkpointing = fit.activation_checkpointing
-        self.store = CheckpointStore(run.directory)
+        self.store = CheckpointStore(run.directory, base=config.init.init if is_on(config.adapter) else None)
         self.display = Display(config.loop.steps)
         self.training_step: TrainingStep[Any] = TrainingStep.build(
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size
@@ -118,12 +120,15 @@ class Session:
     def restore(self) -> int:
         """Load the newest intact checkpoint and return its step."""
         directory = self.store.newest_intact()
-        if read_config(directory) != self.model.config:
-            raise CheckpointError(
-                f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
-                "Start a new run to change the model."
-            )
-        load_model_weights(self.model, directory)
+        if is_on(self.config.adapter):
+            load_adapter(directory, self.model)
+        else:
+            if read_config(directory) != self.model.config:
+                raise CheckpointError(
+                    f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
+                    "Start a new run to change the model."
+                )
+            load_model_weights(self.model, directory)
         self.trainer.restore(load_train_state(directory))
         self.display.first_step, self.display.steps = self.trainer.step, self.trainer.steps
         return self.trainer.step

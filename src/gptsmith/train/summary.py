@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import RunConfig
 from gptsmith.train.objectives.registry import Prepared
 from gptsmith.train.session import Session
@@ -16,13 +17,18 @@ def summary(session: Session, config: RunConfig, dataset: Prepared | None) -> st
     lines += [
         f"vocabulary  {tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
         f"model       {model.model_type}: {_layers(model.num_hidden_layers)}, width {model.hidden_size}, "
-        f"{session.model.num_parameters():,} parameters",
+        f"{_parameters(session.model)}",
         f"device      {session.training_step.device}, {run.info['precision']}",
         f"batch       {_batch(config, session.training_step.micro_batch_size)}",
         f"steps       {session.trainer.steps:,}",
         f"run         {run.directory}",
     ]
     return "\n".join(lines)
+
+
+def _parameters(model: Transformer) -> str:
+    total, trained = model.num_parameters(trainable_only=False), model.num_parameters()
+    return f"{total:,} parameters" if trained == total else f"{total:,} parameters, {trained:,} of them trained"
 
 
 def _batch(config: RunConfig, micro_batch_size: int) -> str:

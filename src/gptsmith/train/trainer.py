@@ -316,7 +316,7 @@ class Trainer:
         if self.step in self.store.steps():
             return
         self._wait()
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             self._check(math.nan, math.nan)
         objective = self.objective.state()
         values = {

@@ -14,6 +14,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, available_cores, compiler_available, out_of_memory, synchronize
+from gptsmith.train.adapter import adapt
 from gptsmith.train.budget.recipe import Machine
 from gptsmith.train.compile import costs
 from gptsmith.train.config import RunConfig
@@ -46,7 +47,7 @@ def example_step(
 ) -> TrainingStep[Any]:
     """Return the training step of a run with a new model and without data, for timing. rows: of a micro-batch."""
     return TrainingStep.build(
-        Transformer(model_config, dropout=config.loop.dropout).to(device),
+        adapt(Transformer(model_config, dropout=config.loop.dropout), config.adapter).to(device),
         objective or example_objective(config, model_config),
         config,
         precision=precision,

@@ -16,7 +16,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import DEPTH_SCALED, by_depth
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.train.budget.parse import Budget
-from gptsmith.train.config import RunConfig, option_places
+from gptsmith.train.config import AdapterConfig, RunConfig, option_places
 
 SHALLOWEST, DEEPEST = 2, 35  # range of --depth: 0.4M to 8B parameters
 FEWEST_STEPS = 30  # fewer updates learn nothing
@@ -369,4 +369,7 @@ def _reasons(config: RunConfig, overrides: Collection[str], text: Text, tokens: 
 
 def settled(config: RunConfig) -> set[str]:
     """Return the flat names of the options that a preset or a file sets: all but those that a budget always chooses."""
-    return set(option_places()) - {"steps", "eval_every", "budget", "depth", "optim.warmup_steps"}
+    names = set(option_places(type(config.method))) - {"steps", "eval_every", "budget", "depth", "optim.warmup_steps"}
+    if config.adapter == AdapterConfig():  # which is not there
+        names -= {name for name in names if name.startswith("lora")}
+    return names

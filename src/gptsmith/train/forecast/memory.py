@@ -31,6 +31,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, compiler_available
+from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.compile import compile_blocks, partitioned, undo_compile
 from gptsmith.train.config import RunConfig
@@ -184,6 +185,7 @@ def run_without_storage(
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
         with ledger:
             model = Transformer(model_config, dropout=config.loop.dropout, initialize=False)
+            adapt(model, config.adapter)
             model.activation_checkpointing = activation_checkpointing
             step: TrainingStep[Any] = TrainingStep.build(
                 model, objective, config, precision=precision, micro_batch_size=micro_batch_size
@@ -216,6 +218,8 @@ def run_without_storage(
             parts["optimizer"] += state
     # A checkpoint's weights are collected in memory, as copies where the layout differs (GPT-1, GPT-2).
     copies = 0 if device.type == "cuda" else 2 if model_config.model_type in ("gpt2", "openai-gpt") else 1
+    if is_on(config.adapter):  # alone is saved
+        copies = 0
     del peaks["start"]
     peaks["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": (1 + copies) * weights, "optimizer": state}
     return peaks

@@ -26,6 +26,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, autocast_dtype, compiler_available, synchronize
+from gptsmith.train.adapter import adapt
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.budget.recipe import REPORT_SECONDS
 from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
@@ -104,7 +105,7 @@ def measure(
         work = rows * loop.context * flops_per_token(model_config, loop.context)
         scale = work / (tried_rows * loop.context * flops_per_token(tried, loop.context))
         passes = loop.batch_size // rows
-        model = Transformer(tried, dropout=loop.dropout).to(device)
+        model = adapt(Transformer(tried, dropout=loop.dropout), config.adapter).to(device)
         model.activation_checkpointing = activation_checkpointing
         timer = _Timer(model, objective, config, precision, tried_rows)
 

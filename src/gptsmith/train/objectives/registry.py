@@ -91,6 +91,8 @@ class Method:
     settle: Callable[[RunConfig, Collection[str], Prepared | None], RunConfig] = as_configured
     needs_init: bool = False
     """Whether it starts from an existing model only."""
+    trains_adapter: bool = False
+    """Whether it trains an adapter by default."""
 
 
 def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
