@@ -155,6 +155,8 @@ class Engine:
         prompt = self._limits.check(prompt, params, self._adapters)
         seed = params.seed if params.seed is not None else secrets.randbits(48)
         salt, adapter = (b"", None) if params.adapter is None else self._adapters[params.adapter]
+        if not params.cache_prompt:
+            salt += f" request {self._num_requests}".encode()
         request = Request(self._num_requests, prompt, params, seed, salt, adapter)
         self._num_requests += 1
         sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)

@@ -117,7 +117,9 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Gramma
         values = json.loads(schema) if isinstance(schema, str) else dict(schema)
         if not isinstance(values, dict):
             raise ValueError("not an object")
-        source = _llguidance().LLMatcher.grammar_from_json_schema(values, overrides=json_style(tokenizer))
+        source = _llguidance().LLMatcher.grammar_from_json_schema(
+            without_unknown_formats(values), overrides=json_style(tokenizer)
+        )
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"not a JSON schema: {error}.") from None
     if tokenizer.spaces_words and any(f'"{word}"' in source for word in ("properties", "enum", "const")):
@@ -128,6 +130,38 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Gramma
                 "names and texts of the schema. Use choice or regex, or another model."
             )
     return Grammar(tokenizer, source)
+
+
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_NOT_SCHEMAS = ("const", "enum", "default", "examples", "example", "required", "x-guidance")
+
+
+def without_unknown_formats(schema: Any) -> Any:
+    """Return a JSON schema without `format`s that have no grammar, as validators treat them: any string is allowed.
+
+    Formats of numbers, such as int32, are left out, too.
+    """
+    if isinstance(schema, list):
+        return [without_unknown_formats(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    known: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            known[key] = {name: without_unknown_formats(each) for name, each in value.items()}
+        elif key in _NOT_SCHEMAS:
+            known[key] = value
+        elif key != "format" or not isinstance(value, str) or _has_grammar(value):
+            known[key] = without_unknown_formats(value)
+    return known
+
+
+@functools.lru_cache(maxsize=256)
+def _has_grammar(string_format: str) -> bool:
+    """Return whether there is a grammar of a `format` of strings."""
+    schema = {"type": "string", "format": string_format}
+    matcher = _llguidance().LLMatcher
+    return not matcher.validate_grammar(matcher.grammar_from_json_schema(schema))
 
 
 def json_style(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -248,6 +248,10 @@ class SamplingParams(GenerationOptions):
     )
     prompt_logprobs: int | None = option(None, "The same for the tokens of the prompt.", Range(ge=0))
     echo: bool = option(False, "Begin the result with the prompt.")
+    prompt_only: bool = option(False, "Compute the prompt, for its log-probabilities, and generate no token.")
+    cache_prompt: bool = option(
+        True, "Share the cached keys and values of the prompt with other requests that begin with the same tokens."
+    )
     overflow: Literal["error", "truncate", "shift"] = option(
         "error",
         "What to do beyond the context. error: refuse a prompt that does not fit, and stop when the context is full. "

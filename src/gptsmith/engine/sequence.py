@@ -12,8 +12,8 @@ from gptsmith.errors import GptsmithError
 from gptsmith.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
-"""stop: a stop token or stop string, or the end of a grammar. length: `max_tokens` reached. context: the context is
-full and `overflow` does not allow more. cancelled: by `abort`. error: see the result's `error`."""
+"""stop: a stop token or stop string, or the end of a grammar. length: `max_tokens` reached, or `prompt_only`. context:
+the context is full and `overflow` does not allow more. cancelled: by `abort`. error: see the result's `error`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,9 @@ class TokenSampler:
         sampled: list[tuple[Sequence, Tensor]] = []
         for sequence, logits in ready:
             request = sequence.request
+            if request.params.prompt_only:
+                self._finish_empty(sequence)
+                continue
             if request.params.beams > 1:
                 beams.setdefault(request, []).append((sequence, logits))
                 continue
@@ -42,6 +45,15 @@ class TokenSampler:
         sampled = [(sequence, logits) for sequence, logits in sampled if sequence.finish_reason is None]
         if sampled:
             self._sample_batch(sampled)
+
+    def _finish_empty(self, sequence: Sequence) -> None:
+        """End all samples of a prompt before their first token."""
+        request = sequence.request
+        for i in range(1, request.params.samples):
+            child = sequence.fork(i, request.seed + i)
+            child.finish_reason = "length"
+            request.finished.append(child)
+        self._lifecycle.finish(sequence, "length")
 
     def _fork_samples(self, sequence: Sequence) -> list[Sequence]:
         """Return the other samples of a prompt that has just been computed; they share its blocks."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from gptsmith.engine.grammar import without_unknown_formats
 from gptsmith.engine.text import Detokenizer, TextToken
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
@@ -29,6 +30,7 @@ from gptsmith.server.schema import (
     ChatMessage,
     ChatRequest,
     NamedTool,
+    TemplateOptions,
     TextFormat,
     ToolCall,
     TopLogprob,
@@ -37,6 +39,7 @@ from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.server.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.tokenizer.tokenizer import readable
 
 router = APIRouter()
@@ -126,12 +129,21 @@ class Choice:
 
 
 class Answer:
-    """The answer to a conversation. Each choice has text and, if the request has tools, tool calls."""
+    """The answer to a conversation. Each choice has text and, if the request has tools, tool calls.
+
+    strips: whether to remove white space at the beginning.
+    """
 
     def __init__(
-        self, served: ServedModel, generation: Generation, tool_format: ToolCallFormat | None, *, logprobs: bool
+        self,
+        served: ServedModel,
+        generation: Generation,
+        tool_format: ToolCallFormat | None,
+        *,
+        logprobs: bool,
+        strips: bool,
     ) -> None:
-        self.served, self.generation, self.logprobs = served, generation, logprobs
+        self.served, self.generation, self.logprobs, self._strips = served, generation, logprobs, strips
         self._tool_format = tool_format
         self._parsers: dict[int, ToolCallParser] = {}
         self._has_text: set[int] = set()
@@ -151,8 +163,8 @@ class Answer:
                         text += parser.finish()
                     delta.calls += calls
                     has_calls = parser.calls > 0 and not parser.in_call
-                if self.served.template.plain and index not in self._has_text:
-                    text = text.lstrip()  # the plain template leaves the space after "Assistant:" to the model
+                if self._strips and index not in self._has_text:
+                    text = text.lstrip()
                 if text:
                     self._has_text.add(index)
                 delta.text += text
@@ -189,9 +201,9 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
     tool_format, tool_grammar = _tool_format(body, served)
     messages = template_messages(body.messages)
     tools = None if tool_format is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    length = sum(len(str(message.get("content"))) for message in messages)
-    variables: Any = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    ids = await encode(lambda: template.encode(messages, tools=tools, **variables), length)
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    ids = await conversation_ids(template, messages, body, tools=tools, **effort)
+    starts_turn = not body.continue_final_message and body.add_generation_prompt is not False
     check_length(served, ids, body.overflow)
     response_format = None if isinstance(body.response_format, TextFormat) else body.response_format
     end_ids = template.end_ids()
@@ -204,9 +216,56 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
         more_stop=template.stop,
         more_stop_ids=() if body.ignore_eos else end_ids,
     )
-    detokenizer = Detokenizer(served.tokenizer, "", params, skip_special_tokens=tool_format is None)
+    detokenizer = Detokenizer(
+        served.tokenizer,
+        "",
+        params,
+        skip_special_tokens=tool_format is None,
+        prompt_ids=() if starts_turn else ids,
+    )
     generation = await service.start(request, served, [Job(ids, detokenizer)])
-    return Answer(served, generation, tool_format, logprobs=bool(body.logprobs))
+    strips = template.plain and starts_turn  # the plain template leaves the space after "Assistant:" to the model
+    return Answer(served, generation, tool_format, logprobs=bool(body.logprobs), strips=strips)
+
+
+_OWN_VARIABLES = {
+    *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"),
+    *("bos_token", "eos_token", "pad_token", "unk_token"),
+}
+
+
+async def conversation_ids(
+    template: ChatTemplate, messages: list[dict[str, Any]], body: TemplateOptions, **variables: Any
+) -> list[int]:
+    """Return the ids of a conversation, written as `body` asks for. variables: of the template. Raise ApiError 400."""
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            message = "continue_final_message cannot be combined with add_generation_prompt."
+            raise ApiError(400, message, param="continue_final_message")
+        last = messages[-1]
+        if last["role"] != "assistant" or last.get("tool_calls"):
+            found = "has tool calls" if last["role"] == "assistant" else f"has the role {last['role']}"
+            message = f"continue_final_message needs an assistant's text as the last message, which {found}."
+            raise ApiError(400, message, param="continue_final_message")
+    more = body.chat_template_kwargs or {}
+    for name, value in more.items():
+        param = f"chat_template_kwargs.{name}"
+        if name in _OWN_VARIABLES:
+            own = name in body.__class__.model_fields
+            raise ApiError(400, f"{param}: {'send it as a field of its own' if own else 'cannot be set'}.", param=param)
+        if name in variables:
+            raise ApiError(400, f"{param} cannot be combined with {name}.", param=param)
+        if name in ("enable_thinking", "thinking") and not isinstance(value, bool | None):
+            raise ApiError(400, f"{param} must be true or false, not {json.dumps(value)[:60]}.", param=param)
+    return await encode(
+        lambda: template.encode(
+            messages,
+            add_generation_prompt=False if body.continue_final_message else body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            **(variables | more),
+        ),
+        sum(len(str(message)) for message in messages),
+    )
 
 
 def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat | None, str | None]:
@@ -238,7 +297,10 @@ def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat
         mode, several = "required", False
     elif choice == "required":
         mode = "required"
-    return tool_format, tool_format.grammar([function.model_dump() for function in functions], mode, several=several)
+    described = [
+        {**function.model_dump(), "parameters": without_unknown_formats(function.parameters)} for function in functions
+    ]
+    return tool_format, tool_format.grammar(described, mode, several=several)
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

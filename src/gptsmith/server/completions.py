@@ -38,10 +38,14 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
     check_stream(body)
     served = await service.served(request, body.model)
     tokenizer = served.tokenizer
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if (body.min_tokens or 0) > max_tokens:
+        raise ApiError(400, f"min_tokens must be at most max_tokens ({max_tokens}).", param="min_tokens")
     params = sampling_params(
         body,
         served,
-        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=max(1, max_tokens),
+        prompt_only=max_tokens == 0,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         echo=body.echo,

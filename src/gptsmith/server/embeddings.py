@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from gptsmith.errors import GptsmithError
 from gptsmith.model.transformer import Transformer
-from gptsmith.server.chat import template_messages
+from gptsmith.server.chat import conversation_ids, template_messages
 from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.request_params import encode, input_ids, split_inputs
 from gptsmith.server.schema import (
@@ -100,10 +100,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
             raise ApiError(400, "add_special_tokens is for a prompt, not for messages.", param="add_special_tokens")
         messages = template_messages(body.messages or [])
         tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-        ids = await encode(
-            lambda: served.template.encode(messages, add_generation_prompt=body.add_generation_prompt, tools=tools),
-            sum(len(str(message)) for message in messages),
-        )
+        ids = await conversation_ids(served.template, messages, body, tools=tools)
     return Tokens(
         count=len(ids),
         max_model_len=served.loaded.context,

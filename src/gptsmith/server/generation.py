@@ -68,6 +68,7 @@ class Generation:
         self._inbox: deque[tuple[int, Event | Exception]] = deque()
         self._wakeup, self._wakeup_pending = asyncio.Event(), False
         self._unfinished, self._ended = len(jobs), False
+        self._started: set[int] = set()  # choice indices
         self._last: dict[int, float] = {}  # choice index -> when its last token arrived
         self._first_chunks: list[tuple[int, TextChunk]] | None = None
         self._timer = None if deadline is None else self._loop.call_at(deadline, self._expire)
@@ -143,7 +144,9 @@ class Generation:
                     raise self._failure(item, number)
                 job = self.jobs[number]
                 choice = number * self.samples + item.index
-                self._record_times(choice, len(item.ids), now)
+                echoed = len(job.ids) if job.detokenizer.engine_params.echo and choice not in self._started else 0
+                self._started.add(choice)
+                self._record_times(choice, len(item.ids) - echoed, now)
                 chunk, stop = job.detokenizer.push(item)
                 if stop:
                     self.served.engine.stop(item.request, item.index)

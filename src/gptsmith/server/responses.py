@@ -33,7 +33,7 @@ from gptsmith.server.sse import event, event_stream
 router = APIRouter()
 _SHARED_FIELDS = (
     *("temperature", "top_p", "seed", "top_k", "min_p", "typical_p", "repetition_penalty"),
-    *("regex", "grammar", "choice", "parallel_tool_calls"),
+    *("ignore_eos", "cache_prompt", "regex", "grammar", "choice", "parallel_tool_calls", "chat_template_kwargs"),
 )
 
 

@@ -91,6 +91,7 @@ class GenerationRequest(Request):
     stop_token_ids: list[Id] | None = Field(None, description=SAMPLING_OPTIONS["stop_ids"].help)
     ignore_eos: bool | None = sampling_field("ignore_eos")
     overflow: Literal["error", "truncate", "shift"] | None = sampling_field("overflow")
+    cache_prompt: bool | None = sampling_field("cache_prompt")
     regex: str | None = _REGEX
     grammar: str | None = _GRAMMAR
     choice: list[str] | None = _CHOICE
@@ -102,6 +103,20 @@ class GenerationRequest(Request):
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
     moderation: None = None
+
+
+class TemplateOptions(BaseModel):
+    """How a conversation is written as a prompt: extensions to OpenAI's API."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt with the beginning of an answer. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="End the prompt inside the last message, an assistant's, so that the answer continues it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking."
+    )
 
 
 class JsonSchema(BaseModel):
@@ -134,7 +149,12 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[Id] | list[list[Id]] = Field(description="One or more texts or lists of token ids.")
-    max_tokens: int | None = sampling_field("max_tokens", "Default 16.")
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=INT32_MAX,
+        description=f"{SAMPLING_OPTIONS['max_tokens'].help} Default 16; 0 with echo scores the prompt.",
+    )
     echo: bool | None = sampling_field("echo")
     logprobs: int | None = sampling_field("logprobs")
     response_format: ResponseFormat | None = Field(None, description="The format of the output: text or JSON.")
@@ -229,7 +249,7 @@ class NamedTool(BaseModel):
     function: FunctionName
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateOptions):
     messages: list[ChatMessage] = Field(
         min_length=1, description="The conversation, ending with the message to answer."
     )
@@ -391,9 +411,14 @@ class ResponsesRequest(Request):
     min_p: float | None = sampling_field("min_p")
     typical_p: float | None = sampling_field("typical_p")
     repetition_penalty: float | None = sampling_field("repetition_penalty")
+    ignore_eos: bool | None = sampling_field("ignore_eos")
+    cache_prompt: bool | None = sampling_field("cache_prompt")
     regex: str | None = _REGEX
     grammar: str | None = _GRAMMAR
     choice: list[str] | None = _CHOICE
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking."
+    )
 
     access_programs: None = None
     background_options: None = None
@@ -417,13 +442,12 @@ class EmbeddingsRequest(Request):
     user: str | None = Field(None, max_length=512)
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(Request, TemplateOptions):
     """A text (prompt), or a conversation (messages) to render with the chat template."""
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    add_generation_prompt: bool = True
     add_special_tokens: bool | None = Field(
         None, description="Put the tokens around a prompt that the tokenizer adds, as completions do. Default true."
     )

@@ -87,6 +87,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         return_mask: Literal[False] = False,
         **variables: Any,
     ) -> list[int]: ...
@@ -107,6 +108,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         return_mask: bool = False,
         train_on: Literal["all", "last"] = "all",
         **variables: Any,
@@ -114,6 +116,7 @@ class ChatTemplate:
         """Return the ids of a conversation, and with `return_mask` also which of them the assistant wrote.
 
         add_generation_prompt: end with the beginning of an answer; by default, unless a mask is asked for.
+        continue_final_message: end inside the last message instead, after its text, so that a model continues it.
         train_on: mark every turn of the assistant, or only the last one.
         variables: further variables of the template (`tools`, `documents`, ...).
 
@@ -127,12 +130,22 @@ class ChatTemplate:
         """
         if train_on not in ("all", "last"):
             raise UsageError(f"train_on must be 'all' or 'last', not {train_on!r}.")
+        if continue_final_message and (add_generation_prompt or return_mask):
+            raise UsageError("continue_final_message cannot be combined with add_generation_prompt or return_mask.")
         if add_generation_prompt is None:
-            add_generation_prompt = not return_mask
-        characters = json.dumps(messages, ensure_ascii=False)
-        marker = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in characters)
-        escaped = [_escaped(message, self._special, marker) for message in messages]
-        text = self.render(escaped, add_generation_prompt=add_generation_prompt, **variables)
+            add_generation_prompt = not return_mask and not continue_final_message
+        try:
+            characters = json.dumps([messages, variables], ensure_ascii=False, default=str)
+            unused = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in characters)
+            marker, end_mark = next(unused), next(unused)
+            escaped = [_escaped(message, self._special, marker) for message in messages]
+            variables = {name: _escaped(value, self._special, marker) for name, value in variables.items()}
+        except RecursionError:
+            raise TokenizerError("the conversation is nested too deeply.") from None
+        if continue_final_message:
+            text = self._render_open(escaped, end_mark, **variables)
+        else:
+            text = self.render(escaped, add_generation_prompt=add_generation_prompt, **variables)
         # Tokenizers of kind "other" may treat the beginning of a text differently, so they get it whole.
         whole = marker not in text and self.tokenizer.kind == "other"
 
@@ -154,6 +167,22 @@ class ChatTemplate:
             start, end = self._turn(index, ids, escaped, encode_prefix)
             mask[start:end] = [True] * (end - start)
         return ids, mask
+
+    def _render_open(self, messages: Sequence[Message], end_mark: str, **variables: Any) -> str:
+        """Return the conversation as text up to the end of the last message's text, as transformers does.
+
+        end_mark: a character that the conversation lacks. Raises TokenizerError if the template leaves the text out.
+        """
+        content = messages[-1].get("content") if messages else None
+        if not isinstance(content, str):
+            raise TokenizerError("the last message has no text to continue.")
+        marked = [*messages[:-1], {**messages[-1], "content": f"{content}{end_mark} "}]
+        text = self.render(marked, add_generation_prompt=False, **variables)
+        at = text.rfind(end_mark)
+        if at < 0 or content.strip() not in text:
+            raise TokenizerError("the last message cannot be continued: the chat template does not write all its text.")
+        trimmed = text[at + 1 : at + 2] != " "  # the template removes white space around texts
+        return text[:at].rstrip() if trimmed else text[:at]
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the id of the special token that the template writes after an answer, or () if there is none."""
