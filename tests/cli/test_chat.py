@@ -19,7 +19,7 @@ from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.model.transformer import Transformer
-from gptsmith.tokenizer import Tokenizer, train_bpe
+from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from tests.factories import tiny_model
 
 TEMPLATE = (
@@ -146,6 +146,18 @@ def test_a_missing_chat_template_is_noted(tmp_path: Path, run_cli: Any, monkeypa
     code, _, err = run_cli("chat", tmp_path / "model", "--device", "cpu", "--max-tokens", "5")
     assert code == 0
     assert "no chat template" in err
+
+
+def test_a_model_without_the_letters_of_the_speakers_names(
+    tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train_char(["hello\n"])
+    save_checkpoint(tmp_path / "model", make_model(plain.vocab_size), plain)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nhello\n"))
+    code, out, err = run_cli("chat", tmp_path / "model", "--device", "cpu", "--max-tokens", "9", "--seed", "1")
+    assert code == 0, err
+    assert "each turn is a line of text" in err
+    assert len(out.splitlines()) == 2
 
 
 def test_overflow(tokenizer: Tokenizer, capsys: Any) -> None:

@@ -163,6 +163,18 @@ def test_special_and_added_tokens_and_the_chat_template() -> None:
         assert 301 not in again.encode(text)
 
 
+@pytest.mark.parametrize("form", ["list", "mapping"])
+def test_named_chat_templates(form: str, tmp_path: Path) -> None:
+    named: Any = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    entries = [{"name": name, "template": template} for name, template in named.items()]
+    base = train_bpe(["hello"], 260)
+    tokenizer = Tokenizer(base.to_json(), {**base.config(), "chat_template": entries if form == "list" else named})
+    metadata = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size)
+    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    assert metadata["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert tokenizer_from_gguf(metadata, "a file").config()["chat_template"] == entries
+
+
 def test_sentencepiece_follows_the_scores() -> None:
     tokenizer = sentencepiece()
     tokens = [tokenizer.token_text(id) for id in tokenizer.encode("hello world, é")]

@@ -404,9 +404,15 @@ def test_tool_results_in_the_conversation(live: Any, client: openai.OpenAI) -> N
     assert made.choices[0].message.content == live.answers(messages, seed=1, max_tokens=9)[0]
 
 
-def test_template_without_tools(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="does not support tools") as refused:
+def test_a_tokenizer_that_cannot_write_calls(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="its tokenizer lacks characters of the form in which calls are"):
         client.chat.completions.create(model="plain", messages=HELLO, tools=[WEATHER])
+
+
+def test_parameters_that_are_not_an_object(client: openai.OpenAI) -> None:
+    wrong: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
+    with pytest.raises(openai.BadRequestError, match="the parameters of f are of type") as refused:
+        client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER, wrong])
     assert refused.value.param == "tools"
 
 

@@ -14,7 +14,7 @@ from gptsmith.errors import UsageError
 from gptsmith.server.runner import serve
 from gptsmith.server.service import Settings
 from gptsmith.server.sse import event
-from gptsmith.server.tools import ToolCallFormat, ToolCallParser
+from gptsmith.tokenizer.tools import ToolCallFormat, ToolCallParser
 from tests.server.conftest import Live
 
 
@@ -86,7 +86,7 @@ def test_events_have_no_line_ends_inside() -> None:
 
 
 def test_a_call_that_is_cut_is_not_complete() -> None:
-    call_format = ToolCallFormat("", "<call>", " ", "</call>", "", "", True, {})
+    call_format = ToolCallFormat("", "<call>", (" ",), "</call>", "", "", True, {})
     parser = ToolCallParser(call_format)
     parser.push('<call>weather {"city": "Ro')
     assert (parser.calls, parser.in_call) == (1, True)

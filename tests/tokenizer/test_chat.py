@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from gptsmith.errors import TokenizerError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
+from tests.foreign import wordpiece
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -89,6 +90,34 @@ def test_the_plain_template_is_used_without_another() -> None:
     assert template.render(messages) == "be kind\n\nUser: hello\nAssistant:"
     assert template.stop == ("\nUser:",)
     assert not ChatTemplate(with_template(CHATML)).plain
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "written", "stop"),
+    [
+        ("abcdefghijklmnopqrstuvwxyzUA: \n", "User: hello\nAssistant:", "\nUser:"),
+        ("abcdefghijklmnopqrstuvwxyz: \n", "user: hello\nassistant:", "\nuser:"),
+        ("hello\n", "hello\n", "\n"),
+    ],
+)
+def test_plain_forms_of_small_alphabets(alphabet: str, written: str, stop: str) -> None:
+    template = ChatTemplate(train_char([alphabet]))
+    messages = [{"role": "user", "content": "hello"}]
+    assert template.render(messages) == written
+    assert template.stop == (stop,)
+    assert template.tokenizer.decode(template.encode(messages)) == written
+    assert template.names_speakers == (stop != "\n")
+
+
+def test_an_alphabet_that_cannot_tell_turns_apart() -> None:
+    template = ChatTemplate(train_char(["helo"]))
+    with pytest.raises(TokenizerError, match="neither names of speakers nor a line break.*continue texts instead"):
+        template.encode([{"role": "user", "content": "hello"}])
+
+
+def test_the_plain_form_of_a_tokenizer_that_changes_texts() -> None:
+    template = ChatTemplate(Tokenizer(wordpiece("user assistant: house " * 9).to_str()))
+    assert "user :" in template.stop
 
 
 def test_named_templates() -> None:

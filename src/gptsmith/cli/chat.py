@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> int:
         engine.add_adapter(str(chosen.adapter), chosen.adapter)
     conversation = Conversation(engine, tokenizer, params, chosen.system, chosen.overflow)
     if conversation.template.plain:
-        note("note: no chat template; each turn is prefixed with the speaker's name. Answers may be poor.")
+        form = "is prefixed with the speaker's name" if conversation.template.names_speakers else "is a line of text"
+        note(f"note: no chat template; each turn {form}. Answers may be poor.")
     if sys.stdin.isatty():
         note("/help lists the commands; Ctrl-D exits.")
     with _line_editing():

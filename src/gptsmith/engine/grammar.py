@@ -93,8 +93,11 @@ class GrammarState:
 
     def push(self, token: int) -> None:
         """Advance by a token. Raise GptsmithError if the grammar does not allow it."""
+        # A token that ends an answer can also be a part of the language.
+        eos_id = self.tokens.eos_id
+        ends = token in self.end_ids and eos_id < self.tokenizer.vocab_size and bool(self.allowed()[eos_id])
         self._allowed = None
-        consumed = self.tokens.eos_id if token in self.end_ids else token
+        consumed = eos_id if ends else token
         if not self.tokenizer.follows_word(self.previous):
             consumed = self.tokens.initial_id.get(consumed, consumed)
         self.matcher.consume_token(consumed)

@@ -156,8 +156,7 @@ class _Reader:
                 config[f"{role}_token"] = token
         config["add_bos_token"] = self.adds_bos()
         config["add_eos_token"] = self.flag("add_eos_token", False)
-        template = self.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
+        if (template := chat_templates(self.metadata)) is not None:
             config["chat_template"] = template
         return config
 
@@ -321,11 +320,32 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     if len(unnamed) > 2:
         lost = ", ".join(tokens[id] for id in unnamed[2:])
         note(f"warning: GGUF has no place for more than three end tokens; llama.cpp will not stop at {lost}.")
-    template = config.get("chat_template")
-    if isinstance(template, str):
-        metadata["tokenizer.chat_template"] = template
+    metadata |= _template_metadata(config.get("chat_template"))
     metadata[HUGGINGFACE_KEY] = json.dumps(description, ensure_ascii=False, separators=(",", ":"))
     return metadata
+
+
+def chat_templates(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """Return the chat template, or several with their names, as a tokenizer_config.json has them; None for none."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    if isinstance(metadata.get(key), str):
+        named = {"default": metadata[key], **named}
+    if set(named) <= {"default"}:
+        return named.get("default")
+    return [{"name": name, "template": template} for name, template in named.items()]
+
+
+def _template_metadata(configured: Any) -> dict[str, Any]:
+    key = "tokenizer.chat_template"
+    if isinstance(configured, str):
+        return {key: configured}
+    if isinstance(configured, Mapping):
+        configured = [{"name": name, "template": template} for name, template in configured.items()]
+    named = {str(entry["name"]): entry["template"] for entry in configured or [] if isinstance(entry, Mapping)}
+    further = [name for name in named if name != "default"]
+    metadata: dict[str, Any] = {key if name == "default" else f"{key}.{name}": text for name, text in named.items()}
+    return {**metadata, "tokenizer.chat_templates": further} if further else metadata
 
 
 def _byte_level_metadata(description: Mapping[str, Any]) -> dict[str, Any]:

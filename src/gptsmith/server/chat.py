@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from gptsmith.engine.grammar import without_unknown_formats
 from gptsmith.engine.text import Detokenizer, TextToken
+from gptsmith.errors import GptsmithError
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Generation, Job
@@ -37,10 +38,10 @@ from gptsmith.server.schema import (
 )
 from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
-from gptsmith.server.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.tokenizer.tokenizer import readable
+from gptsmith.tokenizer.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 
 router = APIRouter()
 
@@ -160,7 +161,8 @@ class Answer:
                     parser = self._parsers.setdefault(index, ToolCallParser(self._tool_format))
                     text, calls = parser.push(text)
                     if chunk.finish_reason is not None:
-                        text += parser.finish()
+                        rest, last = parser.finish()
+                        text, calls = text + rest, calls + last
                     delta.calls += calls
                     has_calls = parser.calls > 0 and not parser.in_call
                 if self._strips and index not in self._has_text:
@@ -216,11 +218,13 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
         more_stop=template.stop,
         more_stop_ids=() if body.ignore_eos else end_ids,
     )
+    special = served.tokenizer.special_tokens().values()
+    marks_calls = tool_format is not None and any(token in tool_format.texts for token in special)
     detokenizer = Detokenizer(
         served.tokenizer,
         "",
         params,
-        skip_special_tokens=tool_format is None,
+        skip_special_tokens=not marks_calls,
         prompt_ids=() if starts_turn else ids,
     )
     generation = await service.start(request, served, [Job(ids, detokenizer)])
@@ -230,6 +234,7 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
 
 _OWN_VARIABLES = {
     *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"),
+    *("generic_tools", "return_mask", "train_on"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 }
 
@@ -262,6 +267,7 @@ async def conversation_ids(
             messages,
             add_generation_prompt=False if body.continue_final_message else body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
+            generic_tools=True,
             **(variables | more),
         ),
         sum(len(str(message)) for message in messages),
@@ -280,10 +286,7 @@ def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat
         return None, None
     if choice == "none":
         return None, None
-    tool_format = served.loaded.tool_format
-    if tool_format is None:
-        message = f"tools: the chat template of {served.name} does not support tools."
-        raise ApiError(400, message, param="tools", code="unsupported_parameter")
+    tool_format = served.template.tool_format
     functions = [tool.function for tool in body.tools]
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
@@ -300,7 +303,11 @@ def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat
     described = [
         {**function.model_dump(), "parameters": without_unknown_formats(function.parameters)} for function in functions
     ]
-    return tool_format, tool_format.grammar(described, mode, several=several)
+    try:
+        grammar = tool_format.grammar(described, mode, several=several)
+    except GptsmithError as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from None
+    return tool_format, grammar
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.loading import Quantization
     from gptsmith.model.transformer import Transformer
-    from gptsmith.server.tools import ToolCallFormat
     from gptsmith.tokenizer import Tokenizer
     from gptsmith.tokenizer.chat import ChatTemplate
 
@@ -50,13 +49,6 @@ class LoadedModel:
     def defaults(self) -> ModelDefaults:
         """The sampling options that the model came with. Raise UsageError for invalid ones."""
         return model_defaults(self.model.generation_config)
-
-    @functools.cached_property
-    def tool_format(self) -> ToolCallFormat | None:
-        """How the chat template writes tool calls; None if it does not support tools."""
-        from gptsmith.server.tools import detect_format
-
-        return detect_format(self.template)
 
 
 @dataclass(frozen=True)

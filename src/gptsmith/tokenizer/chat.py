@@ -4,22 +4,26 @@
     ids = template.encode([{"role": "user", "content": "Hello"}])   # a prompt: ends where the assistant is to answer
     ids, mask = template.encode(conversation, return_mask=True)     # for training: mask marks the assistant's tokens
 
-A template may write special tokens. The text of a message never becomes one: a user who types "<|im_end|>" gets the
-tokens of those ten characters. Where the tokenizer puts a beginning-of-sequence token before a text, a conversation
-whose template does not write it gets it, too, as in llama.cpp. A tokenizer without a template gets a plain one that
-names the speaker of each turn.
+A template may write special tokens. Texts that are given to it (messages, tools, documents) never become one: a user
+who types "<|im_end|>" gets the tokens of those ten characters. Templates that do not know tools get a generic form of
+them (`tokenizer.tools`). Where the tokenizer puts a beginning-of-sequence token before a text, a conversation whose
+template does not write it gets it, too, as in llama.cpp. A tokenizer without a template gets a plain one that names the
+speaker of each turn, or puts each turn on a line of its own where it lacks the letters of these names.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer, token_content
+from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer, hidden_tokens, own_ids, token_content
+from gptsmith.tokenizer.tools import GENERIC, ToolCallFormat, detect_format, with_generic_tools
 
 if TYPE_CHECKING:
     import jinja2
@@ -34,46 +38,137 @@ PLAIN = """\
 
 {% else %}{{ 'User' if message['role'] == 'user' else 'Assistant' }}: {{ message['content'] }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+LINES = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+_PLAIN_FORMS = (  # template, what it writes, and the text that ends an answer: the first that the tokenizer can write
+    (PLAIN, "User: \nAssistant: \n", "\nUser:"),
+    (PLAIN.replace("User", "user").replace("Assistant", "assistant"), "user: \nassistant: \n", "\nuser:"),
+    (LINES, "\n", "\n"),
+)
+# Tokens that are not marked as special, but are control tokens by their spelling: "<tool_call>", "[INST]".
+_CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+_FIRST_CODE, _LAST_CODE = 0xF0000, 0xFFFFD  # characters of no meaning, which stand for control tokens
 
 
 class ChatTemplate:
     """The chat template of a tokenizer.
 
     name: whose template it is, for error messages. plain: whether the tokenizer has no template, so that the one of
-    this package is used. stop: texts that end an answer (only the plain template has any).
+    this package is used. stop: texts that end an answer (only the plain template has any). names_speakers: whether the
+    plain template writes who speaks; one whose names the tokenizer cannot write puts each turn on a line of its own.
     Raises TokenizerError if the template is not valid Jinja.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, name: str | None = None) -> None:
         config = tokenizer.config()
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several templates, each with a name
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
+        source, tool_source = _sources(config.get("chat_template"))
         self.tokenizer = tokenizer
         self.name = name
-        self.plain = not isinstance(source, str) or not source.strip()
-        self.source: str = PLAIN if self.plain else str(source)
-        self.stop = ("\nUser:",) if self.plain else ()
+        self.plain = not source.strip()
+        self.source, self.stop = source, tuple[str, ...]()
+        self._cannot_chat = ""
+        if self.plain:
+            self.source, self.stop, self._cannot_chat = _plain_form(tokenizer)
+        self.names_speakers = self.source != LINES
         self._named_tokens = {
             role: token_content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         self._special = {text: id for id, text in tokenizer.special_tokens().items()}
         self._special_ids = frozenset(self._special.values())
+        self._added = {text: id for text, id in tokenizer.added_tokens().items() if text}
+        self._control = {text: id for text, id in self._added.items() if _CONTROL.fullmatch(text)} | self._special
         self._end_of_turn_ids = {self._special[token] for token in END_TOKENS if token in self._special}
         self._end_of_turn_ids.update(tokenizer.end_ids)
         self._template = _compile(self.source)
-        self._pipeline: tokenizers.Tokenizer | None = None
+        self._tool_template = self._template if tool_source is None else _compile(tool_source)
+        self._sources = f"{self.source}{tool_source}"
+        self._pipeline: tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]] | None = None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        generic_tools: bool = False,
+        **variables: Any,
+    ) -> str:
         """Return the conversation as text. variables: further variables of the template (`tools`, `documents`, ...).
 
+        generic_tools: write tools in the generic form not only if the template does not know tools, but also if it
+        writes calls in a way that `tool_format` cannot express, so that answers have the format of `tool_format`.
         Raises TokenizerError if the template refuses the conversation, for example because roles do not alternate.
         """
+        tools = variables.get("tools")
+        if not tools and not any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
+            return self._write(messages, self._template, add_generation_prompt, variables)
+        if self.tool_format.generic and (generic_tools or not self._describes_tools):
+            if tools and not self._can_write_tools:
+                raise TokenizerError(
+                    "this model cannot be given tools: its tokenizer lacks characters of the form in which calls are "
+                    f"written ({GENERIC.texts!r})."
+                )
+            messages = with_generic_tools(messages, tools, takes_system=self._takes_system)
+            variables = {**variables, "tools": None}
+            return self._write(messages, self._template, add_generation_prompt, variables)
+        if not self.tool_format.generic:
+            messages = self.tool_format.messages(messages)
+        try:
+            return self._write(messages, self._tool_template, add_generation_prompt, variables)
+        except TokenizerError:
+            if not tools:
+                raise
+            described = [_with_parameters(tool) for tool in tools]
+            if described == list(tools):
+                raise
+            return self._write(messages, self._tool_template, add_generation_prompt, {**variables, "tools": described})
+
+    @functools.cached_property
+    def tool_format(self) -> ToolCallFormat:
+        """How calls of tools are written: by the template, or generically where it does not know tools."""
+
+        def write(messages: Sequence[Message], *, tools: Any, add_generation_prompt: bool) -> str:
+            template = self._tool_template if tools else self._template
+            return self._write(messages, template, add_generation_prompt, {"tools": tools})
+
+        own = None if self.plain else detect_format(write, self.tokenizer, self.end_ids())
+        return (own or replace(GENERIC, added=self._added)).for_tokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def _describes_tools(self) -> bool:
+        """Whether the template itself writes which tools there are."""
+        question = [{"role": "user", "content": "a question"}]
+        tool = _with_parameters({"type": "function", "function": {"name": "a_function", "description": "what it does"}})
+        try:
+            return "a_function" in self._write(question, self._tool_template, True, {"tools": [tool]})
+        except TokenizerError:
+            return False
+
+    @functools.cached_property
+    def _can_write_tools(self) -> bool:
+        return _can_write(self.tokenizer, GENERIC.texts)
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template writes messages of the system."""
+        text = "some text of the system"
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": "a question"}]
+        try:
+            return text in self._write(messages, self._template, True, {})
+        except TokenizerError:
+            return False
+
+    def _write(
+        self,
+        messages: Sequence[Message],
+        template: jinja2.Template,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
         import jinja2
 
+        if self._cannot_chat:
+            raise TokenizerError(self._cannot_chat)
         try:
-            return self._template.render(
+            return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None, **self._named_tokens, **variables},
@@ -135,22 +230,20 @@ class ChatTemplate:
         if add_generation_prompt is None:
             add_generation_prompt = not return_mask and not continue_final_message
         try:
-            characters = json.dumps([messages, variables], ensure_ascii=False, default=str)
-            unused = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in characters)
-            marker, end_mark = next(unused), next(unused)
-            escaped = [_escaped(message, self._special, marker) for message in messages]
-            variables = {name: _escaped(value, self._special, marker) for name, value in variables.items()}
+            given = json.dumps([messages, variables, self._sources], ensure_ascii=False, default=str)
+            marks = _Marks.absent_from(given)
+            escaped = [self._escaped_message(message, marks) for message in messages]
+            variables = _escaped(variables, self._special, marks, self._control)
         except RecursionError:
             raise TokenizerError("the conversation is nested too deeply.") from None
         if continue_final_message:
-            text = self._render_open(escaped, end_mark, **variables)
+            text = self._render_open(escaped, marks.end, **variables)
         else:
             text = self.render(escaped, add_generation_prompt=add_generation_prompt, **variables)
-        # Tokenizers of kind "other" may treat the beginning of a text differently, so they get it whole.
-        whole = marker not in text and self.tokenizer.kind == "other"
 
         def encode_text(text: str) -> list[int]:
-            ids = self._encode_whole(text) if whole else self._encode_parts(text, marker)
+            whole = self.tokenizer.kind == "other" and not _has_codes(text)
+            ids = self._encode_whole(text, marks) if whole else self._encode_parts(text, marks)
             prefix = list(self.tokenizer.prefix_ids)
             return ids if ids[: len(prefix)] == prefix else prefix + ids
 
@@ -261,22 +354,101 @@ class ChatTemplate:
 
     # text to ids
 
-    def _encode_parts(self, text: str, marker: str) -> list[int]:
-        """Encode the text between special tokens part by part, without the marker."""
+    def _escaped_message(self, message: Message, marks: _Marks) -> Any:
+        """Return a message whose texts hold no special token.
+
+        Control tokens that are not marked as special may be written by the model and its developer ("<think>"), but not
+        by users and tools.
+        """
+        trusted = message.get("role") in ("assistant", "system", "developer")
+        return {
+            key: _escaped(value, self._special, marks, {} if trusted and key != "tool_calls" else self._control)
+            for key, value in message.items()
+        }
+
+    def _encode_parts(self, text: str, marks: _Marks) -> list[int]:
+        """Encode the text between special tokens part by part, without the marks."""
         ids: list[int] = []
-        for part in _split(text, self._special):
-            ids += [self._special[part]] if part in self._special else self.tokenizer.encode(part.replace(marker, ""))
+        parts = _split(text, self._special)
+        for at, part in enumerate(parts):
+            if part in self._special:
+                ids.append(self._special[part])
+                continue
+            if at and self._strips(parts[at - 1], "rstrip"):
+                part = part.lstrip()
+            if at + 1 < len(parts) and self._strips(parts[at + 1], "lstrip"):
+                part = part.rstrip()
+            for piece in marks.pieces(part):
+                ids += self.tokenizer.encode(piece)
         return ids
 
-    def _encode_whole(self, text: str) -> list[int]:
+    def _strips(self, token: str, side: str) -> bool:
+        """Return whether a special token swallows the white space on a side of it."""
+        return bool(getattr(self.tokenizer.added_token(self._special[token]), side))
+
+    def _encode_whole(self, text: str, marks: _Marks) -> list[int]:
+        """Encode a text by a tokenizer that may treat its beginning differently, and so has to get it whole.
+
+        Control tokens that the template has written are replaced by characters that only a copy of the tokenizer knows,
+        which does not know their spellings.
+        """
         if self._pipeline is None:
-            from tokenizers import Tokenizer as Pipeline
+            self._pipeline = _coded(self.tokenizer, self._control)
+        pipeline, codes, original = self._pipeline
+        coded = "".join(
+            codes[part] if part in self._control else "".join(marks.pieces(part))
+            for part in _split(text, self._control)
+        )
+        try:
+            ids: list[int] = pipeline.encode(coded, add_special_tokens=False).ids
+        except Exception:  # `tokenizers` raises bare Exceptions; the tokenizer itself says which text it is
+            return self._encode_parts(text, marks)
+        return [original.get(id, id) for id in ids]
 
-            self._pipeline = Pipeline.from_str(self.tokenizer.to_json())
-            self._pipeline.no_padding()
-            self._pipeline.no_truncation()
-        ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
-        return ids
+
+def _sources(configured: object) -> tuple[str, str | None]:
+    """Return the default template of a configuration and the one for tools, if that is another."""
+    named: dict[str, str] = {}
+    if isinstance(configured, Mapping):
+        named = {name: text for name, text in configured.items() if isinstance(text, str)}
+    elif isinstance(configured, list):  # several templates, each with a name
+        entries = [entry for entry in configured if isinstance(entry, Mapping)]
+        named = {
+            str(entry.get("name")): entry["template"] for entry in entries if isinstance(entry.get("template"), str)
+        }
+    elif isinstance(configured, str):
+        named = {"default": configured}
+    default = named.get("default", next(iter(named.values()), ""))
+    return default, named.get("tool_use")
+
+
+def _plain_form(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...], str]:
+    """Return the plain template that the tokenizer can write, what ends an answer, and why there is none."""
+    for source, written, stop in _PLAIN_FORMS:
+        if _can_write(tokenizer, written):
+            # A tokenizer that changes texts (lower case, spaces) writes the end of an answer in its own way.
+            own = tokenizer.decode(tokenizer.encode(stop))
+            return source, (stop, *({own} - {stop, ""})), ""
+    problem = (
+        "this model has no chat template, and its tokenizer can write neither names of speakers nor a line break to "
+        "tell the turns of a conversation apart. Use it to continue texts instead."
+    )
+    return PLAIN, (), problem
+
+
+def _can_write(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether the tokenizer has tokens for all of a text."""
+    try:
+        return bool(tokenizer.encode(text)) and not tokenizer.count_unknown(text)
+    except TokenizerError:
+        return False
+
+
+def _with_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool with the parameters of a function without any, which some templates need."""
+    function = dict(tool.get("function") or {})
+    function["parameters"] = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+    return {**tool, "function": function}
 
 
 def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -302,8 +474,14 @@ def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
@@ -317,18 +495,69 @@ def _compile(source: str) -> jinja2.Template:
         raise TokenizerError(f"the tokenizer's chat template is not valid Jinja: {error}.") from None
 
 
-def _escaped(value: Any, special: Mapping[str, int], marker: str) -> Any:
-    """Return `value` with the marker inside everything in its texts that looks like a special token."""
+@dataclass(frozen=True)
+class _Marks:
+    """Three characters that a text does not have: one inside special tokens that are to be text, one inside other
+    control tokens, at which the text is cut, since tokenizers find these tokens in texts, and one for its end."""
+
+    inside: str
+    cut: str
+    end: str
+
+    @classmethod
+    def absent_from(cls, characters: str) -> _Marks:
+        free = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in characters and _escape(chr(c)) not in characters)
+        return cls(next(free), next(free), next(free))
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the text without the marks, cut where it has to be. Templates may write marks as JSON escapes."""
+        text = text.replace(self.inside, "").replace(_escape(self.inside), "").replace(_escape(self.cut), self.cut)
+        return [piece for piece in text.split(self.cut) if piece]
+
+
+def _escape(character: str) -> str:
+    return f"\\u{ord(character):04x}"
+
+
+def _escaped(value: Any, special: Mapping[str, int], marks: _Marks, control: Mapping[str, int]) -> Any:
+    """Return `value` with marks inside everything in its texts that looks like a special or control token."""
     if isinstance(value, str):
         for token in special:
             if token in value:
-                value = value.replace(token, token[:1] + marker + token[1:])
+                value = value.replace(token, token[:1] + marks.inside + token[1:])
+        for token in control:
+            if token in value:
+                value = value.replace(token, token[:1] + marks.cut + token[1:])
         return value
     if isinstance(value, Mapping):
-        return {key: _escaped(each, special, marker) for key, each in value.items()}
+        return {_escaped(k, special, marks, control): _escaped(v, special, marks, control) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_escaped(each, special, marker) for each in value]
+        return [_escaped(each, special, marks, control) for each in value]
     return value
+
+
+def _has_codes(text: str) -> bool:
+    return any(_FIRST_CODE <= ord(character) <= _LAST_CODE for character in text)
+
+
+def _coded(
+    tokenizer: Tokenizer, control: Mapping[str, int]
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+    """Return a copy of the tokenizer in which characters stand for control tokens, the character of each token, and the
+    tokenizer's own id for each id of an added token that differs in the copy."""
+    from tokenizers import AddedToken
+
+    pipeline = hidden_tokens(json.loads(tokenizer.to_json()), control)
+    codes = {token: chr(_FIRST_CODE + number) for number, token in enumerate(control)}
+    pipeline.add_special_tokens(
+        [
+            AddedToken(codes[token], lstrip=own.lstrip, rstrip=own.rstrip, normalized=False)
+            for token, own in ((token, tokenizer.added_token(id)) for token, id in control.items())
+        ]
+    )
+    pipeline.encode_special_tokens = False
+    ids = {codes.get(token, token): id for token, id in tokenizer.added_tokens().items()}
+    return pipeline, codes, own_ids(pipeline, ids)
 
 
 def _split(text: str, special: Mapping[str, int]) -> list[str]:

@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,9 +147,11 @@ class Tokenizer:
         needed = _BYTE_OF_CHARACTER.keys() if self.kind == "bpe" else {f"<0x{byte:02X}>" for byte in range(256)}
         has_bytes = self.kind == "bpe" or bool(description["model"].get("byte_fallback"))
         self.covers_all_text = has_bytes and vocabulary.keys() >= needed
-        self._encoder = self._pipeline
+        self._encoder: tokenizers.Tokenizer = self._pipeline
+        self._encoder_ids: dict[int, int] = {}  # where they differ from the tokenizer's own; see `hidden_tokens`
         if description["model"].get("type") in ("Unigram", "WordLevel") and self.kind == "other":
-            self._encoder = _hidden_tokens(description, self._special)
+            self._encoder = hidden_tokens(description, set(self._special.values()))
+            self._encoder_ids = own_ids(self._encoder, self.added_tokens())
         self._model: dict[str, Any] = {key: value for key, value in description["model"].items() if key != "merges"}
         self._has_token: dict[str, bool] = {}  # of parts of texts; see `count_unknown`
 
@@ -227,6 +229,8 @@ class Tokenizer:
             if not self.replaces_unknown:
                 raise UnknownTextError(f"the tokenizer cannot encode this text: {error}.") from None
             raise TokenizerError(f"the tokenizer cannot encode this text: {error}.") from None
+        if self._encoder_ids:
+            encoded = [[self._encoder_ids.get(id, id) for id in ids] for ids in encoded]
         if self._is_limited:
             for ids in encoded:
                 self._refuse_ids_beyond(ids)
@@ -305,6 +309,14 @@ class Tokenizer:
     def special_tokens(self) -> dict[int, str]:
         """Return the tokens that no text becomes, as {id: content}."""
         return dict(self._special)
+
+    def added_tokens(self) -> dict[str, int]:
+        """Return the tokens that are not the model's own, special ones included, as {content: id}."""
+        return {token.content: id for id, token in self._pipeline.get_added_tokens_decoder().items()}
+
+    def added_token(self, id: int) -> tokenizers.AddedToken:
+        """Return one of these tokens with its flags."""
+        return self._pipeline.get_added_tokens_decoder()[id]
 
     def token_bytes(self, id: int, previous: int | None = None) -> bytes:
         """Return the bytes that a token adds to a text after the token `previous` (None: at its beginning).
@@ -589,20 +601,24 @@ def _word_end(decoder: Mapping[str, Any]) -> str:
     return str(decoder.get("suffix") or "") if decoder.get("type") == "BPEDecoder" else ""
 
 
-def _hidden_tokens(description: Mapping[str, Any], special: Mapping[int, str]) -> tokenizers.Tokenizer:
-    """Return a tokenizer for encoding whose model does not know the spellings of the special tokens.
+def hidden_tokens(description: Mapping[str, Any], hidden: Collection[str]) -> tokenizers.Tokenizer:
+    """Return a tokenizer for encoding that does not find some of its added tokens in texts.
 
-    Models that look up words as a whole would find "</s>" in a text, although it is not to be a special token there.
+    Models that look up words as a whole would find "</s>" in a text all the same, so they know it by another spelling.
+    The ids of other added tokens can differ; see `own_ids`.
     """
     from tokenizers import Tokenizer as Pipeline
 
     model = dict(description["model"])
-    hidden = {text: f"\uf8ff{id}" for id, text in special.items() if text != model.get("unk_token")}
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {hidden.get(token, token): id for token, id in vocabulary.items()}
-    else:
-        model["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
+    unknown = model.get("unk_token")
+
+    def spelled(token: str, id: int) -> str:
+        return f"\ufffe{id}\ufffe" if token in hidden and token != unknown else token  # which no text has
+
+    if model.get("type") == "WordLevel":
+        model["vocab"] = {spelled(token, id): id for token, id in model["vocab"].items()}
+    elif model.get("type") == "Unigram":
+        model["vocab"] = [[spelled(token, id), score] for id, (token, score) in enumerate(model["vocab"])]
     kept = [token for token in description.get("added_tokens") or [] if token["content"] not in hidden]
     without = {**description, "model": model, "added_tokens": kept, "post_processor": None}
     pipeline = Pipeline.from_str(json.dumps(without, ensure_ascii=False))
@@ -610,6 +626,13 @@ def _hidden_tokens(description: Mapping[str, Any], special: Mapping[int, str]) -
     pipeline.no_padding()
     pipeline.no_truncation()
     return pipeline
+
+
+def own_ids(pipeline: tokenizers.Tokenizer, ids: Mapping[str, int]) -> dict[int, int]:
+    """Return the right id for each id of an added token that differs in a changed copy of a tokenizer. ids: the right
+    ones."""
+    found = {id: ids[token.content] for id, token in pipeline.get_added_tokens_decoder().items()}
+    return {id: own for id, own in found.items() if id != own}
 
 
 def _token_id(vocabulary: Mapping[str, int], token: object) -> int | None:
