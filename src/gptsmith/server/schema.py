@@ -261,7 +261,7 @@ class ChatRequest(GenerationRequest, TemplateOptions):
     )
     response_format: ResponseFormat | None = Field(None, description="The format of the output: text or JSON.")
     tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
-        None, description="Functions that the model can call, if its chat template supports tools."
+        None, description="Functions that the model can call."
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="Whether the model can (auto) or must (required) call a function, or which one. Default auto."
