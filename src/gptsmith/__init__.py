@@ -5,6 +5,7 @@
     logits = model(ids)                                    # ids: (B, T) int64 -> logits: (B, T, V)
     text = gptsmith.generate(model, tokenizer, "ROMEO:", max_tokens=200, temperature=0.8)
     run = gptsmith.fit("input.txt", steps=500)             # train; gptsmith.runs("runs") lists the runs
+    run = gptsmith.sft("smollm2-135m", "chats.jsonl")      # fine-tune on conversations
 
 Importing this package is fast: torch is imported by the first call.
 """
@@ -14,10 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "runs"]
+__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "runs", "sft"]
 
 if TYPE_CHECKING:
-    from gptsmith.api import fit, runs
+    from gptsmith.api import fit, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
@@ -28,6 +29,7 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "load": ("gptsmith.loading", "load_model"),
     "load_plugins": ("gptsmith.plugins", "load_plugins"),
     "runs": ("gptsmith.api", "runs"),
+    "sft": ("gptsmith.api", "sft"),
 }
 
 

@@ -22,8 +22,8 @@ from gptsmith.report import write_report
 from gptsmith.run_directory import Run, find_runs, read_run
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.callbacks import Callback
-from gptsmith.train.config import RunConfig, options_of, with_options
-from gptsmith.train.objectives.registry import ObjectiveFactory
+from gptsmith.train.config import RunConfig, default_config, options_of, with_options
+from gptsmith.train.objectives.registry import ObjectiveFactory, find_method
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
@@ -63,7 +63,8 @@ def fit(
         settings = {**config, **settings}
     if init is not None:
         settings["init"] = os.fspath(init)
-    base = config if isinstance(config, RunConfig) else RunConfig()
+    _, method = find_method(objective or "pretrain")
+    base = config if isinstance(config, RunConfig) else default_config(method.options)
     batches = data if data is not None and not isinstance(data, str | Path) else None
     extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))
     began = time.monotonic()
@@ -78,7 +79,7 @@ def fit(
         else:
             if data is None and objective in (None, "pretrain"):
                 raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
-            overrides = options_of(settings) | ({"init"} if init is not None else set())
+            overrides = options_of(settings, method.options) | ({"init"} if init is not None else set())
             if isinstance(config, RunConfig):
                 from gptsmith.train.budget.recipe import settled
 
@@ -97,6 +98,14 @@ def fit(
     if result.signal == signal.SIGINT:
         raise KeyboardInterrupt
     return read_run(result.run.directory)
+
+
+def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
+    """Fine-tune a model on conversations and return the run, as `gptsmith sft MODEL DATA` does.
+
+    options: as for `fit`, and those of the command (`lora="off"`, `epochs=2`, `**{"lora.rank": 8}`).
+    """
+    return fit(data, objective="sft", init=model, **options)
 
 
 def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extras, moved_to: str | None) -> Any:

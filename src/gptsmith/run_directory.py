@@ -251,9 +251,9 @@ def evaluation_at(rows: Iterable[Row], step: int, selection: Selection = DEFAULT
 
 
 def best_evaluation(rows: Iterable[Row], selection: Selection = DEFAULT_SELECTION) -> Row | None:
-    """Return the row of the best evaluation, the earliest of equals; None where there is none."""
+    """Return the row of the best evaluation after the start, the earliest of equals; None where there is none."""
     sign = 1 if selection.mode == "min" else -1
-    found = evaluations(rows, selection)
+    found = [row for row in evaluations(rows, selection) if row.get("step")]
     return min(found, key=lambda row: (sign * number(row[selection.metric]), row["step"]), default=None)
 
 

@@ -17,6 +17,7 @@ from gptsmith.registry import Registry
 
 _BUILTIN = {
     "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
+    "sft": "fine-tune a model on conversations, or on prompts with completions",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",
@@ -45,7 +46,10 @@ def register_command(name: str, help: str, module: str) -> None:
     _modules[name] = module
 
 
-_FINE_TUNING = "To train an existing model on your text, use: gptsmith train DATA --init MODEL"
+_FINE_TUNING = (
+    "To fine-tune a model on conversations, use: gptsmith sft MODEL DATA. To continue pretraining it on your text: "
+    "gptsmith train DATA --init MODEL"
+)
 _EVALUATION = (
     "Training measures the validation loss (see report.html of the run), and `gptsmith quantize` the perplexity of a "
     "model before and after. There are no other evaluations yet."

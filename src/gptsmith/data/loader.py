@@ -106,7 +106,7 @@ class TokenLoader:
         # the shortest texts), which is enough for every token to be seen and for every alignment of windows.
         self.windows_per_epoch = max(1, (len(split) - seq_len) // seq_len)
         self._offsets = len(split) - self.windows_per_epoch * seq_len
-        self._seed_key = _mix(np.array([seed & _MASK], dtype=_U64) + _STEP)
+        self._key = seed_key(seed)
 
     @property
     def epoch(self) -> float:
@@ -116,7 +116,7 @@ class TokenLoader:
     def window_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where in the split the given sequences of the global order begin: (B,) int64, as `sequences`."""
         epoch, index = np.divmod(sequences.astype(_U64), _U64(self.windows_per_epoch))
-        key = _mix(epoch * _STEP + self._seed_key)
+        key = self._key(epoch)
         offset = _mix(~key) % _U64(self._offsets)
         order = permuted(index, self.windows_per_epoch, key)
         return (offset + order * _U64(self.seq_len)).astype(np.int64)
@@ -208,6 +208,12 @@ def _whole_split(
         shape = (batch_size, seq_len)
         starts = first + seq_len * np.arange(batch_size)
         yield _batch(split, ids.reshape(shape), targets.reshape(shape), starts, mask_documents)
+
+
+def seed_key(seed: int) -> Callable[[NDArray[np.uint64]], NDArray[np.uint64]]:
+    """Return a function from epochs (B,) to keys for `permuted`, (B,) uint64, which depends on the seed."""
+    base = _mix(np.array([seed & _MASK], dtype=_U64) + _STEP)
+    return lambda epoch: _mix(epoch * _STEP + base)
 
 
 def permuted(index: NDArray[np.uint64], n: int, key: NDArray[np.uint64]) -> NDArray[np.uint64]:

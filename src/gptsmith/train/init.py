@@ -6,18 +6,21 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.loading import load_model, resolve_model
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.resize import resize_embeddings
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers
 from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget.recipe import INIT_LR_FACTOR
-from gptsmith.train.config import AdapterConfig, RunConfig
+from gptsmith.train.config import AdapterConfig, OptimConfig, RunConfig
 from gptsmith.train.variation import ModelFactory
 
 LORA_LR_FACTOR = 10  # learning rate of an adapter, relative to that of the whole model
@@ -61,6 +64,23 @@ def load_init(spec: str) -> Init:
     return Init(spec, model, tokenizer, optimizer or "adamw", checkpoint if has_state else None)
 
 
+def with_tokens(init: Init, tokenizer: Tokenizer) -> Init:
+    """Return `init` with a tokenizer that may have more tokens: the model gets embeddings for them.
+
+    New embeddings start as the mean of the others; an adapter has to train and save them whole.
+    """
+    known, rows = init.tokenizer.vocab_size, init.config.vocab_size
+    if tokenizer.vocab_size == known:
+        return replace(init, tokenizer=tokenizer)
+    model = resize_embeddings(init.model, max(rows, tokenizer.vocab_size))
+    tied = model.config.tie_word_embeddings
+    with torch.no_grad():  # rows that the model had in reserve
+        for weight in [model.embed_tokens.weight] if tied else [model.embed_tokens.weight, model.lm_head.weight]:
+            weight[known:rows] = weight[:known].mean(dim=0)
+    whole = ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
+    return replace(init, model=model, tokenizer=tokenizer, train_fully=whole)
+
+
 def _optimizer_of(checkpoint: Path) -> str | None:
     """Return the optimizer that trained a run's checkpoint; None where that is not known."""
     try:
@@ -96,12 +116,20 @@ def _wants_adapter(config: RunConfig, overrides: Collection[str]) -> bool:
     return config.adapter.lora == "on" or bool(given)
 
 
-def adapted_to_init(config: RunConfig, overrides: Collection[str], init: Init, *, lora: bool = False) -> RunConfig:
+def adapted_to_init(
+    config: RunConfig,
+    overrides: Collection[str],
+    init: Init,
+    *,
+    lora: bool = False,
+    longest: int = MOST_INIT_CONTEXT,
+) -> RunConfig:
     """Return `config` with the context, optimizer and learning rates that suit the model, where the user has not set
     them, and with the decision whether to train an adapter.
 
-    lora: train one by default. An adapter is trained by AdamW, a whole model by the optimizer that pretrained it: the
-    other one disturbs what the model knows (2605.10468). Raises UsageError for a context longer than the model's.
+    lora: train one by default. longest: default sequence length, where the model allows more. An adapter is trained by
+    AdamW, a whole model by the optimizer that pretrained it: the other one disturbs what the model knows (2605.10468).
+    Raises UsageError for a context longer than the model's.
     """
     model, most = init.config, init.config.max_position_embeddings
     adapter = _wants_adapter(config, overrides) or (lora and config.adapter.lora == "auto")
@@ -112,7 +140,7 @@ def adapted_to_init(config: RunConfig, overrides: Collection[str], init: Init, *
         note(f"optimizer: {name}, as {'usual for adapters' if adapter else 'the model was pretrained'} (--optim.name)")
     config = config.replace(init=str(_absolute(config.init.init)))
     if "context" not in overrides:
-        config = config.replace(context=min(most, MOST_INIT_CONTEXT))
+        config = config.replace(context=min(most, longest))
     if config.loop.context > most:
         why = (
             "its learned positions cannot be extended"
@@ -123,7 +151,8 @@ def adapted_to_init(config: RunConfig, overrides: Collection[str], init: Init, *
     factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR
     if is_on(config.adapter):
         factor *= LORA_LR_FACTOR
-    optim = {"lr": config.optim.lr * factor, "embedding_lr": config.optim.embedding_lr * factor}
+    usual = OptimConfig()
+    optim = {"lr": usual.lr * factor, "embedding_lr": usual.embedding_lr * factor}
     return config.replace(optim={name: value for name, value in optim.items() if f"optim.{name}" not in overrides})
 
 

@@ -23,7 +23,6 @@ import torch
 import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import from_dict, to_dict
-from gptsmith.data.shards import Dataset
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
@@ -42,7 +41,7 @@ from gptsmith.train.adapter import is_on
 from gptsmith.train.budget.machine import this_machine
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.budget.recipe import Text as TextSize
-from gptsmith.train.budget.recipe import choose
+from gptsmith.train.budget.recipe import choose, settled
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, with_options
 from gptsmith.train.init import (
@@ -54,6 +53,7 @@ from gptsmith.train.init import (
     refuse_adapter,
     refuse_options_of_new_models,
     warm_start,
+    with_tokens,
 )
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import BatchStream
@@ -63,6 +63,7 @@ from gptsmith.train.objectives.registry import (
     ObjectiveFactory,
     Prepared,
     TrainingData,
+    as_configured,
     find_method,
     import_reference,
     reference_to,
@@ -152,8 +153,8 @@ def start(
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
     init: Init | None = None
     if config.init.init is not None:
-        init = method.adapt_init(load_init(config.init.init), config)
-        config = adapted_to_init(config, overrides, init, lora=method.trains_adapter)
+        init = method.adapt_init(load_init(config.init.init), config, opened)
+        config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
         tokenizer = init.tokenizer
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
@@ -166,11 +167,14 @@ def start(
     keep_freed_memory()
     plan = None
     if config.auto.budget is not None or config.auto.depth is not None:
-        if not isinstance(dataset, Dataset):
+        if dataset is None:
             raise UsageError("a budget or a depth needs a text, whose length its rules depend on. Set --steps instead.")
-        text = TextSize(len(dataset.train), len(dataset.val), tokenizer.vocab_size, init.config if init else None)
+        size = dataset.record()
+        text = TextSize(size["train_tokens"], size["val_tokens"], tokenizer.vocab_size, init.config if init else None)
         machine = this_machine(device, precision, config.loop.compile)
-        plan = choose(config, overrides, text, machine, spent=time.monotonic() - began)
+        # Of a method with rules of its own (`settle`), a budget chooses the steps alone.
+        fixed = overrides if method.settle is as_configured else settled(config)
+        plan = choose(config, fixed, text, machine, spent=time.monotonic() - began)
         config = plan.config
         for reason in plan.reasons:
             note(reason)
@@ -299,7 +303,7 @@ def resume(
         steps = store.steps()
         init = None
         if config.init.init is not None and (not steps or is_on(config.adapter)):
-            init = method.adapt_init(load_init(config.init.init), config)
+            init = with_tokens(load_init(config.init.init), tokenizer)
         session = _session(run, config, tokenizer, model_config, dataset, init, device, method, extras)
         step = session.restore() if steps else 0
         if config.loop.steps != saved.loop.steps:

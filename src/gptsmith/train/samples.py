@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptsmith.engine.sampling import SamplingParams
@@ -17,13 +17,19 @@ from gptsmith.train.config import LoopConfig
 from gptsmith.train.display import Display
 
 PREVIEW_TEMPERATURE = 0.8
+ANSWER_TEMPERATURE = 0.2  # of answers to prompts of the data
 REPORT_TEMPERATURES = (0.2, 0.8, 1.2)
+
+
+Prompt = tuple[str, list[int]]
 
 
 class Samples(Callback):
     """Write samples into samples.jsonl and show them.
 
-    should_stop: where it returns True, generation ends and the unfinished text is not kept.
+    should_stop: where it returns True, generation ends and the unfinished text is not kept. prompts: what is continued,
+    as text and as ids (default: the text of `loop.sample_prompt`): all of them before training and at its end, the
+    first one in between.
     """
 
     def __init__(
@@ -33,43 +39,54 @@ class Samples(Callback):
         tokenizer: Tokenizer,
         display: Display,
         should_stop: Callable[[], bool],
+        prompts: Sequence[Prompt] | None = None,
     ) -> None:
+        self.prompts = prompts
         self.loop, self.model, self.tokenizer = loop, model, tokenizer
         self.display, self.should_stop = display, should_stop
         self._failed = ""  # why the last sample failed
 
     def on_evaluation(self, run: Run, row: Mapping[str, Any]) -> None:
         if self.loop.sample_tokens and row["step"] < self.display.steps:
-            self.display.say("sampling")
-            text = self._write(run, row["step"], PREVIEW_TEMPERATURE, self.loop.sample_tokens, final=False)
-            if text is not None:
+            prompts: list[Prompt | None] = [*self.prompts] if self.prompts else [None]
+            for prompt in prompts if row["step"] == 0 else prompts[:1]:
+                self.display.say("sampling")
+                temperature = PREVIEW_TEMPERATURE if prompt is None else ANSWER_TEMPERATURE
+                text = self._write(run, row["step"], temperature, self.loop.sample_tokens, prompt, final=False)
+                if text is None:
+                    return
                 self.display.sample(text)
 
     def write_final(self, run: Run, step: int) -> None:
         """Write the samples of the report, which are twice as long."""
         if not self.loop.sample_tokens:
             return
-        for temperature in REPORT_TEMPERATURES:
+        wanted: list[tuple[float, Prompt | None]] = [(temperature, None) for temperature in REPORT_TEMPERATURES]
+        if self.prompts:
+            wanted = [(ANSWER_TEMPERATURE, prompt) for prompt in self.prompts]
+        for temperature, prompt in wanted:
             self.display.say("sampling")
-            text = self._write(run, step, temperature, 2 * self.loop.sample_tokens, final=True)
+            text = self._write(run, step, temperature, 2 * self.loop.sample_tokens, prompt, final=True)
             if self.should_stop() or text is None:
                 return
-            self.display.print(f"at temperature {temperature}:")
+            self.display.print(f"at temperature {temperature}:" if prompt is None else f"{prompt[0][-200:]!r}:")
             self.display.sample(text)
 
-    def _write(self, run: Run, step: int, temperature: float, length: int, *, final: bool) -> str | None:
+    def _write(
+        self, run: Run, step: int, temperature: float, length: int, prompt: Prompt | None, *, final: bool
+    ) -> str | None:
         """Write a sample and return its text; None, with a note, if there is none. A sample never ends a run."""
-        prompt = self.loop.sample_prompt
+        shown, ids = prompt or (self.loop.sample_prompt, None)
         try:
-            if not self.tokenizer.encode(prompt):
-                prompt = ""
+            if ids is None and not self.tokenizer.encode(shown):
+                shown = ""
         except TokenizerError:
-            prompt = ""
+            shown = ""
         try:
-            text = self._generate(prompt, length, temperature)
+            text = self._generate(shown if ids is None else ids, length, temperature)
             if not self.should_stop():
                 JsonLines(run.directory / "samples.jsonl").append(
-                    step=step, temperature=temperature, prompt=prompt, text=text, final=final
+                    step=step, temperature=temperature, prompt=shown, text=text, final=final
                 )
             return text
         except Exception as error:
@@ -79,7 +96,7 @@ class Samples(Callback):
             self._failed = reason
             return None
 
-    def _generate(self, prompt: str, length: int, temperature: float) -> str:
+    def _generate(self, prompt: str | list[int], length: int, temperature: float) -> str:
         params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.loop.seed, overflow="shift")
         text = ""
         for chunk in stream(engine_for(self.model, self.tokenizer, params), self.tokenizer, prompt, params):

@@ -89,7 +89,8 @@ class Session:
         self.training_step: TrainingStep[Any] = TrainingStep.build(
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size
         )
-        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop)
+        prompts = objective.sample_prompts(self.training_step.models)
+        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts)
         self.callbacks = [self.samples, *callbacks]
         self.trainer = Trainer(
             config=config,

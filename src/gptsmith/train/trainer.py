@@ -267,12 +267,14 @@ class Trainer:
         self._call("on_log", row)
 
     def _evaluation_due(self) -> bool:
+        if self.step == 0:
+            return self.objective.evaluates_start
         if self.step == self.steps:
-            return self.step > 0
+            return True
         left = self.steps - self.step
         if self.deadline is not None and left < self.eval_every / 3:  # the last is near
             return False
-        return self.step > 0 and self.step % self.eval_every == 0
+        return self.step % self.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due() or self.should_stop():

@@ -104,6 +104,9 @@ class Objective(Generic[B]):
     selection: Selection = Selection("val_loss", "min")
     """The evaluation metric that chooses the best checkpoint."""
 
+    evaluates_start: bool = False
+    """Whether to evaluate before the first update, too: what training changes is then in the metrics."""
+
     def models(self, policy: Transformer) -> Models:
         """Return the models to work with. Called once, after the policy has its starting weights."""
         return Models(policy)
@@ -134,6 +137,10 @@ class Objective(Generic[B]):
 
         rows: micro-batch size that is known to fit into memory for training.
         """
+        return None
+
+    def sample_prompts(self, models: Models) -> list[tuple[str, list[int]]] | None:
+        """Return what samples continue: prompts as text and as ids. None: the text of --sample-prompt."""
         return None
 
     def example_batch(self, rows: int) -> B:

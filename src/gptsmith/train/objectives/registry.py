@@ -15,10 +15,12 @@ from gptsmith.data.shards import Dataset
 from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
-from gptsmith.train.config import MethodConfig, PretrainConfig, RunConfig
-from gptsmith.train.init import Init
+from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
+from gptsmith.train.config import MethodConfig, PretrainConfig, RunConfig, SftConfig
+from gptsmith.train.init import MOST_INIT_CONTEXT, Init
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import Pretrain
+from gptsmith.train.objectives.sft import sft
 from gptsmith.train.text import Text
 
 
@@ -67,7 +69,7 @@ class ObjectiveContext:
 ObjectiveFactory = Callable[[ObjectiveContext], Objective[Any]]
 
 
-def unchanged(init: Init, config: RunConfig) -> Init:
+def unchanged(init: Init, config: RunConfig, data: TrainingData | None) -> Init:
     return init
 
 
@@ -87,12 +89,14 @@ class Method:
     objective: ObjectiveFactory
     options: type[MethodConfig] = PretrainConfig
     open_data: Callable[[str, RunConfig], TrainingData] = Text.open
-    adapt_init: Callable[[Init, RunConfig], Init] = unchanged
+    adapt_init: Callable[[Init, RunConfig, TrainingData | None], Init] = unchanged
     settle: Callable[[RunConfig, Collection[str], Prepared | None], RunConfig] = as_configured
     needs_init: bool = False
     """Whether it starts from an existing model only."""
     trains_adapter: bool = False
     """Whether it trains an adapter by default."""
+    longest: int = MOST_INIT_CONTEXT
+    """Default sequence length with an existing model, where that allows more."""
 
 
 def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
@@ -112,7 +116,22 @@ def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pret
     )
 
 
-METHODS: Registry[Method] = Registry("objective", {"pretrain": Method(pretrain)})
+METHODS: Registry[Method] = Registry(
+    "objective",
+    {
+        "pretrain": Method(pretrain),
+        "sft": Method(
+            sft,
+            options=SftConfig,
+            open_data=ChatFiles.open,
+            adapt_init=with_template,
+            settle=settle,
+            needs_init=True,
+            trains_adapter=True,
+            longest=MOST_CONTEXT,
+        ),
+    },
+)
 
 
 def register_objective(name: str, factory: ObjectiveFactory | Method) -> None:

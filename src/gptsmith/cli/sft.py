@@ -1,0 +1,30 @@
+"""`gptsmith sft`: fine-tune a model on conversations or on prompts with completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from gptsmith.cli.train import train_or_resume
+from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.train.config import SftConfig
+
+BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
+
+
+@dataclass(frozen=True)
+class Sft(TuneOptions):
+    """Fine-tune a model on conversations or on prompts with completions (supervised fine-tuning).
+
+    Only what the assistant says is trained on, its end-of-turn token included. The run directory gets checkpoints,
+    metrics, samples and report.html; generate, chat, serve and export take it as they take any model.
+    """
+
+    method: Annotated[SftConfig, _FLAT] = field(default_factory=SftConfig)
+    """fine-tuning"""
+
+
+def main(arguments: list[str]) -> int:
+    chosen, overrides = parse_tune(Sft, SftConfig, "sft", arguments)
+    return train_or_resume(chosen, overrides, began=BEGAN, objective="sft")

@@ -1,0 +1,373 @@
+"""Conversations from rows in the forms that people have them in, and as token ids with a mask of what is trained on.
+
+    conversation = as_conversation(row.values)               # messages, ShareGPT, Alpaca, prompt and completion, ...
+    example = Renderer(tokenizer).render(conversation)       # ids, and which of them the assistant wrote
+
+The ids are those that a served model sees for the same conversation, and the mask marks what it then has to generate,
+its end-of-turn token included. Nothing is searched in the text: see `ChatTemplate.encode`.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from gptsmith.data.rows import Row, read_rows
+from gptsmith.errors import DataError, TokenizerError, nearest
+from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.chat import ChatTemplate
+
+Message = dict[str, Any]
+TrainOn = Literal["all", "last"]
+
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+    "function_call": "function_call",
+}
+"""Names of roles in public data, and what they are for a chat template. A function_call is of the assistant."""
+
+_PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "response"), ("question", "response"))
+_PREFERENCES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as chat templates take them, or a prompt and its completion as plain text.
+
+    form: how the row wrote it: messages, sharegpt, alpaca, prompt-completion, question-answer. tools: for the template.
+    """
+
+    form: str
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    prompt: str = ""
+    completion: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a prompt and a completion without a chat template."""
+        return not self.messages
+
+
+class RowError(DataError):
+    """A row that cannot be trained on. The message does not say where it is."""
+
+
+# Forms ---------------------------------------------------------------------------------------------------------------
+
+
+def as_conversation(values: Mapping[str, Any]) -> Conversation:
+    """Return the conversation in a row, whose form is recognized by its fields. Raise RowError where there is none."""
+    row = {name: value for name, value in values.items() if value is not None and value != ""}
+    if any(name in row for name in _PREFERENCES):
+        raise RowError("the row has chosen and rejected answers, which are for preference training, not fine-tuning.")
+    if "messages" in row:
+        return _of_messages("messages", row["messages"], row)
+    if "conversations" in row or "conversation" in row:
+        return _of_messages("sharegpt", row.get("conversations", row.get("conversation")), row)
+    if "instruction" in row and "output" in values:
+        return _of_alpaca(row)
+    if "prompt" in row and "completion" in values:
+        return _of_completion(row)
+    for asked, answered in _PAIRS:
+        if asked in row and answered in values:
+            return _of_turns("question-answer", [("user", row[asked]), ("assistant", row.get(answered, ""))], row)
+    raise RowError(_unknown_form(row))
+
+
+def _unknown_form(row: Mapping[str, Any]) -> str:
+    known = ("messages", "conversations", "instruction", "output", "prompt", "completion", "question", "answer")
+    hint = next((found for name in row if (found := nearest(name, known))), "")
+    if "text" in row:
+        hint = " Plain text is for continued pretraining: gptsmith train DATA --init MODEL."
+    return (
+        f"the fields {', '.join(row) or '(none)'} are no conversation.{hint} Use messages, conversations (ShareGPT), "
+        "instruction and output (Alpaca), prompt and completion, or question and answer."
+    )
+
+
+def _of_messages(form: str, value: Any, row: Mapping[str, Any]) -> Conversation:
+    if isinstance(value, str):
+        value = _from_json(value, form)
+    if not isinstance(value, list | tuple) or not value:
+        raise RowError("the list of messages is empty." if value in ([], ()) else "the messages are not a list.")
+    turns: list[Message] = []
+    if isinstance(row.get("system"), str) and form == "sharegpt":
+        turns.append({"role": "system", "content": row["system"]})
+    for number, message in enumerate(value, 1):
+        turns.append(_message(message, f"message {number}"))
+    return _checked(Conversation(form, tuple(_joined(turns)), _tools(row)))
+
+
+def _message(value: Any, where: str) -> Message:
+    """Return a message with a role of chat templates, the content as one text, and arguments as objects."""
+    if not isinstance(value, Mapping):
+        raise RowError(f"{where} is not an object.")
+    role = value.get("role", value.get("from"))
+    content = value.get("content", value.get("value"))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        known = ", ".join(ROLES)
+        raise RowError(f"{where} has the unknown role {role!r}.{nearest(str(role), ROLES)} Known roles: {known}.")
+    name = ROLES[role.lower()]
+    for field in ("weight", "train"):
+        if value.get(field) not in (None, 1, 1.0, True):
+            raise RowError(f"{where}: {field} is not supported. Use --train-on last to train on the last turn only.")
+    calls = value.get("tool_calls")
+    if name == "function_call":
+        name, calls, content = "assistant", _calls_from_text(content, where), None
+    message: Message = {"role": name, "content": _text_of(content, where)}
+    if calls:
+        message["tool_calls"] = _calls(calls, where)
+    for field in ("name", "tool_call_id", "reasoning_content", "thinking"):
+        if value.get(field) is not None:
+            message[field] = value[field]
+    return message
+
+
+def _text_of(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise RowError(f"{where} has a part of type {kind!r}; only texts can be trained on.")
+            texts.append(part["text"])
+        return "".join(texts)
+    if isinstance(content, Mapping | int | float):  # the result of a tool
+        return json.dumps(content, ensure_ascii=False)
+    raise RowError(f"{where}: its content is not a text.")
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        value = _from_json(value, f"{where}, tool_calls")
+    calls = []
+    for call in value if isinstance(value, list | tuple) else [value]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError(f"{where}: a tool call needs a name and arguments.")
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = _from_json(arguments or "{}", f"{where}, the arguments of {function['name']}")
+        if not isinstance(arguments, Mapping):
+            raise RowError(f"{where}: the arguments of {function['name']} are not an object.")
+        made: dict[str, Any] = {
+            "type": "function",
+            "function": {"name": function["name"], "arguments": dict(arguments)},
+        }
+        if isinstance(call.get("id"), str):
+            made["id"] = call["id"]
+        calls.append(made)
+    return calls
+
+
+def _calls_from_text(content: Any, where: str) -> Any:
+    """Return the calls of a message with the role function_call, whose text is JSON: {"name": …, "arguments": …}."""
+    return _from_json(content, where) if isinstance(content, str) else content
+
+
+def _joined(turns: Sequence[Message]) -> list[Message]:
+    """Join the calls of an assistant's message that is only calls to the message before, if that is the assistant's."""
+    joined: list[Message] = []
+    for turn in turns:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and turn["role"] == last["role"] == "assistant"
+            and turn.get("tool_calls")
+            and not turn["content"]
+        ):
+            joined[-1] = {**last, "tool_calls": [*last.get("tool_calls", []), *turn["tool_calls"]]}
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    value = row.get("tools", row.get("functions"))
+    if isinstance(value, str):
+        value = _from_json(value, "tools") if value.strip() else []
+    if value in (None, []):
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise RowError("tools is not a list of objects.")
+    return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in value)
+
+
+def _of_alpaca(row: Mapping[str, Any]) -> Conversation:
+    asked = str(row["instruction"]) + (f"\n{row['input']}" if row.get("input") else "")
+    turns: list[tuple[str, Any]] = []
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise RowError("history is not a list of pairs of texts.")
+    for question, answer in history:
+        turns += [("user", question), ("assistant", answer)]
+    return _of_turns("alpaca", [*turns, ("user", asked), ("assistant", row.get("output", ""))], row)
+
+
+def _of_turns(form: str, turns: Sequence[tuple[str, Any]], row: Mapping[str, Any]) -> Conversation:
+    if isinstance(row.get("system"), str):
+        turns = [("system", row["system"]), *turns]
+    messages = tuple(
+        _message({"role": role, "content": text}, f"message {i}") for i, (role, text) in enumerate(turns, 1)
+    )
+    return _checked(Conversation(form, messages, _tools(row)))
+
+
+def _of_completion(row: Mapping[str, Any]) -> Conversation:
+    prompt, completion = row["prompt"], row.get("completion", "")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion:
+            raise RowError("the completion is empty: there is nothing to learn from.")
+        return Conversation("prompt-completion", prompt=prompt, completion=completion)
+    parts: list[Any] = []
+    for part, role in ((prompt, "user"), (completion, "assistant")):
+        parts += (
+            [{"role": role, "content": part}] if isinstance(part, str) else part if isinstance(part, list) else [part]
+        )
+    return _of_messages("prompt-completion", parts, row)
+
+
+def _from_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what}: not valid JSON ({error}).") from None
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    answers = [message for message in conversation.messages if message["role"] == "assistant"]
+    if not answers:
+        raise RowError("the conversation has no turn of the assistant: there is nothing to learn from.")
+    if any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
+        raise RowError("an answer of the assistant is empty.")
+    return conversation
+
+
+# Token ids -----------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """Token ids, and which of them are trained on."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+class Renderer:
+    """Turns conversations into token ids as a served model sees them.
+
+    train_on: every turn of the assistant, or the last one.
+    Raises TokenizerError for a chat template that is not valid.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, train_on: TrainOn = "all") -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.template = ChatTemplate(tokenizer)
+
+    def render(self, conversation: Conversation) -> Example:
+        """Return the ids of a conversation and the mask. Raise RowError where it has no trained token."""
+        try:
+            ids, mask = self._text(conversation) if conversation.is_text else self._chat(conversation)
+        except TokenizerError as error:
+            raise RowError(str(error)) from None
+        if not any(mask):
+            raise RowError("no token of it would be trained on.")
+        return Example(ids, mask)
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Return the ids of everything before the last answer: what a served model answers."""
+        if conversation.is_text:
+            return self.tokenizer.encode_prompt(conversation.prompt)
+        messages = list(conversation.messages)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        ids: list[int] = self.template.encode(messages[:last], **self._variables(conversation))
+        return ids
+
+    def _chat(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        return self.template.encode(
+            list(conversation.messages), return_mask=True, train_on=self.train_on, **self._variables(conversation)
+        )
+
+    def _variables(self, conversation: Conversation) -> dict[str, Any]:
+        return {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+
+    def _text(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Encode prompt and completion apart, as a prompt and its continuation are, so that no token spans both."""
+        prompt = self.tokenizer.encode_prompt(conversation.prompt)
+        completion = self.tokenizer.encode(conversation.completion)
+        if self.tokenizer.eos_id is not None:
+            completion = [*completion, self.tokenizer.eos_id]
+        return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
+
+
+class Counts:
+    """What was read: rows by form, and rows that were left out by reason."""
+
+    def __init__(self) -> None:
+        self.forms: collections.Counter[str] = collections.Counter()
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.first_skipped: dict[str, str] = {}
+
+    def skip(self, reason: str, where: str) -> None:
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, where)
+
+    def describe_skipped(self) -> str:
+        """Return the reasons, most frequent first, each with its number and its first row."""
+        return "; ".join(
+            f"{number:,}: {reason.rstrip('.')} (first: {self.first_skipped[reason]})"
+            for reason, number in self.skipped.most_common()
+        )
+
+
+def read_conversations(
+    path: Path,
+    *,
+    on_bad: Literal["error", "skip"] = "error",
+    counts: Counts | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Row, Conversation]]:
+    """Yield the conversations of a file or folder of rows.
+
+    on_bad: stop at the first row that is none with a DataError that names it, or leave it out and count it in `counts`.
+    """
+    counts = Counts() if counts is None else counts
+    for row in read_rows(path, advance):
+        try:
+            conversation = as_conversation(row.values)
+        except RowError as error:
+            bad_row(error, row.where, on_bad, counts)
+            continue
+        counts.forms[conversation.form] += 1
+        yield row, conversation
+
+
+def bad_row(error: RowError, where: str, on_bad: str, counts: Counts) -> None:
+    """Count a row that cannot be used, or raise DataError with where it is."""
+    if on_bad == "skip":
+        counts.skip(str(error), where)
+        return
+    raise DataError(f"{where}: {error} Mend the row, or leave such rows out with --bad-rows skip.") from None

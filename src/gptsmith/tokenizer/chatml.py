@@ -1,0 +1,84 @@
+"""A chat template for models that have none: ChatML, with special tokens for the turns.
+
+    tokenizer, new = with_chat_template(tokenizer)     # new: ids that the model has no trained embedding for
+
+The template can write tools and calls, in the form of Hermes and Qwen. Models of characters whose alphabet lacks the
+letters of role names get one special token per role instead.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gptsmith.errors import TokenizerError
+from gptsmith.tokenizer.tokenizer import Tokenizer
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = """\
+{%- if tools %}\
+{{- '<|im_start|>system\\n' }}\
+{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}\
+{{- '# Tools\\n\\nYou may call functions to help with the request. Their signatures are within ' }}\
+{{- '<tools></tools>:\\n<tools>' }}\
+{%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}\
+{{- '\\n</tools>\\n\\nFor each call, return a JSON object with its name and arguments within ' }}\
+{{- '<tool_call></tool_call>:\\n' }}\
+{{- '<tool_call>\\n{"name": <name>, "arguments": <arguments>}\\n</tool_call><|im_end|>\\n' }}\
+{%- endif %}\
+{%- for message in messages %}\
+{%- if not (tools and loop.first and message['role'] == 'system') %}\
+{{- '<|im_start|>' + ('user' if message['role'] == 'tool' else message['role']) + '\\n' }}\
+{%- if message['role'] == 'tool' %}{{- '<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}\
+{%- else %}{{- message['content'] or '' }}{%- endif %}\
+{%- for call in message['tool_calls'] or [] %}\
+{%- if message['content'] or not loop.first %}{{- '\\n' }}{%- endif %}\
+{{- '<tool_call>\\n{"name": ' + (call['function']['name'] | tojson) + ', "arguments": ' }}\
+{{- (call['function']['arguments'] | tojson) + '}\\n</tool_call>' }}\
+{%- endfor %}\
+{{- '<|im_end|>\\n' }}\
+{%- endif %}\
+{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+ROLES = """\
+{%- for message in messages %}\
+{%- if message['role'] not in ('system', 'user', 'assistant') %}\
+{{- raise_exception("this model's alphabet is too small for tools") }}{%- endif %}\
+{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}\
+{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+
+
+def with_chat_template(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[int, ...]]:
+    """Return the tokenizer with a chat template and its special tokens, and the ids of tokens that are new.
+
+    The token that ends a turn becomes the end-of-text token; the earlier one ends a text, too.
+    """
+    template, tokens = (CHATML, CHATML_TOKENS) if _has_letters(tokenizer) else (ROLES, ROLE_TOKENS)
+    known = {text: id for id, text in tokenizer.special_tokens().items()}
+    missing = [token for token in tokens if token not in known]
+    new = tuple(range(tokenizer.vocab_size, tokenizer.vocab_size + len(missing)))
+    config = {**tokenizer.config(), "chat_template": template, "eos_token": tokens[-1]}
+    text = _with_special_tokens(tokenizer.to_json(), dict(zip(missing, new, strict=True)))
+    return Tokenizer(text, config, tokenizer.end_ids), new
+
+
+def _has_letters(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer can write the template's own words."""
+    try:
+        words = 'system\nuser\nassistant\n# Tools\n\n<tool_call>\n{"name": "x", "arguments": {}}\n</tool_response>\n'
+        return not tokenizer.count_unknown(words)
+    except TokenizerError:
+        return False
+
+
+def _with_special_tokens(text: str, tokens: dict[str, int]) -> str:
+    description: dict[str, Any] = json.loads(text)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    description.setdefault("added_tokens", [])
+    description["added_tokens"] += [{"id": id, "content": token, **flags} for token, id in tokens.items()]
+    if description["model"].get("type") == "WordLevel":  # of characters; the ids of others follow from their number
+        description["model"]["vocab"] |= tokens
+    return json.dumps(description, ensure_ascii=False)
