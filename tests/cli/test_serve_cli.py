@@ -136,6 +136,8 @@ def test_second_signal_quits(finished: Path) -> None:
         (("{run}", "--host", "no.such.host.invalid"), "--host"),
         (("{run}", "--runs", "nowhere"), "--runs"),
         (("{run}", "{run}"), "two models"),
+        (("{run}", "--allowed-host", "https://gpt.example.org/"), "--allowed-host"),
+        (("{run}", "--trusted-proxy", "nginx"), "--trusted-proxy"),
     ],
 )
 def test_invalid_options(run_cli: RunCli, finished: Path, options: tuple[str, ...], named: str) -> None:
@@ -155,6 +157,27 @@ def test_port_in_use(run_cli: RunCli, finished: Path) -> None:
     finally:
         taken.close()
     assert (code, "cannot listen" in err) == (2, True)
+
+
+@pytest.mark.parametrize("trusted", ["127.0.0.0/8", "10.9.9.9"])
+def test_behind_a_reverse_proxy(finished: Path, trusted: str) -> None:
+    """The address that a trusted proxy reports counts for rate limits and the log; nobody else's does."""
+    options = ["--allowed-host", "GPT.example.org:443", "--trusted-proxy", trusted, "--rate-limit", "2/h"]
+    with Process(str(finished), *options, "--preload", "none") as server:
+
+        def status(client: str, host: str = "gpt.example.org") -> int:
+            headers = {"host": host, "x-forwarded-for": client, "x-forwarded-proto": "https"}
+            return httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60).status_code
+
+        assert status("203.0.113.1", "evil.example.org") == 403
+        assert [status(client) for client in ("203.0.113.1", "203.0.113.2", "203.0.113.2")] == (
+            [200, 200, 200] if trusted.startswith("127") else [200, 200, 429]
+        )
+        assert status("203.0.113.2", "GPT.Example.org:443") == 429
+        server.process.kill()
+        server.wait()
+        clients = {line["client"] for line in server.log if line["event"] == "request"}
+        assert clients == ({"203.0.113.1", "203.0.113.2"} if trusted.startswith("127") else {"127.0.0.1"})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")

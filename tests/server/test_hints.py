@@ -13,6 +13,7 @@ HINTS: dict[str, Any] = {
     "metadata": {"trip": "1"},
     "store": True,
     "prompt_cache_key": "a",
+    "prompt_cache_retention": "24h",
     "safety_identifier": "b",
     "service_tier": "flex",
 }
@@ -25,12 +26,16 @@ HINTS: dict[str, Any] = {
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4},
-            {"verbosity": "low", "reasoning_effort": "high"},
+            {"verbosity": "low", "reasoning_effort": "high", "top_logprobs": 0},
         ),
         (
             "responses",
             {"input": "a", "max_output_tokens": 4},
-            {"reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+            {
+                "reasoning": {"effort": "low", "summary": "auto"},
+                "include": ["reasoning.encrypted_content"],
+                "top_logprobs": 0,
+            },
         ),
     ],
 )

@@ -373,6 +373,27 @@ def test_required_tool_calls_follow_the_schema(client: openai.OpenAI, choice: An
         assert names == {"weather"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_cuts_a_call(client: openai.OpenAI, stream: bool) -> None:
+    """A call whose arguments are cut is not complete: the reason is not "tool_calls"."""
+    options: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [WEATHER], "tool_choice": "required"}
+    options |= {"seed": 1, "parallel_tool_calls": False}
+
+    def ended(**more: Any) -> tuple[str | None, str]:
+        if stream:
+            with client.chat.completions.stream(**options, **more) as events:
+                choice: Any = events.get_final_completion().choices[0]
+        else:
+            choice = client.chat.completions.create(**options, **more).choices[0]
+        return choice.finish_reason, "".join(call.function.arguments for call in choice.message.tool_calls or ())
+
+    reason, whole = ended()
+    assert (reason, json.loads(whole).keys()) == ("tool_calls", {"city", "days"})
+    assert ended(stop='"days"') == ("stop", whole.partition('"days"')[0])
+    assert ended(stop=["{"]) == ("stop", "")
+    assert ended(stop=["never"]) == ("tool_calls", whole)
+
+
 def test_tool_choice_auto_and_none(live: Any, client: openai.OpenAI) -> None:
     mark = str(live.tokenizers["tiny"].encode("<tool_call>")[0])
     options: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, CLOCK], "seed": 3}
@@ -402,6 +423,56 @@ def test_tool_results_in_the_conversation(live: Any, client: openai.OpenAI) -> N
         {"role": "tool", "content": "sunny"},
     ]
     assert made.choices[0].message.content == live.answers(messages, seed=1, max_tokens=9)[0]
+
+
+def test_calls_of_a_stream_in_the_conversation(client: openai.OpenAI) -> None:
+    """Clients that add up the pieces of a stream keep their `index`."""
+    call: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    results: Any = [{"role": "tool", "tool_call_id": "call_1", "content": "noon"}]
+
+    def message(extra: dict[str, int]) -> Any:
+        return {"role": "assistant", "tool_calls": [{**call, **extra}]}
+
+    made = [
+        client.chat.completions.create(
+            model="tiny",
+            messages=[*HELLO, message(extra), *results],
+            tools=[CLOCK],
+            seed=1,
+            max_tokens=9,
+        ).choices[0]
+        for extra in ({}, {"index": 0})
+    ]
+    assert made[0] == made[1]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client's own objects
+def test_answers_that_the_client_has_read_are_sent_back(client: openai.OpenAI) -> None:
+    """`parse` and `stream` add the content and the arguments as objects; programs append the message as it is."""
+
+    class Letter(pydantic.BaseModel):
+        letter: Literal["a", "b"]
+
+    def again(answer: Any) -> None:
+        messages = [
+            *HELLO,
+            answer,
+            *([{"role": "tool", "tool_call_id": "x", "content": "y"}] if answer.tool_calls else HELLO),
+        ]
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, seed=1).choices
+
+    tools: Any = [openai.pydantic_function_tool(Letter)]
+    options: Any = {"model": "tiny", "messages": HELLO, "seed": 1}
+    forced: Any = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    again(client.chat.completions.parse(**options, response_format=Letter).choices[0].message)
+    again(client.chat.completions.parse(**options, **forced).choices[0].message)
+    with client.chat.completions.stream(**options, **forced) as stream:
+        again(stream.get_final_completion().choices[0].message)
+    with client.chat.completions.stream(**options, response_format=Letter) as stream:
+        again(stream.get_final_completion().choices[0].message)
+    response = client.responses.parse(model="tiny", input="a", text_format=Letter, extra_body={"seed": 1})
+    more: Any = [*response.output, {"role": "user", "content": "b"}]
+    assert client.responses.create(model="tiny", input=more, max_output_tokens=2).output
 
 
 def test_a_tokenizer_that_cannot_write_calls(client: openai.OpenAI) -> None:

@@ -178,6 +178,7 @@ def test_variables_reach_the_template(live: Live, client: openai.OpenAI) -> None
         ({"continue_final_message": True, "messages": PREFILL[:1]}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs.bos_token"),
         ({"chat_template_kwargs": {"enable_thinking": "false"}}, "chat_template_kwargs.enable_thinking"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),

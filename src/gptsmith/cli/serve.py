@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,9 +55,10 @@ class Serve:
     cors: tuple[str, ...] = field(default=())
     """Origin (https://example.org) whose web pages may call the API, or * for all."""
     allowed_host: tuple[str, ...] = field(default=())
-    """Host header to accept, such as the name under which a reverse proxy passes requests on."""
+    """Host header to accept, such as the name under which a reverse proxy passes requests on; * for any."""
     trusted_proxy: tuple[str, ...] = field(default=())
-    """Address of a reverse proxy whose X-Forwarded-For header names the client, for rate limits and the log."""
+    """Address or network (10.0.0.0/8) of a reverse proxy whose X-Forwarded-For header names the client, for rate
+    limits and the log; * for any."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
@@ -93,7 +95,7 @@ def main(arguments: list[str]) -> int:
             f"serving needs a package that is not installed ({error.name}): pip install 'gptsmith[serve]'."
         ) from None
     from gptsmith.loading import resolve_model
-    from gptsmith.server.access_log import announce, configure_logging, logger
+    from gptsmith.server.access_log import announce, configure_logging
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
     from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
@@ -106,7 +108,10 @@ def main(arguments: list[str]) -> int:
     keys = current_keys()
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key: a key must not be empty.")
-    restricted = bool(chosen.allowed_host) or (is_loopback(chosen.host) and not keys)
+    for address in chosen.trusted_proxy:
+        _check_address(address)
+    allowed = tuple(_host_name(host) for host in chosen.allowed_host)
+    restricted = bool(allowed) or (is_loopback(chosen.host) and not keys)
     settings = Settings(
         keys=tuple(keys),
         read_keys=None if chosen.api_key_file is None else current_keys,
@@ -117,7 +122,7 @@ def main(arguments: list[str]) -> int:
         timeout=chosen.timeout,
         max_body=chosen.max_body,
         cors=chosen.cors,
-        hosts=(*LOOPBACK, chosen.host, *chosen.allowed_host) if restricted else None,
+        hosts=(*LOOPBACK, chosen.host.lower(), *allowed) if restricted and "*" not in allowed else None,
         runs=chosen.runs,
     )
     named = _named(chosen.models, default_name)
@@ -151,7 +156,6 @@ def main(arguments: list[str]) -> int:
         def load_models() -> None:
             for name in preload:
                 defaults = models.load(name).defaults.describe(SERVER_SAMPLING)
-                logger.info("model loaded", extra={"fields": {"model": name, "defaults": defaults}})
                 if defaults is not None:
                     note(f"{name}: {defaults}")
 
@@ -176,6 +180,25 @@ def _named(models: tuple[str, ...], default_name: Callable[[str], str]) -> dict[
             raise UsageError(f"two models are named {name!r}; give one of them another name with NAME=MODEL.")
         named[name] = spec
     return named
+
+
+def _check_address(text: str) -> None:
+    """Raise UsageError for a trusted proxy that is neither an address nor a network. Names are not resolved."""
+    try:
+        if text != "*":
+            ipaddress.ip_network(text)
+    except ValueError:
+        message = f"--trusted-proxy {text!r}: expected an IP address, a network such as 10.0.0.0/8, or *."
+        raise UsageError(message) from None
+
+
+def _host_name(text: str) -> str:
+    """Return an allowed host as it is compared: without its port, in lower case. Raise UsageError for an address of a
+    page."""
+    if "/" in text or not text.strip():
+        raise UsageError(f"--allowed-host {text!r}: expected a host name, such as gpt.example.org.")
+    name, _, port = text.strip().lower().rpartition(":")
+    return name if name and port.isdecimal() else text.strip().lower()
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

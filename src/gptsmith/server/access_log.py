@@ -32,10 +32,12 @@ def announce(text: str) -> None:
 
 
 def configure_logging(level: str = "info") -> None:
-    """Write this log, and uvicorn's warnings and errors, to standard error as JSON."""
+    """Write this log, uvicorn's warnings and errors, and Python's warnings to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, minimum in (("gptsmith.server", level.upper()), ("uvicorn", "WARNING"), ("uvicorn.error", "WARNING")):
+    logging.captureWarnings(True)
+    others = ("uvicorn", "uvicorn.error", "py.warnings")
+    for name, minimum in (("gptsmith.server", level.upper()), *((name, "WARNING") for name in others)):
         target = logging.getLogger(name)
         target.handlers, target.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
         target.setLevel(minimum)

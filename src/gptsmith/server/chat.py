@@ -194,7 +194,7 @@ class Answer:
 async def start_answer(service: Service, request: Request, body: ChatRequest) -> Answer:
     """Start generating the answer to a conversation, and wait for its first text. Raise ApiError."""
     check_stream(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs requires logprobs=true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ApiError(400, "max_completion_tokens cannot be combined with max_tokens.", param="max_completion_tokens")
@@ -234,7 +234,7 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
 
 _OWN_VARIABLES = {
     *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"),
-    *("generic_tools", "return_mask", "train_on"),
+    *("generic_tools", "return_mask", "train_on", "self"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 }
 

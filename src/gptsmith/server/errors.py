@@ -77,16 +77,38 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> Ap
         for error in chosen:
             if _path(error, body)[: len(path)] == path:
                 branches.setdefault(error["loc"][: _num_common(error["loc"], first["loc"]) + 1], []).append(error)
-        best = max(branches.values(), key=lambda branch: _fit(_path(branch[0], body), len(path)))
-        if len(branches) == 1 or len(_path(best[0], body)) == len(path):
+        fits = [_fit(_path(branch[0], body), len(path)) for branch in branches.values()]
+        best = [branch for branch, fit in zip(branches.values(), fits, strict=True) if fit == max(fits)]
+        if len(branches) == 1 or max(fits)[0] == len(path):
             break
-        chosen = best
+        chosen = [error for branch in best for error in branch]
     name = ".".join(map(str, path)) or None
-    kinds = list(dict.fromkeys(_kind(branch[0]["msg"]) for branch in branches.values()))
+    # What kind of thing it is matters before what it lacks.
+    siblings = (error for error in chosen if error["loc"] == (*first["loc"][:-1], "type"))
+    other = next((error for error in siblings if error["type"] == "literal_error"), None)
+    if other is not None:
+        return _described(other, ".".join(map(str, _path(other, body))))
+    firsts = [branch[0] for branch in branches.values()]
+    right_type = [error for error in firsts if error["type"] not in _WRONG_TYPE]
+    if len(right_type) == 1:
+        return _described(right_type[0], name)
+    kinds = list(dict.fromkeys(_kind(error["msg"]) for error in firsts))
     if len(kinds) > 1 and None not in kinds:  # none fits: name all of them
         expected = " or ".join(map(str, kinds))
         return ApiError(400, f"{name} must be {expected}{_received(first.get('input'))}.", param=name)
     return _described(first, name)
+
+
+_WRONG_TYPE = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a valid integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a valid number"),
+    "string_type": "a valid string",
+    "list_type": "a list",
+    "literal_error": None,
+}
+"""Errors about the type of a value, and what it must be."""
 
 
 def _described(error: Mapping[str, Any], name: str | None) -> ApiError:
@@ -98,6 +120,8 @@ def _described(error: Mapping[str, Any], name: str | None) -> ApiError:
         return ApiError(400, f"{name} is not a known field of this request.", param=name, code="unknown_parameter")
     if kind == "none_required":
         return ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+    if kind == "union_tag_not_found" and not isinstance(error.get("input"), Mapping):
+        return ApiError(400, f"{shown} must be an object{_received(error.get('input'))}.", param=name)
     if kind in ("missing", "union_tag_not_found"):
         if kind != "missing":
             name = shown = f"{name}.{_tag_field(context)}"
@@ -105,11 +129,12 @@ def _described(error: Mapping[str, Any], name: str | None) -> ApiError:
     if kind == "union_tag_invalid":
         name = f"{name}.{_tag_field(context)}"
         return ApiError(400, f"{name} must be {context['expected_tags']}, not {context['tag'][:100]!r}.", param=name)
+    expected = _WRONG_TYPE.get(kind)
+    if expected is not None:
+        return ApiError(400, f"{shown} must be {expected}{_received(error.get('input'))}.", param=name)
     message = error["msg"].removeprefix("Value error, ")
     if kind == "literal_error":
         message = message.replace("True", "true").replace("False", "false") + _received(error.get("input"))
-    elif error.get("input", ...) is None:
-        message = message.partition(",")[0] + ", not null"
     message, required = re.subn(r"^\w+ should ", "must ", message.replace(" after validation", ""))
     return ApiError(400, f"{shown}{' ' if required else ': '}{message}.".replace("..", "."), param=name)
 
@@ -150,7 +175,9 @@ def _fit(path: Sequence[str | int], at: int) -> tuple[int, int]:
 def _kind(message: str) -> str | None:
     """Return the type of value that a message asks for, such as "a string"; None if it asks for something else."""
     found = re.match(r"Input should be (an? (?:valid )?\w+)", message)
-    return None if found is None else found[1].replace("valid dictionary", "object").replace("valid ", "")
+    if found is None:
+        return None
+    return found[1].replace("a valid dictionary", "an object").replace("a valid i", "an i").replace("valid ", "")
 
 
 def _received(value: Any) -> str:

@@ -73,7 +73,7 @@ class RequestMiddleware:
         """Check the Host header, the API key and the rate limit. Raise ApiError 401, 403, 429 or 503."""
         path, hosts = scope["path"], self.service.settings.hosts
         if hosts is not None:
-            host = Headers(scope=scope).get("host", "")
+            host = Headers(scope=scope).get("host", "").lower()
             name, _, port = host.rpartition(":")
             if (name if name and port.isdecimal() else host) not in hosts:
                 raise ApiError(403, f"Host {host[:100]!r} is not allowed; use {' or '.join(dict.fromkeys(hosts))}.")

@@ -177,8 +177,7 @@ class ModelRegistry:
             if entry.loaded is None:
                 loaded = self._load(entry.spec)
                 try:
-                    if (text := loaded.defaults.describe(SERVER_SAMPLING)) is not None:
-                        logger.info("model loaded", extra={"fields": {"model": name, "note": text}})
+                    defaults = loaded.defaults.describe(SERVER_SAMPLING)
                     for adapter, (base, directory) in self._adapters.items():
                         if base == name:
                             loaded.engine.add_adapter(adapter, directory)
@@ -186,6 +185,7 @@ class ModelRegistry:
                     loaded.engine.close(drain=False)
                     raise
                 entry.loaded = loaded
+                logger.info("model loaded", extra={"fields": {"model": name, "defaults": defaults}})
             return entry.loaded
 
     def cards(self) -> Iterator[tuple[str, int, LoadedModel | None, str | None]]:

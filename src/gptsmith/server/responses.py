@@ -100,7 +100,7 @@ def _message_items(body: ResponsesRequest) -> list[int | None]:
 
 def _as_chat(body: ResponsesRequest) -> ChatRequest:
     logprobs = "message.output_text.logprobs" in (body.include or ())
-    if body.top_logprobs is not None and not logprobs:
+    if body.top_logprobs and not logprobs:
         message = 'top_logprobs requires include=["message.output_text.logprobs"].'
         raise ApiError(400, message, param="top_logprobs")
     messages: list[dict[str, Any]] = []

@@ -96,12 +96,12 @@ class GenerationRequest(Request):
     grammar: str | None = _GRAMMAR
     choice: list[str] | None = _CHOICE
     prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
     safety_identifier: Hint = None
     store: bool | None = Field(None, description="Answers are never stored.")
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     prompt_cache_options: None = None
-    prompt_cache_retention: None = None
     moderation: None = None
 
 
@@ -181,6 +181,16 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
+class SentFunction(CalledFunction):
+    parsed_arguments: Any = Field(None, exclude=True, description="The client's own reading of the arguments; unused.")
+
+
+class SentToolCall(ToolCall):
+    """A call of an earlier answer, with what OpenAI's client adds to it."""
+
+    function: SentFunction
+
+
 Content = str | list[TextPart]
 
 
@@ -202,8 +212,9 @@ class AssistantMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[SentToolCall] | None = None
     name: str | None = None
+    parsed: Any = Field(None, exclude=True, description="The client's own reading of the content; unused.")
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -403,6 +414,7 @@ class ResponsesRequest(Request):
     service_tier: ServiceTier = None
     reasoning: Reasoning | None = None
     prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
     safety_identifier: Hint = None
 
     # extensions to OpenAI's API
@@ -430,7 +442,6 @@ class ResponsesRequest(Request):
     previous_response_id: None = None
     prompt: None = None
     prompt_cache_options: None = None
-    prompt_cache_retention: None = None
 
 
 class EmbeddingsRequest(Request):

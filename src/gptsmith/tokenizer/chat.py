@@ -237,7 +237,7 @@ class ChatTemplate:
         except RecursionError:
             raise TokenizerError("the conversation is nested too deeply.") from None
         if continue_final_message:
-            text = self._render_open(escaped, marks.end, **variables)
+            text = self._render_open(escaped, marks.end, variables)
         else:
             text = self.render(escaped, add_generation_prompt=add_generation_prompt, **variables)
 
@@ -261,7 +261,7 @@ class ChatTemplate:
             mask[start:end] = [True] * (end - start)
         return ids, mask
 
-    def _render_open(self, messages: Sequence[Message], end_mark: str, **variables: Any) -> str:
+    def _render_open(self, messages: Sequence[Message], end_mark: str, variables: Mapping[str, Any]) -> str:
         """Return the conversation as text up to the end of the last message's text, as transformers does.
 
         end_mark: a character that the conversation lacks. Raises TokenizerError if the template leaves the text out.
