@@ -236,6 +236,8 @@ def test_an_end_token_without_a_row(short: tuple[Path, int]) -> None:
     model, tokenizer = load_model(directory)
     assert tokenizer.end_ids == ()
     assert gptsmith.generate(model, tokenizer, "a", max_tokens=3) is not None
+    with pytest.raises(UsageError, match="no end-of-text token to start from"):
+        gptsmith.generate(model, tokenizer, "", max_tokens=3)
     from gptsmith.train.init import load_init
 
     with pytest.raises(TokenizerError, match="end-of-text token"):

@@ -561,7 +561,12 @@ def test_responses_with_schema_and_tools(client: openai.OpenAI) -> None:
     # The answer may be shorter than 5 tokens: the prompt contains the call's id, which is random.
     assert answer.usage.output_tokens > 0
     spoken = client.responses.create(
-        model="tiny", input="the cat", max_output_tokens=5, include=["message.output_text.logprobs"], top_logprobs=2
+        model="tiny",
+        input="the cat",
+        max_output_tokens=5,
+        include=["message.output_text.logprobs"],
+        top_logprobs=2,
+        extra_body={"seed": 1},
     )
     assert spoken.output[0].content[0].logprobs  # type: ignore[union-attr, index]
 
@@ -623,6 +628,8 @@ def test_unsupported_fields_are_named(client: openai.OpenAI, field: str) -> None
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [WEATHER], "extra_body": {"beams": 2}}, "tools"),
+        ({"extra_body": {"beams": 2, "regex": "a"}}, "regex"),
         ({"extra_body": {"regex": "("}}, "regex"),
         ({"extra_body": {"regex": "a", "choice": ["b"]}}, "choice"),
         ({"extra_body": {"grammar": "nonsense ("}}, "grammar"),

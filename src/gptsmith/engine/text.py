@@ -248,7 +248,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids = tokenizer.encode_prompt(prompt)
     if ids:
         return ids
-    if tokenizer.eos_id is None:
+    if tokenizer.eos_id is None or tokenizer.eos_id >= tokenizer.vocab_size:  # the model may lack it
         raise UsageError(
             "the prompt is empty, and this tokenizer has no end-of-text token to start from; give a prompt."
         )

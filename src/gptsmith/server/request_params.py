@@ -116,6 +116,8 @@ async def constraint_of(
         first, second, *_ = kinds
         raise ApiError(400, f"{second} cannot be combined with {first}.", param=second)
     ((name, make),) = kinds.items()
+    if (body.beams or 1) > 1:
+        raise ApiError(400, f"{name} cannot be combined with beams.", param=name)
 
     def build() -> Constraint:
         constraint = make()

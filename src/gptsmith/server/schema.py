@@ -179,6 +179,9 @@ class ToolCall(BaseModel):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(
+        default=None, ge=0, exclude=True, description="Accepted as part of a streamed answer; ignored."
+    )
 
 
 class SentFunction(CalledFunction):

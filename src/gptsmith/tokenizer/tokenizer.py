@@ -183,7 +183,6 @@ class Tokenizer:
         other = copy.copy(self)
         other.vocab_size, other._is_limited = min(rows, self.vocab_size), rows < self.vocab_size
         other.end_ids = tuple(id for id in self.end_ids if id < rows)
-        other.eos_id = next(iter(other.end_ids), None)
         return other
 
     def without_added_tokens(self) -> Tokenizer:
