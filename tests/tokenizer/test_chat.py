@@ -120,6 +120,15 @@ def test_the_plain_form_of_a_tokenizer_that_changes_texts() -> None:
     assert "user :" in template.stop
 
 
+def test_templates_that_take_parts() -> None:
+    """Templates of models that see images would leave out a text that is not a part of a list."""
+    source = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>{% endfor %}"
+    template = ChatTemplate(with_template(source))
+    assert template.render(CONVERSATION) == "".join(f"{message['content']}<|im_end|>" for message in CONVERSATION)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert template.render(parts) == "ab<|im_end|>"
+
+
 def test_named_templates() -> None:
     tokenizer = with_template(None)
     config = tokenizer.config() | {

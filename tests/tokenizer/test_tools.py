@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,49 @@ def test_arguments_are_objects(name: str, parameters: Any) -> None:
 def test_parameters_of_another_type_are_refused() -> None:
     with pytest.raises(UsageError, match='the parameters of f are of type "string"'):
         TEMPLATE["hermes"].tool_format.grammar([{"name": "f", "parameters": {"type": "string"}}], "auto")
+
+
+def public_templates() -> list[Path]:
+    """The templates of published models that TRL contains."""
+    found = importlib.util.find_spec("trl")
+    return (
+        []
+        if found is None or found.origin is None
+        else sorted(Path(found.origin).parent.glob("chat_templates/*.jinja"))
+    )
+
+
+@pytest.mark.parametrize("path", public_templates(), ids=lambda path: path.stem)
+def test_templates_of_published_models(path: Path) -> None:
+    source = path.read_text()
+    tokens = re.findall(
+        r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|</?(?:think|tool_call|start_of_turn|end_of_turn)>|<turn\|>|</s>", source
+    )
+    pipeline = Pipeline.from_str(train_bpe([WORDS], 300).to_json())
+    for token in sorted({*tokens, "<end_of_utterance>"}):
+        pipeline.add_tokens([AddedToken(token, special="think" not in token and "tool_call>" not in token)])
+    ends = (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|return|>",
+        "<｜end▁of▁sentence｜>",
+        "<turn|>",
+        "</s>",
+    )
+    end = next((token for token in ends if token in tokens), "<end_of_utterance>")
+    config = {"bos_token": "<|endoftext|>", "eos_token": end, "chat_template": source}
+    template = ChatTemplate(Tokenizer(pipeline.to_str(), config))
+    if not template.tool_format.generic:
+        assert template._describes_tools
+    calls: list[tuple[str, dict[str, Any]]] = [("f", {"x": 12, "s": 'a"}{'}), ("get_it-2", {"y": True})]
+    calls = calls if template.tool_format.several else calls[:1]
+    text = written(template, answer(calls))
+    _, read = parse(template.tool_format, [text[:9], text[9:]])
+    assert [(called, json.loads(arguments)) for _, called, arguments in read] == calls
+    if not path.stem.startswith("muse_glimmer"):  # whose answers begin with a header of special tokens
+        assert accepts(template, text, "auto")
 
 
 def test_a_call_that_is_cut_off() -> None:

@@ -163,10 +163,35 @@ class ChatTemplate:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        import jinja2
-
         if self._cannot_chat:
             raise TokenizerError(self._cannot_chat)
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
+        return self._fill_in(messages, template, add_generation_prompt, variables)
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes contents only as lists of parts, as those of models that see images do."""
+        text = "some text of the user"
+
+        def writes(message: Message) -> bool:
+            try:
+                return text in self._fill_in([message], self._template, True, {})
+            except TokenizerError:
+                return False
+
+        message = {"role": "user", "content": text}
+        return not writes(message) and writes(_in_parts(message))
+
+    def _fill_in(
+        self,
+        messages: Sequence[Message],
+        template: jinja2.Template,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        import jinja2
+
         try:
             return template.render(
                 messages=[dict(message) for message in messages],
@@ -442,6 +467,12 @@ def _can_write(tokenizer: Tokenizer, text: str) -> bool:
         return bool(tokenizer.encode(text)) and not tokenizer.count_unknown(text)
     except TokenizerError:
         return False
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """Return a message whose text is a part of its content."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
 
 
 def _with_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -399,7 +399,8 @@ class _Probe:
             values, end = json.JSONDecoder().raw_decode(text, begin)
         except ValueError:
             return None
-        return (begin, end) if values == {_KEY: _VALUE, _KEY + "_2": 1} else None
+        in_braces = text[:begin].endswith("{")  # a notation of its own, into which the JSON was put as a text
+        return (begin, end) if values == {_KEY: _VALUE, _KEY + "_2": 1} and not in_braces else None
 
 
 def _split(text: str, tokens: Mapping[str, int]) -> list[str]:
