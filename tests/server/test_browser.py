@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 
 from gptsmith.log import JsonLines
 from gptsmith.server.service import Settings
+from gptsmith.tokenizer.chat import ChatTemplate
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 axe_playwright_python = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
@@ -209,18 +211,21 @@ def test_a_conversation(site: Any, open_page: Open) -> None:
         {"role": "user", "content": "a cat sat on\n**a** mat <b>x</b>"},
     ]
     (expected,) = site.answers(messages, max_tokens=12, seed=3, temperature=0.7, top_p=0.95)
-    kept = page.evaluate("() => JSON.parse(localStorage.getItem('gptsmith.conversations'))")
-    assert kept[0]["messages"][1]["content"] == expected
+    (kept,) = stored(page)
+    assert [message["content"] for message in kept["messages"].values()][1] == expected
     assert re.search(r"\d+ tokens", page.locator(".stats").inner_text())
 
     write(page, "and then")
     answered(page, 2)
-    page.locator(".turn.assistant").nth(1).get_by_label("Regenerate").click()
+    page.locator(".turn.assistant").nth(1).get_by_label("Answer again").click()
+    page.get_by_role("group", name="Version 2 of 2").wait_for()
     answered(page, 2)
     assert page.locator(".turn").count() == 4
     page.locator(".turn.user").first.get_by_label("Edit").click()
     page.get_by_label("Your message").fill("the mat")
+    page.get_by_text("Later messages stay with the earlier version.").wait_for()
     page.get_by_role("button", name="Send", exact=True).first.click()
+    page.locator(".turn").nth(2).wait_for(state="detached")
     answered(page)
     assert page.locator(".turn").count() == 2
     assert page.locator(".turn.user .body").inner_text() == "the mat"
@@ -247,15 +252,7 @@ def test_a_conversation(site: Any, open_page: Open) -> None:
 
 def test_stopping_an_answer(site: Any, open_page: Open) -> None:
     page = open_page(site.url, {"sampling.chat": {"max_tokens": 200, "seed": 11, "temperature": 1.5, "top_p": 1}})
-    engine = site.models.loaded()["tiny"].engine
-    step = engine.engine.step
-
-    def slow_step() -> Any:
-        time.sleep(0.1)  # as slow as a large model
-        return step()
-
-    engine.engine.step = slow_step
-    try:
+    with slow(site) as engine:
         write(page, "tell me everything")
         page.locator(".turn.assistant:not(.waiting)").wait_for()
         page.get_by_role("button", name="Stop", exact=True).click()
@@ -267,8 +264,222 @@ def test_stopping_an_answer(site: Any, open_page: Open) -> None:
         page.keyboard.press("Escape")
         answered(page, 2)
         assert "stopped" in page.locator(".stats").nth(1).inner_text()
+
+
+@contextmanager
+def slow(site: Any) -> Iterator[Any]:
+    """Let the model `tiny` take a tenth of a second for a token, as a large one. Yield its engine."""
+    engine = site.models.loaded()["tiny"].engine
+    step = engine.engine.step
+
+    def slow_step() -> Any:
+        time.sleep(0.1)
+        return step()
+
+    engine.engine.step = slow_step
+    try:
+        yield engine
     finally:
         del engine.engine.step
+
+
+LONG = {"sampling.chat": {"max_tokens": 200, "seed": 11, "temperature": 1.5, "top_p": 1}}
+
+
+def stored(page: Page) -> list[dict[str, Any]]:
+    """Return the conversations that the browser has stored."""
+    records = page.evaluate(
+        "() => Object.entries(localStorage).filter(([key]) => key.startsWith('gptsmith.conversation.'))"
+    )
+    return [json.loads(text) for _, text in records]
+
+
+def new_tab(page: Page) -> Page:
+    tab = page.context.new_page()
+    tab.set_default_timeout(TIMEOUT)
+    tab.goto(page.url)
+    return tab
+
+
+def turns(page: Page) -> list[str]:
+    return page.locator(".turn .body").all_inner_texts()
+
+
+def test_two_tabs_keep_all_conversations(site: Any, open_page: Open) -> None:
+    first = open_page(site.url, SHORT)
+    second = new_tab(first)
+    write(first, "from the first tab")
+    answered(first)
+    second.get_by_role("button", name="from the first tab", exact=True).wait_for()  # without a reload
+    write(second, "from the second tab")
+    answered(second)
+    first.get_by_role("button", name="from the second tab", exact=True).wait_for()
+    write(first, "and on")
+    answered(first, 2)
+    third = new_tab(first)
+    for tab in (first, second, third):
+        assert sorted(tab.locator(".conversation").all_inner_texts()) == ["from the first tab", "from the second tab"]
+
+    # both tabs show one conversation, and what one adds appears in the other
+    second.get_by_role("button", name="from the first tab", exact=True).click()
+    assert turns(second) == turns(first)
+    write(second, "more")
+    answered(second, 3)
+    answered(first, 3)
+    assert turns(first) == turns(second)
+    assert len(turns(first)) == 6
+
+    second.locator(".conversations li", has_text="from the first tab").hover()
+    second.get_by_label("Delete “from the first tab”").click()
+    second.get_by_role("button", name="Delete", exact=True).click()
+    first.get_by_text("This conversation was deleted in another tab.").wait_for()
+    assert first.locator(".turn").count() == 0
+    assert [record["title"] for record in stored(first)] == ["from the second tab"]
+
+
+def test_conversations_of_an_older_page_are_kept(site: Any, open_page: Open) -> None:
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "finish": "stop"}]
+    old = [{"id": name, "title": name, "updated": i, "messages": said} for i, name in enumerate(("older", "newer"))]
+    page = open_page(site.url, SHORT | {"conversations": old})
+    assert page.locator(".conversation").all_inner_texts() == ["newer", "older"]
+    assert turns(page) == ["hi", "hello"]
+    assert page.evaluate("() => localStorage.getItem('gptsmith.conversations')") is None
+    write(page, "the cat")
+    answered(page, 2)
+    page.reload()
+    answered(page, 2)
+    assert turns(page)[:3] == ["hi", "hello", "the cat"]
+    assert len(stored(page)) == 2
+
+
+def test_branches_are_stepped_through(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, {"sampling.chat": {"max_tokens": 12, "temperature": 1.5, "top_p": 1}})
+    for i, text in enumerate(("the cat", "the mat", "true")):
+        write(page, text)
+        answered(page, i + 1)
+    before = turns(page)
+    page.locator(".turn.assistant").first.get_by_label("Answer again").click()  # on the earliest answer
+    versions = page.get_by_role("group", name="Version 2 of 2")
+    versions.wait_for()
+    answered(page)
+    assert len(turns(page)) == 2
+    assert_accessible(page)
+    again = turns(page)
+    versions.get_by_label("Previous version").click()
+    assert turns(page) == before
+    page.get_by_role("group", name="Version 1 of 2").get_by_label("Next version").click()
+    assert turns(page) == again
+    page.reload()
+    assert turns(page) == again
+    page.get_by_label("Previous version").click()
+
+    page.locator(".turn.user").nth(1).get_by_label("Edit").click()
+    page.get_by_label("Your message").fill("a mat")
+    page.get_by_role("button", name="Send", exact=True).first.click()
+    page.locator(".turn.user").nth(1).get_by_role("group", name="Version 2 of 2").wait_for()
+    answered(page, 2)
+    assert turns(page)[:3] == [*before[:2], "a mat"]
+    page.locator(".turn.assistant").nth(1).get_by_label("Edit").click()
+    page.get_by_label("Answer", exact=True).fill("my own words")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.locator(".turn.assistant").nth(1).get_by_role("group", name="Version 2 of 2").wait_for()
+    assert turns(page)[3] == "my own words"
+    page.locator(".turn.user").nth(1).get_by_label("Previous version").click()
+    assert turns(page) == before
+    (record,) = stored(page)
+    assert len(record["messages"]) == 10  # six at first, an answer, a question with its answer, and its edited text
+
+
+def test_a_reload_keeps_a_partial_answer(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, LONG)
+    page.get_by_text("Start a conversation").wait_for()
+    with slow(site) as engine:
+        write(page, "tell me everything")
+        page.locator(".turn.assistant:not(.waiting)").wait_for()
+        part = next(m["content"] for m in stored(page)[0]["messages"].values() if m["role"] == "assistant")
+        page.reload()
+        page.locator(".stats", has_text="interrupted").wait_for()
+        assert site.settled(lambda: engine.stats.running == 0)
+    message = next(m for m in stored(page)[0]["messages"].values() if m["role"] == "assistant")
+    assert message["finish"] == "interrupted"
+    assert message["content"].startswith(part)
+    assert len(message["content"]) > 0
+    assert_accessible(page)
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_role("group", name="Version 2 of 2").wait_for()
+    answered(page)
+    assert "interrupted" not in page.locator(".stats").inner_text()
+    page.get_by_label("Previous version").click()
+    page.locator(".stats", has_text="interrupted").wait_for()
+
+
+def test_a_tab_that_crashed_leaves_its_partial_answer(site: Any, open_page: Open) -> None:
+    answer = {"id": "2", "parent": "1", "role": "assistant", "content": "half an", "created": 2, "updated": 2}
+    question = {"id": "1", "parent": None, "role": "user", "content": "hi", "created": 1, "updated": 1}
+    record = {"id": "x", "title": "hi", "updated": 1, "system": "", "leaf": "2"}
+    page = open_page(site.url, SHORT | {"conversation.x": record | {"messages": {"1": question, "2": answer}}})
+    page.locator(".stats", has_text="interrupted").wait_for()
+    page.get_by_role("button", name="Answer again").wait_for()
+    assert turns(page) == ["hi", "half an"]
+
+
+def test_an_answer_goes_on_while_another_conversation_is_shown(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, LONG | {"sampling.chat": LONG["sampling.chat"] | {"max_tokens": 30}})
+    page.get_by_text("Start a conversation").wait_for()
+    with slow(site):
+        write(page, "a long story")
+        page.locator(".turn.assistant:not(.waiting)").wait_for()
+        page.get_by_role("button", name="New conversation").click()
+        assert page.locator(".turn").count() == 0
+        page.locator(".conversations .busy", has_text="a long story").wait_for()
+        assert_accessible(page)
+        write(page, "another")  # two answers at once
+        page.locator(".turn.assistant:not(.waiting)").wait_for()
+        page.get_by_role("button", name=re.compile("a long story")).first.click()
+        page.get_by_role("button", name="Stop", exact=True).wait_for()  # it is still growing
+        answered(page)
+        assert "30 tokens" in page.locator(".stats").inner_text()
+        page.get_by_role("button", name="another").first.click()
+        answered(page)
+        assert "30 tokens" in page.locator(".stats").inner_text()
+
+
+def test_the_oldest_turns_are_left_out_when_the_context_is_full(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, SHORT)
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("chat/completions") else None)
+    page.get_by_label("System prompt").fill("the cat")
+    text = "a cat sat on a mat. " * 14
+    for i in range(4):
+        write(page, f"{text}{i}")
+        answered(page, i + 1)
+    counts = [site_tokens(site, each["messages"]) for each in asked]
+    assert all(count + 12 <= 512 for count in counts)
+    assert [m["messages"][0]["content"] for m in asked] == ["the cat"] * 4
+    assert asked[-1]["messages"][-1]["content"] == f"{text}3"
+    assert len(asked[-1]["messages"]) < 8
+    assert asked[-1]["messages"][1]["content"] != f"{text}0"
+    assert re.search(r"without the (\d+ )?oldest turn", page.locator(".stats").last.inner_text())
+    assert len(turns(page)) == 8  # on the page, everything remains
+
+    meter = page.get_by_role("meter")
+    page.get_by_text("the next answer leaves out the oldest turns").wait_for()
+    said = [{"role": "system", "content": "the cat"}]
+    (record,) = stored(page)
+    said += [{"role": m["role"], "content": m["content"]} for m in record["messages"].values()]
+    assert page.locator("label[for=context]").inner_text().startswith(f"{site_tokens(site, said)} of 512 tokens")
+    assert meter.get_attribute("max") == "512"
+    assert_accessible(page)
+    screenshot(page, "chat-full")
+
+    page.get_by_role("button", name="New conversation").click()
+    page.locator(".context").wait_for(state="hidden")
+    write(page, "a cat sat on a mat. " * 100)
+    page.get_by_text(re.compile(r"The message is too long: [\d,]+ tokens for a context of 512\.")).first.wait_for()
+
+
+def site_tokens(site: Any, messages: list[dict[str, Any]]) -> int:
+    return len(ChatTemplate(site.tokenizers["tiny"]).encode(messages))
 
 
 def test_untrusted_markdown_is_rendered_safely(site: Any, open_page: Open) -> None:
@@ -358,6 +569,22 @@ def test_tokens_are_colored_and_an_alternative_is_chosen(site: Any, open_page: O
     assert "".join(made) == "".join(before[:3]) + text + rest
     first.get_by_label("Undo choice").click()
     assert first.locator(".token").all_inner_texts() == before
+
+
+def test_a_line_end_can_be_pointed_at(site: Any, open_page: Open) -> None:
+    page = open_page(site.url, PLAY | {"prompt": "ab\n\nc", "temperatures": "0", "echo": True})
+    continue_prompt(page)
+    token = page.locator(".token[data-from-prompt]").nth(2)
+    assert token.evaluate("(e) => e.textContent") == "\n"
+    assert token.locator(".glyph").evaluate("(e) => getComputedStyle(e, '::before').content") == '"⏎"'
+    box = token.evaluate(
+        "(e) => { const {x, y, width, height} = e.getClientRects()[0]; return [x, y, width, height]; }"
+    )
+    assert box[2] > 5
+    page.mouse.move(box[0] + box[2] / 2, box[1] + box[3] / 2)
+    page.get_by_role("dialog", name="Alternatives to ⏎").wait_for()
+    assert_accessible(page)
+    screenshot(page, "newline")
 
 
 def test_keyboard_only(site: Any, open_page: Open) -> None:
@@ -487,6 +714,39 @@ def test_comparing_runs(site: Any, open_page: Open) -> None:
     page.get_by_text("optim.lr").wait_for()
     assert_accessible(page)
     screenshot(page, "runs")
+
+
+def test_twelve_runs_are_told_apart(site: Any, open_page: Open) -> None:
+    many = [write_run(site.runs / f"many-{i:02}", steps=100, rows=10) for i in range(12)]
+    try:
+        page = open_page(site.url, {"view": "runs"})
+        page.get_by_label("Show many-00").wait_for()
+        page.locator(".headline").wait_for()
+        first = page.locator(".run-list li.primary .run").inner_text().split("\n")[0]
+        for directory in many:
+            page.get_by_label(f"Show {directory.name}").check()
+        if not first.startswith("many-"):
+            page.get_by_label(f"Show {first}").uncheck()
+        page.locator(".series-legend li").nth(11).wait_for()
+        looks = page.locator(".series-legend line").evaluate_all(
+            "(all) => all.map((line) => [getComputedStyle(line).stroke, getComputedStyle(line).strokeDasharray])"
+        )
+        assert len(looks) == 12
+        assert len({color for color, _ in looks}) == 12
+        page.locator(".chart").first.locator(".series").nth(23).wait_for()
+        lines = (
+            page.locator(".chart")
+            .first.locator(".series path")
+            .evaluate_all(
+                "(all) => all.map((line) => [getComputedStyle(line).stroke, getComputedStyle(line).strokeDasharray])"
+            )
+        )
+        assert {tuple(look) for look in lines} == {tuple(look) for look in looks}
+        assert_accessible(page)
+        screenshot(page, "twelve-runs")
+    finally:
+        for directory in many:
+            shutil.rmtree(directory)
 
 
 SMALL = "--context 32 --batch-size 8 --steps 120 --eval-every 60 --sample-tokens 20 --compile off"

@@ -1,17 +1,68 @@
 // Stand-ins for the parts of a browser that the tests need: storage, responses of the server, an element.
 
-// Local storage that can be full.
+// Local storage that can be full: it has room for `room` characters.
 export class FakeStorage {
   items = new Map();
-  full = false;
+  room = Infinity;
+
+  get length() {
+    return this.items.size;
+  }
+
+  key(i) {
+    return [...this.items.keys()][i] ?? null;
+  }
 
   getItem(name) {
     return this.items.get(name) ?? null;
   }
 
   setItem(name, value) {
-    if (this.full) throw new DOMException("the quota is exceeded", "QuotaExceededError");
+    const others = [...this.items].filter(([other]) => other !== name).map(([other, text]) => other + text);
+    if (others.join("").length + name.length + value.length > this.room) {
+      throw new DOMException("the quota is exceeded", "QuotaExceededError");
+    }
     this.items.set(name, value);
+  }
+
+  removeItem(name) {
+    this.items.delete(name);
+  }
+}
+
+// Tabs of a browser, which share `storage`: run(tab, action) lets the tab act, and the others get the storage events.
+export class FakeTabs {
+  storage = new FakeStorage();
+  #current = null;
+  #listeners = []; // {tab, type, listener}
+
+  constructor() {
+    globalThis.localStorage = this.storage;
+    globalThis.addEventListener = (type, listener) => this.#listeners.push({ tab: this.#current, type, listener });
+  }
+
+  run(tab, action) {
+    const outer = this.#current;
+    this.#current = tab;
+    const before = new Map(this.storage.items);
+    try {
+      return action();
+    } finally {
+      const names = new Set([...before.keys(), ...this.storage.items.keys()]);
+      const changes = [...names].filter((key) => before.get(key) !== this.storage.items.get(key));
+      for (const key of changes) this.#tell(tab, "storage", { key, newValue: this.storage.getItem(key) });
+      this.#current = outer;
+    }
+  }
+
+  fire(tab, type) {
+    for (const each of this.#listeners) if (each.tab === tab && each.type === type) each.listener({});
+  }
+
+  #tell(source, type, event) {
+    for (const { tab, type: other, listener } of this.#listeners) {
+      if (other === type && tab !== source) this.run(tab, () => listener(event));
+    }
   }
 }
 

@@ -5,6 +5,7 @@ import {
   compactNumber,
   duration,
   exactNumber,
+  glyphs,
   percent,
   printable,
   shortDuration,
@@ -86,4 +87,21 @@ test("white space in tokens is visible", () => {
     [" a\n", "␣a⏎"],
     ["\t", "⇥"],
   ]);
+});
+
+test("parts of a token that have no width get a glyph, and the text stays the same", () => {
+  assert.deepEqual(glyphs("a cat"), [{ text: "a cat", glyph: undefined }]);
+  assert.deepEqual(glyphs("\n"), [{ text: "\n", glyph: "⏎" }]);
+  assert.deepEqual(
+    glyphs("a\r\n\nb").map(({ glyph }) => glyph),
+    [undefined, "␍", "⏎", "⏎", undefined],
+  );
+  assert.deepEqual(
+    ["", "\u200b", "\0", "👩‍🔬", "\t"].map((text) => glyphs(text)[0].glyph),
+    ["∅", "·", "·", undefined, undefined],
+  );
+  for (const text of ["", "x\ny", "\r\n", "\u2028"]) {
+    const joined = glyphs(text).map((part) => part.text);
+    assert.equal(joined.join(""), text);
+  }
 });

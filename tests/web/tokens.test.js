@@ -18,7 +18,7 @@ test("the color of a token follows its probability", () => {
 
 test("tokens have their text, start, probability and alternatives", () => {
   const logprobs = {
-    tokens: ["▁cat", "s"],
+    tokens: [" cat", "s"],
     text_offset: [0, 4],
     token_logprobs: [null, Math.log(0.25)],
     top_logprobs: [null, { s: Math.log(0.25), "▁": Math.log(0.5), "<|endoftext|>": Math.log(0.125) }],
@@ -31,7 +31,7 @@ test("tokens have their text, start, probability and alternatives", () => {
   assert.deepEqual(
     second.alternatives.map(({ text, special, partial }) => ({ text, special, partial })),
     [
-      { text: " ", special: false, partial: false },
+      { text: "▁", special: false, partial: false },
       { text: "s", special: false, partial: false },
       { text: "<|endoftext|>", special: true, partial: false },
     ],

@@ -8,7 +8,25 @@ const MARGIN = { left: 54, right: 14, top: 10, bottom: 30 };
 const MAX_DOTS = 80; // a series with more points is drawn without dots
 const EMPTY = "No data yet";
 
-const colorClass = (series) => `s${series.color % 8}`;
+const COLORS = 12; // in app.css
+const DASHES = [null, "7 4", "2 3", "9 3 2 3"]; // for those who do not tell all colors apart
+
+// The look of a line: a class with its color, and its pattern of dashes. number: 0, 1, …; those below 48 all differ.
+export function lineStyle(number) {
+  const dash = DASHES[(Math.floor(number / 3) + Math.floor(number / COLORS)) % DASHES.length];
+  return { class: `s${number % COLORS}`, dash };
+}
+
+// A short piece of a line, for legends.
+export function swatch(number) {
+  const { class: color, dash } = lineStyle(number);
+  return svg(
+    "svg",
+    { class: `swatch ${color}`, viewBox: "0 0 24 12", "aria-hidden": "true" },
+    svg("line", { x1: 0, x2: 24, y1: 6, y2: 6, "stroke-dasharray": dash }),
+  );
+}
+
 const isDrawn = ([, y]) => y !== null;
 
 export class Chart {
@@ -37,7 +55,7 @@ export class Chart {
     this.subtitle.textContent = text;
   }
 
-  // series: [{name, color, points, dots, faint}]. color: 0 to 7. points: [[x, y], ...] in ascending order of x; a y of
+  // series: [{name, color, points, dots, faint}]. color: the number of a line style. points: [[x, y], ...] in ascending order of x; a y of
   // null interrupts the line. x: {label, format} of the horizontal axis. logarithmic: the vertical axis.
   show(series, x, logarithmic = false) {
     Object.assign(this, { series, x, logarithmic });
@@ -102,10 +120,11 @@ export class Chart {
   drawSeries(series) {
     const { toX, toY } = this.scale;
     const dots = series.dots && series.points.length <= MAX_DOTS ? series.points.filter(isDrawn) : [];
+    const { class: color, dash } = lineStyle(series.color);
     return svg(
       "g",
-      { class: `series ${colorClass(series)}${series.faint ? " faint" : ""}` },
-      svg("path", { d: linePath(series.points, this.scale, this.logarithmic) }),
+      { class: `series ${color}${series.faint ? " faint" : ""}` },
+      svg("path", { d: linePath(series.points, this.scale, this.logarithmic), "stroke-dasharray": dash }),
       dots.map(([x, y]) => svg("circle", { cx: toX(x), cy: toY(y), r: 3 })),
     );
   }
@@ -166,7 +185,7 @@ export class Chart {
       ...readings
         .filter(({ point }) => this.canShow(point))
         .map(({ series, point }) =>
-          svg("circle", { class: colorClass(series), cx: toX(point[0]), cy: toY(point[1]), r: 4 }),
+          svg("circle", { class: lineStyle(series.color).class, cx: toX(point[0]), cy: toY(point[1]), r: 4 }),
         ),
     );
     this.crosshair.setAttribute("visibility", "visible");
@@ -174,7 +193,7 @@ export class Chart {
     this.readout.replaceChildren(
       h("strong", {}, `${this.x.label} ${this.x.format(closest)}`),
       ...readings.map(({ series, point }) =>
-        h("span.reading", {}, h(`i.${colorClass(series)}`), `${series.name} `, h("b", {}, this.format(point[1]))),
+        h("span.reading", {}, swatch(series.color), `${series.name} `, h("b", {}, this.format(point[1]))),
       ),
     );
     const { clientWidth } = this.plot;

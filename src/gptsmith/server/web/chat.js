@@ -1,20 +1,23 @@
-// The chat view: conversations with a model. Answers are streamed, and can be stopped, regenerated and edited.
+// The chat view: conversations with a model. Answers are streamed, and can be stopped, generated again and edited.
 
-import { streamCompletion } from "./api.js";
+import { Answers } from "./answers.js";
+import { countTokens, fit, reserve } from "./context.js";
 import {
+  addMessage,
+  answerState,
   apiMessages,
-  applyChunk,
-  decodingSpeed,
+  branch,
   exportFile,
   newConversation,
-  summarize,
+  showBranch,
   titleOf,
+  versions,
 } from "./conversation.js";
-import { announce, copyText, download, h, icon, iconButton, showDialog, toast } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { ConversationStore } from "./conversations.js";
+import { announce, debounce, download, h, icon, iconButton, showDialog, toast } from "./dom.js";
 import * as models from "./models.js";
 import { SamplingControls } from "./sampling.js";
-import { load, save } from "./store.js";
+import { drawTurn, editTurn } from "./turn.js";
 
 const SUGGESTIONS = [
   "Explain what a transformer is to a curious ten-year-old.",
@@ -22,14 +25,16 @@ const SUGGESTIONS = [
   "Give me three ideas for a quiet weekend.",
 ];
 const MAX_INPUT_HEIGHT = 240; // pixels
-const MAX_EDIT_ROWS = 12;
+const REDRAW_INTERVAL = 5000; // milliseconds, while another tab writes an answer
+const COUNT_DELAY = 300; // milliseconds from a change to the count of tokens
 const ANNOUNCED = 400; // characters of an answer that a screen reader is given
 
 export function mount(root, { goTo }) {
-  let conversations = load("conversations", []);
-  if (!Array.isArray(conversations)) conversations = [];
-  let current = null; // joins `conversations` with its first message
-  let running = null; // {controller, message} while an answer is generated
+  let current = null; // joins the store with its first message
+  let growing = null; // {message, turn} of the answer that is shown while this tab generates it
+  let usable = true; // the selected model can chat
+  const store = new ConversationStore({ onChange: onOtherTabChange, onDelete: onOtherTabDelete });
+  const answers = new Answers({ save: (conversation) => store.save(conversation), onText });
   const sampling = new SamplingControls("chat");
 
   const list = h("ul.conversations", {});
@@ -40,6 +45,7 @@ export function mount(root, { goTo }) {
     oninput: () => {
       current.system = systemPrompt.value;
       saveCurrent();
+      countContext();
     },
   });
   const log = h("div.log", { role: "log", "aria-label": "Conversation", "aria-live": "off" });
@@ -58,7 +64,7 @@ export function mount(root, { goTo }) {
   );
   const onSubmit = (event) => {
     event.preventDefault();
-    if (running) stop();
+    if (answers.in(current)) answers.stop(current);
     else sendMessage(input.value);
   };
   const composer = h(
@@ -117,13 +123,16 @@ export function mount(root, { goTo }) {
     iconButton("sliders", "Settings", () => showPanel("settings", true)),
   );
   const notice = h("div.notice", { hidden: true });
+  const meter = h("meter", { min: 0, id: "context" });
+  const meterText = h("label", { htmlFor: "context" });
+  const meterLine = h("div.context", { hidden: true }, meter, meterText);
   const scroller = h("div.scroller", {}, log);
   const title = h("h1.visually-hidden", {}, "Chat");
-  root.append(title, history, h("div.chat-main", {}, tools, scroller, notice, composer), settings);
+  root.append(title, history, h("div.chat-main", {}, tools, scroller, notice, meterLine, composer), settings);
   root.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     if (root.querySelector(".side.open")) ["history", "settings"].forEach((id) => showPanel(id, false));
-    else if (running) stop();
+    else answers.stop(current);
   });
 
   models.onSelect(async (name) => {
@@ -132,6 +141,7 @@ export function mount(root, { goTo }) {
       if (name !== models.selected()) return;
       notice.hidden = model.chat;
       composer.hidden = !model.chat;
+      usable = model.chat;
       if (!model.chat) {
         notice.replaceChildren(
           h(
@@ -143,7 +153,7 @@ export function mount(root, { goTo }) {
           h("button.button.primary", { type: "button", onclick: () => goTo("playground") }, "Open the Playground"),
         );
       }
-      if (!running) draw();
+      draw();
     } catch (error) {
       toast(error.message, "error");
     }
@@ -156,20 +166,23 @@ export function mount(root, { goTo }) {
   }
 
   function openConversation(conversation) {
-    stop();
     current = conversation;
     systemPrompt.value = conversation.system ?? "";
     draw();
+    scrollToEnd();
     drawList();
   }
 
   function saveCurrent() {
-    if (!current.messages.length) return;
-    if (!conversations.includes(current)) conversations.unshift(current);
+    const [first] = branch(current);
+    if (!first) return;
     current.updated = Date.now();
-    current.title ||= titleOf(current.messages[0].content);
-    conversations.sort((a, b) => b.updated - a.updated);
-    if (!save("conversations", conversations)) {
+    current.title ||= titleOf(first.content);
+    keep(current);
+  }
+
+  function keep(conversation) {
+    if (!store.save(conversation)) {
       toast(
         "This conversation could not be saved: the browser's storage is full or disabled. " +
           "Export the conversation, or delete older ones.",
@@ -189,24 +202,42 @@ export function mount(root, { goTo }) {
       ],
     );
     if (!confirmed) return;
-    conversations = conversations.filter((other) => other !== conversation);
-    save("conversations", conversations);
+    store.delete(conversation);
+    leave(conversation);
+  }
+
+  // A conversation is no longer stored.
+  function leave(conversation) {
+    answers.stop(conversation);
     if (conversation === current) startConversation();
     drawList();
   }
 
+  function onOtherTabChange(conversation) {
+    drawList();
+    if (conversation !== current || log.querySelector(".edit")) return;
+    if (document.activeElement !== systemPrompt) systemPrompt.value = conversation.system ?? "";
+    keepScrolled(draw);
+  }
+
+  function onOtherTabDelete(conversation) {
+    if (conversation === current) toast("This conversation was deleted in another tab.");
+    leave(conversation);
+  }
+
   function drawList() {
-    const rows = conversations.map((conversation) => {
+    const rows = store.list().map((conversation) => {
       const onclick = () => {
         openConversation(conversation);
         showPanel("history", false);
       };
       const active = conversation === current ? "true" : undefined;
       const open = { type: "button", "aria-current": active, onclick };
+      const busy = answers.in(conversation) && h("span.visually-hidden", {}, " (being answered)");
       return h(
-        "li",
+        `li${busy ? ".busy" : ""}`,
         {},
-        h("button.conversation", open, conversation.title || "…"),
+        h("button.conversation", open, conversation.title || "…", busy),
         iconButton("trash", `Delete “${conversation.title}”`, () => deleteConversation(conversation)),
       );
     });
@@ -226,121 +257,120 @@ export function mount(root, { goTo }) {
   // -- messages --------------------------------------------------------------------------------------------------------
 
   function sendMessage(text) {
-    if (!text.trim() || running) return;
-    current.messages.push({ role: "user", content: text.trim() });
+    if (!text.trim() || !canAnswer()) return;
+    const question = addMessage(current, current.leaf, { role: "user", content: text.trim() });
     input.value = "";
     resizeInput();
-    generateAnswer();
+    generateAnswer(question);
   }
 
-  async function generateAnswer() {
+  function canAnswer() {
+    if (answers.in(current)) return false;
+    if (answers.canStart) return true;
+    toast("Two other answers are being written. Wait for one, or stop it.", "error");
+    return false;
+  }
+
+  // Add an answer to the message `question`, next to those that it may have.
+  async function generateAnswer(question) {
     const conversation = current;
+    const fields = { role: "assistant", content: "", model: models.selected() || undefined };
+    const message = addMessage(conversation, question.id, fields);
+    const done = answers.generate(conversation, message, (signal) => prepare(conversation, message, signal));
     saveCurrent(); // the question is kept even if the answer fails
-    const messages = apiMessages(conversation);
-    const message = { role: "assistant", content: "", model: models.selected() || undefined };
-    conversation.messages.push(message);
-    const controller = new AbortController();
-    running = { controller, message };
-    drawSendButton();
     draw();
-    const element = log.lastElementChild;
-    const markdown = new MarkdownView(element.querySelector(".body"), keepScrolled);
-    const startTime = performance.now();
-    let firstTokenTime = null;
-    try {
-      message.model = await models.waitForSelection();
-      const body = { model: message.model, messages, ...sampling.requestFields() };
-      for await (const chunk of streamCompletion("v1/chat/completions", body, controller.signal)) {
-        if (!applyChunk(message, chunk)) continue;
-        firstTokenTime ??= performance.now();
-        element.classList.remove("waiting");
-        markdown.show(message.content);
-      }
-    } catch (error) {
-      if (error.name === "AbortError") message.finish = "stopped";
-      else message.error = error.message;
-    }
-    const endTime = performance.now();
-    message.seconds = (endTime - startTime) / 1000;
-    if (firstTokenTime !== null) message.speed = decodingSpeed(message.usage, (endTime - firstTokenTime) / 1000);
-    if (running?.message === message) {
-      running = null;
-      drawSendButton();
-    }
-    if (conversation !== current) {
-      save("conversations", conversations); // another one was opened in the meantime
-      return;
-    }
-    saveCurrent();
-    keepScrolled(() => element.replaceWith(drawMessage(message, conversation.messages.length - 1)));
+    scrollToEnd();
+    await done;
+    keep(conversation);
+    if (conversation === current) keepScrolled(draw);
     announce(message.error ? `Error: ${message.error}` : `Answer: ${message.content.slice(0, ANNOUNCED)}`);
   }
 
-  function stop() {
-    running?.controller.abort();
+  // Resolve to the request for an answer, without the oldest turns if the context is full.
+  async function prepare(conversation, message, signal) {
+    const model = (message.model = await models.waitForSelection());
+    const fields = sampling.requestFields();
+    const count = (messages) => countTokens(model, messages, signal);
+    const { messages, dropped, room } = await fit(apiMessages(conversation, message.parent), fields.max_tokens, count);
+    if (dropped) message.dropped = dropped;
+    const max_tokens = Math.min(fields.max_tokens, room);
+    return { body: { model, messages, ...fields, max_tokens }, full: max_tokens < fields.max_tokens };
+  }
+
+  function onText(conversation, message) {
+    if (message !== growing?.message) return; // another conversation is shown
+    growing.turn.element.classList.remove("waiting");
+    growing.turn.markdown.show(message.content);
   }
 
   function drawSendButton() {
+    const running = answers.in(current);
     sendButton.replaceChildren(icon(running ? "stop" : "send"));
     sendButton.setAttribute("aria-label", running ? "Stop" : "Send");
     sendButton.title = running ? "Stop (Esc)" : "Send (Enter)";
   }
 
-  // Replace the answer at `index`. Later messages are removed.
-  function regenerate(index) {
-    if (running) return;
-    current.messages.length = index;
-    generateAnswer();
+  function regenerate(message) {
+    if (canAnswer()) generateAnswer(current.messages[message.parent]);
   }
 
-  function edit(index) {
-    if (running) return;
-    const message = current.messages[index];
-    const isUser = message.role === "user";
-    const area = h("textarea.edit", {
-      value: message.content,
-      rows: Math.min(MAX_EDIT_ROWS, message.content.split("\n").length + 1),
-      "aria-label": isUser ? "Your message" : "Answer",
-    });
-    const apply = () => {
-      if (!area.value.trim()) return;
-      message.content = area.value.trim();
-      if (isUser) {
-        current.messages.length = index + 1;
-        generateAnswer();
-      } else {
-        message.finish = "edited";
+  // An edited message is a new version of it. The messages after it stay with the old one.
+  function edit(message, element) {
+    if (answers.in(current)) return;
+    editTurn(element, message, {
+      hasMore: message.id !== current.leaf,
+      onCancel: draw,
+      onApply: (content) => {
+        if (message.role === "user") {
+          if (canAnswer()) generateAnswer(addMessage(current, message.parent, { role: "user", content }));
+          return;
+        }
+        addMessage(current, message.parent, { role: message.role, content, model: message.model, finish: "edited" });
         saveCurrent();
         draw();
-      }
-    };
-    area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        draw();
-      }
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) apply();
+      },
     });
-    const buttons = h(
-      "div.buttons",
-      {},
-      h("button.button.primary", { type: "button", onclick: apply }, isUser ? "Send" : "Save"),
-      h("button.button", { type: "button", onclick: draw }, "Cancel"),
-      isUser && index < current.messages.length - 1 && h("span.help", {}, "Later messages will be replaced."),
-    );
-    log.children[index].querySelector(".body").replaceChildren(area, buttons);
-    area.focus();
+  }
+
+  function showVersion(message) {
+    showBranch(current, message);
+    store.save(current);
+    draw();
   }
 
   // -- drawing ---------------------------------------------------------------------------------------------------------
 
   function draw() {
     if (!current) return;
-    log.replaceChildren(...current.messages.map(drawMessage));
-    if (!current.messages.length) log.append(h("div.welcome", {}, notice.hidden ? drawSuggestions() : notice));
-    else composer.before(notice);
-    scrollToEnd();
+    const running = answers.in(current);
+    growing = null;
+    const shown = branch(current);
+    const elements = shown.map((message) => {
+      const turn = drawTurn(message, {
+        running: message === running,
+        versions: versions(current, message),
+        wrap: keepScrolled,
+        onEdit: (element) => edit(message, element),
+        onRegenerate: () => regenerate(message),
+        onShow: showVersion,
+      });
+      if (message === running) growing = { message, turn };
+      return turn.element;
+    });
+    log.replaceChildren(...elements);
+    if (!shown.length) log.append(h("div.welcome", {}, notice.hidden ? drawSuggestions() : notice));
+    else meterLine.before(notice);
+    drawSendButton();
+    countContext();
+    if (shown.some((message) => message !== running && isGrowing(message))) redrawLater();
   }
+
+  const isGrowing = (message) => message.role === "assistant" && answerState(message) === "growing";
+
+  // Another tab writes an answer. If it was closed, the answer is marked as interrupted.
+  const redrawLater = debounce(() => {
+    if (!log.querySelector(".edit")) keepScrolled(draw);
+  }, REDRAW_INTERVAL);
 
   function drawSuggestions() {
     const buttons = SUGGESTIONS.map((text) =>
@@ -349,32 +379,24 @@ export function mount(root, { goTo }) {
     return [h("p.hello", {}, "Start a conversation"), h("div.suggestions", {}, buttons)];
   }
 
-  function drawMessage(message, index) {
-    const isUser = message.role === "user";
-    const isRunning = running?.message === message;
-    const waiting = isRunning && !message.content;
-    const body = h("div.body");
-    if (isUser) body.textContent = message.content;
-    else if (message.content) new MarkdownView(body, keepScrolled).finish(message.content);
-    if (waiting) {
-      const dots = { role: "img", "aria-label": "Waiting for the first token" };
-      body.append(h("span.dots", dots, h("i"), h("i"), h("i")));
+  // Show how much of the context the conversation fills.
+  const countContext = debounce(async () => {
+    const messages = apiMessages(current);
+    const shown = current;
+    if (shown.leaf && isGrowing(shown.messages[shown.leaf])) return; // counted when the answer has ended
+    try {
+      if (!current.leaf || !models.selected() || !usable) throw new Error("there is nothing to count");
+      const { count, max_model_len: context } = await countTokens(models.selected(), messages);
+      if (shown !== current) return;
+      const limit = context - reserve(sampling.values.max_tokens, context);
+      Object.assign(meter, { max: context, high: limit, optimum: 0, value: count });
+      const full = count > limit ? "; the next answer leaves out the oldest turns" : "";
+      meterText.textContent = `${count.toLocaleString("en")} of ${context.toLocaleString("en")} tokens${full}`;
+      keepScrolled(() => (meterLine.hidden = false));
+    } catch {
+      meterLine.hidden = true; // the meter is a help; the answer itself reports what is wrong
     }
-    const speaker = isUser ? "You" : (message.model ?? "Assistant");
-    const name = `article.turn.${message.role}${waiting ? ".waiting" : ""}`;
-    const element = h(name, { "aria-label": speaker }, h("header", {}, speaker), body);
-    if (isRunning) return element;
-    if (message.error) element.append(h("p.failed", { role: "alert" }, message.error));
-    const actions = h(
-      "div.actions",
-      {},
-      iconButton("copy", "Copy", () => copyText(message.content)),
-      iconButton("edit", "Edit", () => edit(index)),
-      !isUser && iconButton("regenerate", "Regenerate", () => regenerate(index)),
-    );
-    element.append(h("footer", {}, actions, !isUser && h("span.stats", {}, summarize(message))));
-    return element;
-  }
+  }, COUNT_DELAY);
 
   function scrollToEnd() {
     scroller.scrollTop = scroller.scrollHeight;
@@ -395,19 +417,20 @@ export function mount(root, { goTo }) {
   function onInputKeyDown(event) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      if (!running) sendMessage(input.value);
+      sendMessage(input.value);
     }
-    if (event.key === "ArrowUp" && !input.value && !running) {
-      const last = current.messages.findLastIndex((message) => message.role === "user");
+    if (event.key === "ArrowUp" && !input.value) {
+      const shown = branch(current);
+      const last = shown.findLastIndex((message) => message.role === "user");
       if (last >= 0) {
         event.preventDefault();
-        edit(last);
+        edit(shown[last], log.children[last]);
       }
     }
   }
 
   function exportConversation(format) {
-    if (!current.messages.length) {
+    if (!current.leaf) {
       toast("There is nothing to export yet.");
       return;
     }
@@ -415,8 +438,7 @@ export function mount(root, { goTo }) {
     download(file.name, file.text, file.type);
   }
 
-  if (conversations.length) openConversation(conversations[0]);
-  else startConversation();
+  openConversation(store.list()[0] ?? newConversation());
   return {
     onShow: () => {
       if (matchMedia("(pointer: fine)").matches) input.focus({ preventScroll: true });

@@ -44,6 +44,8 @@ export function setChildren(element, ...children) {
 const ICONS = {
   send: "M4 12 20 4l-5 16-3.5-6.5L4 12Zm7.5 1.5L20 4",
   stop: "M7 7h10v10H7z",
+  previous: "M14 6l-6 6 6 6",
+  next: "M10 6l6 6-6 6",
   regenerate: "M5 12a7 7 0 1 0 2.2-5.1M5 4v4h4",
   edit: "M4 20h4L19 9l-4-4L4 16v4Zm9-13 4 4",
   copy: "M9 9h10v11H9zM5 15V4h10",

@@ -54,3 +54,14 @@ export function printable(text) {
   if (text === "") return "∅";
   return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 }
+
+const LINE_ENDS = { "\n": "⏎", "\r": "␍" };
+
+// A token's text in parts: {text, glyph}. glyph: a symbol to show before a part that has no width of its own, so that
+// it can be seen and pointed at; undefined for the others.
+export function glyphs(text) {
+  if (text === "") return [{ text, glyph: "∅" }];
+  if (/^[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$/u.test(text) && !/[\n\r\t]/.test(text)) return [{ text, glyph: "·" }];
+  const parts = text.split(/([\n\r])/).filter(Boolean);
+  return parts.map((part) => ({ text: part, glyph: LINE_ENDS[part] }));
+}

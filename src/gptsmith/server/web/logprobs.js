@@ -5,16 +5,13 @@ export const MAX_ALTERNATIVES = 8;
 const PARTIAL = /\\x[89a-f][0-9a-f]/; // bytes of a character that takes several tokens, as the API escapes them
 const SPECIAL = /^(<\|.*\|>|<\/?s>|<eos>)$/;
 
-// SentencePiece tokenizers write a space as "▁".
-const tokenText = (name) => name.replaceAll("▁", " ");
-
 // Return [{text, start, probability or null, alternatives: [{text, probability, special, partial}]}].
 // logprobs: of a choice of the API. codePoints: all code points that were generated so far, in which the API counts.
 // start: the index in codePoints at which the request began.
 export function tokensFromLogprobs(logprobs, codePoints, start) {
   const starts = logprobs.text_offset.map((offset) => start + offset);
   return logprobs.tokens.map((name, i) => ({
-    text: PARTIAL.test(name) ? codePoints.slice(starts[i], starts[i + 1]).join("") || "·" : tokenText(name),
+    text: PARTIAL.test(name) ? codePoints.slice(starts[i], starts[i + 1]).join("") || "·" : name,
     start: starts[i],
     probability: toProbability(logprobs.token_logprobs[i]),
     alternatives: alternatives(logprobs.top_logprobs?.[i] ?? {}),
@@ -26,7 +23,7 @@ const toProbability = (logprob) => (logprob === null ? null : Math.exp(logprob))
 function alternatives(topLogprobs) {
   return Object.entries(topLogprobs)
     .map(([name, logprob]) => ({
-      text: tokenText(name),
+      text: name,
       probability: toProbability(logprob),
       special: SPECIAL.test(name),
       partial: PARTIAL.test(name),

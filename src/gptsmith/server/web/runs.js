@@ -1,7 +1,7 @@
 // The view of training runs: a list, live curves, samples, settings. Several runs can be compared.
 
 import { request, streamEvents } from "./api.js";
-import { Chart } from "./chart.js";
+import { Chart, swatch } from "./chart.js";
 import { announce, h, setChildren, sleep } from "./dom.js";
 import { compactNumber, duration, exactNumber, shortDuration, significant } from "./format.js";
 import { describePlan, flatten, preferredSample, Run } from "./run.js";
@@ -20,7 +20,6 @@ const AXES = {
 const LOSS_UNIT = "nats per token";
 
 const runPath = (name) => `api/runs/${name.split("/").map(encodeURIComponent).join("/")}`;
-const colorClass = (color) => `s${color % 8}`;
 
 export function mount(root) {
   let list = []; // the server's summary of every run
@@ -219,7 +218,7 @@ export function mount(root) {
     if (shown.has(name)) return;
     const used = new Set([...shown.values()].map((run) => run.color));
     let color = 0;
-    while (used.has(color)) color += 2; // the next color is for the validation loss
+    while (used.has(color)) color++;
     shown.set(name, new LiveRun(name, color));
   }
 
@@ -288,7 +287,7 @@ export function mount(root) {
       h(
         "button.run",
         { type: "button", id, "aria-current": isPrimary ? "true" : undefined, disabled, onclick },
-        h("span.run-name", {}, run && h(`i.${colorClass(run.color)}`), row.name),
+        h("span.run-name", {}, run && swatch(run.color), row.name),
         h(
           "span.run-about",
           {},
@@ -398,7 +397,12 @@ export function mount(root) {
     const seriesName = (run, kind) => (several ? `${run.name} ${kind}` : kind);
     const notEmpty = ({ points }) => points.length > 0;
     const lossSeries = runs.flatMap((run) => [
-      { name: seriesName(run, "training"), color: run.color, points: run.points("loss", axis), faint: several },
+      {
+        name: seriesName(run, "training"),
+        color: run.color,
+        points: run.points("loss", axis),
+        faint: several && run.last("val_loss") !== undefined,
+      },
       {
         name: seriesName(run, "validation"),
         color: validationColor(run),
@@ -416,7 +420,7 @@ export function mount(root) {
       }));
       charts[key].show(series.filter(notEmpty), AXES[axis], false);
     }
-    const legendRow = (color, label) => h("li", {}, h(`i.${colorClass(color)}`), label);
+    const legendRow = (color, label) => h("li", {}, swatch(color), label);
     const legendRows = runs.flatMap((run) =>
       several
         ? [legendRow(run.color, run.name)]

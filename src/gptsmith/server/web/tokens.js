@@ -2,7 +2,7 @@
 // between tokens, and Enter or the pointer opens the alternatives to a token.
 
 import { h } from "./dom.js";
-import { percent, printable } from "./format.js";
+import { glyphs, percent, printable } from "./format.js";
 
 const LEVELS = [0.9, 0.6, 0.3, 0.1, 0.02]; // the least probability of each color; the last color is for the rest
 
@@ -68,7 +68,7 @@ export class TokenText {
         dataset,
         "aria-label": `${printable(token.text)}${probability}`,
       },
-      token.text,
+      glyphs(token.text).map(({ text, glyph }) => (glyph ? h("span.glyph", { dataset: { glyph } }, text) : text)),
     );
     if (token.alternatives?.length) span.setAttribute("aria-haspopup", "dialog");
     this.element.append(span);

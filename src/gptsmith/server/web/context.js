@@ -1,0 +1,34 @@
+// What fits into the model's context. No DOM.
+
+import { request } from "./api.js";
+
+// Resolve to {count, max_model_len}: the tokens of a conversation with the beginning of an answer, and the context length.
+export const countTokens = (model, messages, signal) =>
+  request("tokenize", { body: { model, messages, add_generation_prompt: true }, signal });
+
+// The tokens that an answer should have at least: `gptsmith chat` leaves out the oldest turns by the same rule.
+export const reserve = (maxTokens, context) => Math.min(maxTokens, Math.floor(context / 4));
+
+// Leave out the oldest turns, a question and its answer each, until the rest and an answer fit. The system prompt and the
+// last message always stay. count(messages): as countTokens. Resolve to {messages, dropped, room}: the number of turns that
+// were left out, and the tokens that are left for the answer.
+export async function fit(messages, maxTokens, count) {
+  const start = messages[0]?.role === "system" ? 1 : 0;
+  const without = (turns) => [...messages.slice(0, start), ...messages.slice(start + 2 * turns)];
+  const most = Math.floor((messages.length - start - 1) / 2);
+  let { count: tokens, max_model_len: context } = await count(messages);
+  const limit = context - reserve(maxTokens, context);
+  if (tokens <= limit) return { messages, dropped: 0, room: context - tokens };
+  let [low, high, fitting] = [1, most + 1, null]; // the least number of turns is in [low, high]
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    ({ count: tokens } = await count(without(middle)));
+    if (tokens <= limit) [high, fitting] = [middle, tokens];
+    else low = middle + 1;
+  }
+  if (fitting === null) {
+    const [long, all] = [tokens, context].map((n) => n.toLocaleString("en"));
+    throw new Error(`The message is too long: ${long} tokens for a context of ${all}.`);
+  }
+  return { messages: without(low), dropped: low, room: context - fitting };
+}

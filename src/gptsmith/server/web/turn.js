@@ -1,0 +1,97 @@
+// One message of a conversation on the page.
+
+import { answerState, summarize } from "./conversation.js";
+import { copyText, h, iconButton } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
+
+const MAX_EDIT_ROWS = 12;
+
+// running: this tab is generating the message. versions: the messages at its place. wrap: as of MarkdownView.
+// onEdit(element), onRegenerate(), onShow(version): what the buttons do. Return {element, markdown}; markdown renders the
+// text of an answer.
+export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerate, onShow }) {
+  const isUser = message.role === "user";
+  const state = isUser ? "ended" : answerState(message);
+  const waiting = running && !message.content;
+  const body = h("div.body");
+  const markdown = new MarkdownView(body, wrap);
+  if (isUser) body.textContent = message.content;
+  else if (running && message.content) markdown.show(message.content);
+  else if (message.content) markdown.finish(message.content);
+  if (waiting) {
+    const dots = { role: "img", "aria-label": "Waiting for the first token" };
+    body.append(h("span.dots", dots, h("i"), h("i"), h("i")));
+  }
+  const speaker = isUser ? "You" : (message.model ?? "Assistant");
+  const name = `article.turn.${message.role}${waiting ? ".waiting" : ""}`;
+  const element = h(name, { "aria-label": speaker }, h("header", {}, speaker), body);
+  if (running) return { element, markdown };
+  if (state === "growing") {
+    element.append(h("footer", {}, h("span.stats", {}, "being written in another tab …")));
+    return { element, markdown };
+  }
+  if (message.error) element.append(h("p.failed", { role: "alert" }, message.error));
+  const unfinished = state === "interrupted" || message.error;
+  const actions = h(
+    "div.actions",
+    {},
+    iconButton("copy", "Copy", () => copyText(message.content)),
+    iconButton("edit", "Edit", () => onEdit(element)),
+    !isUser && !unfinished && iconButton("regenerate", "Answer again", onRegenerate),
+  );
+  const again = { type: "button", onclick: onRegenerate };
+  element.append(
+    h(
+      "footer",
+      {},
+      versions.length > 1 && drawVersions(message, versions, onShow),
+      actions,
+      !isUser && h("span.stats", {}, summarize(message)),
+      unfinished && h("button.button.quiet", again, "Answer again"),
+    ),
+  );
+  return { element, markdown };
+}
+
+// The buttons that step through the versions of a message.
+function drawVersions(message, versions, onShow) {
+  const index = versions.indexOf(message);
+  const step = (name, label, other) =>
+    iconButton(name, label, () => onShow(other), { disabled: !other, className: "icon-button step" });
+  return h(
+    "div.versions",
+    { role: "group", "aria-label": `Version ${index + 1} of ${versions.length}` },
+    step("previous", "Previous version", versions[index - 1]),
+    h("span", { "aria-hidden": "true" }, `${index + 1} / ${versions.length}`),
+    step("next", "Next version", versions[index + 1]),
+  );
+}
+
+// Let the person edit a message in its place. onApply(text); onCancel(). hasMore: other messages follow.
+export function editTurn(element, message, { hasMore, onApply, onCancel }) {
+  const isUser = message.role === "user";
+  const area = h("textarea.edit", {
+    value: message.content,
+    rows: Math.min(MAX_EDIT_ROWS, message.content.split("\n").length + 1),
+    "aria-label": isUser ? "Your message" : "Answer",
+  });
+  const apply = () => {
+    if (area.value.trim()) onApply(area.value.trim());
+  };
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      event.stopPropagation();
+      onCancel();
+    }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) apply();
+  });
+  const buttons = h(
+    "div.buttons",
+    {},
+    h("button.button.primary", { type: "button", onclick: apply }, isUser ? "Send" : "Save"),
+    h("button.button", { type: "button", onclick: onCancel }, "Cancel"),
+    hasMore && h("span.help", {}, "Later messages stay with the earlier version."),
+  );
+  element.querySelector(".body").replaceChildren(area, buttons);
+  area.focus();
+}
