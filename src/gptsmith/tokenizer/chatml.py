@@ -9,6 +9,7 @@ letters of role names get one special token per role instead.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptsmith.errors import TokenizerError
@@ -55,14 +56,19 @@ def with_chat_template(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[int, ...]
     """Return the tokenizer with a chat template and its special tokens, and the ids of tokens that are new.
 
     The token that ends a turn becomes the end-of-text token; the earlier one ends a text, too.
+    Raises TokenizerError for a tokenizer whose ids have gaps.
     """
     template, tokens = (CHATML, CHATML_TOKENS) if _has_letters(tokenizer) else (ROLES, ROLE_TOKENS)
-    known = {text: id for id, text in tokenizer.special_tokens().items()}
-    missing = [token for token in tokens if token not in known]
+    missing = [token for token in tokens if token not in tokenizer.added_tokens()]
+    if tokenizer.bos_id is not None and tokenizer.prefix_ids == (tokenizer.bos_id,):
+        template = "{{- bos_token }}" + template  # which llama.cpp and this package would add, but transformers not
     new = tuple(range(tokenizer.vocab_size, tokenizer.vocab_size + len(missing)))
     config = {**tokenizer.config(), "chat_template": template, "eos_token": tokens[-1]}
-    text = _with_special_tokens(tokenizer.to_json(), dict(zip(missing, new, strict=True)))
-    return Tokenizer(text, config, tokenizer.end_ids), new
+    text = _with_special_tokens(tokenizer.to_json(), tokens, dict(zip(missing, new, strict=True)))
+    result = Tokenizer(text, config, tokenizer.end_ids)
+    if any(result.special_tokens().get(id) != token for token, id in zip(missing, new, strict=True)):
+        raise TokenizerError("the ids of this tokenizer have gaps, so it cannot get the tokens of a chat template.")
+    return result, new
 
 
 def _has_letters(tokenizer: Tokenizer) -> bool:
@@ -74,11 +80,14 @@ def _has_letters(tokenizer: Tokenizer) -> bool:
         return False
 
 
-def _with_special_tokens(text: str, tokens: dict[str, int]) -> str:
+def _with_special_tokens(text: str, tokens: Sequence[str], new: Mapping[str, int]) -> str:
+    """Return a tokenizer.json in which the tokens are special. new: the ids of those that it lacks."""
     description: dict[str, Any] = json.loads(text)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    description.setdefault("added_tokens", [])
-    description["added_tokens"] += [{"id": id, "content": token, **flags} for token, id in tokens.items()]
+    present = [
+        {**entry, **flags} if entry["content"] in tokens else entry for entry in description.get("added_tokens") or []
+    ]
+    description["added_tokens"] = present + [{"id": id, "content": token, **flags} for token, id in new.items()]
     if description["model"].get("type") == "WordLevel":  # of characters; the ids of others follow from their number
-        description["model"]["vocab"] |= tokens
+        description["model"]["vocab"] |= new
     return json.dumps(description, ensure_ascii=False)
