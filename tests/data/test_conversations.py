@@ -183,6 +183,21 @@ def test_prompt_and_completion_are_encoded_apart(tokenizer: Tokenizer) -> None:
     assert Renderer(tokenizer).prompt(conversation) == prompt
 
 
+@pytest.mark.parametrize("name", ["hermes", "granite", "mistral_nemo", "qwen3_coder", "gemma3", "plain"])
+def test_calls_are_written_as_they_are_served(name: str) -> None:
+    """The ids of a training row equal those of the prompt that the server makes, and of the call that it expects."""
+    from tests.tokenizer.test_tools import QUESTION, TEMPLATE, TOOLS, answer, parse
+
+    template = TEMPLATE[name]
+    call = answer([("f", {"x": 1})])
+    example = Renderer(template.tokenizer).render(as_conversation({"messages": [QUESTION, call], "tools": TOOLS}))
+    prompt = template.encode([QUESTION], tools=TOOLS, generic_tools=True)
+    assert example.ids[: len(prompt)] == prompt
+    trained = [id for id, used in zip(example.ids, example.trained, strict=True) if used]
+    _, calls = parse(template.tool_format, [template.tokenizer.decode(trained, skip_special_tokens=False)])
+    assert [(called, json.loads(arguments)) for _, called, arguments in calls] == [("f", {"x": 1})]
+
+
 def test_tools_are_written_and_calls_trained_on(tokenizer: Tokenizer) -> None:
     values = {
         "tools": [TOOL],

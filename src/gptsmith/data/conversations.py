@@ -312,7 +312,8 @@ class Renderer:
         )
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
-        return {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+        tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+        return {"generic_tools": True, **tools}  # as the server writes them
 
     def _text(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Encode prompt and completion apart, as a prompt and its continuation are, so that no token spans both."""
