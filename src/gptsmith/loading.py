@@ -18,7 +18,7 @@ from gptsmith.errors import CheckpointError, nearest
 from gptsmith.formats.hf import CONFIG_FILE
 from gptsmith.formats.hub import hub_model_path, is_hub_id
 from gptsmith.formats.named import NAMED_MODELS, named_model_path
-from gptsmith.formats.peft import ADAPTER_CONFIG, base_of
+from gptsmith.formats.peft import ADAPTER_CONFIG, adapted_rows, base_of
 from gptsmith.formats.source import ModelSource, adapted, open_model
 from gptsmith.log import note
 from gptsmith.model.quantized import Bits, bits_of, quantize_on_gpu
@@ -35,9 +35,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Quantization = "auto",
+    adapter: Path | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model, in eval mode, and its tokenizer from anything that `resolve_model` understands.
 
+    adapter: the directory of an adapter to fold in, whose tokenizer comes first if it has one.
     dtype: of the weights in memory, whatever they are stored in.
     quantize: int8 or int4 quantizes the weight matrices. auto keeps matrices quantized that are stored so (by
     `gptsmith quantize`, or in a GGUF file); none dequantizes them to `dtype`. In a quantized model the other weights
@@ -48,7 +50,7 @@ def load_model(
     Raises CheckpointError if the model is missing, damaged or of an unknown kind, TokenizerError if its tokenizer is
     damaged or that of another model, and UsageError for quantized weights on a GPU without torchao.
     """
-    source = source_of(spec)
+    source = source_of(spec) if adapter is None else adapted(source_of(spec), adapter)
     requested: Bits | None = {"int8": 8, "int4": 4}.get(quantize)  # type: ignore[assignment]
     if torch.device(device).type == "cuda":
         bits = requested or (source.bits if quantize == "auto" else None)
@@ -82,6 +84,18 @@ def source_of(spec: str | os.PathLike[str]) -> ModelSource:
         return adapted(source_of(base), path)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is an adapter for {base}: {error}") from None
+
+
+def resolve_adapter(spec: str | os.PathLike[str]) -> Path:
+    """Return the directory of the adapter that `spec` refers to: one in PEFT's layout, or a run that trained one.
+
+    Raises CheckpointError if there is none, if its files are damaged, or if it is a whole model.
+    """
+    path = resolve_model(spec)
+    if not (path / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{spec} is a whole model, not an adapter: use it in place of the model.")
+    adapted_rows(path)  # are the weights there?
+    return path
 
 
 def resolve_model(spec: str | os.PathLike[str]) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.errors import UsageError, nearest
+from gptsmith.errors import CheckpointError, UsageError, nearest
 from gptsmith.log import is_terminal, note, quiet
 
 KEY_VARIABLE = "GPTSMITH_API_KEY"
@@ -38,8 +38,8 @@ class Serve:
     alias: tuple[str, ...] = field(default=())
     """NAME=MODEL: another name for a model."""
     adapter: tuple[str, ...] = field(default=())
-    """NAME=DIRECTORY: serve the first model with this LoRA adapter under the given name; NAME=DIRECTORY@MODEL: another
-    model."""
+    """NAME=DIRECTORY: serve the first model with this LoRA adapter, or that of a run, under the given name;
+    NAME=DIRECTORY@MODEL: another model."""
     preload: Literal["first", "all", "none"] = "first"
     """Models to load at startup; the others are loaded when they are first requested."""
     max_concurrency: int = 32
@@ -209,7 +209,9 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _adapter(text: str, models: list[str]) -> tuple[str, tuple[str, Path]]:
-    """Parse NAME=DIRECTORY or NAME=DIRECTORY@MODEL."""
+    """Parse NAME=DIRECTORY or NAME=DIRECTORY@MODEL. Raise UsageError if there is no adapter."""
+    from gptsmith.loading import resolve_adapter
+
     name, value = _pair("--adapter", text)
     directory, at, model = value.rpartition("@")
     if not at or Path(value).exists():
@@ -218,4 +220,8 @@ def _adapter(text: str, models: list[str]) -> tuple[str, tuple[str, Path]]:
         raise UsageError(f"--adapter {text!r}: {model!r} is not served.{nearest(model, models)}")
     if not Path(directory).is_dir():
         raise UsageError(f"--adapter {text!r}: {directory} is not a directory.")
+    try:  # report missing and damaged files now, not when the model is loaded
+        resolve_adapter(directory)
+    except CheckpointError as error:
+        raise UsageError(f"--adapter {text!r}: {error}") from None
     return name, (model, Path(directory))

@@ -11,12 +11,12 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.sampling import ModelDefaults, SamplingOptions, model_defaults
-from gptsmith.errors import GptsmithError, UsageError, nearest
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError, nearest
 from gptsmith.server.access_log import logger
 from gptsmith.server.errors import ApiError
 
@@ -34,12 +34,13 @@ SERVER_SAMPLING = SamplingOptions(temperature=1.0)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with its engine, tokenizer and chat template."""
+    """A model in memory, with its engine, tokenizer and chat template. generation_config: None: the model's."""
 
     engine: AsyncEngine
     tokenizer: Tokenizer
     model: Transformer
     template: ChatTemplate
+    generation_config: Mapping[str, Any] | None = None
 
     @property
     def context(self) -> int:
@@ -48,13 +49,13 @@ class LoadedModel:
     @functools.cached_property
     def defaults(self) -> ModelDefaults:
         """The sampling options that the model came with. Raise UsageError for invalid ones."""
-        return model_defaults(self.model.generation_config)
+        return model_defaults(self.generation_config or self.model.generation_config)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as a request addresses it. name: the requested name. base: the name of the base model. adapter: the name
-    of the LoRA adapter to pass to the engine, or None."""
+    """A model as a request addresses it. name: the requested name. base: the name of the model whose engine it uses.
+    adapter: the name of the LoRA adapter to pass to the engine, or None."""
 
     name: str
     base: str
@@ -78,7 +79,8 @@ class ServedModel:
         return self.loaded.template
 
 
-Load = Callable[[str], LoadedModel]
+Load = Callable[..., LoadedModel]
+"""Called with a model, and with the directory of an adapter that is to be folded into it."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class _Entry:
     created: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: LoadedModel | None = None
+    adapted: dict[str, LoadedModel] = field(default_factory=dict)
+    """The model with each of its adapters, by the adapter's name."""
 
 
 class ModelRegistry:
@@ -168,7 +172,12 @@ class ModelRegistry:
             except GptsmithError as error:
                 message = f"The model {base} cannot be loaded: {error}"
                 raise ApiError(500, message, code="model_not_loaded") from error
-        return ServedModel(name, base, None if directory is None else target, loaded)
+        if directory is None:
+            return ServedModel(name, base, None, loaded)
+        adapted = entry.adapted[target]
+        if adapted.engine is loaded.engine:
+            return ServedModel(name, base, target, adapted)
+        return ServedModel(name, target, None, adapted)
 
     def load(self, name: str) -> LoadedModel:
         """Return the model `name` with its adapters, loading it if needed. Raise what loading raises."""
@@ -180,13 +189,32 @@ class ModelRegistry:
                     defaults = loaded.defaults.describe(SERVER_SAMPLING)
                     for adapter, (base, directory) in self._adapters.items():
                         if base == name:
-                            loaded.engine.add_adapter(adapter, directory)
+                            entry.adapted[adapter] = self._load_adapter(entry.spec, loaded, adapter, directory)
                 except GptsmithError:
-                    loaded.engine.close(drain=False)
+                    for each in (loaded, *entry.adapted.values()):
+                        each.engine.close(drain=False)
+                    entry.adapted.clear()
                     raise
                 entry.loaded = loaded
                 logger.info("model loaded", extra={"fields": {"model": name, "defaults": defaults}})
             return entry.loaded
+
+    def _load_adapter(self, spec: str, loaded: LoadedModel, name: str, directory: Path) -> LoadedModel:
+        """Return a model with an adapter. It uses the model's engine, unless it has embeddings of its own.
+
+        Raise CheckpointError that names the adapter.
+        """
+        from gptsmith.formats.peft import adapted_rows
+        from gptsmith.loading import resolve_adapter
+
+        try:
+            path = resolve_adapter(directory)
+            if adapted_rows(path) is not None:
+                return self._load(spec, path)
+            loaded.engine.add_adapter(name, path)
+            return _with_files_of(loaded, path)
+        except GptsmithError as error:
+            raise CheckpointError(f"adapter {name}: {error}") from error
 
     def cards(self) -> Iterator[tuple[str, int, LoadedModel | None, str | None]]:
         """Yield, for each name: the name, its creation time (Unix), the model if it is loaded, and what the name stands
@@ -199,13 +227,55 @@ class ModelRegistry:
             yield name, entry.created, entry.loaded, parent
 
     def loaded(self) -> dict[str, LoadedModel]:
-        """Return the models in memory, by name."""
-        return {name: entry.loaded for name, entry in self._entries.items() if entry.loaded is not None}
+        """Return the models in memory that have an engine of their own, by name."""
+        models = {name: entry.loaded for name, entry in self._entries.items() if entry.loaded is not None}
+        for entry in self._entries.values():
+            models |= {
+                name: adapted
+                for name, adapted in entry.adapted.items()
+                if entry.loaded is not None and adapted.engine is not entry.loaded.engine
+            }
+        return models
 
     def close(self, *, drain: bool = True) -> None:
         """Stop all engines, after they finish their requests (drain) or immediately."""
         for loaded in self.loaded().values():
             loaded.engine.close(drain=drain)
+
+
+def _with_files_of(loaded: LoadedModel, directory: Path) -> LoadedModel:
+    """Return a model with the tokenizer, chat template and sampling options in the directory of an adapter.
+
+    Raise CheckpointError if the adapter was trained with other tokens.
+    """
+    from gptsmith.formats.hf import read_generation_config
+    from gptsmith.tokenizer.chat import ChatTemplate
+    from gptsmith.tokenizer.pretrained import has_tokenizer, read_tokenizer
+
+    loaded = replace(loaded, generation_config=read_generation_config(directory) or None)
+    if not has_tokenizer(directory):
+        return loaded
+    tokenizer, own = read_tokenizer(directory), loaded.tokenizer
+    special = {*tokenizer.special_tokens(), *own.special_tokens(), *tokenizer.added_ids, *own.added_ids}
+    for id in range(min(tokenizer.vocab_size, own.vocab_size)):
+        if id not in special and tokenizer.token_text(id) != own.token_text(id):
+            raise CheckpointError(
+                f"it belongs to another model: its token {id} is {tokenizer.token_text(id)!r}, this model's is "
+                f"{own.token_text(id)!r}."
+            )
+    template = ChatTemplate(
+        tokenizer.limited_to(own.vocab_size) if tokenizer.vocab_size > own.vocab_size else tokenizer
+    )
+    try:
+        used = {*template.encode([{"role": "user", "content": ""}]), *template.end_ids()}
+    except TokenizerError:  # a template for other conversations
+        used = set()
+    if max(used, default=0) >= own.vocab_size:
+        raise CheckpointError(
+            f"its chat template writes {tokenizer.token_text(max(used))!r}, a token that the model lacks, and it has "
+            "no embeddings for it."
+        )
+    return replace(loaded, tokenizer=template.tokenizer, template=template)
 
 
 def default_name(spec: str) -> str:
@@ -218,6 +288,7 @@ def default_name(spec: str) -> str:
 
 def load(
     spec: str,
+    adapter: Path | None = None,
     *,
     device: str = "auto",
     quantize: Quantization = "auto",
@@ -225,7 +296,10 @@ def load(
     cache_tokens: int | None = None,
     speculate: bool = False,
 ) -> LoadedModel:
-    """Load a model with `gptsmith.load` and start its engine. speculate: draft tokens by prompt lookup."""
+    """Load a model with `gptsmith.load` and start its engine.
+
+    adapter: the directory of an adapter to fold in. speculate: draft tokens by prompt lookup.
+    """
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.speculative import PromptLookup, Speculator
@@ -233,7 +307,7 @@ def load(
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
 
-    model, tokenizer = load_model(spec, device=choose_device(device), quantize=quantize)
+    model, tokenizer = load_model(spec, device=choose_device(device), quantize=quantize, adapter=adapter)
     template = ChatTemplate(tokenizer)
     engine = Engine(
         model,
