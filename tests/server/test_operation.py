@@ -33,6 +33,15 @@ def test_the_log_of_a_stream_that_was_read_to_its_end(live: Live, log: Callable[
     assert not any(line.get("client_disconnected") for line in log())
 
 
+def test_echoed_tokens_are_not_counted_as_generated(live: Live, log: Callable[[], list[dict[str, Any]]]) -> None:
+    for max_tokens in (0, 3):
+        body = {"model": "tiny", "prompt": "the cat", "max_tokens": max_tokens, "echo": True, "logprobs": 1, "n": 2}
+        made = httpx.post(f"{live.url}/v1/completions", json={**body, "ignore_eos": True}, timeout=60).json()
+        assert made["usage"]["completion_tokens"] == 2 * max_tokens
+    assert live.settled(lambda: len(log()) == 2)
+    assert [line["completion_tokens"] for line in log()] == [0, 6]
+
+
 def test_the_log_has_no_text_of_the_client(live: Live, log: Callable[[], list[dict[str, Any]]]) -> None:
     secret = "Geheimnis"
     bodies: list[dict[str, Any]] = [
