@@ -153,6 +153,7 @@ class Tokenizer:
             self._encoder = hidden_tokens(description, set(self._special.values()))
             self._encoder_ids = own_ids(self._encoder, self.added_tokens())
         self._model: dict[str, Any] = {key: value for key, value in description["model"].items() if key != "merges"}
+        self._decoded: dict[int | None, str] = {}  # texts of single tokens; see `token_bytes`
         self._has_token: dict[str, bool] = {}  # of parts of texts; see `count_unknown`
 
     # text to ids
@@ -333,7 +334,9 @@ class Tokenizer:
         if byte is not None and (byte >= 0x80 or previous is not None):  # a decoder may drop a space at the beginning
             return bytes([byte])
         before: list[int] = [] if previous is None else [previous]
-        start: str = self._pipeline.decode(before, skip_special_tokens=False)
+        start = self._decoded.get(previous)
+        if start is None:
+            start = self._decoded[previous] = self._pipeline.decode(before, skip_special_tokens=False)
         text: str = self._pipeline.decode([*before, id], skip_special_tokens=False)
         return text[len(start) :].encode("utf-8")
 
