@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptsmith.distributed.context import DistributedContext, environment_world_size, join_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import note, quiet
 from gptsmith.model.config import ModelConfig
@@ -55,6 +56,7 @@ def fit(
         `data` only if the text has moved, `steps` to extend it.
     objective: a registered name, `module:name`, or a function that makes an `Objective` of an `ObjectiveContext`
         (default: pretraining, or that of the resumed run).
+    Under torchrun, its processes share the run: every one calls `fit` with the same arguments.
     model: the model's configuration, or a function `(ModelConfig, dropout) -> Transformer`.
     Raises GptsmithError (UsageError, DataError, DivergedError, …), or KeyboardInterrupt after saving on Ctrl-C.
     """
@@ -68,14 +70,17 @@ def fit(
     batches = data if data is not None and not isinstance(data, str | Path) else None
     extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))
     began = time.monotonic()
-    with quiet(not verbose):
+    if "processes" not in settings and (started := environment_world_size()) is not None:
+        base = base.replace(processes=started)
+    timeout = float(settings.get("process_timeout", base.parallel.process_timeout))
+    with quiet(not verbose), join_processes(timeout) as ranks:
         if resume is not None:
             if out is not None or init is not None:
                 raise UsageError(
                     "resume takes the directory and the starting model from the run; leave out out and init."
                 )
             moved_to = str(data) if isinstance(data, str | Path) else None
-            result = _resume(Path(resume), settings, config, extras, moved_to)
+            result = _resume(Path(resume), settings, config, extras, moved_to, ranks)
         else:
             if data is None and objective in (None, "pretrain"):
                 raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
@@ -92,6 +97,7 @@ def fit(
                 began=began,
                 on_end=write_report,
                 extras=extras,
+                ranks=ranks,
             )
         if result.outcome == "interrupted":
             note(f"Stopped; progress saved. Resume with: gptsmith.fit(resume={str(result.run.directory)!r})")
@@ -108,7 +114,14 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
     return fit(data, objective="sft", init=model, **options)
 
 
-def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extras, moved_to: str | None) -> Any:
+def _resume(
+    directory: Path,
+    settings: dict[str, Any],
+    config: Any,
+    extras: Extras,
+    moved_to: str | None,
+    ranks: DistributedContext,
+) -> Any:
     from gptsmith.train.run import run_config_of
 
     asked: RunConfig | None = None
@@ -116,7 +129,9 @@ def _resume(directory: Path, settings: dict[str, Any], config: Any, extras: Extr
         asked = with_options(config, settings)
     elif settings:
         asked = with_options(run_config_of(read_run(directory)), settings)
-    return resume(directory, asked, data=moved_to, on_end=write_report, extras=extras)
+    if asked is not None and "processes" not in settings:
+        asked = asked.replace(processes=ranks.world_size)
+    return resume(directory, asked, data=moved_to, on_end=write_report, extras=extras, ranks=ranks)
 
 
 def runs(directory: str | Path = "runs") -> list[Run]:

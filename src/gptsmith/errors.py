@@ -42,6 +42,25 @@ class DivergedError(TrainingError):
     """The loss is NaN or infinite, or has risen far above its start. Names the last good checkpoint."""
 
 
+class ProcessError(TrainingError):
+    """Another process of the run, number `rank`, has failed and told the user why."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(rank, message, exit_code)
+        self.rank, self.message, self.exit_code = rank, message, exit_code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ProcessKilledError(TrainingError):
+    """A signal ended a process of the run before any could say why. The exit code is the shell's for it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the choice that `name` is probably a misspelling of, or an empty string.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from gptsmith.cli.help import Section, format_help
-from gptsmith.errors import GptsmithError, UsageError, nearest
+from gptsmith.errors import GptsmithError, ProcessError, UsageError, nearest
 from gptsmith.plugins import load_plugins
 from gptsmith.registry import Registry
 
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # do not fail on characters that the terminal cannot show
     try:
         return _dispatch(arguments)
+    except ProcessError as error:  # that process prints its message
+        return error.exit_code
     except GptsmithError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

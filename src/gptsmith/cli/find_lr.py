@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, parse_run
+from gptsmith.cli.run_options import RunOptions, parse_run, refuse_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import note, progress
 from gptsmith.train.config import RunConfig
@@ -42,6 +42,7 @@ class FindLr(RunOptions):
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_run(FindLr, "find-lr", arguments)
+    refuse_processes(chosen.run, "find-lr")
     if not chosen.data:
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith find-lr input.txt")
     config = chosen.run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, parse_run
+from gptsmith.cli.run_options import RunOptions, parse_run, refuse_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
 from gptsmith.train.config import RunConfig
@@ -36,6 +36,7 @@ class Plan(RunOptions):
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_run(Plan, "plan", arguments)
+    refuse_processes(chosen.run, "plan")
     if chosen.price_per_hour is not None and not chosen.price_per_hour >= 0:
         raise UsageError(f"--price-per-hour must be 0 or more, not {chosen.price_per_hour}.")
     config, began = chosen.run, time.monotonic()

@@ -29,6 +29,7 @@ from gptsmith.train.config import (
     MethodConfig,
     ModelOptions,
     OptimConfig,
+    ParallelConfig,
     PretrainConfig,
     RunConfig,
     default_config,
@@ -66,6 +67,8 @@ class RunOptions:
     """optimizer"""
     loop: Annotated[LoopConfig, _FLAT] = field(default_factory=LoopConfig)
     """training loop"""
+    parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
+    """processes"""
 
     @property
     def run(self) -> RunConfig:
@@ -78,6 +81,7 @@ class RunOptions:
             method=self.method,
             optim=self.optim,
             loop=self.loop,
+            parallel=self.parallel,
         )
 
 
@@ -110,6 +114,15 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
     if options.init.init is not None:
         _refuse_with_init(options.init.init, explicit)
     return ParsedRun(options, explicit | (settled(base) if whole else set()))
+
+
+def refuse_processes(config: RunConfig, command: str) -> None:
+    """Raise UsageError for several processes, in a command that is about one."""
+    if config.parallel.processes > 1:
+        raise UsageError(
+            f"gptsmith {command} is about a run in one process: leave out --processes, or add --processes 1 to a "
+            "configuration that has more."
+        )
 
 
 def explicit_options(arguments: Sequence[str]) -> set[str]:

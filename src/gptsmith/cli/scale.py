@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, parse_run
+from gptsmith.cli.run_options import RunOptions, parse_run, refuse_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import note
 from gptsmith.train.budget.parse import Budget
@@ -35,6 +35,7 @@ class Scale(RunOptions):
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_run(Scale, "scale", arguments)
+    refuse_processes(chosen.run, "scale")
     budgets = [text.strip() for text in chosen.budgets.split(",") if text.strip()]
     kinds = {Budget.parse(text).kind for text in budgets}
     if len(budgets) < 2 or len(kinds) > 1 or len(set(budgets)) < len(budgets):

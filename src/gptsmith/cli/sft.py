@@ -27,4 +27,4 @@ class Sft(TuneOptions):
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_tune(Sft, SftConfig, "sft", arguments)
-    return train_or_resume(chosen, overrides, began=BEGAN, objective="sft")
+    return train_or_resume(chosen, overrides, ["sft", *arguments], began=BEGAN, objective="sft")

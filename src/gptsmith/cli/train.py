@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, option_value, parse_run
+from gptsmith.cli.run_options import RunOptions, explicit_options, option_value, parse_run
+from gptsmith.distributed.context import environment_world_size, join_processes
 from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.train.config import RunConfig
 
 BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
 
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if chosen.resume is not None and chosen.out is not None:
         raise UsageError("--resume takes the directory from the run; omit --out.")
 
-    return train_or_resume(chosen, overrides, began=BEGAN)
+    return train_or_resume(chosen, overrides, ["train", *arguments], began=BEGAN)
 
 
 def _command_of(arguments: list[str]) -> str:
@@ -56,32 +59,50 @@ def _command_of(arguments: list[str]) -> str:
     return objective if objective in ("sft",) else "train"
 
 
-def train_or_resume(chosen: Any, overrides: set[str], *, began: float, objective: str | None = None) -> int:
+def train_or_resume(
+    chosen: Any, overrides: set[str], command: Sequence[str], *, began: float, objective: str | None = None
+) -> int:
     """Start the run that the parsed options describe, or resume one, and print how it ended. Return the exit code.
 
-    objective: its name (default: pretraining, or that of the resumed run).
+    command: the command line, for the processes that share the run. objective: its name (default: pretraining, or that
+    of the resumed run).
     """
+    config: RunConfig = chosen.run
+    config.check_processes()
+    started = environment_world_size()
+    if started is None and config.parallel.processes > 1:
+        from gptsmith.distributed.launch import launch
+
+        return launch(command, config.parallel.processes)
+    if started is not None and config.parallel.processes != started:
+        if "processes" in explicit_options(command):
+            raise UsageError(
+                f"--processes {config.parallel.processes}: torchrun has started {started}. Leave out --processes."
+            )
+        config = config.replace(processes=started)
+
     from gptsmith.report import write_report
     from gptsmith.train.run import Extras, resume, start
 
-    if chosen.resume is not None:
-        result = resume(chosen.resume, chosen.run, data=chosen.data, on_end=write_report)
-    else:
-        result = start(
-            str(chosen.data),
-            chosen.run,
-            chosen.out,
-            overrides=overrides,
-            began=began,
-            on_end=write_report,
-            extras=Extras(objective=objective),
-        )
-    directory = result.run.directory
-    if result.outcome == "interrupted":
-        print(f"Stopped; progress saved. Resume with: gptsmith train --resume {directory}")
-        return 128 + result.signal
-    print(_summary(directory))
-    return 0
+    with join_processes(config.parallel.process_timeout) as ranks:
+        if chosen.resume is not None:
+            result = resume(chosen.resume, config, data=chosen.data, on_end=write_report, ranks=ranks)
+        else:
+            result = start(
+                str(chosen.data),
+                config,
+                chosen.out,
+                overrides=overrides,
+                began=began,
+                on_end=write_report,
+                extras=Extras(objective=objective),
+                ranks=ranks,
+            )
+        directory, interrupted = result.run.directory, result.outcome == "interrupted"
+        if ranks.is_main:  # and now, before the end of another process can end this one
+            stopped = f"Stopped; progress saved. Resume with: gptsmith train --resume {directory}"
+            print(stopped if interrupted else _summary(directory), flush=True)
+    return 128 + result.signal if interrupted else 0
 
 
 def _summary(directory: Path) -> str:

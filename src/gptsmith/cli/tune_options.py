@@ -23,6 +23,7 @@ from gptsmith.train.config import (
     LoraOptions,
     MethodConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
 )
 
@@ -95,6 +96,8 @@ class TuneOptions:
     """optimizer"""
     loop: Annotated[TuneLoop, _FLAT] = field(default_factory=TuneLoop)
     """training loop"""
+    parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
+    """processes"""
 
     @property
     def run(self) -> RunConfig:
@@ -106,6 +109,7 @@ class TuneOptions:
             method=self.method,
             optim=OptimConfig(**vars(self.optim)),
             loop=LoopConfig(**vars(self.loop)),
+            parallel=self.parallel,
         )
 
 
@@ -123,6 +127,7 @@ def parse_tune(
         "warm_start": base.init.warm_start,
         "optim": TuneOptim(**vars(base.optim)) if whole else TuneOptim(),
         "loop": TuneLoop(**vars(base.loop)),
+        "parallel": base.parallel,
     }
     options = parse(command, f"gptsmith {name}", arguments, default=command(**defaults))
     if options.resume is not None:

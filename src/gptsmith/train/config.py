@@ -20,6 +20,7 @@ from gptsmith.model.families import FAMILIES
 from gptsmith.optim.schedule import Schedule, learning_rate_factor
 from gptsmith.run_directory import PREFIXES
 from gptsmith.runtime import Precision
+from gptsmith.train.budget.parse import Budget
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,8 @@ class LoopConfig:
     batch_size: int = 16
     """Number of sequences per update."""
     micro_batch_size: int | None = None
-    """Number of sequences per forward pass; gradients are accumulated to the batch size (default: the batch size)."""
+    """Number of sequences per forward pass; gradients are accumulated to the batch size (default: the batch size, or
+    each process's share of it)."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute activations in the backward pass, which saves memory for about a third more compute. auto: only if the
     run would not fit in memory otherwise."""
@@ -338,6 +340,20 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes."""
+
+    processes: int = 1
+    """Start this many processes on this machine, which share each batch. Under torchrun, its processes are used."""
+    process_timeout: float = 120.0
+    """Seconds within which each process must answer the others; then the run stops and names it."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "processes")
+        _check(self.process_timeout > 0, "--process-timeout", self.process_timeout, "above 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run: the same values and the same data give the same weights.
 
@@ -354,6 +370,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=PretrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def replace(self, **options: Any) -> RunConfig:
         """Return this configuration with other values, by flat name; `model` and `optim` take mappings or whole parts.
@@ -361,6 +378,23 @@ class RunConfig:
         Raises UsageError for an unknown name (with the nearest one) or a value of the wrong type.
         """
         return with_options(self, options)
+
+    def check_processes(self, *, planned: bool = False) -> None:
+        """Raise UsageError where the processes cannot share the run. planned: a budget or depth has been applied."""
+        processes, batch_size = self.parallel.processes, self.loop.batch_size
+        if processes == 1:
+            return
+        will_be_planned = not planned and (self.auto.budget is not None or self.auto.depth is not None)
+        if batch_size % processes and not will_be_planned:
+            raise UsageError(
+                f"{processes} processes cannot share batches of {batch_size}: set a --batch-size that is a multiple of "
+                f"{processes}, or other --processes."
+            )
+        if self.auto.budget is not None and Budget.parse(self.auto.budget).kind == "seconds":
+            raise UsageError(
+                f"--budget {self.auto.budget} with {processes} processes: a budget of time is for one process. Give a "
+                "budget of tokens or FLOP, or --steps; or leave out --processes."
+            )
 
     def flat(self) -> dict[str, Any]:
         """All options by flat name."""

@@ -23,6 +23,7 @@ import torch
 import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import from_dict, to_dict
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
@@ -78,6 +79,7 @@ CHANGEABLE = frozenset(
     {
         *("eval_every", "save_every", "log_every", "keep_checkpoints", "sample_tokens", "sample_prompt", "device"),
         *("steps", "val"),  # where the schedule allows, and where the text is the same: both are checked
+        *("processes", "process_timeout"),
     }
 )
 
@@ -128,16 +130,19 @@ def start(
     began: float | None = None,
     on_end: Callable[[Path], object] = lambda directory: None,
     extras: Extras = Extras(),
+    ranks: DistributedContext = ALONE,
 ) -> RunResult:
     """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
 
     overrides: flat names of options set by the user, which a budget does not change (`gptsmith.train.budget.recipe`).
     began: when a budget of time started (`time.monotonic()`); now, by default.
+    ranks: the processes that train; all call this function.
     Raises GptsmithError for anything wrong with the data, the options or the directory; nothing is left behind then.
     """
     began = time.monotonic() if began is None else began
     if config.auto.budget is not None:
         Budget.parse(config.auto.budget)  # before any work is done for an invalid one
+    _check_processes(config, ranks)
     objective_name, method = find_method(extras.objective or "pretrain")
     if config.init.init is not None:
         refuse_options_of_new_models(config)
@@ -145,24 +150,24 @@ def start(
         raise UsageError(f"{objective_name} starts from a model: give one.")
     else:
         refuse_adapter(config, overrides)
-    opened = None if data is None else method.open_data(data, config)
-    directory = choose_directory(out, _default_name(opened, objective_name))
-    device = choose_device(config.loop.device)
+    opened = None if data is None else ranks.main_first(lambda: method.open_data(data, config))
+    directory = ranks.on_main(lambda: choose_directory(out, _default_name(opened, objective_name)))
+    device = ranks.device(choose_device(config.loop.device))
     precision = choose_precision(config.loop.precision, device)
     if config.loop.compile == "on" and not compiler_available(device):
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
     init: Init | None = None
     if config.init.init is not None:
-        init = method.adapt_init(load_init(config.init.init), config, opened)
+        init = ranks.main_first(lambda: method.adapt_init(load_init(str(config.init.init)), config, opened))
         config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
         tokenizer = init.tokenizer
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
     elif opened is not None:
-        config, tokenizer = opened.make_tokenizer(config, overrides)
+        config, tokenizer = ranks.on_main(lambda: opened.make_tokenizer(config, overrides))
     else:
         raise UsageError("a run without a text needs a tokenizer: give tokenizer=…, or a model with init=….")
-    dataset = None if opened is None else opened.prepare(config, tokenizer)
+    dataset = None if opened is None else ranks.main_first(lambda: opened.prepare(config, tokenizer))
     config = method.settle(config, overrides, dataset)
     keep_freed_memory()
     plan = None
@@ -178,6 +183,7 @@ def start(
         config = plan.config
         for reason in plan.reasons:
             note(reason)
+        config.check_processes(planned=True)
     if isinstance(extras.model, ModelConfig):
         model_config = extras.model
         check_fits(model_config, tokenizer, config)
@@ -206,8 +212,10 @@ def start(
             "teardown_seconds": plan.teardown_seconds,
         }
     session = _session(
-        Run(directory, info), config, tokenizer, model_config, dataset, init, device, method, extras, began=began
+        Run(directory, info), config, tokenizer, model_config, dataset, init, device, method, extras, ranks, began=began
     )
+    if not ranks.is_main:
+        return session.train(on_end)
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
@@ -227,6 +235,7 @@ def _session(
     device: torch.device,
     method: Method,
     extras: Extras,
+    ranks: DistributedContext,
     *,
     began: float | None = None,
 ) -> Session:
@@ -241,7 +250,7 @@ def _session(
             extras.batches, seq_len=config.loop.context, vocab_size=tokenizer.vocab_size
         )
     else:
-        objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop))
+        objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop, ranks))
     session = Session(
         run,
         config,
@@ -253,6 +262,7 @@ def _session(
         stop=stop,
         callbacks=extras.callbacks,
         began=began,
+        ranks=ranks,
     )
     if init is not None and config.init.warm_start:
         warm_start(session.training_step.optimizers, init, config)
@@ -266,6 +276,7 @@ def resume(
     data: str | None = None,
     on_end: Callable[[Path], object] = lambda directory: None,
     extras: Extras = Extras(),
+    ranks: DistributedContext = ALONE,
 ) -> RunResult:
     """Continue the run in `directory` from its newest intact checkpoint, bit for bit.
 
@@ -273,12 +284,14 @@ def resume(
         steps extend a run, even a finished one, if its learning rate so far would have been the same.
     data: where the text is now, if it has moved.
     extras: as the run was started with; by default they are found by the names in run.json.
+    ranks: the processes that train, as many as before or not; all call this function.
     """
     run = read_run(directory)
     saved = run_config_of(run)
     if config is not None:
         _refuse_changes(saved, config)
-    config = config or saved
+    config = config or saved.replace(processes=ranks.world_size)
+    _check_processes(config, ranks)
     store = CheckpointStore(directory)
     if run.status == "finished" and store.steps() and config.loop.steps == saved.loop.steps:
         raise UsageError(
@@ -292,22 +305,24 @@ def resume(
         )
     tokenizer = Tokenizer.load(directory / "tokenizer")
     _, method = find_method(extras.objective or "pretrain")
-    dataset = _prepare_again(run, config, tokenizer, method, data)
-    device = choose_device(config.loop.device)
+    dataset = ranks.main_first(lambda: _prepare_again(run, config, tokenizer, method, data))
+    device = ranks.device(choose_device(config.loop.device))
     keep_freed_memory()
     try:
         model_config = from_dict(ModelConfig, run.info["model"])
     except (UsageError, KeyError) as error:
         raise CheckpointError(f"{directory / 'run.json'} is damaged: its model cannot be read: {error}") from None
-    with _locked(directory):
-        steps = store.steps()
+    with _locked(directory) if ranks.is_main else contextlib.nullcontext():
+        steps = ranks.on_main(store.steps)
         init = None
         if config.init.init is not None and (not steps or is_on(config.adapter)):
-            init = with_tokens(load_init(config.init.init), tokenizer)
-        session = _session(run, config, tokenizer, model_config, dataset, init, device, method, extras)
+            init = ranks.main_first(lambda: with_tokens(load_init(str(config.init.init)), tokenizer))
+        session = _session(run, config, tokenizer, model_config, dataset, init, device, method, extras, ranks)
         step = session.restore() if steps else 0
         if config.loop.steps != saved.loop.steps:
             _check_extension(directory, saved, config, step)
+        if not ranks.is_main:
+            return session.train(on_end)
         store.delete_after(step)
         remove_temporaries(directory)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -333,6 +348,17 @@ def run_config_of(run: Run) -> RunConfig:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}.") from None
+
+
+def _check_processes(config: RunConfig, ranks: DistributedContext) -> None:
+    """Raise UsageError unless the processes that there are can share the run, and all mean the same one."""
+    if config.parallel.processes != ranks.world_size:
+        raise UsageError(
+            f"processes={config.parallel.processes}, but {ranks.world_size} are here. In Python, start your script "
+            "with torchrun --nproc-per-node N and leave processes out; `gptsmith train --processes N` starts them."
+        )
+    config.check_processes()
+    ranks.check_same({"version of gptsmith": gptsmith.__version__, "configuration": repr(to_dict(config))})
 
 
 # The data of a run ---------------------------------------------------------------------------------------------------

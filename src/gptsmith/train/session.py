@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from gptsmith.checkpoint import CheckpointStore, load_train_state
+from gptsmith.config import to_dict
+from gptsmith.distributed.context import ALONE, DistributedContext, seed_of_rank
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.formats.peft import load_adapter
@@ -64,19 +66,27 @@ class Session:
         stop: StopSignal | None = None,
         callbacks: Sequence[Callback] = (),
         began: float | None = None,
+        ranks: DistributedContext = ALONE,
     ) -> None:
-        self.run, self.config, self.tokenizer = run, config, tokenizer
+        self.run, self.config, self.tokenizer, self.ranks = run, config, tokenizer, ranks
         self.stop = StopSignal() if stop is None else stop
+        self.stop.announces = ranks.world_size == 1
+        ranks.check_same({"model": repr(to_dict(model_config)), "data": str(run.part("data").get("fingerprint"))})
         # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
         precision = run.info["precision"]
-        fit = fit_into_memory(
-            config,
-            model_config,
-            device=device,
-            precision=precision,
-            objective=objective,
-            micro_batch_size=run.info.get("micro_batch_size"),
-            activation_checkpointing=run.info.get("activation_checkpointing"),
+        share, micro = config.loop.batch_size // ranks.world_size, run.info.get("micro_batch_size")
+        rows = min(share, micro or config.loop.micro_batch_size or share)
+        fit = ranks.broadcast(
+            fit_into_memory(
+                config if ranks.world_size == 1 else config.replace(batch_size=share, micro_batch_size=None),
+                model_config,
+                device=device,
+                precision=precision,
+                objective=objective,
+                micro_batch_size=rows,
+                activation_checkpointing=run.info.get("activation_checkpointing"),
+                processes=ranks.local_world_size,
+            )
         )
         run.info["micro_batch_size"] = fit.micro_batch_size
         run.info["activation_checkpointing"] = fit.activation_checkpointing
@@ -87,11 +97,13 @@ class Session:
         self.store = CheckpointStore(run.directory, base=config.init.init if is_on(config.adapter) else None)
         self.display = Display(config.loop.steps)
         self.training_step: TrainingStep[Any] = TrainingStep.build(
-            self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size
+            self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
         prompts = objective.sample_prompts(self.training_step.models)
+        if ranks.rank:  # other dropout than the first process; the weights are those of one seed
+            torch.manual_seed(seed_of_rank(config.loop.seed, ranks.rank))
         self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts)
-        self.callbacks = [self.samples, *callbacks]
+        self.callbacks = [self.samples, *callbacks] if ranks.is_main else []
         self.trainer = Trainer(
             config=config,
             run=run,
@@ -120,7 +132,7 @@ class Session:
 
     def restore(self) -> int:
         """Load the newest intact checkpoint and return its step."""
-        directory = self.store.newest_intact()
+        directory = self.ranks.on_main(self.store.newest_intact)
         if is_on(self.config.adapter):
             load_adapter(directory, self.model)
         else:
@@ -138,26 +150,28 @@ class Session:
         """Train to the end or until a stop, and record the outcome. `on_end(directory)` is called either way."""
         try:
             if "compile" not in self.run.info:  # decided once: a resumed run computes as the run did before
-                self.run.update(compile=self._should_compile())
+                self._record(compile=self.ranks.on_main(self._should_compile))
             with self.stop, self.display:
                 if self.run.info["compile"]:
                     self._compile()
+                self._begin_together()
                 outcome = self.trainer.run()
-                self.run.update(status=outcome, ended=now(), seconds=round(self.trainer.elapsed(), 1))
+                self._record(status=outcome, ended=now(), seconds=round(self.trainer.elapsed(), 1))
                 if outcome == "finished":
-                    self.samples.write_final(self.run, self.trainer.step)
+                    self.ranks.on_main(lambda: self.samples.write_final(self.run, self.trainer.step))
         except BaseException as error:
+            self.ranks.fail(error)
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             with contextlib.suppress(Exception):  # the disk or the memory may be full: what matters is the message
-                self.run.update(status=status, ended=now(), error=_first_line(error))
-                if isinstance(error, TrainingError):
+                self._record(status=status, ended=now(), error=_first_line(error))
+                if isinstance(error, TrainingError) and self.ranks.is_main:
                     on_end(self.run.directory)
             for callback in self.callbacks:
                 with contextlib.suppress(Exception):
                     callback.on_end(self.run, status)
             raise
         try:
-            on_end(self.run.directory)
+            self.ranks.on_main(lambda: on_end(self.run.directory))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -167,7 +181,27 @@ class Session:
             )
         for callback in self.callbacks:
             callback.on_end(self.run, outcome)
-        return RunResult(self.run, outcome, self.stop.number)
+        return RunResult(self.run, outcome, max(self.ranks.gather(self.stop.number)))
+
+    def _record(self, **values: Any) -> None:
+        """Change entries of run.json, which the main process writes."""
+        if self.ranks.is_main:
+            self.run.update(**values)
+        else:
+            self.run.info.update(values)
+
+    def _begin_together(self) -> None:
+        """Give all processes the weights of the main one, to the bit, and the smallest micro-batch of any."""
+        self.ranks.barrier()  # compiling takes longer on one than on another
+        step = self.training_step
+        step.micro_batch_size = min(self.ranks.gather(step.micro_batch_size))
+        if self.ranks.world_size == 1:
+            return
+        with torch.no_grad():
+            if not self.ranks.is_main:
+                for p in step.parameters:
+                    p.zero_()
+            self.ranks.sum(*step.parameters)
 
     def _compile(self) -> None:
         """Compile the blocks; without them if that fails."""
@@ -183,7 +217,7 @@ class Session:
             if self.config.loop.compile == "on":
                 raise GptsmithError(f"--compile on failed: {_first_line(error)} Use --compile auto or off.") from error
             self.display.print(f"note: compiling failed, continuing without: {_first_line(error)}")
-            self.run.update(compile=False)
+            self._record(compile=False)
         self.trainer.elapsed_before += time.monotonic() - began
 
     def _should_compile(self) -> bool:
@@ -194,7 +228,7 @@ class Session:
         if not compiler_available(device):
             return False
         seconds = min(self._probe() for _ in range(3))
-        seconds *= self.config.loop.batch_size // self.training_step.micro_batch_size
+        seconds *= self.training_step.batch_size // self.training_step.micro_batch_size
         return worth_compiling(seconds * (self.trainer.steps - self.trainer.step), device)
 
     def _probe(self) -> float:

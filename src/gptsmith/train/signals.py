@@ -10,12 +10,18 @@ from typing import Any
 
 from gptsmith.log import note
 
+NOTICE = "Stopping after saving a checkpoint. Press Ctrl-C again to quit now."
+
 
 class StopSignal:
-    """While entered, turn the first SIGINT, SIGTERM or SIGHUP into `requested`. Calling it returns whether one came."""
+    """While entered, turn the first SIGINT, SIGTERM or SIGHUP into `requested`. Calling it returns whether one came.
+
+    announces: whether to say so at once. Of several processes, the first says so once they have agreed.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.announces = True
         self.previous: dict[int, Any] = {}
 
     @property
@@ -43,4 +49,5 @@ class StopSignal:
         if self.requested:
             os._exit(128 + number)  # saving is atomic: no older checkpoint is lost
         self.number = number
-        note("\nStopping after saving a checkpoint. Press Ctrl-C again to quit now.")
+        if self.announces:
+            note(f"\n{NOTICE}")

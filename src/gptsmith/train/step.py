@@ -1,6 +1,9 @@
 """One optimizer update. The trainer, the forecasts and the compile probe all make it here.
 
-gradients of Σ loss / Σ count over all micro-batches  →  clip  →  optimizer step at peak rate · lr_factor
+gradients of Σ loss / Σ count over all micro-batches and processes  →  clip  →  optimizer step at peak rate · lr_factor
+
+Each process takes its rows of the batch and divides their loss by the count of the whole batch. So gradients, losses
+and metrics are sums over processes, and nothing is averaged.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import TrainingError
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
@@ -44,10 +48,11 @@ class TrainingStep(Generic[B]):
     """Makes updates: `step(batch, lr_factor)`.
 
     precision: what losses are computed in. clip: largest gradient norm; 0: no clipping.
-    batch_size: rows of a usual batch. micro_batch_size: rows per forward pass. Where memory runs out it becomes
-        smaller, and the batch is computed again from its beginning with the same random numbers: the result is that of
-        the same batch.
+    batch_size: rows of a usual batch on this process. micro_batch_size: rows per forward pass. Where memory runs out,
+        on any process, it becomes smaller, and the batch is computed again from its beginning with the same random
+        numbers: the result is that of the same batch.
     on_shrink: called with the old and the new size then.
+    ranks: the processes that share each batch. All are called with the same one and return the same result.
     """
 
     def __init__(
@@ -61,15 +66,17 @@ class TrainingStep(Generic[B]):
         batch_size: int,
         clip: float,
         on_shrink: Callable[[int, int], None] = lambda before, after: None,
+        ranks: DistributedContext = ALONE,
     ) -> None:
         self.models, self.objective, self.optimizers, self.precision = models, objective, optimizers, precision
         self.micro_batch_size, self.batch_size = micro_batch_size, batch_size
-        self.clip, self.on_shrink = clip, on_shrink
+        self.clip, self.on_shrink, self.ranks = clip, on_shrink, ranks
         self.device = models.device
         self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         trained = (p for _, module in models.named_modules() for p in module.parameters() if p.requires_grad)
         self.parameters: list[nn.Parameter] = list(dict.fromkeys(trained))  # shared ones once
+        self._summands = _Summands()
 
     @classmethod
     def build(
@@ -80,6 +87,7 @@ class TrainingStep(Generic[B]):
         *,
         precision: ChosenPrecision,
         micro_batch_size: int,
+        ranks: DistributedContext = ALONE,
     ) -> Self:
         """Return the step of a run that trains `policy`: with the objective's models and the optimizers of `config`."""
         if precision == "fp8":
@@ -103,8 +111,9 @@ class TrainingStep(Generic[B]):
             optimizers,
             precision=precision,
             micro_batch_size=micro_batch_size,
-            batch_size=config.loop.batch_size,
+            batch_size=max(1, config.loop.batch_size // ranks.world_size),
             clip=optim.clip,
+            ranks=ranks,
         )
 
     def __call__(self, batch: B, lr_factor: float) -> StepResult:
@@ -113,24 +122,54 @@ class TrainingStep(Generic[B]):
         Raises OutOfMemoryError where not even one row fits.
         """
         count, tokens = self.objective.normalizer(batch)
+        mine = batch.slice(*self.ranks.share(batch.num_rows))
         while True:
             random = self.random_state()
+            reason = ""
             try:
-                loss, metrics = self.accumulate(batch, count)
-                break
+                loss, metrics = self.accumulate(mine, count)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error)
+                reason = str(error) or "out of memory"
+            if not self.ranks.any(reason != ""):
+                break
             # Outside of the handler: the error holds on to every tensor of the failed forward pass.
             self.clear_gradients()
             self.set_random_state(random)
-            self.shrink(reason)
+            self.shrink(next(filter(None, self.ranks.gather(reason))))
+        loss, metrics = self.sum_over_ranks(loss, metrics)
         return StepResult(loss, self.apply(lr_factor), tokens, metrics)
+
+    def sum_over_ranks(self, loss: Tensor, metrics: dict[str, Sum]) -> tuple[Tensor, dict[str, Sum]]:
+        """Add up the gradients over all processes, and the loss and the metrics, which are returned."""
+        if self.ranks.world_size == 1:
+            return loss, metrics
+        mine = _Summands(frozenset(metrics), frozenset(i for i, p in enumerate(self.parameters) if p.grad is not None))
+        if self.ranks.any(mine != self._summands):  # rarely: what has a gradient hardly changes
+            everyone = self.ranks.gather(mine)
+            self._summands = _Summands(
+                frozenset[str]().union(*(each.metrics for each in everyone)),
+                frozenset[int]().union(*(each.gradients for each in everyone)),
+            )
+        names = sorted(self._summands.metrics)
+        values = [loss]
+        for name in names:
+            part = metrics.get(name, Sum(torch.zeros(()), 0.0))
+            values += [part.total, torch.as_tensor(part.count)]
+        numbers = torch.stack([value.detach().to(self.device, torch.float64) for value in values])
+        parameters = [self.parameters[i] for i in sorted(self._summands.gradients)]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self.ranks.sum(*(p.grad for p in parameters if p.grad is not None), numbers)
+        loss, *sums = numbers.unbind()
+        pairs = zip(names, sums[::2], sums[1::2], strict=True)
+        return loss.float(), {name: Sum(total, count) for name, total, count in pairs}
 
     def accumulate(self, batch: B, count: float) -> tuple[Tensor, dict[str, Sum]]:
         """Add the gradients of (loss sum of `batch`) / count, one micro-batch after the other; return it, and the sums
-        of the metrics."""
+        of the metrics. All of this process alone."""
         total = torch.zeros((), device=self.device)
         metrics: dict[str, Sum] = {}
         for start in range(0, batch.num_rows, self.micro_batch_size):
@@ -213,6 +252,14 @@ class TrainingStep(Generic[B]):
             torch.set_rng_state(state["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state:
             torch.cuda.set_rng_state(state["rng/cuda"], self.device)
+
+
+@dataclass(frozen=True)
+class _Summands:
+    """What is added up over processes: names of metrics, and the indices of the parameters that have gradients."""
+
+    metrics: frozenset[str] = frozenset()
+    gradients: frozenset[int] = frozenset()
 
 
 def add_sums(sums: dict[str, Sum], more: Mapping[str, Sum]) -> None:

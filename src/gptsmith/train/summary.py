@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import RunConfig
 from gptsmith.train.objectives.registry import Prepared
 from gptsmith.train.session import Session
+from gptsmith.train.step import TrainingStep
 
 
 def summary(session: Session, config: RunConfig, dataset: Prepared | None) -> str:
@@ -19,7 +22,7 @@ def summary(session: Session, config: RunConfig, dataset: Prepared | None) -> st
         f"model       {model.model_type}: {_layers(model.num_hidden_layers)}, width {model.hidden_size}, "
         f"{_parameters(session.model)}",
         f"device      {session.training_step.device}, {run.info['precision']}",
-        f"batch       {_batch(config, session.training_step.micro_batch_size)}",
+        f"batch       {_batch(config, session.training_step)}",
         f"steps       {session.trainer.steps:,}",
         f"run         {run.directory}",
     ]
@@ -31,10 +34,12 @@ def _parameters(model: Transformer) -> str:
     return f"{total:,} parameters" if trained == total else f"{total:,} parameters, {trained:,} of them trained"
 
 
-def _batch(config: RunConfig, micro_batch_size: int) -> str:
+def _batch(config: RunConfig, step: TrainingStep[Any]) -> str:
     loop = config.loop
     batch = f"{loop.batch_size:,} sequences of {loop.context:,} tokens"
-    return batch if micro_batch_size >= loop.batch_size else f"{batch}, {micro_batch_size:,} at a time"
+    if step.ranks.world_size > 1:
+        batch += f", {step.batch_size:,} on each of {step.ranks.world_size} processes"
+    return batch if step.micro_batch_size >= step.batch_size else f"{batch}, {step.micro_batch_size:,} at a time"
 
 
 def _layers(number: int) -> str:

@@ -3,6 +3,9 @@
 It owns schedules, logging, evaluation, saving, resuming and signals; `TrainingStep` makes the updates. The order within
 a step is fixed: update, log, save, evaluate. So no evaluation can cost a checkpoint, and what a step does is a function
 of the state that a checkpoint holds: stopping anywhere and resuming gives, bit for bit, the run that never stopped.
+
+Where several processes share a run, each has a trainer, and all take the same course: what depends on a clock, a signal
+or a file is agreed. The main one alone writes files, calls callbacks and shows progress.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
+from gptsmith.distributed.context import seed_of_rank
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.log import JsonLines
 from gptsmith.run_directory import Run, evaluation_at
@@ -26,6 +30,7 @@ from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig
 from gptsmith.train.display import Display
 from gptsmith.train.objectives.base import LossHistory, Sum
+from gptsmith.train.signals import NOTICE
 from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
 
 Outcome = Literal["finished", "interrupted"]
@@ -54,9 +59,13 @@ class Trainer:
     ) -> None:
         self.config, self.run_files, self.training_step, self.tokenizer = config, run, training_step, tokenizer
         self.models, self.model = training_step.models, training_step.models.policy
-        self.objective, self.optimizers = training_step.objective, training_step.optimizers
+        self.objective, self.optimizers, self.ranks = (
+            training_step.objective,
+            training_step.optimizers,
+            training_step.ranks,
+        )
         self.store, self.display, self.deadline, self.callbacks = store, display, deadline, callbacks
-        self._stop_requested, self._callback_stopped = should_stop, False
+        self._stop_requested, self._callback_stopped, self._said_stop = should_stop, False, False
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         training_step.on_shrink = self._announce_shrink
         self.device = training_step.device
@@ -100,7 +109,7 @@ class Trainer:
         self.save_seconds = SAVE_SECONDS if self.store.steps() else FIRST_SAVE_SECONDS
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
         while self.step < self.steps:
-            if self.should_stop():
+            if self._stop_agreed():
                 self._save()
                 return "interrupted"
             factor = self._lr_factor()
@@ -111,10 +120,18 @@ class Trainer:
             if self._save_due():
                 self._save()
             self._evaluate_if_due()
-        return "interrupted" if self.should_stop() else "finished"
+        return "interrupted" if self._stop_agreed() else "finished"
 
     def should_stop(self) -> bool:
         return self._callback_stopped or self._stop_requested()
+
+    def _stop_agreed(self) -> bool:
+        """Return whether any process was asked to stop."""
+        stop = self.ranks.any(self.should_stop())
+        if stop and self.ranks.world_size > 1 and not self._said_stop:
+            self.display.print(NOTICE)
+            self._said_stop = True
+        return stop
 
     def elapsed(self) -> float:
         """Return the seconds that this run has trained, over all its processes."""
@@ -154,12 +171,12 @@ class Trainer:
             try:
                 batch = self.objective.next_batch(self.models, self.step)
             except Exception:
-                if self.step:
+                if self.step and self.ranks.world_size == 1:  # others might not fail here, and not save with this one
                     self._save()
                 raise
             if batch.num_rows and self.objective.normalizer(batch)[0] > 0:
                 return batch
-            if self.should_stop():
+            if self._stop_agreed():
                 break
         name = type(self.objective).__name__
         raise TrainingError(
@@ -194,7 +211,8 @@ class Trainer:
         what = self.objective.diverged(self.history) if finite else "is not a number"
         if what is None:
             return
-        self.metrics.append(step=self.step, time=round(self.elapsed(), 3), loss=loss, grad_norm=norm)
+        if self.ranks.is_main:
+            self.metrics.append(step=self.step, time=round(self.elapsed(), 3), loss=loss, grad_norm=norm)
         steps = self.store.steps()
         kept = (
             f"The last good checkpoint is {self.store.path(steps[-1])}."
@@ -262,6 +280,8 @@ class Trainer:
             **metrics,
         }
         self.seconds_since_log = self.tokens_since_log = 0.0
+        if not self.ranks.is_main:
+            return
         self.metrics.append(**row)
         self.display.step(self.step, row)
         self._call("on_log", row)
@@ -277,14 +297,29 @@ class Trainer:
         return self.step % self.eval_every == 0
 
     def _evaluate_if_due(self) -> None:
-        if not self._evaluation_due() or self.should_stop():
+        if not self._evaluation_due() or self._stop_agreed():
             return
-        if evaluation_at(self.metrics.read(), self.step, self.objective.selection) is not None:
+        if self.ranks.on_main(self._is_evaluated):
             return
         began = time.monotonic()
         self.display.say("evaluating")
+        if self.objective.shares_evaluation:
+            values = self._evaluate()
+        else:
+            values = self.ranks.on_main(self._evaluate)
+        self.ranks.on_main(lambda: self._record_evaluation(values))
+        if self.deadline is not None:
+            self.deadline.record_evaluation(time.monotonic() - began)
+
+    def _is_evaluated(self) -> bool:
+        return evaluation_at(self.metrics.read(), self.step, self.objective.selection) is not None
+
+    def _evaluate(self) -> dict[str, float] | None:
         with self.training_step.autocast():
-            values = self.objective.evaluate(self.models, self.training_step.micro_batch_size)
+            return self.objective.evaluate(self.models, self.training_step.micro_batch_size)
+
+    def _record_evaluation(self, values: dict[str, float] | None) -> None:
+        """Write the metrics of an evaluation, and do what follows one."""
         row = None
         if values is not None:
             if self.objective.selection.metric not in values:
@@ -304,18 +339,17 @@ class Trainer:
         self.store.update_links()
         if not self.should_stop():
             self._call("on_evaluation", row or {"step": self.step})
-        if self.deadline is not None:
-            self.deadline.record_evaluation(time.monotonic() - began)
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
     def _save_due(self) -> bool:
         """Return whether to save after this step: by the steps, before an evaluation, or by the time since the last."""
         by_steps = self.step % (self.config.loop.save_every or self.eval_every) == 0
-        return by_steps or self._evaluation_due() or time.monotonic() - self.last_save > self.save_seconds
+        late = self.ranks.any(time.monotonic() - self.last_save > self.save_seconds)
+        return by_steps or self._evaluation_due() or late
 
     def _save(self) -> None:
-        if self.step in self.store.steps():
+        if self.ranks.on_main(lambda: self.step in self.store.steps()):
             return
         self._wait()
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
@@ -340,11 +374,16 @@ class Trainer:
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
         tensors |= {f"objective/{name}": tensor.detach().cpu() for name, tensor in objective.tensors.items()}
-        tensors |= self.training_step.random_state()
-        state = TrainState(values, tensors)
-        path = self.store.save(self.step, self.model, self.tokenizer, state, keep=self.config.loop.keep_checkpoints)
+        for rank, random in enumerate(self.ranks.gather(self.training_step.random_state())):
+            tensors |= {_random_name(rank, name): tensor for name, tensor in random.items()}
+
+        def write() -> None:
+            state, keep = TrainState(values, tensors), self.config.loop.keep_checkpoints
+            path = self.store.save(self.step, self.model, self.tokenizer, state, keep=keep)
+            self._call("on_save", self.step, path)
+
+        self.ranks.on_main(write)
         self.last_save, self.save_seconds = time.monotonic(), SAVE_SECONDS
-        self._call("on_save", self.step, path)
 
     def restore(self, state: TrainState) -> None:
         """Continue from a checkpoint's state (the policy's weights are loaded already)."""
@@ -357,8 +396,8 @@ class Trainer:
             self.objective.load_state(TrainState(values["objective"], part("objective/")))
             self.training_step.scaler.load_state_dict(values["scaler"])
             self.optimizers.load_state_tensors(part("optimizer/"))
-            self.training_step.set_random_state(tensors)
             self.step = int(values["step"])
+            self._restore_random_state(tensors)
             if self.deadline is not None:  # which has planned anew; otherwise as the configuration says
                 self.steps = int(values["steps"])
             self.tokens_seen = float(values["tokens_seen"])
@@ -374,6 +413,19 @@ class Trainer:
             self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
+
+    def _restore_random_state(self, tensors: dict[str, Tensor]) -> None:
+        """Continue this process's random numbers; those of a process that was not there before begin anew."""
+        rank, names = self.ranks.rank, self.training_step.random_state()
+        states = {name: tensors[key] for name in names if (key := _random_name(rank, name)) in tensors}
+        if rank and not states:
+            torch.manual_seed(seed_of_rank(self.config.loop.seed, rank, self.step))
+        self.training_step.set_random_state(states)
+
+
+def _random_name(rank: int, name: str) -> str:
+    """Return the name in a checkpoint of the random-number state `name` of a process."""
+    return f"{name}/{rank}" if rank else name
 
 
 def migrated(values: dict[str, Any]) -> dict[str, Any]:

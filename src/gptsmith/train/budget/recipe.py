@@ -307,8 +307,8 @@ def _filled(config: RunConfig, overrides: Collection[str], text: Text, tokens: f
     """Return `config` with the batch size, learning rates and steps for that many tokens."""
     loop, micro = config.loop, config.loop.micro_batch_size
     if "batch_size" not in overrides:
-        size = max(1, batch_for(tokens) // loop.context)
-        config = config.replace(batch_size=micro * -(-size // micro) if micro else size)
+        size, unit = max(1, batch_for(tokens) // loop.context), (micro or 1) * config.parallel.processes
+        config = config.replace(batch_size=unit * -(-size // unit))
     lr, embedding_lr = rates_for(config.loop.batch_size * loop.context)
     if text.init is not None:
         lr, embedding_lr = lr * INIT_LR_FACTOR, embedding_lr * INIT_LR_FACTOR

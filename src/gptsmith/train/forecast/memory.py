@@ -437,17 +437,21 @@ def fit_into_memory(
     objective: Objective[Any] | None = None,
     micro_batch_size: int | None = None,
     activation_checkpointing: bool | None = None,
+    processes: int = 1,
 ) -> Fit:
     """Return the micro-batch size to train with: the one asked for, or the largest that fits into the available memory.
 
     With `--activation-checkpointing auto`, blocks are recomputed only where not even one row fits otherwise.
     micro_batch_size, activation_checkpointing: of a resumed run, instead of the configuration's.
+    processes: how many such processes this machine runs; without a GPU they share its memory.
     Reports a change with `note`; UsageError with the numbers where not even 1 fits.
     """
     loop = config.loop
     asked = micro_batch_size or loop.micro_batch_size or loop.batch_size
     recompute = loop.activation_checkpointing == "on" if activation_checkpointing is None else activation_checkpointing
     available = available_memory(device)
+    if available is not None and device.type != "cuda":
+        available //= processes
     if available is None or certainly_fits(config, model_config, asked, available):
         return Fit(asked, recompute)
 

@@ -98,11 +98,14 @@ class Objective(Generic[B]):
     """A training task. Subclass it; the methods with a body have sensible defaults.
 
     `next_batch` and `loss` must be functions of the models, the random-number state and what `state` returns: then a
-    run that was killed and resumed computes what it would have computed without the interruption.
+    run that was killed and resumed computes what it would have computed without the interruption. Where several
+    processes share a run, each calls `next_batch` and `normalizer` for the whole batch, and `loss` for its own rows.
     """
 
     selection: Selection = Selection("val_loss", "min")
     """The evaluation metric that chooses the best checkpoint."""
+    shares_evaluation: bool = False
+    """Whether all processes of a run call `evaluate` and share its work; otherwise the first one does it alone."""
 
     evaluates_start: bool = False
     """Whether to evaluate before the first update, too: what training changes is then in the metrics."""

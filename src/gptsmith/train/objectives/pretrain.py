@@ -12,6 +12,7 @@ from torch import Tensor
 from gptsmith.checkpoint import TrainState
 from gptsmith.data.loader import TokenBatch, TokenLoader, whole_split_batches
 from gptsmith.data.shards import Dataset
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import CheckpointError, DataError
 from gptsmith.evaluate.validation import split_loss
 from gptsmith.model.loss import training_loss_sum
@@ -52,6 +53,8 @@ class NextToken(Objective[TokenBatch]):
 class Pretrain(NextToken):
     """Next-token prediction over a prepared dataset."""
 
+    shares_evaluation = True
+
     def __init__(
         self,
         dataset: Dataset,
@@ -63,9 +66,10 @@ class Pretrain(NextToken):
         mask_documents: bool = False,
         eval_tokens: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        ranks: DistributedContext = ALONE,
     ) -> None:
         super().__init__(seq_len=seq_len, vocab_size=vocab_size, mask_documents=mask_documents)
-        self.dataset, self.eval_tokens, self.should_stop = dataset, eval_tokens, should_stop
+        self.dataset, self.eval_tokens, self.should_stop, self.ranks = dataset, eval_tokens, should_stop, ranks
         self.loader = TokenLoader(
             dataset.train, batch_size=batch_size, seq_len=seq_len, seed=seed, mask_documents=mask_documents
         )
@@ -80,12 +84,20 @@ class Pretrain(NextToken):
         return next(self.loader)
 
     def _validation_batches(self, size: int) -> Iterator[TokenBatch]:
+        """Return this process's batches: every one whose number is its rank, modulo the number of processes."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
         batches = whole_split_batches(
-            self.dataset.val, batch_size=size, seq_len=self.seq_len, mask_documents=self.mask_documents
+            self.dataset.val,
+            batch_size=size,
+            seq_len=self.seq_len,
+            mask_documents=self.mask_documents,
+            rank=rank,
+            world_size=world_size,
         )
         if self.eval_tokens is None:
             return iter(batches)
-        return islice(batches, max(1, self.eval_tokens // (size * self.seq_len)))
+        all_ranks = max(1, self.eval_tokens // (size * self.seq_len))
+        return islice(batches, len(range(rank, all_ranks, world_size)))
 
     def evaluate(self, models: Models, rows: int) -> dict[str, float] | None:
         """Return `val_loss`: mean nats per token over the validation split."""
@@ -94,7 +106,9 @@ class Pretrain(NextToken):
         size = evaluation_rows(rows, self.seq_len)
         while True:
             try:
-                value = split_loss(models.policy, self._validation_batches(size), should_stop=self.should_stop)
+                value = split_loss(
+                    models.policy, self._validation_batches(size), should_stop=self.should_stop, ranks=self.ranks
+                )
                 return None if value is None else {"val_loss": value}
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or size == 1:

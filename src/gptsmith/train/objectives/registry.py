@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gptsmith.data.shards import Dataset
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
@@ -64,6 +65,8 @@ class ObjectiveContext:
     """The prepared data: a `Dataset` of a text, or what the method's `open_data` gives; None for a run without data."""
     should_stop: Callable[[], bool] = lambda: False
     """Becomes true when the run is to be saved and stopped: long work should look at it."""
+    ranks: DistributedContext = ALONE
+    """The processes that share the run."""
 
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective[Any]]
@@ -113,6 +116,7 @@ def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pret
         mask_documents=method.masks_documents,
         eval_tokens=method.eval_tokens,
         should_stop=context.should_stop,
+        ranks=context.ranks,
     )
 
 

@@ -1,0 +1,1 @@
+"""Training by several processes, on PyTorch's own distributed engine."""
