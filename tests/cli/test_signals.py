@@ -113,7 +113,7 @@ def test_ctrl_c_before_the_first_step(
     def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("gptsmith.train.run.prepare", interrupted)
+    monkeypatch.setattr("gptsmith.train.text.prepare", interrupted)
     assert run_cli("train", text_file, "--out", tmp_path / "run", *tiny) == (130, "", "\nStopped.\n")
     assert not (tmp_path / "run").exists()
 

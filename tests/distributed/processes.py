@@ -32,7 +32,7 @@ def started(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     processes = []
     for rank in range(world_size):
         environment = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}

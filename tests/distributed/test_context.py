@@ -32,7 +32,12 @@ def collectives() -> dict[str, Any]:
         context.BUCKET_BYTES = 40  # each message has one or two of them
         ranks.sum(*large)
         order: list[float] = []
-        ranks.main_first(lambda: (time.sleep(0.3 * (not rank)), order.append(time.monotonic())))
+
+        def work() -> None:
+            time.sleep(0.3 * (not rank))
+            order.append(time.monotonic())
+
+        ranks.main_first(work)
         return {
             "sum": (a.tolist(), b.tolist(), column.tolist(), [tensor.tolist() for tensor in large]),
             "any": (ranks.any(rank == 1), ranks.any(False), ranks.any(True)),
