@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
-from gptsmith.model.moe import MixtureOfExperts, expert_load, load_balancing_loss, router_z_loss, swiglu
+from gptsmith.model.moe import MixtureOfExperts, expert_load, gated, load_balancing_loss, router_z_loss
 from gptsmith.model.upcycle import upcycle
 from gptsmith.train.config import ModelOptions, run_config
 from gptsmith.train.run import start
@@ -35,7 +36,7 @@ def test_equals_computing_every_expert_for_every_token(experts: int, chosen: int
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     every = torch.stack(
-        [swiglu(x[0], *both) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
+        [gated(x[0], *both, F.silu) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
     )  # (N, E, C)
     expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
     torch.testing.assert_close(layer(x)[0], expected, atol=5e-5, rtol=5e-5)

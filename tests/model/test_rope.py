@@ -39,7 +39,7 @@ def test_refused_extensions() -> None:
         extend_context(families.gpt2(), 2048)
     with pytest.raises(UsageError, match="already"):
         extend_context(SMALL, 64)
-    with pytest.raises(UsageError, match="at least 1"):
-        RopeScaling("linear", 0.5)
+    with pytest.raises(UsageError, match="above 0"):
+        RopeScaling("linear", 0.0)
     with pytest.raises(UsageError, match="original_max_position_embeddings"):
         RopeScaling("yarn", 2.0)

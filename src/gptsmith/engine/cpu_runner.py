@@ -1,7 +1,8 @@
 """Runs small batches on a CPU as one compiled program, since calling PyTorch's operators takes as long as computing.
 
-Supports dense pre-norm models in float32, 8 or 4 bits, with any position scheme and window. All else (experts,
-post-norm, adapters, many tokens at once) goes through `Transformer.forward`, which computes the same.
+Supports dense pre-norm models with SwiGLU or GELU in float32, 8 or 4 bits, with any position scheme and window. All
+else (experts, post-norm, other activations, adapters, many tokens at once) goes through `Transformer.forward`, which
+computes the same.
 
 Axis letters: N new tokens · E query width (all heads) · F intermediate width · R width of queries, keys and values.
 """
@@ -37,6 +38,8 @@ def is_supported(model: Transformer) -> bool:
         and (not plain or weight.dtype == torch.float32)
         and c.norm_position == "pre"
         and not c.num_experts
+        and c.mlp in _ACTIVATIONS
+        and not c.scale_attn_by_inverse_layer_idx  # the program has one scale for all layers
         and not lora_layers(model)  # which it would not see
         and all(isinstance(layer.mlp, MLP) for layer in model.layers)
         and (not c.qk_norm or c.norm == "rmsnorm")
@@ -103,7 +106,7 @@ class CpuRunner(Runner):
         c, threads = self.model.config, torch.get_num_threads()
         E, F = c.num_attention_heads * c.head_dim, c.intermediate_size
         R = E + 2 * c.num_key_value_heads * c.head_dim
-        widest = -(-max(2 * F if c.mlp == "swiglu" else F, c.hidden_size) // 16) * 16
+        widest = -(-max(2 * F if c.gated_mlp else F, c.hidden_size) // 16) * 16
         if self._arrays_for[0] < N or self._arrays_for[1] != threads:
             self._arrays_for = capacity, threads = 1 << (N - 1).bit_length(), threads
             columns = capacity * max(c.hidden_size, E, F)

@@ -26,7 +26,7 @@ class ModelTransform:
     context: int | None = None
     """Extend the context to this many tokens, beyond what the model was trained on (RoPE models only)."""
     rope_scaling: Literal["yarn", "linear", "ntk", "llama3"] | None = None
-    """How --context scales the rotary positions (default: yarn)."""
+    """How --context scales the rotary positions (default: yarn; longrope in a model that has it)."""
     upcycle: int | None = None
     """Turn every feed-forward layer into this many experts, initially copies of it (llama, mistral, qwen3)."""
     experts_per_tok: int | None = None
@@ -52,7 +52,7 @@ class ModelTransform:
         from gptsmith.model.upcycle import upcycle
 
         if self.context is not None:
-            model.extend_context(self.context, self.rope_scaling or "yarn")
+            model.extend_context(self.context, self.rope_scaling)
         if self.upcycle is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # initialize the routers the same way each time
@@ -63,7 +63,8 @@ class ModelTransform:
         """Return sentences for the model card that describe the changes; empty if there are none."""
         changes = []
         if self.context is not None:
-            changes.append(f"The context was extended to {self.context:,} tokens ({self.rope_scaling or 'yarn'}).")
+            method = self.rope_scaling or "YaRN, or LongRoPE where the model has it"
+            changes.append(f"The context was extended to {self.context:,} tokens ({method}).")
         if self.upcycle is not None:
             used = self.experts_per_tok or 2
             changes.append(f"Each feed-forward layer was upcycled to {self.upcycle} experts, {used} per token.")

@@ -17,6 +17,30 @@ from gptsmith.formats.gguf_weights import ARCHITECTURES
 
 _MAX_CONTEXT = 1 << 24  # tokens; RoPE tables are as long as the context
 
+# Settings that change what llama.cpp computes; with these values they change nothing, and no others are supported.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.temperature_length": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_weights_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "use_parallel_residual": (False,),
+}
+_NEUTRAL_YARN: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
@@ -72,6 +96,7 @@ class _ConfigReader:
         known = sorted({each.gguf for each in ARCHITECTURES.values()})
         if self.arch not in known:
             raise self.fail(f"unknown architecture {self.arch!r:.80}. Supported: {', '.join(known)}")
+        self.check_neutral(_NEUTRAL)
         has_experts = self.file.metadata.get(f"{self.arch}.expert_count", 0) != 0
         candidates = [a for a in ARCHITECTURES.values() if a.gguf == self.arch and bool(a.experts) == has_experts]
         if not candidates:
@@ -100,6 +125,13 @@ class _ConfigReader:
         if arch.hf == "gpt2":
             return common | self.gpt2_config(hidden_size, layers, context)
         return common | self.llama_config(arch.hf, has_experts, hidden_size, layers, context)
+
+    def check_neutral(self, settings: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise CheckpointError for a setting that has another value than those that change nothing."""
+        for key, neutral in settings.items():
+            value = self.file.metadata.get(f"{self.arch}.{key}", neutral[0])
+            if isinstance(value, np.ndarray) or value not in neutral:
+                raise self.fail(f"the setting {self.arch}.{key} is {value!r:.80}, which is not supported")
 
     def embeddings_are_tied(self) -> bool:
         """Return whether there is no output matrix, or only a copy of the embeddings, as some writers store it."""
@@ -206,9 +238,10 @@ class _ConfigReader:
             factor = 1.0
         else:
             raise self.fail(f"RoPE scaling of type {kind!r:.80} is not supported")
-        if kind == "linear" and factor > 1:
+        if kind == "linear" and factor != 1:
             return {"rope_type": "linear", "factor": factor}
         if kind == "yarn":
+            self.check_neutral(_NEUTRAL_YARN)
             original = self.get("rope.scaling.original_context_length")
             return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         return {"rope_type": "default"}
@@ -287,7 +320,10 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
     arch = ARCHITECTURES[c["model_type"]]
     if arch.hf == "gpt2":
         if c["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise UsageError("llama.cpp's gpt2 uses tanh GELU; this model uses exact GELU.")
+            raise UsageError(f"llama.cpp's gpt2 uses tanh GELU; this model uses {c['activation_function']}.")
+        for key, supported in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            if c.get(key, supported) != supported:
+                raise UsageError(f"llama.cpp's gpt2 has no setting for {key}={c[key]}.")
         settings: dict[str, Any] = {
             "context_length": c["n_positions"],
             "embedding_length": c["n_embd"],
@@ -299,6 +335,10 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
         }
         return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
 
+    if c["hidden_act"] not in ("silu", "swish"):
+        raise UsageError(
+            f"llama.cpp's {arch.gguf} uses SwiGLU; this model's feed-forward layers use {c['hidden_act']}."
+        )
     if c.get("attention_bias") and arch.gguf != "llama":
         raise UsageError(f"llama.cpp's {arch.gguf} has no attention biases; this model has them.")
     if (arch.qkv_bias or c.get("attention_bias")) and c["num_attention_heads"] * c["head_dim"] != c["hidden_size"]:
@@ -348,14 +388,17 @@ def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "llama3":
         return {"rope.scaling.original_context_length": original}
     if kind == "yarn":
-        default = 0.1 * math.log(rope["factor"]) + 1
+        default = 0.1 * math.log(max(1.0, rope["factor"])) + 1
         if (
-            not math.isclose(rope.get("attention_factor") or default, default, rel_tol=1e-6)
+            not math.isclose(rope.get("attention_factor", default), default, rel_tol=1e-6)
             or rope.get("beta_fast") not in (None, 32)
             or rope.get("beta_slow") not in (None, 1)
+            or not rope.get("truncate", True)
+            or rope["factor"] < 1
         ):
             raise UsageError(
-                "llama.cpp's YaRN supports only beta_fast=32, beta_slow=1 and the default attention_factor."
+                "llama.cpp's YaRN supports only beta_fast=32, beta_slow=1, truncate=true, the default attention_factor "
+                "and a factor of at least 1."
             )
         return {
             "rope.scaling.type": "yarn",

@@ -94,8 +94,10 @@ def config_to_hf(
     config: ModelConfig, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Return the contents of `config.json`. Raise CheckpointError for a configuration that the layout cannot hold."""
-    if config.attention_scale is not None and config.model_type != "gpt_neo":
+    if config.attention_scale is not None and config.model_type not in ("gpt_neo", "gpt2"):
         raise CheckpointError(f"the {config.model_type} layout supports no attention_scale but 1/sqrt(head_dim).")
+    if config.scale_attn_by_inverse_layer_idx and config.model_type != "gpt2":
+        raise CheckpointError(f"the {config.model_type} layout has no scale_attn_by_inverse_layer_idx.")
     return {
         **LAYOUTS[config.model_type].config_to_hf(config),
         "model_type": config.model_type,
@@ -120,14 +122,20 @@ def token_ids(bos_token_id: int | None, end_ids: Sequence[int]) -> dict[str, Any
 def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Return the model configuration for the contents of a `config.json`.
 
-    where: the file, for messages. Raises CheckpointError for an unknown `model_type`, a missing key or a bad value.
+    where: the file, for messages. Raises CheckpointError for an unknown `model_type`, a bad value, or a setting that
+    is not supported.
     """
-    model_type = values.get("model_type")
+    model_type = hf_config.model_type_of(values)
     try:
         if model_type not in LAYOUTS:
             supported = ", ".join(sorted(LAYOUTS))
             raise CheckpointError(f"{where}: unknown model_type {model_type!r}. Supported: {supported}.")
-        return LAYOUTS[model_type].config_from_hf(values)
+        return LAYOUTS[model_type].config_from_hf(hf_config.settings(values, model_type))
+    except CheckpointError as error:
+        message = str(error)
+        if where not in message:
+            message = message.replace("config.json", where, 1) if "config.json" in message else f"{where}: {message}"
+        raise CheckpointError(message) from None
     except KeyError as error:
         raise CheckpointError(f"{where} lacks {error}.") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

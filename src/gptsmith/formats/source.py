@@ -193,6 +193,11 @@ def open_model(path: Path) -> ModelSource:
         return _open_gguf(path)
     values = read_config_file(path)
     config = _checked_config(values, str(path / CONFIG_FILE))
+    if config.max_position_embeddings < values.get("max_position_embeddings", 0):
+        note(
+            f"note: {path} has other rotary positions for more than {config.max_position_embeddings:,} tokens. Its "
+            "context ends there; `gptsmith import --context` makes a model with those for more."
+        )
     generation = read_generation_config(path)
     bits = bits_of_config(values.get("quantization_config"))
     if bits is not None:

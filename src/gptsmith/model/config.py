@@ -6,22 +6,43 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gptsmith.errors import UsageError
+from gptsmith.errors import UsageError, nearest
 
 IGNORED = -100
 """A target that does not count in a loss. It is defined here since data preparation does without torch."""
 
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "tanh",
+)
+"""The activations of feed-forward layers; `gptsmith.model.activations` computes them."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are scaled to extend the context beyond the one in training.
+    """How rotary angles differ from the plain ones, mostly to extend the context beyond the one in training.
 
     linear: positions are divided by `factor` (Chen et al. 2023, 2306.15595). yarn: low frequencies are slowed down,
     high ones kept, and attention is sharpened (Peng et al. 2023, 2309.00071). llama3: frequencies are scaled by their
-    wavelength (Llama 3.1).
+    wavelength (Llama 3.1). longrope: each frequency is divided by its own number, and attention is sharpened (Ding et
+    al. 2024, 2402.13753). proportional: only the first part of the frequencies turn, divided by `factor`.
     """
 
-    kind: Literal["linear", "yarn", "llama3"]
+    kind: Literal["linear", "yarn", "llama3", "longrope", "proportional"]
     factor: float
     original_max_position_embeddings: int | None = None
     low_freq_factor: float = 1.0
@@ -29,12 +50,30 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    """What yarn and longrope multiply cosines and sines by; None: derived from `factor`."""
+    truncate: bool = True
+    """yarn: round the dimensions at which interpolation begins and ends to whole ones."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: the D/2 divisors of the frequencies."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: those for contexts beyond the original one, to which `extend_context` switches."""
+    partial_rotary_factor: float = 1.0
+    """proportional: the part of a head that turns."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise UsageError(f"a rope scaling factor must be at least 1, not {self.factor}.")
-        if self.kind in ("yarn", "llama3") and not self.original_max_position_embeddings:
-            raise UsageError(f"rope scaling {self.kind!r} needs original_max_position_embeddings.")
+        if not self.factor > 0:
+            raise UsageError(f"a rope scaling factor must be above 0, not {self.factor}.")
+        if self.kind in ("yarn", "llama3", "longrope") and (self.original_max_position_embeddings or 0) < 1:
+            raise UsageError(f"rope scaling {self.kind!r} needs original_max_position_embeddings, at least 1.")
+        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
+            raise UsageError(
+                f"rope scaling 'llama3' needs a high_freq_factor ({self.high_freq_factor}) above its low_freq_factor "
+                f"({self.low_freq_factor}), and both above 0."
+            )
+        if self.kind == "longrope" and not all(x > 0 for x in (*self.short_factor, *self.long_factor)):
+            raise UsageError("rope scaling 'longrope' needs a short_factor and a long_factor of numbers above 0.")
+        if not 0 <= self.partial_rotary_factor <= 1:
+            raise UsageError(f"partial_rotary_factor must be between 0 and 1, not {self.partial_rotary_factor}.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,9 @@ class ModelConfig:
     norm_eps: float
     position: Literal["learned", "rope"]
     rope_theta: float | None
-    mlp: Literal["gelu", "gelu_tanh", "swiglu"]
+    mlp: str
+    """The feed-forward layer: one of `ACTIVATIONS`, or for a layer with a gate `gated_` and one of them (2002.05202);
+    `swiglu` is the gated `silu`."""
     qk_norm: bool
     attention_bias: bool
     mlp_bias: bool
@@ -74,6 +115,8 @@ class ModelConfig:
     """Whether the output projection of attention has a bias; None: as `attention_bias`."""
     attention_scale: float | None = None
     """Factor of the scores q·k before the softmax; None: 1/sqrt(head_dim)."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Whether the scores of layer i = 0, 1, ... are divided by i + 1, too (Mistral's GPT-2 models)."""
     sliding_window: int | None = None
     """How many tokens a token sees in a layer with a sliding window, itself included."""
     window_pattern: tuple[bool, ...] = ()
@@ -91,6 +134,22 @@ class ModelConfig:
     """Weight of the load-balancing loss in training."""
     router_z_loss_coef: float = 0.0
     """Weight of the router z-loss in training."""
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the feed-forward layer has a gate: down(activation(gate(x)) · up(x))."""
+        return self.mlp == "swiglu" or self.mlp.startswith("gated_")
+
+    @property
+    def activation(self) -> str:
+        """The activation of the feed-forward layer, one of `ACTIVATIONS`."""
+        return "silu" if self.mlp == "swiglu" else self.mlp.removeprefix("gated_")
+
+    def scale_of(self, layer: int) -> float | None:
+        """Return the factor of the attention scores of `layer`; None: 1/sqrt(head_dim)."""
+        if not self.scale_attn_by_inverse_layer_idx:
+            return self.attention_scale
+        return (self.attention_scale or self.head_dim**-0.5) / (layer + 1)
 
     def window_of(self, layer: int) -> int | None:
         """Return the sliding window of `layer`; None: it has none."""
@@ -116,20 +175,30 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"model.num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.activation not in ACTIVATIONS or self.mlp == "gated_silu":
+            known = ("swiglu", *ACTIVATIONS, *(f"gated_{name}" for name in ACTIVATIONS if name != "silu"))
+            raise UsageError(f"unknown mlp {self.mlp!r}.{nearest(self.mlp, known)} Known: {', '.join(known)}.")
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise UsageError(f"attention_scale must be above 0, not {self.attention_scale}.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and {self.num_experts}."
             )
-        if self.num_experts and (self.mlp != "swiglu" or self.mlp_bias):
-            raise UsageError('experts must be SwiGLU layers without biases (mlp="swiglu", mlp_bias=False).')
+        if self.num_experts and (not self.gated_mlp or self.mlp_bias):
+            raise UsageError('experts must be layers with a gate and without biases (mlp="swiglu", mlp_bias=False).')
         if self.shared_expert_intermediate_size < 0 or (self.shared_expert_intermediate_size and not self.num_experts):
             raise UsageError("shared_expert_intermediate_size must be at least 0, and 0 in a model without experts.")
         if any(self.window_pattern) and (self.sliding_window or 0) < 1:
             raise UsageError(f"window_pattern needs a sliding_window of at least 1, not {self.sliding_window}.")
         if self.rope_scaling is not None and self.position != "rope":
             raise UsageError("rope_scaling needs rotary positions.")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                if len(getattr(self.rope_scaling, name)) != self.head_dim // 2:
+                    raise UsageError(
+                        f"rope scaling 'longrope' needs a {name} of {self.head_dim // 2} numbers, one per pair of a "
+                        f"head, not {len(getattr(self.rope_scaling, name))}."
+                    )
         if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
             raise UsageError(f"rotary positions need an even head_dim (here {self.head_dim}) and a rope_theta.")
 

@@ -29,7 +29,7 @@ def count_parameters(config: ModelConfig) -> Size:
     attention = c.hidden_size * (q + 2 * kv) + q * c.hidden_size
     small = (q + 2 * kv) * c.attention_bias + c.hidden_size * output_bias + 2 * norm * c.hidden_size
     small += 2 * norm * c.head_dim * c.qk_norm
-    up_matrices = 2 if c.mlp == "swiglu" else 1
+    up_matrices = 2 if c.gated_mlp else 1
     expert = (up_matrices + 1) * c.hidden_size * c.intermediate_size
     small += (up_matrices * c.intermediate_size + c.hidden_size) * c.mlp_bias
     router = c.hidden_size * c.num_experts

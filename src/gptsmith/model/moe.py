@@ -9,23 +9,27 @@ Komatsuzaki et al. 2022 (2212.05055).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptsmith.model.activations import FUNCTIONS
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.parameters import annotate
 
 
 class MixtureOfExperts(nn.Module):
-    """SwiGLU experts behind a top-k router. No token is dropped: tokens are sorted by expert, and each expert computes
-    its own run of them, so the cost is that of k experts per token, whatever E is. A shared expert, if there is one,
-    computes all tokens; its own gate weighs its output for each token (Qwen2-57B-A14B, 2407.10671)."""
+    """Experts with a gate (mostly SwiGLU) behind a top-k router. No token is dropped: tokens are sorted by expert, and
+    each expert computes its own run of them, so the cost is that of k experts per token, whatever E is. A shared
+    expert, if there is one, computes all tokens; its own gate weighs its output for each token (Qwen2-57B-A14B,
+    2407.10671)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.normalize = config.norm_topk_prob
+        self.normalize, self.activation = config.norm_topk_prob, FUNCTIONS[config.activation]
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
@@ -56,20 +60,20 @@ class MixtureOfExperts(nn.Module):
         mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, token, outputs)  # (N, C)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
-            mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(F.silu(gate) * up)
+            mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(self.activation(gate) * up)
         return mixed.view_as(x)
 
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         """Return each expert's output (n, C) for its run of tokens (n, C)."""
         # unbind, not indexing: then the gradient of the stacked weights is assembled once, not expert by expert.
         parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        return [swiglu(run, up, down) for run, up, down in parts]
+        return [gated(run, up, down, self.activation) for run, up, down in parts]
 
 
-def swiglu(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def gated(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the output of one expert for x: (n, C). up_proj: (2F, C), rows of gate, then of up; down_proj: (C, F)."""
     gate, up = F.linear(x, up_proj).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down_proj)
+    return F.linear(activation(gate) * up, down_proj)
 
 
 def load_balancing_loss(router_logits: list[Tensor], top_k: int, load: Tensor | None = None) -> Tensor:

@@ -239,7 +239,7 @@ class QuantizedExperts(MixtureOfExperts):
         for run, up_proj, down_proj in zip(runs, self.up_proj, self.down_proj, strict=True):
             if len(run):
                 gate, up = up_proj.multiply(run).chunk(2, dim=-1)
-                outputs.append(down_proj.multiply(F.silu(gate) * up))
+                outputs.append(down_proj.multiply(self.activation(gate) * up))
         return outputs
 
 

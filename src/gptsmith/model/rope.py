@@ -30,9 +30,16 @@ def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tupl
 
 def scale_frequencies(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[Tensor, float]:
     """Return the scaled frequencies (D/2,), and the factor by which cosines and sines are multiplied."""
+    if scaling.kind == "longrope":
+        divisors = torch.tensor(scaling.short_factor, dtype=torch.float64, device=frequencies.device)
+        return frequencies / divisors, attention_factor(scaling)
     slowed = frequencies / scaling.factor
     original = scaling.original_max_position_embeddings or 0
     if scaling.kind == "linear":
+        return slowed, 1.0
+    if scaling.kind == "proportional":
+        turning = int(scaling.partial_rotary_factor * 2 * len(frequencies) // 2)
+        slowed[turning:] = 0
         return slowed, 1.0
     if scaling.kind == "llama3":
         turns = original * frequencies / (2 * math.pi)  # over the original context
@@ -46,23 +53,36 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling, theta: float) -
     def dimension(turns: float) -> float:
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(dimension(scaling.beta_fast)), 0)
-    last = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    if first == last:
+        last += 0.001
     index = torch.arange(len(frequencies), device=frequencies.device).double()
-    slow = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return slowed * slow + frequencies * (1 - slow), factor
+    slow = ((index - first) / (last - first)).clamp(0, 1)
+    return slowed * slow + frequencies * (1 - slow), attention_factor(scaling)
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """Return what YaRN and LongRoPE multiply cosines and sines by."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    if scaling.kind == "yarn":
+        return 0.1 * math.log(scaling.factor) + 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_position_embeddings or 0))
 
 
 def extend_context(
-    config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn"
+    config: ModelConfig, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] | None = None
 ) -> ModelConfig:
     """Return the configuration for a context of `context` tokens, with weights that were trained on a shorter one.
 
     ntk: raise rope_theta so that the slowest dimension turns as far over the new context as over the old one; nothing
-        else changes. linear, yarn, llama3: see `RopeScaling`.
+        else changes. linear, yarn, llama3: see `RopeScaling`. None: yarn; in a model with LongRoPE, the divisors for
+        long contexts replace those for short ones, at all positions.
     Raises UsageError for learned positions, or if the context is not longer than before.
     """
     old = config.max_position_embeddings
@@ -71,11 +91,15 @@ def extend_context(
     if context <= old:
         raise UsageError(f"the context is already {old}; {context} does not extend it.")
     assert config.rope_theta is not None
-    if config.rope_scaling is not None:
+    scaling = config.rope_scaling
+    if method is None and scaling is not None and scaling.short_factor != scaling.long_factor:
+        scaling = replace(scaling, short_factor=scaling.long_factor)
+        return replace(config, max_position_embeddings=context, rope_scaling=scaling)
+    if scaling is not None:
         raise UsageError("the context of this model has already been extended.")
     factor = context / old
     if method == "ntk":
         theta = config.rope_theta * factor ** (config.head_dim / max(1, config.head_dim - 2))
         return replace(config, max_position_embeddings=context, rope_theta=theta)
-    scaling = RopeScaling(kind=method, factor=factor, original_max_position_embeddings=old)
+    scaling = RopeScaling(kind=method or "yarn", factor=factor, original_max_position_embeddings=old)
     return replace(config, max_position_embeddings=context, rope_scaling=scaling)

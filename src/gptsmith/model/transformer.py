@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptsmith.errors import UsageError
+from gptsmith.model.activations import FUNCTIONS
 from gptsmith.model.attention import attend, causal_mask
 from gptsmith.model.cache import Cache
 from gptsmith.model.config import ModelConfig
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         # GPT-1 to 3 drop attention weights, too. Later models do not, which keeps attention a single fused kernel.
         self.weight_dropout = dropout if config.position == "learned" else 0.0
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.scale = config.head_dim, config.attention_scale
+        self.head_dim, self.scale = config.head_dim, config.scale_of(layer)
         self.window = config.window_of(layer)
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, q_rows + 2 * kv_rows, bias=config.attention_bias)
@@ -131,34 +131,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: down(activation(up(x))), or with SwiGLU down(silu(gate(x)) · up(x))."""
+    """The feed-forward layer: down(activation(up(x))), or with a gate down(activation(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.kind, self.dropout = config.mlp, dropout
-        expanded = config.intermediate_size * (2 if config.mlp == "swiglu" else 1)
-        self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # SwiGLU: rows of gate, then of up
+        self.gated, self.activation, self.dropout = config.gated_mlp, FUNCTIONS[config.activation], dropout
+        expanded = config.intermediate_size * (2 if self.gated else 1)
+        self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # rows of the gate, then of up
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        if config.mlp == "swiglu":
+        if self.gated:
             for part in ("weight", "bias"):
                 annotate(self, f"up_proj.{part}", split_sizes=(config.intermediate_size,) * 2)
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
-        h = self.up_proj(x)  # (B, T, F), SwiGLU: (B, T, 2F)
-        if self.kind == "swiglu":
+        h = self.up_proj(x)  # (B, T, F), with a gate (B, T, 2F)
+        if self.gated:
             gate, up = h.chunk(2, dim=-1)
-            h = F.silu(gate) * up  # (B, T, F)
+            h = self.activation(gate) * up  # (B, T, F)
         else:
-            h = gelu_tanh(h) if self.kind == "gelu_tanh" else F.gelu(h)
+            h = self.activation(h)
         return dropout(self.down_proj(h), self.dropout, self.training)  # (B, T, C)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's tanh approximation (Hendrycks & Gimpel 2016, 1606.08415). Compiled for a CPU it uses the identity
-    1 + tanh(y) = 2·sigmoid(2y), since sigmoid takes half the time of tanh there."""
-    if torch.compiler.is_compiling() and x.is_cpu:
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
-    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -337,7 +329,7 @@ class Transformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def extend_context(self, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] = "yarn") -> None:
+    def extend_context(self, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] | None = None) -> None:
         """Extend the context to `context` tokens without changing the weights; see `rope.extend_context`."""
         self.config = extend_context(self.config, context, method)
         self.rope_cos, self.rope_sin = rope_tables(self.config, self.rope_cos.device)
