@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptsmith.data.sources import Spec
 from gptsmith.distributed.context import DistributedContext, environment_world_size, join_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import note, quiet
@@ -47,8 +48,8 @@ def fit(
 ) -> Run:
     """Train a model and return its run, as `gptsmith train` does; nothing is printed unless `verbose`.
 
-    data: a text file, a folder, a named corpus; or an iterable of batches (`TokenBatch`, or pairs of ids and targets,
-        each (B, T) integers, -100 for no target), which needs `tokenizer` or `init`.
+    data: a text file, a folder, a named corpus, or a list of these; or an iterable of batches (`TokenBatch`, or pairs
+        of ids and targets, each (B, T) integers, -100 for no target), which needs `tokenizer` or `init`.
     config, options: a `RunConfig`, or options by the names of the command line (`steps=500`,
         `**{"model.hidden_size": 64}`, `model_options`); `options` win over `config`.
     out: the run directory (default: runs/NAME, numbered if taken). init: continue pretraining this model.
@@ -67,7 +68,7 @@ def fit(
         settings["init"] = os.fspath(init)
     _, method = find_method(objective or "pretrain")
     base = config if isinstance(config, RunConfig) else default_config(method.options)
-    batches = data if data is not None and not isinstance(data, str | Path) else None
+    text, batches = _text_or_batches(data)
     extras = Extras(objective=objective, batches=batches, model=model, tokenizer=tokenizer, callbacks=tuple(callbacks))
     began = time.monotonic()
     if "processes" not in settings and (started := environment_world_size()) is not None:
@@ -79,8 +80,7 @@ def fit(
                 raise UsageError(
                     "resume takes the directory and the starting model from the run; leave out out and init."
                 )
-            moved_to = str(data) if isinstance(data, str | Path) else None
-            result = _resume(Path(resume), settings, config, extras, moved_to, ranks)
+            result = _resume(Path(resume), settings, config, extras, text, ranks)
         else:
             if data is None and objective in (None, "pretrain"):
                 raise UsageError("no data given: pass a text file, a folder, a named corpus, or batches.")
@@ -90,7 +90,7 @@ def fit(
 
                 overrides |= settled(base)
             result = start(
-                str(data) if isinstance(data, str | Path) else None,
+                text,
                 with_options(base, settings),
                 None if out is None else Path(out),
                 overrides=overrides,
@@ -114,12 +114,21 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
     return fit(data, objective="sft", init=model, **options)
 
 
+def _text_or_batches(data: Data | None) -> tuple[Spec | None, Iterable[Any] | None]:
+    """Return where the text is, or the batches."""
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(data), None
+    if isinstance(data, Sequence) and data and all(isinstance(each, str | Path) for each in data):
+        return [str(each) for each in data], None
+    return None, data
+
+
 def _resume(
     directory: Path,
     settings: dict[str, Any],
     config: Any,
     extras: Extras,
-    moved_to: str | None,
+    moved_to: Spec | None,
     ranks: DistributedContext,
 ) -> Any:
     from gptsmith.train.run import run_config_of

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -434,3 +435,48 @@ def test_a_text_without_line_ends(run_cli: Cli, tmp_path: Path, tiny: list[str])
     assert code == 0
     assert out.endswith("\n")
     assert "\n" not in out[:-1]  # nothing but what the model wrote
+
+
+def test_several_files_and_a_validation_split(run_cli: Cli, tiny: list[str], tmp_path: Path) -> None:
+    """They are read in the order given; a run of them resumes where they are now."""
+    for name, split in (
+        ("a.jsonl", "train"),
+        ("b.jsonl", "train"),
+        ("set/train.jsonl", "train"),
+        ("set/dev.jsonl", ""),
+    ):
+        path = tmp_path / "old" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(json.dumps({"body": f"the {split or 'held out'} words of {name}, {i}\n"}) + "\n" for i in range(60))
+        )
+    data = [tmp_path / "old" / name for name in ("a.jsonl", "b.jsonl", "set")]
+    options = [*tiny, "--optim.schedule", "constant"]
+    code, _, err = run_cli("train", *data, "--field", "body", "--out", tmp_path / "run", *options)
+    assert code == 0
+    assert "holding out its own split for validation" in err
+    saved = record(tmp_path / "run")["data"]
+    assert saved["spec"] == [str(path) for path in data]
+    assert saved["val"] is None
+    assert saved["val_bytes"] == sum(len(f"the held out words of set/dev.jsonl, {i}\n") for i in range(60))
+
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    code, _, err = run_cli("train", "--resume", tmp_path / "run", "--steps", "22")
+    assert code == 2
+    assert "a.jsonl" in err
+    assert "NEWPLACES (all, in the same order)" in err
+    moved = [tmp_path / "new" / path.name for path in data]
+    code, _, err = run_cli("train", *moved[::-1], "--resume", tmp_path / "run", "--steps", "22")
+    assert code == 1
+    assert "has changed since the run began" in err
+    code, _, err = run_cli("train", *moved, "--resume", tmp_path / "run", "--steps", "22")
+    assert code == 0
+    assert record(tmp_path / "run")["data"]["spec"] == [str(path) for path in moved]
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "find-lr", "scale", "tokenizer train"])
+def test_a_field_that_has_no_use(command: str, run_cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    out = [] if command == "plan" else ["--out", tmp_path / "out"]
+    code, _, err = run_cli(*command.split(), text_file, "--field", "body", *out)
+    assert code == 2
+    assert "--field body has no use" in err

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -544,3 +545,19 @@ def test_processes_at_the_same_time_agree(tmp_path: Path, cache: Path) -> None:
     assert len({out for out, _ in outputs}) == 1
     assert [str(path) for path in cache.iterdir() if path.is_dir()] == [outputs[0][0].strip()]
     assert len(open_dataset(Path(outputs[0][0].strip()), verify=True).train) == int(len(WORDS * 20_000) * 0.9)
+
+
+def test_rows_that_are_left_out_are_said_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old").mkdir()
+    path = tmp_path / "old" / "a.jsonl"
+    path.write_text('{"text": "abc abc"}\n{"text": null}\n{"text": "abc"}\n')
+    prepare(open_source(path), CHAR)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    prepare(open_source(tmp_path / "new" / "a.jsonl"), CHAR)  # from the cache
+    lines = capsys.readouterr().err.splitlines()
+    said = "left out 1 row without a text (null or empty; the first: a.jsonl, line 2)"
+    assert lines == [f"{path}: {said}", f"{tmp_path / 'new' / 'a.jsonl'}: {said}"]
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"text": null}\n' * 3)
+    with pytest.raises(DataError, match="holds no text: left out 3 rows without a text"):
+        prepare(open_source(path), CHAR)

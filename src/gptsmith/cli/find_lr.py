@@ -28,8 +28,9 @@ class FindLr(RunOptions):
     times that.
     """
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")] = ()
+    """Files of text or rows (.jsonl, .json, .csv, .parquet, .arrow; also .gz, .zst), folders, or named corpora
+    (`gptsmith data list`)."""
     out: Path | None = None
     """Picture to write (default: runs/find-lr-NAME.png, numbered if taken)."""
     updates: int = 100

@@ -147,7 +147,7 @@ class Option:
         if self.is_required:
             return "" if self.is_positional else "(required)"
         if self.default == ():
-            return "(repeatable)"
+            return "" if self.is_positional else "(repeatable)"
         if self.default is None or "(default: " in self.help():
             return ""
         shown = str(self.default)

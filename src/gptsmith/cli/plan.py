@@ -26,7 +26,7 @@ ENDLESS = 10**15  # assumed tokens where there is no text
 class Plan(RunOptions):
     """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA ...]")] = ()
     """The text to train on, if you have it. Gives the vocabulary, the length and the time of evaluations."""
     price_per_hour: float | None = None
     """Price of the machine per hour, in your currency."""
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _text_of(data: str | None, config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:
+def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:
     """Return the configuration adapted to --init, the text or None, and what is known or assumed about it."""
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.init import adapted_to_init, load_init

@@ -25,8 +25,9 @@ class Scale(RunOptions):
     is run again with the same OUT.
     """
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATA")] = None
-    """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")] = ()
+    """Files of text or rows (.jsonl, .json, .csv, .parquet, .arrow; also .gz, .zst), folders, or named corpora
+    (`gptsmith data list`)."""
     budgets: str = "30s,1m,2m,4m"
     """At least two budgets of one kind, separated by commas, such as 30s,1m or 1e12flop,1e13flop or 1Mtok,4Mtok."""
     out: Path | None = None
@@ -85,17 +86,17 @@ def _train(chosen: Scale, config: RunConfig, overrides: set[str], directory: Pat
                 return None, 128 + result.signal
     else:
         began = time.monotonic()
-        result = start(str(chosen.data), config, directory, overrides=overrides, began=began, on_end=write_report)
+        result = start(chosen.data, config, directory, overrides=overrides, began=began, on_end=write_report)
         if result.outcome == "interrupted":
             return None, 128 + result.signal
     return _result(directory), 0
 
 
-def _spec(chosen: Scale) -> str:
+def _spec(chosen: Scale) -> str | list[str]:
     from gptsmith.data.sources import open_source
 
-    source = open_source(str(chosen.data), field=chosen.run.data.field)
-    return str(chosen.data) if source.path is None else str(source.path.resolve())
+    places = open_source(chosen.data, field=chosen.run.data.field).places
+    return places[0] if len(places) == 1 else places
 
 
 def _result(directory: Path) -> dict[str, Any]:

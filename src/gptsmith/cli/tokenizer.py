@@ -16,8 +16,9 @@ from gptsmith.errors import UsageError
 class TrainTokenizer:
     """Train a tokenizer on a text and save it as tokenizer.json, which transformers can also read."""
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus."""
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")]
+    """Files of text or rows (.jsonl, .json, .csv, .parquet, .arrow; also .gz, .zst), folders, or named corpora
+    (`gptsmith data list`)."""
     out: Path
     """Directory to write, which must be empty or not exist."""
     kind: Literal["bpe", "char"] = "bpe"
@@ -27,24 +28,29 @@ class TrainTokenizer:
     unknown: bool = False
     """Add a token for unknown characters to a char tokenizer."""
     field: str = "text"
-    """Field or column with the text, for JSON lines and Parquet."""
+    """Field or column with the text, for rows of JSON, CSV, Parquet and Arrow."""
 
 
 def main(arguments: list[str]) -> int:
     chosen: TrainTokenizer = parse_subcommand(
         {"train": TrainTokenizer}, "gptsmith tokenizer", arguments, "Train tokenizers."
     )
-    from gptsmith.data.sources import open_source
+    from gptsmith.data.sources import open_source, refuse_useless_field
+    from gptsmith.log import note
     from gptsmith.tokenizer import train_bpe, train_char
+    from gptsmith.train.text import read_texts
 
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         raise UsageError(f"{chosen.out} exists and is not an empty directory. Choose another --out.")
     source = open_source(chosen.data, field=chosen.field)
-    texts = (chunk.text for chunk in source.chunks())
+    refuse_useless_field(chosen.field, source)
+    texts = read_texts(source)
     if chosen.kind == "bpe":
         tokenizer = train_bpe(texts, chosen.vocab_size)
     else:
         tokenizer = train_char(texts, unknown=chosen.unknown)
+    if skipped := source.skipped_rows.describe():
+        note(f"{source.spec}: {skipped}")
     tokenizer.save(chosen.out)
     print(f"{chosen.out}/tokenizer.json: {tokenizer.vocab_size:,} tokens")
     return 0

@@ -23,8 +23,9 @@ BEGAN = time.monotonic()  # the command starts by loading this module: a budget 
 class Train(RunOptions):
     """Train a GPT. The run directory gets checkpoints, metrics, samples and report.html."""
 
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
-    """A text file, a folder, .jsonl[.gz|.zst], .parquet, or a named corpus (`gptsmith data list`)."""
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA ...]")] = ()
+    """Files of text or rows (.jsonl, .json, .csv, .parquet, .arrow; also .gz, .zst), folders, or named corpora
+    (`gptsmith data list`)."""
     out: Path | None = None
     """Run directory (default: runs/NAME, numbered if taken)."""
     resume: Path | None = None
@@ -86,10 +87,10 @@ def train_or_resume(
 
     with join_processes(config.parallel.process_timeout) as ranks:
         if chosen.resume is not None:
-            result = resume(chosen.resume, config, data=chosen.data, on_end=write_report, ranks=ranks)
+            result = resume(chosen.resume, config, data=chosen.data or None, on_end=write_report, ranks=ranks)
         else:
             result = start(
-                str(chosen.data),
+                chosen.data,
                 config,
                 chosen.out,
                 overrides=overrides,

@@ -73,6 +73,8 @@ def prepare(
     job = _Job(train, val, tokenizer, val_fraction, workers or min(available_cores(), MAX_WORKERS))
     dataset = _prepared(job, cache_directory() / "prepared" / job.key[:40])
     for source, name in zip(job.sources, ("train", "val"), strict=False):
+        if skipped := dataset.skipped_rows.get(name):
+            note(f"{source.spec}: {skipped}")
         if (unknown := dataset.unknown.get(name)) is not None and unknown.count:
             _report_unknown(source, unknown, allow_unknown)
     return dataset
@@ -275,8 +277,10 @@ class _Job:
                 f"{cannot_encode} {'In all' if whole else 'Up to where reading was stopped'}, "
                 f"{_describe(unknown, 'characters')} have no token: {_examples(unknown)}."
             )
+        text.skipped_rows = source.skipped_rows.describe()
         if is_blank:
-            raise DataError(f"{source.spec} holds no text: it has nothing but white space.")
+            why = text.skipped_rows or "it has nothing but white space"
+            raise DataError(f"{source.spec} holds no text: {why}.")
         return text
 
     def _encode(self, chunks: list[DocumentChunk]) -> _Encoded:
@@ -395,6 +399,7 @@ class _Text:
         self._directory = directory
         self._shards: list[_File] = []
         self._documents = _File(directory / self.documents_file)
+        self.skipped_rows = ""  # what is said about rows that were left out
         self._in_document = False
         self._num_separators = 0
 
@@ -465,6 +470,7 @@ class _Text:
             "shards": [shard.index() for shard in self._shards],
             "documents": self._documents.index(),
             "unknown": asdict(self.unknown_text()),
+            "skipped_rows": self.skipped_rows,
         }
 
 

@@ -151,7 +151,7 @@ class Dataset:
     """Prepared text: a training and a validation split that share no token. See `open_dataset` and `prepare`.
 
     unknown: what is unknown of each text ("train", "val"); a text is missing if it was prepared by a version of this
-    package that did not count it.
+    package that did not count it. skipped_rows: what to say about rows of each text that were left out, "" for none.
     """
 
     directory: Path
@@ -161,6 +161,7 @@ class Dataset:
     train: TokenSplit
     val: TokenSplit
     unknown: Mapping[str, UnknownText] = field(default_factory=dict)
+    skipped_rows: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_train(self) -> int:
@@ -210,6 +211,7 @@ def open_dataset(directory: Path, *, verify: bool = False) -> Dataset:
             unknown={
                 name: UnknownText(**text["unknown"]) for name, text in index["texts"].items() if "unknown" in text
             },
+            skipped_rows={name: text.get("skipped_rows", "") for name, text in index["texts"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

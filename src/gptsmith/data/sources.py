@@ -1,4 +1,4 @@
-"""Sources of text: a file, a folder, JSON lines, Parquet or a named corpus, read in chunks of bounded size.
+"""Sources of text: files, folders, rows of tables or a named corpus, read in chunks of bounded size.
 
 A source of any size is read in bounded memory. A long text is cut only where a tokenizer that splits words as GPT-2
 does begins a new token anyway: right before a space or a newline that follows a letter or a digit. The tokens of the
@@ -8,32 +8,42 @@ chunks are then exactly the tokens of the whole text.
 from __future__ import annotations
 
 import abc
-import codecs
-import gzip
+import collections
+import contextlib
 import hashlib
-import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gptsmith.errors import DataError, UsageError, nearest
+from gptsmith.data.files import (
+    Advance,
+    NotTextError,
+    content_blocks,
+    decoded,
+    read_blocks,
+    size_and_time,
+    stat,
+    suffixes,
+)
+from gptsmith.data.rows import FORMATS, METADATA, Shards, by_split, fields_of, is_table, read_rows, tables_among, walk
+from gptsmith.errors import DataError, UsageError, first_few, nearest
 from gptsmith.log import note, progress
 
 CHUNK_CHARACTERS = 1 << 18  # the maximum length of a chunk
 CUT_WINDOW = 1 << 16  # how far before the end of a chunk to look for a good place to cut
-READ_BYTES = 1 << 18
-MAX_LINE_BYTES = 64 << 20  # of JSON lines
-PARQUET_ROWS = 256  # rows decoded at a time
+DEFAULT_FIELD = "text"
 
-Advance = Callable[[int], None]  # called with the number of bytes read from the files since the last call
+# Files of these formats may be anything. In a folder that also has text files they count as text, without the field.
+_PERHAPS_TABLES = (".json", ".csv", ".tsv")
+_ABOUT_THE_DATA = re.compile(r"(readme|license|licence|citation|notice)\b.*", re.IGNORECASE)
 
 # For reversed text: a space or newline, followed by the character that precedes it in the text.
 _AFTER_LETTER_OR_DIGIT = re.compile(r"[ \n](?=[^\W_])")
 _AFTER_ANYTHING = re.compile(r"[ \n](?=\S)")
+
+Spec = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -49,41 +59,63 @@ class DocumentChunk:
     where: str = field(default="", compare=False)
 
 
+@dataclass
+class SkippedRows:
+    """Rows without a text that were left out. where: the first of them, without the folder."""
+
+    count: int = 0
+    where: str = ""
+
+    def add(self, count: int, where: str) -> None:
+        self.where = self.where or where.rpartition(os.sep)[2]
+        self.count += count
+
+    def describe(self) -> str:
+        """Return how many there are and which is the first, "" if there are none."""
+        if not self.count:
+            return ""
+        rows = "1 row" if self.count == 1 else f"{self.count:,} rows"
+        return f"left out {rows} without a text (null or empty; the first: {self.where})"
+
+
 class Source(abc.ABC):
     """Text that can be read any number of times, always the same, in bounded memory.
 
-    spec: the name or path that the user gave. name: a short name, usable as the name of a folder. path: where it is on
-    disk.
+    spec: the name or path that the user gave, for messages. path: where it is on disk; of several files, the first.
+    name: a short name, usable as the name of a folder. skipped_rows: of the last time that the text was read.
     """
+
+    has_fields = False
+    """Whether the text is in a field of rows."""
 
     def __init__(self, spec: str, path: Path, name: str) -> None:
         self.spec, self.path, self.name = spec, path, name
-        self._fingerprint: str | None = None
-        self._seen: tuple[Any, ...] = ()  # sizes and times of the files when the fingerprint was computed
+        self.skipped_rows = SkippedRows()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r})"
 
     @property
+    def places(self) -> list[str]:
+        """Full paths on disk, from which `open_source` opens the same text."""
+        return [str(self.path.resolve())]
+
+    @property
+    @abc.abstractmethod
     def size_bytes(self) -> int:
-        """The number of bytes on disk (of the compressed file, if it is compressed)."""
-        return _stat(self.path).st_size
+        """The number of bytes on disk (of compressed files, if they are compressed)."""
 
+    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of the text. Computed once, then remembered."""
-        if self._fingerprint is None:
-            self._seen = self._state()
-            digest = hashlib.sha256(self._header().encode())
-            with progress(self.size_bytes, f"checking {self.name}", "B") as bar:
-                for _ in _read_blocks(self.path, bar.advance, digest):
-                    pass
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """Return the sha256 (hex) of the text, which does not depend on where it is. Computed once, then remembered."""
 
+    @abc.abstractmethod
     def unchanged(self) -> bool:
         """Return whether the files are unchanged since the fingerprint was computed."""
-        self.fingerprint()
-        return self._state() == self._seen
+
+    def validation(self) -> Source | None:
+        """Return the text for validation, where a data set brings one."""
+        return None
 
     @abc.abstractmethod
     def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
@@ -93,213 +125,311 @@ class Source(abc.ABC):
         Raises DataError for anything that is not text, naming the file and where in it.
         """
 
-    def _state(self) -> tuple[Any, ...]:
-        return _size_and_time(self.path)
+
+class _FileSource(Source):
+    """A single file."""
+
+    _fingerprint: str | None = None
+    _seen = (0, 0)  # size and time of the file when the fingerprint was computed
+
+    @property
+    def size_bytes(self) -> int:
+        return stat(self.path).st_size
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._seen = size_and_time(self.path)
+            digest = hashlib.sha256(self._header().encode())
+            with progress(self.size_bytes, f"checking {self.name}", "B") as bar:
+                for _ in read_blocks(self.path, bar.advance, digest):
+                    pass
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def unchanged(self) -> bool:
+        self.fingerprint()
+        return size_and_time(self.path) == self._seen
 
     def _header(self) -> str:
         """Return what is hashed before the content. The fingerprint of plain text is the sha256 of its file."""
         return ""
 
 
-class TextSource(Source):
-    """A plain text file (.gz and .zst are decompressed): one text, without separators."""
+class TextSource(_FileSource):
+    """A plain text file, decompressed if its name says so: one text, without separators.
 
-    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        blocks = _decompressed_blocks(self.path, advance)
-        yield from _chunks(_decoded(blocks, self.path), str(self.path), document=False)
-
-
-class JsonLinesSource(Source):
-    """A file of one JSON object per line, with the text in `field`. Every line is a document."""
-
-    def __init__(self, spec: str, path: Path, name: str, field: str) -> None:
-        super().__init__(spec, path, name)
-        self.field = field
-
-    def _header(self) -> str:
-        return f"jsonl {self.field}\n"
-
-    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        for number, line in enumerate(_lines(_decompressed_blocks(self.path, advance), self.path), 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                where = f"{self.path}, line {number}"
-                yield from _chunks([self._text(line, where)], where)
-
-    def _text(self, line: bytes, where: str) -> str:
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where}: not UTF-8 text (byte {error.start} of the line). Convert the file to UTF-8."
-            ) from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
-        except ValueError:  # Python reads integers of up to 4300 digits
-            raise DataError(f"{where}: a number in the JSON has too many digits. Store it as a string.") from None
-        except RecursionError:
-            raise DataError(f"{where}: the JSON is nested too deeply.") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{where}: expected a JSON object such as {{{json.dumps(self.field)}: ...}}, not {_kind(row)}."
-            )
-        if self.field not in row:
-            raise DataError(f"{where}: no field {self.field!r}. {_fields(self.field, row)}")
-        text = row[self.field]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: field {self.field!r} holds {_kind(text)}, not a string.")
-        if rb"\u" in line:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: half of a surrogate pair at character {error.start}, which is not a character."
-                ) from None
-        return text
-
-
-class ParquetSource(Source):
-    """A Parquet file with the text in the string column `field`. Every row is a document."""
-
-    def __init__(self, spec: str, path: Path, name: str, field: str) -> None:
-        super().__init__(spec, path, name)
-        self.field = field
-
-    def _header(self) -> str:
-        return f"parquet {self.field}\n"
-
-    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise _missing("pyarrow", self.path) from None
-        row = 0
-        try:
-            # A small buffer makes pyarrow stream a row group instead of loading it whole.
-            with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
-                self._check_column(file.schema_arrow, pyarrow)
-                per_row = self.size_bytes / max(1, file.metadata.num_rows)
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[self.field], use_threads=False):
-                    for text in batch.column(0).to_pylist():
-                        if text is None:
-                            raise DataError(f"{self.path}, row {row}: column {self.field!r} is null. Remove such rows.")
-                        yield from _chunks([text], f"{self.path}, row {row}")
-                        row += 1
-                    if advance is not None:
-                        advance(round(per_row * batch.num_rows))
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"{self.path} cannot be read as Parquet (near row {row}): {reason}.") from None
-
-    def _check_column(self, schema: Any, pyarrow: Any) -> None:
-        if self.field not in schema.names:
-            raise DataError(f"{self.path}: no column {self.field!r}. {_fields(self.field, schema.names)}")
-        kind = schema.field(self.field).type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        is_text = (
-            pyarrow.types.is_string,
-            pyarrow.types.is_large_string,
-            getattr(pyarrow.types, "is_string_view", None),
-        )
-        if not any(check(kind) for check in is_text if check is not None):
-            raise DataError(f"{self.path}: column {self.field!r} holds {kind}, not strings.")
-
-
-class FolderSource(Source):
-    """All text files under a folder, sorted by relative path. Every file is a document.
-
-    Files that are hidden, empty or not UTF-8 text are skipped; `skipped` counts them once the folder has been read.
+    is_document: whether it is one of several, which are separated.
     """
 
-    def __init__(self, spec: str, path: Path, name: str) -> None:
+    def __init__(self, spec: str, path: Path, name: str, *, is_document: bool = False) -> None:
         super().__init__(spec, path, name)
-        self.skipped = 0
-        self._linked: list[str] = []  # folders that are links, which are not followed
-        self._files: list[Path] | None = None
+        self.is_document = is_document
+
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+        blocks = content_blocks(self.path, advance)
+        yield from _chunks(decoded(blocks, self.path), str(self.path), document=self.is_document)
+
+
+class RowsSource(_FileSource):
+    """A file of rows (JSON lines, JSON, CSV, Parquet, Arrow) with the text in `field`. Every row is a document.
+
+    Rows whose text is null or empty are left out and counted in `skipped_rows`.
+    """
+
+    has_fields = True
+
+    def __init__(self, spec: str, path: Path, name: str, field: str) -> None:
+        super().__init__(spec, path, name)
+        self.field = field
+
+    def _header(self) -> str:
+        kind = suffixes(self.path)[0].removeprefix(".")
+        return f"{'jsonl' if kind == 'ndjson' else kind} {self.field}\n"
+
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+        self.skipped_rows = SkippedRows()
+        for row in read_rows(self.path, advance, field=self.field):
+            if text := row.values[self.field]:
+                yield from _chunks([text], row.where)
+            else:
+                self.skipped_rows.add(1, row.where)
+
+
+class _SeveralFiles(Source):
+    """Base of sources that consist of others, which are separated from one another."""
+
+    @abc.abstractmethod
+    def parts(self) -> Sequence[Source]:
+        """Return the sources in order."""
 
     @property
     def size_bytes(self) -> int:
-        return sum(_stat(path).st_size for path in self.files())
+        return sum(part.size_bytes for part in self.parts())
 
-    def _state(self) -> tuple[Any, ...]:
-        return tuple(_size_and_time(path) for path in self.files())
+    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
+        self.skipped_rows = SkippedRows()
+        for part in self.parts():
+            yield from part.chunks(advance)
+            self.skipped_rows.add(part.skipped_rows.count, part.skipped_rows.where)
+
+
+class FilesSource(_SeveralFiles):
+    """Several files, folders or corpora, in the order in which they are given."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        super().__init__(first_few([part.spec for part in parts], 3), parts[0].path, parts[0].name)
+        self._parts = parts
+        for part in parts:
+            if isinstance(part, TextSource):
+                part.is_document = True
+
+    @property
+    def has_fields(self) -> bool:  # type: ignore[override]
+        return any(part.has_fields for part in self._parts)
+
+    @property
+    def places(self) -> list[str]:
+        return [place for part in self._parts for place in part.places]
+
+    def parts(self) -> Sequence[Source]:
+        return self._parts
 
     def fingerprint(self) -> str:
-        self.files()
-        assert self._fingerprint is not None
+        return hashlib.sha256("\n".join(["files", *(part.fingerprint() for part in self._parts)]).encode()).hexdigest()
+
+    def unchanged(self) -> bool:
+        return all(part.unchanged() for part in self._parts)
+
+    def validation(self) -> Source | None:
+        found = [val for part in self._parts if (val := part.validation()) is not None]
+        return FilesSource(found) if len(found) > 1 else found[0] if found else None
+
+
+class FolderSource(_SeveralFiles):
+    """The files under a folder, sorted by relative path: tables of rows by their suffixes, and text files.
+
+    Every row is a document, and every text file. Where names say splits, as those of data sets on the Hugging Face hub
+    do, rows are read from one `split`. Files that are hidden, empty or not UTF-8 text are skipped; `skipped` counts
+    them once the folder has been read.
+    """
+
+    def __init__(self, spec: str, path: Path, name: str, field: str = DEFAULT_FIELD, split: str = "train") -> None:
+        super().__init__(spec, path, name)
+        self.field, self.split = field, split
+        self.skipped = 0
+        self._parts: list[_FileSource] | None = None
+        self._sorted: _Folder | None = None
+        self._fingerprint = ""
+        self._seen: list[tuple[int, int]] = []  # sizes and times of the files when they were read
+
+    @property
+    def has_fields(self) -> bool:  # type: ignore[override]
+        return self._sort().shards != NO_SHARDS
+
+    def validation(self) -> Source | None:
+        if self.split != "train" or not self._sort().shards.validation:
+            return None
+        return FolderSource(self.spec, self.path, self.name, self.field, "validation")
+
+    def fingerprint(self) -> str:
+        self.parts()
         return self._fingerprint
 
-    def files(self) -> list[Path]:
-        """Return the text files in order. The first call reads them all. Raises DataError if there are none."""
-        if self._files is None:
-            self._files = self._scan()
-        return self._files
+    def unchanged(self) -> bool:
+        return [size_and_time(part.path) for part in self.parts()] == self._seen
 
-    def _scan(self) -> list[Path]:
-        candidates, hidden = self._walk()
-        files: list[Path] = []
-        seen: list[tuple[int, int]] = []
+    def parts(self) -> Sequence[_FileSource]:
+        """Return the files in order. The first call reads them all. Raises DataError if there are none."""
+        if self._parts is None:
+            self._parts = self._scan()
+        return self._parts
+
+    def _sort(self) -> _Folder:
+        if self._sorted is None:
+            self._sorted = _sort_files(self.path, self.field)
+        return self._sorted
+
+    def _scan(self) -> list[_FileSource]:
+        """Read all files, to see what is text and to compute the fingerprint."""
+        found = self._sort()
+        tables = set(getattr(found.shards, self.split))
+        texts = set(found.texts) if self.split == "train" else set()
+        parts: list[_FileSource] = []
         not_text: list[str] = []
         digest = hashlib.sha256(b"folder\n")
-        with progress(sum(_stat(path).st_size for path in candidates), f"checking {self.name}", "B") as bar:
+        candidates = [path for path in found.files if path in tables or path in texts]
+        with progress(sum(stat(path).st_size for path in candidates), f"checking {self.name}", "B") as bar:
             for path in candidates:
                 content = hashlib.sha256()
-                state = _size_and_time(path)
+                state = size_and_time(path)
                 relative = path.relative_to(self.path).as_posix()
-                try:
-                    for _ in _decoded(_read_blocks(path, bar.advance, content), path):
+                if path in tables:
+                    for _ in read_blocks(path, bar.advance, content):
                         pass
-                except _NotText:
-                    not_text.append(relative)
-                    continue
+                    part: _FileSource = RowsSource(str(path), path, self.name, self.field)
+                    digest.update(f"rows {self.field} ".encode())
+                else:
+                    try:
+                        for _ in decoded(content_blocks(path, bar.advance, content), path):
+                            pass
+                    except NotTextError:
+                        not_text.append(relative)
+                        continue
+                    part = TextSource(str(path), path, self.name, is_document=True)
                 if state[0]:
-                    files.append(path)
-                    seen.append(state)
+                    parts.append(part)
+                    self._seen.append(state)
                     digest.update(f"{content.hexdigest()} {relative}\n".encode("utf-8", "surrogateescape"))
-        self.skipped = hidden + len(not_text) + len(self._linked)
-        if not files:
+        self.skipped = found.hidden + len(not_text) + len(found.linked)
+        if not parts:
             raise DataError(
                 f"no text in the folder {self.path}: it has no UTF-8 text files ({self.skipped} are hidden or binary)."
             )
+        self._fingerprint = digest.hexdigest()
+        if self.skipped or tables:
+            self._say(found, parts, not_text)
+        return parts
+
+    def _say(self, found: _Folder, parts: list[_FileSource], not_text: list[str]) -> None:
+        """Print what is read and what is not."""
+        kinds = collections.Counter(
+            "".join(suffixes(part.path)) if isinstance(part, RowsSource) else "text" for part in parts
+        )
+        read = [f"{count:,} {kind} file{'' if count == 1 else 's'}" for kind, count in kinds.items() if kind != "text"]
+        if kinds["text"]:
+            read.append(f"{kinds['text']:,} text file{'' if kinds['text'] == 1 else 's'}")
+        what = f"{self.spec}: {', '.join(read)}"
+        if found.shards.validation or found.shards.test:
+            what += f" of the split {self.split}"
+            if self.split == "train" and found.shards.test:
+                what += f"; not read: the split test ({len(found.shards.test):,})"
+        if found.about and self.split == "train":
+            what += f"; about the data, not read: {first_few(found.about, 3)}"
+        if found.without_field and self.split == "train":
+            what += f"; read as text, without a field {self.field!r}: {first_few(found.without_field, 3)}"
         if self.skipped:
-            names = f", not text: {', '.join(not_text[:3])}{', ...' if len(not_text) > 3 else ''}" if not_text else ""
-            names += f", linked folders: {', '.join(self._linked[:3])}" if self._linked else ""
-            note(f"{self.spec}: {len(files):,} text files; skipped {self.skipped:,} (hidden: {hidden:,}{names})")
-        self._fingerprint, self._seen = digest.hexdigest(), tuple(seen)
-        return files
-
-    def _walk(self) -> tuple[list[Path], int]:
-        """Return the regular files that are not hidden, sorted by relative path, and the number of hidden entries."""
-
-        def refuse(error: OSError) -> None:
-            raise DataError(f"cannot read {error.filename}: {error.strerror}.") from None
-
-        found: list[Path] = []
-        hidden = 0
-        for root, folders, names in os.walk(self.path, onerror=refuse):
-            self._linked += [name for name in folders if (Path(root) / name).is_symlink()]
-            hidden += sum(name.startswith(".") for name in [*folders, *names])
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths = (Path(root, name) for name in names if not name.startswith("."))
-            found += [path for path in paths if path.is_file()]
-        return sorted(found, key=lambda path: path.relative_to(self.path).as_posix()), hidden
-
-    def chunks(self, advance: Advance | None = None) -> Iterator[DocumentChunk]:
-        for path in self.files():
-            yield from _chunks(_decoded(_read_blocks(path, advance), path), str(path))
+            names = f", not text: {first_few(not_text, 3)}" if not_text else ""
+            names += f", linked folders: {first_few(found.linked, 3)}" if found.linked else ""
+            what += f"; skipped {self.skipped:,} (hidden: {found.hidden:,}{names})"
+        note(what)
 
 
-def open_source(spec: str | Path, *, field: str = "text") -> Source:
+NO_SHARDS = Shards([], [], [])
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The files of a folder, by how they are read.
+
+    files: all, in order. shards: tables. texts: what may be text. about: names of files that describe the data.
+    without_field: names of tables that are read as text. hidden: the number of hidden entries. linked: names of folders
+    that are links.
+    """
+
+    files: list[Path]
+    shards: Shards
+    texts: list[Path]
+    about: list[str]
+    without_field: list[str]
+    hidden: int
+    linked: list[str]
+
+
+def _sort_files(folder: Path, field: str) -> _Folder:
+    paths, hidden, linked = walk(folder)
+    tables = tables_among(paths)
+    others = [path for path in paths if not is_table(path)]
+    described = [
+        path for path in paths if path not in tables and (path.name in METADATA or _ABOUT_THE_DATA.fullmatch(path.name))
+    ]
+    if any(_begins_as_text(path) for path in others if path not in described):
+        certain = [path for path in tables if suffixes(path)[0] not in _PERHAPS_TABLES or _has_field(path, field)]
+    else:
+        certain = tables
+    without = [path for path in tables if path not in set(certain)]
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    if not certain:  # a folder of texts
+        return _Folder(paths, NO_SHARDS, paths, [], [names[path] for path in without], hidden, linked)
+    texts = [path for path in others if path not in described] + without
+    about = [names[path] for path in described if path.name not in METADATA]
+    return _Folder(paths, by_split(certain, folder), texts, about, [names[path] for path in without], hidden, linked)
+
+
+def _begins_as_text(path: Path) -> bool:
+    """Return whether a file is not empty, and may be text by its first block."""
+    with contextlib.suppress(NotTextError):
+        first = next(content_blocks(path), b"")
+        next(decoded([first[: first.rfind(b"\n") + 1] or first[:1000]], path), None)
+        return bool(first)
+    return False
+
+
+def _has_field(path: Path, field: str) -> bool:
+    try:
+        return field in fields_of(path)
+    except DataError:
+        return False
+
+
+def open_source(spec: Spec, *, field: str = DEFAULT_FIELD) -> Source:
     """Open the text that `spec` names.
 
-    spec: a named corpus (`gptsmith data list`), a text file, a folder of text files, `.jsonl[.gz|.zst]` or `.parquet`.
-        A corpus takes precedence over a file of the same name; write `./name` for the file.
-    field: the field or column with the text, for JSON lines and Parquet.
+    spec: a named corpus (`gptsmith data list`), a text file, a file of rows (JSON lines, JSON, CSV, Parquet, Arrow), or
+        a folder of them; or a list of these, which are read one after another. A corpus takes precedence over a file of
+        the same name; write `./name` for the file.
+    field: the field or column of rows with the text.
     Raises UsageError if there is no such corpus or file, DataError for an empty or unreadable file.
     """
+    if not isinstance(spec, str | Path):
+        specs = list(spec)
+        if not specs:
+            raise UsageError("no data given: the list of files is empty.")
+        twice = [str(each) for each, count in collections.Counter(specs).items() if count > 1]
+        if twice:
+            note(f"given more than once, and read as often: {first_few(twice)}")
+        parts = [open_source(each, field=field) for each in specs]
+        return FilesSource(parts) if len(parts) > 1 else parts[0]
+
     from gptsmith.data.corpora import CORPORA, corpus_path
 
     given = str(spec)
@@ -315,180 +445,37 @@ def open_source(spec: str | Path, *, field: str = "text") -> Source:
     return _open_path(given, path, _short_name(path), field)
 
 
+def refuse_useless_field(field: str, *sources: Source | None) -> None:
+    """Raise UsageError where a field is chosen, but no source has any."""
+    texts = [source for source in sources if source is not None]
+    if field != DEFAULT_FIELD and not any(source.has_fields for source in texts):
+        specs = " and ".join(source.spec for source in texts)
+        raise UsageError(
+            f"--field {field} has no use: {specs} is plain text, without fields. Leave it out. "
+            f"Fields are those of {', '.join(FORMATS)}."
+        )
+
+
 def _open_path(spec: str, path: Path, name: str, field: str) -> Source:
     if path.is_dir():
-        return FolderSource(spec, path, name)
+        return FolderSource(spec, path, name, field)
     if not path.is_file():
         raise DataError(f"{path} is not a regular file. Save the text to a file first.")
     if not os.access(path, os.R_OK):
         raise DataError(f"cannot read {path}: permission denied.")
-    if _stat(path).st_size == 0:
+    if stat(path).st_size == 0:
         raise DataError(f"{path} is empty: it has no text.")
-    suffix = _suffixes(path)[0]
-    if suffix in (".jsonl", ".ndjson"):
-        return JsonLinesSource(spec, path, name, field)
-    if suffix == ".parquet":
-        return ParquetSource(spec, path, name, field)
-    return TextSource(spec, path, name)
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffix of the format, and that of the compression ("" if there is none)."""
-    suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst"):
-        return path.with_suffix("").suffix.lower(), suffix
-    return suffix, ""
+    return RowsSource(spec, path, name, field) if is_table(path) else TextSource(spec, path, name)
 
 
 def _short_name(path: Path) -> str:
     path = path.resolve()
     name = path.name
     if not path.is_dir():
-        for suffix in (_suffixes(path)[1], _suffixes(path)[0]):
+        for suffix in reversed(suffixes(path)):
             if suffix and name.lower().endswith(suffix) and len(name) > len(suffix):
                 name = name[: -len(suffix)]
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
-
-
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from None
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    stat = _stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _read_blocks(path: Path, advance: Advance | None, digest: hashlib._Hash | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file block by block, and update `digest` with them."""
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BYTES):
-                if advance is not None:
-                    advance(len(block))
-                if digest is not None:
-                    digest.update(block)
-                yield block
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-
-
-def _decompressed_blocks(path: Path, advance: Advance | None) -> Iterator[bytes]:
-    """Yield the bytes of a file, decompressed if its name ends in .gz or .zst."""
-    compression = _suffixes(path)[1]
-    if compression == ".gz":
-        return _decompress_gzip(path, advance)
-    if compression == ".zst":
-        return _decompress_zstd(path, advance)
-    return _read_blocks(path, advance)
-
-
-def _decompress_gzip(path: Path, advance: Advance | None) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as compressed, gzip.GzipFile(fileobj=compressed) as file:
-            seen = 0
-            while block := file.read(READ_BYTES):
-                if advance is not None:
-                    advance(compressed.tell() - seen)
-                    seen = compressed.tell()
-                yield block
-    except EOFError:
-        raise DataError(f"{path} is incomplete: its gzip data ends too early. Download or copy it again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a valid gzip file ({error}). Download or copy it again.") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-
-
-def _decompress_zstd(path: Path, advance: Advance | None) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise _missing("zstandard", path) from None
-    frame: Any = None
-    try:
-        for block in _read_blocks(path, advance):
-            for start in range(0, len(block), 1 << 14):  # small steps, since data may expand a hundredfold
-                compressed = block[start : start + (1 << 14)]
-                while compressed:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    if content := frame.decompress(compressed):
-                        yield content
-                    compressed = frame.unused_data
-                    frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise DataError(f"{path} is not a valid zstd file ({error}). Download or copy it again.") from None
-    if frame is not None:
-        raise DataError(f"{path} is incomplete: its zstd data ends too early. Download or copy it again.")
-
-
-def _missing(package: str, path: Path) -> DataError:
-    return DataError(
-        f'reading {path} needs {package}, which is not installed. Install it: pip install "gptsmith[data]"'
-    )
-
-
-def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Yield the lines without their newlines."""
-    parts: list[bytes] = []
-    size, number = 0, 1
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for end in ended:
-            yield b"".join([*parts, end])
-            parts, size = [], 0
-            number += 1
-        parts.append(rest)
-        size += len(rest)
-        if size > MAX_LINE_BYTES:
-            limit = MAX_LINE_BYTES >> 20
-            raise DataError(f"{path}, line {number}: longer than {limit} MB. Put each document on a line of its own.")
-    if size:
-        yield b"".join(parts)
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-class _NotText(DataError):
-    """The bytes are not UTF-8 text."""
-
-
-def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
-    """Decode strict UTF-8. Drop a leading byte-order mark, and keep newlines as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    offset, beginning = 0, True
-    of_text = " of the decompressed text" if _suffixes(path)[1] else ""
-    advice = "If it is text, convert it to UTF-8 first."
-    for block in blocks:
-        if offset == 0 and block.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-            raise _NotText(f"{path} is UTF-32, not UTF-8 text. Convert it: iconv -f UTF-32 -t UTF-8")
-        if offset == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise _NotText(f"{path} is UTF-16, not UTF-8 text. Convert it: iconv -f UTF-16 -t UTF-8")
-        pending = len(decoder.getstate()[0])
-        zero = block.find(0)
-        if zero >= 0:
-            raise _NotText(f"{path} is a binary file: byte {offset + zero}{of_text} is zero. Text must be UTF-8.")
-        try:
-            text = decoder.decode(block)
-        except UnicodeDecodeError as error:
-            at = offset - pending + error.start
-            raise _NotText(f"{path} is not UTF-8 text: {error.reason} at byte {at}{of_text}. {advice}") from None
-        offset += len(block)
-        if text and beginning:
-            beginning = False
-            text = text.removeprefix("\ufeff")
-        if text:
-            yield text
-    if pending := len(decoder.getstate()[0]):
-        at = offset - pending
-        raise _NotText(f"{path} is not UTF-8 text: it ends inside the character at byte {at}{of_text}. {advice}")
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:
@@ -527,15 +514,3 @@ def _chunks(texts: Iterable[str], where: str, *, document: bool = True) -> Itera
         previous = text
     if previous:
         yield DocumentChunk(previous, document, place)
-
-
-def _fields(wanted: str, names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    found = f"The fields are {shown}." if names else "There are no fields."
-    return f"{found}{nearest(wanted, names)} Choose the field with --field."
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

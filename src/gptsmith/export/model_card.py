@@ -131,8 +131,8 @@ def _properties(config: ModelConfig, about: About) -> list[tuple[str, str]]:
 def _training(run: Run) -> list[str]:
     sections = []
     data = [  # only file names: paths on the trainer's disk are private
-        (name, Path(value).name if name in ("spec", "val") else value)
-        for name, value in _flat(run.part("data"))
+        (name, value)
+        for name, value in _flat({**run.part("data"), **_file_names(run.part("data"))})
         if name != "fingerprint"
     ]
     if data:
@@ -174,6 +174,15 @@ def _results(run: Run) -> list[tuple[str, str]]:
         where = " ".join(str(machine[key]) for key in ("gpu", "processor") if machine.get(key))
         rows.append(("training time", duration(seconds) + (f" on {where}" if where else "")))
     return rows
+
+
+def _file_names(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the files of the texts, without their folders."""
+    names = {}
+    for key in ("spec", "val"):
+        paths = data.get(key) or []
+        names[key] = ", ".join(Path(path).name for path in (paths if isinstance(paths, list) else [paths]))
+    return {key: value for key, value in names.items() if value}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -87,7 +87,7 @@ def _summarize(name: str, directory: Path) -> Row:
         "started": run.info.get("started"),
         "ended": run.info.get("ended"),
         "parameters": run.info.get("parameters"),
-        "data": Path(str(data.get("spec", ""))).name,
+        "data": _data_name(data.get("spec")),
         "layers": model.get("num_hidden_layers"),
         "context": options.get("context"),
         "step": run.metrics[-1]["step"] if run.metrics else 0,
@@ -99,6 +99,12 @@ def _summarize(name: str, directory: Path) -> Row:
     }
     safe: Row = json_safe(row)
     return safe
+
+
+def _data_name(spec: Any) -> str:
+    """Return the name of the first file of a run's text."""
+    first = spec[0] if isinstance(spec, list) and spec else spec
+    return Path(str(first)).name
 
 
 class Signature(NamedTuple):

@@ -13,6 +13,7 @@ from gptsmith.data.conversations import Conversation, Counts, Example, Renderer,
 from gptsmith.data.corpora import CORPORA, corpus_path
 from gptsmith.data.packing import Examples
 from gptsmith.data.rows import row_files
+from gptsmith.data.sources import Spec
 from gptsmith.errors import DataError, UsageError, nearest
 from gptsmith.log import note, progress
 from gptsmith.model.transformer import Transformer
@@ -112,10 +113,12 @@ class ChatFiles:
     val: Path | None = None
 
     @classmethod
-    def open(cls, spec: str, config: RunConfig) -> ChatFiles:
+    def open(cls, spec: Spec, config: RunConfig) -> ChatFiles:
         """Find the data and the validation data. Raise UsageError where there is none, DataError for no table."""
+        if not isinstance(spec, str | Path):
+            raise UsageError("fine-tuning takes one file or folder of rows: put the files into a folder.")
         val = config.data.val
-        return cls(spec, rows_path(spec), val, rows_path(val) if val else None)
+        return cls(str(spec), rows_path(str(spec)), val, rows_path(val) if val else None)
 
     @property
     def name(self) -> str:

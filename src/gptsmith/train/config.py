@@ -172,7 +172,7 @@ class DataConfig:
     val_fraction: float = 0.1
     """Fraction of the data, at its end, held out for validation."""
     field: str = "text"
-    """Field or column with the text, for JSONL and parquet."""
+    """Field or column with the text, for rows of JSON, CSV, Parquet and Arrow."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "at least 0 and at most 0.5")

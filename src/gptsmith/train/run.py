@@ -23,8 +23,9 @@ import torch
 import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import from_dict, to_dict
+from gptsmith.data.sources import Spec
 from gptsmith.distributed.context import ALONE, DistributedContext
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError, first_few
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
@@ -122,7 +123,7 @@ def choose_directory(out: Path | None, name: str) -> Path:
 
 
 def start(
-    data: str | None,
+    data: Spec | None,
     config: RunConfig,
     out: Path | None = None,
     *,
@@ -273,7 +274,7 @@ def resume(
     directory: Path,
     config: RunConfig | None = None,
     *,
-    data: str | None = None,
+    data: Spec | None = None,
     on_end: Callable[[Path], object] = lambda directory: None,
     extras: Extras = Extras(),
     ranks: DistributedContext = ALONE,
@@ -282,7 +283,7 @@ def resume(
 
     config: refused where it differs from the run's own in anything that changes what has been computed so far. More
         steps extend a run, even a finished one, if its learning rate so far would have been the same.
-    data: where the text is now, if it has moved.
+    data: where the text is now, if it has moved (all files of it).
     extras: as the run was started with; by default they are found by the names in run.json.
     ranks: the processes that train, as many as before or not; all call this function.
     """
@@ -375,7 +376,7 @@ def _describe_data(data: TrainingData | None, dataset: Prepared | None) -> dict[
 
 
 def _prepare_again(
-    run: Run, config: RunConfig, tokenizer: Tokenizer, method: Method, moved_to: str | None
+    run: Run, config: RunConfig, tokenizer: Tokenizer, method: Method, moved_to: Spec | None
 ) -> Prepared | None:
     """Return the dataset that the run was started with. CheckpointError where the text has changed since.
 
@@ -384,14 +385,18 @@ def _prepare_again(
     data = run.info["data"]
     if data["spec"] is None:
         if moved_to is not None:
-            raise UsageError(f"{run.directory} was trained without a text; leave out {moved_to}.")
+            raise UsageError(f"{run.directory} was trained without a text; leave out {_shown(moved_to)}.")
         return None
     spec = moved_to or data["spec"]
     val_spec = config.data.val if config.data.val != run_config_of(run).data.val else data["val"]
-    for what, place, argument in (("text", spec, "NEWPLACE"), ("validation text", val_spec, "--val NEWPLACE")):
-        if place and place in (data["spec"], data["val"]) and Path(place).is_absolute() and not Path(place).exists():
+    for what, recorded, place, argument in (
+        ("text", data["spec"], spec, "NEWPLACE" if isinstance(spec, str) else "NEWPLACES (all, in the same order)"),
+        ("validation text", data["val"], val_spec, "--val NEWPLACE"),
+    ):
+        gone = [path for path in _as_list(place) if Path(path).is_absolute() and not Path(path).exists()]
+        if gone and place == recorded:
             command = f"gptsmith train --resume {run.directory} {argument}"
-            raise UsageError(f"no such file or folder: {place}. Say where the {what} is now: {command}")
+            raise UsageError(f"no such file or folder: {first_few(gone)}. Say where the {what} is now: {command}")
     opened = method.open_data(spec, config.replace(val=val_spec, unknown=True))
     try:
         dataset = opened.prepare(config.replace(unknown=True), tokenizer)
@@ -401,9 +406,17 @@ def _prepare_again(
     except TokenizerError:  # a character that was not there before
         pass
     raise CheckpointError(
-        f"the data of {run.directory} has changed since the run began ({spec}). "
+        f"the data of {run.directory} has changed since the run began ({_shown(spec)}). "
         "Put the text back as it was, or start a new run."
     )
+
+
+def _as_list(spec: Spec | None) -> list[str]:
+    return [str(spec)] if isinstance(spec, str | Path) else [str(each) for each in spec or ()]
+
+
+def _shown(spec: Spec) -> str:
+    return first_few(_as_list(spec))
 
 
 def _objective_of(run: Run) -> str:

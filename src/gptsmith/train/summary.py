@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptsmith.errors import first_few
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import RunConfig
 from gptsmith.train.objectives.registry import Prepared
@@ -16,7 +17,8 @@ def summary(session: Session, config: RunConfig, dataset: Prepared | None) -> st
     model, tokenizer, run = session.model.config, session.tokenizer, session.run
     lines = []
     if dataset is not None:
-        lines.append(f"data        {run.part('data').get('spec')}: {dataset.summary()}")
+        spec = run.part("data").get("spec")
+        lines.append(f"data        {first_few(spec, 3) if isinstance(spec, list) else spec}: {dataset.summary()}")
     lines += [
         f"vocabulary  {tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
         f"model       {model.model_type}: {_layers(model.num_hidden_layers)}, width {model.hidden_size}, "

@@ -9,13 +9,13 @@ from typing import Any
 
 from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
-from gptsmith.data.sources import Source, open_source
+from gptsmith.data.sources import Source, Spec, open_source, refuse_useless_field
 from gptsmith.errors import TokenizerError, UsageError, nearest
 from gptsmith.formats.hub import hub_model_path, is_hub_id
 from gptsmith.formats.named import NAMED_MODELS
 from gptsmith.formats.source import open_model
 from gptsmith.loading import resolve_model
-from gptsmith.log import note
+from gptsmith.log import note, progress
 from gptsmith.runtime import choose_device
 from gptsmith.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.ids import IdTokenizer
@@ -31,18 +31,31 @@ RUN_FOLDER = "tokenizer"  # where a run keeps its tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a run, opened: the data of pretraining. val: a text of its own for validation."""
+    """The text of a run, opened: the data of pretraining.
 
-    spec: str
+    val: a text of its own for validation. val_given: whether the user chose it; otherwise it belongs to the data.
+    """
+
     source: Source
-    val_spec: str | None = None
     val: Source | None = None
+    val_given: bool = False
 
     @classmethod
-    def open(cls, spec: str, config: RunConfig) -> Text:
-        """Open a file, a folder or a named corpus, and the validation text. Raise UsageError where there is none."""
-        val, column = config.data.val, config.data.field
-        return cls(spec, open_source(spec, field=column), val, open_source(val, field=column) if val else None)
+    def open(cls, spec: Spec, config: RunConfig) -> Text:
+        """Open files, folders or named corpora, and the validation text. Raise UsageError where there are none.
+
+        The validation text is the one given, or else the validation split of the data, if it has one.
+        """
+        column = config.data.field
+        source = open_source(spec, field=column)
+        val = source.validation()
+        if config.data.val is not None:
+            given = open_source(config.data.val, field=column)
+            val = given.validation() or given
+        elif val is not None:
+            note(f"{source.spec}: holding out its own split for validation, no part of the training split")
+        refuse_useless_field(column, source, val)
+        return cls(source, val, config.data.val is not None)
 
     @property
     def name(self) -> str:
@@ -63,15 +76,13 @@ class Text:
         )
 
     def places(self) -> dict[str, Any]:
-        """Return where the text and the validation text are, paths in full."""
-
-        def place(source: Source | None, spec: str | None) -> str | None:
-            return spec if source is None or source.path is None else str(source.path.resolve())
-
-        return {"spec": place(self.source, self.spec), "val": place(self.val, self.val_spec)}
+        """Return where the text is, a path in full or a list of them, and the validation text that was given."""
+        spec = self.source.places
+        val = self.val.places[0] if self.val is not None and self.val_given else None
+        return {"spec": spec[0] if len(spec) == 1 else spec, "val": val}
 
 
-def read_text(data: str, config: RunConfig, overrides: Collection[str] = ()) -> tuple[Tokenizer, Dataset]:
+def read_text(data: Spec, config: RunConfig, overrides: Collection[str] = ()) -> tuple[Tokenizer, Dataset]:
     """Return the tokenizer and the dataset of a run with new weights. overrides: as for `gptsmith.train.run.start`."""
     text = Text.open(data, config)
     config, tokenizer = text.make_tokenizer(config, overrides)
@@ -83,7 +94,7 @@ def make_tokenizer(config: RunConfig, train: Source, val: Source | None) -> Toke
     init = config.init
     if init.tokenizer == "char":
         sources = [train] if val is None else [train, val]
-        return train_char((chunk.text for s in sources for chunk in s.chunks()), unknown=init.unknown)
+        return train_char((text for source in sources for text in read_texts(source)), unknown=init.unknown)
     if init.tokenizer == "bpe":
         fraction = 0.0 if val is not None else config.data.val_fraction
         return train_bpe(_training_part(train, fraction), init.vocab_size)
@@ -152,9 +163,19 @@ def choose_tokenizer(config: RunConfig, overrides: Collection[str], source: Sour
 
 def _training_part(source: Source, val_fraction: float) -> Iterator[str]:
     """Yield the text of a source without the last `val_fraction` of its characters, which validation is cut from."""
-    left = round(sum(len(chunk.text) for chunk in source.chunks()) * (1 - val_fraction))
-    for chunk in source.chunks():
-        yield chunk.text[:left]
-        left -= len(chunk.text)
+    if not val_fraction:
+        yield from read_texts(source)
+        return
+    left = round(sum(map(len, read_texts(source))) * (1 - val_fraction))
+    for text in read_texts(source):
+        yield text[:left]
+        left -= len(text)
         if left <= 0:
             return
+
+
+def read_texts(source: Source) -> Iterator[str]:
+    """Yield the text of a source in chunks, showing progress."""
+    with progress(source.size_bytes, f"reading {source.name}", "B") as bar:
+        for chunk in source.chunks(bar.advance):
+            yield chunk.text

@@ -345,7 +345,7 @@ export function mount(root) {
     const { data, model, started } = run.record;
     const startTime = started && new Date(started).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const parts = [
-      data?.spec && String(data.spec).split("/").at(-1),
+      data?.spec && String([data.spec].flat()[0]).split("/").at(-1),
       model && `${model.num_hidden_layers} layers, hidden size ${model.hidden_size}`,
       run.loop.context && `context ${run.loop.context}`,
       startTime && `started ${startTime}`,

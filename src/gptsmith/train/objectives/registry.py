@@ -84,14 +84,15 @@ def as_configured(config: RunConfig, overrides: Collection[str], prepared: Prepa
 class Method:
     """A kind of training.
 
-    options: the dataclass of `RunConfig.method`. open_data: opens DATA (a name or path) as the configuration says.
+    options: the dataclass of `RunConfig.method`. open_data: opens DATA (a name, a path, or a
+    list of them) as the configuration says.
     adapt_init: changes the model that training starts from (adds tokens of a chat template). settle: sets options that
     follow from the data and are not in `overrides` (steps from epochs).
     """
 
     objective: ObjectiveFactory
     options: type[MethodConfig] = PretrainConfig
-    open_data: Callable[[str, RunConfig], TrainingData] = Text.open
+    open_data: Callable[[Any, RunConfig], TrainingData] = Text.open
     adapt_init: Callable[[Init, RunConfig, TrainingData | None], Init] = unchanged
     settle: Callable[[RunConfig, Collection[str], Prepared | None], RunConfig] = as_configured
     needs_init: bool = False
