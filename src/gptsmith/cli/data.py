@@ -1,11 +1,11 @@
-"""`gptsmith data`: named corpora."""
+"""`gptsmith data`: named corpora, and how a model sees conversations."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,13 +29,53 @@ class Get:
     """Also copy the text to this file, which must not exist."""
 
 
+@dataclass(frozen=True)
+class Show:
+    """Show a conversation as a model sees it, with what fine-tuning trains on marked, and count all rows."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """A .jsonl, .json, .parquet or .csv file, a folder of them, or a named data set."""
+    model: str
+    """The model whose tokenizer and chat template are used."""
+    index: int = 0
+    """Which conversation to show, from 0."""
+    train_on: Literal["all", "last"] = "all"
+    """Which turns of the assistant are trained on."""
+
+
+def _show(chosen: Show) -> int:
+    import sys
+
+    from gptsmith.data.show import show
+    from gptsmith.loading import source_of
+    from gptsmith.tokenizer.chat import ChatTemplate
+    from gptsmith.tokenizer.chatml import with_chat_template
+    from gptsmith.train.chats import ChatFiles
+    from gptsmith.train.config import RunConfig
+
+    if chosen.index < 0:
+        raise UsageError("--index counts from 0.")
+    files = ChatFiles.open(chosen.data, RunConfig())
+    tokenizer = source_of(chosen.model).checked_tokenizer()
+    if ChatTemplate(tokenizer).plain and files.needs_template():  # as fine-tuning does
+        tokenizer, _ = with_chat_template(tokenizer)
+    shown = show(files.path, tokenizer, index=chosen.index, train_on=chosen.train_on, color=sys.stdout.isatty())
+    print(f"{shown.where}:")
+    print(shown.text)
+    print()
+    print("\n".join(shown.summary))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
-    chosen: List | Get = parse_subcommand(
-        {"list": List, "get": Get},
+    chosen: List | Get | Show = parse_subcommand(
+        {"list": List, "get": Get, "show": Show},
         "gptsmith data",
         arguments,
-        "List and fetch named corpora. They are fetched on first use, verified and cached.",
+        "List and fetch named corpora, which are fetched on first use, verified and cached; show conversations.",
     )
+    if isinstance(chosen, Show):
+        return _show(chosen)
     from gptsmith.data.corpora import CORPORA, corpus_path
 
     if isinstance(chosen, List):
