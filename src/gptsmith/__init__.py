@@ -15,11 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "runs", "sft"]
+__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "merge", "runs", "sft"]
 
 if TYPE_CHECKING:
     from gptsmith.api import fit, runs, sft
     from gptsmith.engine.text import generate
+    from gptsmith.export.merge import merge
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
@@ -28,6 +29,7 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "generate": ("gptsmith.engine.text", "generate"),
     "load": ("gptsmith.loading", "load_model"),
     "load_plugins": ("gptsmith.plugins", "load_plugins"),
+    "merge": ("gptsmith.export.merge", "merge"),
     "runs": ("gptsmith.api", "runs"),
     "sft": ("gptsmith.api", "sft"),
 }

@@ -29,6 +29,7 @@ _BUILTIN = {
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
     "import": "import a model from elsewhere: a Hugging Face directory, a hub id or a GGUF file",
+    "merge": "fold adapters into a model, or average models",
     "quantize": "quantize a model to 8 or 4 bits",
     "export": "export a model for other programs, as a Hugging Face directory or a GGUF file",
 }

@@ -67,6 +67,9 @@ class Conversation:
         return not self.messages
 
 
+REASONS_SHOWN = 3
+
+
 class RowError(DataError):
     """A row that cannot be trained on. The message does not say where it is."""
 
@@ -312,8 +315,9 @@ class Renderer:
         )
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
+        """Return the variables of the template. Tools are written as the server writes them."""
         tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
-        return {"generic_tools": True, **tools}  # as the server writes them
+        return {"generic_tools": True, **tools}
 
     def _text(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Encode prompt and completion apart, as a prompt and its continuation are, so that no token spans both."""
@@ -337,11 +341,13 @@ class Counts:
         self.first_skipped.setdefault(reason, where)
 
     def describe_skipped(self) -> str:
-        """Return the reasons, most frequent first, each with its number and its first row."""
-        return "; ".join(
+        """Return the most frequent reasons, each with its number and its first row."""
+        shown = [
             f"{number:,}: {reason.rstrip('.')} (first: {self.first_skipped[reason]})"
-            for reason, number in self.skipped.most_common()
-        )
+            for reason, number in self.skipped.most_common(REASONS_SHOWN)
+        ]
+        more = len(self.skipped) - len(shown)
+        return "; ".join([*shown, *([f"{more:,} more reasons"] if more else [])])
 
 
 def read_conversations(
