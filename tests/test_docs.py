@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGE_NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SOURCES = Path(gptsmith.__file__).parent
-TUNE_COMMANDS = ("sft",)  # they take most of them, some with other defaults
+TUNE_COMMANDS = ("sft", "distill")  # they take most of them, some with other defaults
 RUN_COMMANDS = ("train", "plan", "find-lr", "scale")  # they take all options of a run
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -165,6 +165,10 @@ def test_command_options(command: str) -> None:
     for subcommand in recorded.get("subcommands", {}).values():
         options |= subcommand.get("options", {})
     usual = {f"--{name.replace('_', '-')}": shown(value) for name, value in RunConfig().flat().items()}
+    if command in TUNE_COMMANDS[1:]:  # their sections refer to that of the first
+        first = re.search(r"^## sft\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        assert first
+        usual |= option_table(first[1])
     config = set(usual) if command in RUN_COMMANDS else set()
     expected = {}
     for names, description in options.items():

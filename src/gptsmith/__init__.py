@@ -15,16 +15,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "generate", "load", "load_plugins", "merge", "runs", "sft"]
+__all__ = ["__version__", "distill", "fit", "generate", "load", "load_plugins", "merge", "runs", "sft"]
 
 if TYPE_CHECKING:
-    from gptsmith.api import fit, runs, sft
+    from gptsmith.api import distill, fit, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.export.merge import merge
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
+    "distill": ("gptsmith.api", "distill"),
     "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
     "load": ("gptsmith.loading", "load_model"),

@@ -114,6 +114,11 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
     return fit(data, objective="sft", init=model, **options)
 
 
+def distill(student: str | Path | Run, data: str | Path, *, teacher: str | Path | Run, **options: Any) -> Run:
+    """Train a student to predict as a teacher does and return the run, as `gptsmith distill STUDENT DATA` does."""
+    return fit(data, objective="distill", init=student, teacher=os.fspath(teacher), **options)
+
+
 def _text_or_batches(data: Data | None) -> tuple[Spec | None, Iterable[Any] | None]:
     """Return where the text is, or the batches."""
     if data is None or isinstance(data, str | Path):

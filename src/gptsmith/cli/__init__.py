@@ -18,6 +18,7 @@ from gptsmith.registry import Registry
 _BUILTIN = {
     "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
     "sft": "fine-tune a model on conversations, or on prompts with completions",
+    "distill": "train a student to write as a teacher does",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",

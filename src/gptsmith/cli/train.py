@@ -57,7 +57,7 @@ def _command_of(arguments: list[str]) -> str:
         objective = str(read_info(Path(directory)).get("objective"))
     except GptsmithError:  # which the command itself explains
         return "train"
-    return objective if objective in ("sft",) else "train"
+    return objective if objective in ("sft", "distill") else "train"
 
 
 def train_or_resume(

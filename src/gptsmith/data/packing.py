@@ -128,11 +128,14 @@ class PackedLoader:
 
     def batch_at(self, position: int) -> TokenBatch:
         """Return the batch after `position` rows were taken. Pure."""
+        return self.batch_of([self.rows[i] for i in self.order_at(position)])
+
+    def order_at(self, position: int) -> list[int]:
+        """Return which rows the batch has after `position` rows were taken. Pure."""
         sequence = np.arange(position, position + self.batch_size, dtype=np.uint64)
-        n = np.uint64(len(self.rows))
-        epoch, index = np.divmod(sequence, n)
-        order = permuted(index, len(self.rows), self._key(epoch)) if len(self.rows) > 1 else index
-        return self.batch_of([self.rows[int(i)] for i in order])
+        n = len(self.rows)
+        epoch, index = np.divmod(sequence, np.uint64(n))
+        return [int(i) for i in (permuted(index, n, self._key(epoch)) if n > 1 else index)]
 
     def batch_of(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
         """Return these rows, each a list of examples, as a batch."""

@@ -288,6 +288,30 @@ class SftConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(SftConfig):
+    """Distillation: predict as a teacher does."""
+
+    teacher: str | None = None
+    """The teacher: a run, a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m. Its vocabulary begins
+    with the student's."""
+    on_policy: bool = False
+    """Learn from the student's own answers to the prompts of the data, and not from the answers in the data."""
+    answer_tokens: int = 128
+    """With --on-policy: the longest answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "answer_tokens")
+        if self.replay is not None:
+            raise UsageError("--replay is for fine-tuning; distillation has a teacher for every token.")
+
+    def teacher_model(self) -> str:
+        if self.teacher is None:
+            raise UsageError("distillation needs a teacher: --teacher MODEL.")
+        return self.teacher
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """The training loop: lengths, batches, intervals, device."""
 

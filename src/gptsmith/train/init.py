@@ -138,7 +138,7 @@ def adapted_to_init(
         name = "adamw" if adapter else init.optimizer
         config = config.replace(optim={"name": name})
         note(f"optimizer: {name}, as {'usual for adapters' if adapter else 'the model was pretrained'} (--optim.name)")
-    config = config.replace(init=str(_absolute(config.init.init)))
+    config = config.replace(init=str(absolute_spec(config.init.init)))
     if "context" not in overrides:
         config = config.replace(context=min(most, longest))
     if config.loop.context > most:
@@ -156,7 +156,7 @@ def adapted_to_init(
     return config.replace(optim={name: value for name, value in optim.items() if f"optim.{name}" not in overrides})
 
 
-def _absolute(spec: str | None) -> str:
+def absolute_spec(spec: str | None) -> str:
     """Return a path in full, so that the run can be resumed from another directory; other names as they are."""
     path = Path(spec or "")
     return str(resolve_model(path).resolve()) if path.exists() else str(spec)

@@ -17,9 +17,10 @@ from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
-from gptsmith.train.config import MethodConfig, PretrainConfig, RunConfig, SftConfig
+from gptsmith.train.config import DistillConfig, MethodConfig, PretrainConfig, RunConfig, SftConfig
 from gptsmith.train.init import MOST_INIT_CONTEXT, Init
 from gptsmith.train.objectives.base import Objective
+from gptsmith.train.objectives.distill import adapt_to_teacher, distill, settle_with_teacher
 from gptsmith.train.objectives.pretrain import Pretrain
 from gptsmith.train.objectives.sft import sft
 from gptsmith.train.text import Text
@@ -133,6 +134,15 @@ METHODS: Registry[Method] = Registry(
             settle=settle,
             needs_init=True,
             trains_adapter=True,
+            longest=MOST_CONTEXT,
+        ),
+        "distill": Method(
+            distill,
+            options=DistillConfig,
+            open_data=ChatFiles.open,
+            adapt_init=adapt_to_teacher,
+            settle=settle_with_teacher,
+            needs_init=True,
             longest=MOST_CONTEXT,
         ),
     },
