@@ -30,4 +30,4 @@ def main(arguments: list[str]) -> int:
     chosen, overrides = parse_tune(Distill, DistillConfig, "distill", arguments)
     if chosen.resume is None and chosen.method.teacher is None:
         raise UsageError("No teacher given. Use: gptsmith distill STUDENT DATA --teacher MODEL")
-    return train_or_resume(chosen, overrides, began=BEGAN, objective="distill")
+    return train_or_resume(chosen, overrides, ["distill", *arguments], began=BEGAN, objective="distill")
