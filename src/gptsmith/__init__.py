@@ -18,9 +18,8 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "distill", "fit", "generate", "load", "load_plugins", "merge", "runs", "sft"]
 
 if TYPE_CHECKING:
-    from gptsmith.api import distill, fit, runs, sft
+    from gptsmith.api import distill, fit, merge, runs, sft
     from gptsmith.engine.text import generate
-    from gptsmith.export.merge import merge
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
@@ -30,7 +29,7 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "generate": ("gptsmith.engine.text", "generate"),
     "load": ("gptsmith.loading", "load_model"),
     "load_plugins": ("gptsmith.plugins", "load_plugins"),
-    "merge": ("gptsmith.export.merge", "merge"),
+    "merge": ("gptsmith.api", "merge"),
     "runs": ("gptsmith.api", "runs"),
     "sft": ("gptsmith.api", "sft"),
 }

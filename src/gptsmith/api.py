@@ -18,6 +18,7 @@ from typing import Any
 from gptsmith.data.sources import Spec
 from gptsmith.distributed.context import DistributedContext, environment_world_size, join_processes
 from gptsmith.errors import UsageError
+from gptsmith.export.merge import merge
 from gptsmith.log import note, quiet
 from gptsmith.model.config import ModelConfig
 from gptsmith.report import write_report
@@ -28,6 +29,8 @@ from gptsmith.train.config import RunConfig, default_config, options_of, with_op
 from gptsmith.train.objectives.registry import ObjectiveFactory, find_method
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
+
+__all__ = ["distill", "fit", "merge", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
