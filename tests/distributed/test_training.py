@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -238,6 +239,24 @@ def fit_toy(config: RunConfig, out: Path) -> None:
     fit(None, config, out, objective=WriteLiked, tokenizer=alphabet())
 
 
+def test_fine_tuning_of_an_adapter(whole: Path, tmp_path: Path) -> None:
+    """Rows have unequal numbers of trained tokens; the frozen weights are those of the model on all processes."""
+    chats = tmp_path / "chats.jsonl"
+    rows_of = [("ba" * (1 + i % 5), "ko mi" * (1 + i % 3)) for i in range(24)]
+    chats.write_text("\n".join(json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows_of))
+    options = {"steps": 6, "eval_every": 6, "log_every": 1, "batch_size": 4, "sample_tokens": 0, "compile": "off"}
+    gptsmith.sft(whole, chats, out=tmp_path / "one", device="cpu", **options)
+    results(run_processes(2, tmp_path, fine_tune, whole, chats, tmp_path / "two", options))
+    for names in (("step", "loss"), ("step", "val_loss"), ("step", "tokens")):
+        expected = rows(tmp_path / "one", *names)
+        assert expected
+        assert rows(tmp_path / "two", *names) == [pytest.approx(row, abs=1e-6) for row in expected]
+
+
+def fine_tune(model: Path, chats: Path, out: Path, options: dict[str, Any]) -> None:
+    gptsmith.sft(model, chats, out=out, device="cpu", **options)
+
+
 # -- what goes wrong on one process ------------------------------------------------------------------------------------
 
 
@@ -291,7 +310,7 @@ def test_a_killed_process_stops_all(text: Path, whole: Path, tmp_path: Path) -> 
     out = tmp_path / "run"
     first, second = run_processes(2, tmp_path, killed_at_step, str(text), out, 8, 1)
     assert second.code == -signal.SIGKILL
-    assert str(first.error).startswith("stopped at step 8: process 1 of 2 ended without a message, or hangs.")
+    assert str(first.error).startswith("stopped at step 8: process 1 of 2 ended without a message.")
     assert "The checkpoint of step 6 is intact. Resume with: gptsmith train --resume" in str(first.error)
     assert read_run(out).info["error"] == str(first.error)
     verify(out / "checkpoints" / "step-00000006")

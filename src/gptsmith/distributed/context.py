@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptsmith.errors import GptsmithError, ProcessError, UsageError
@@ -34,7 +37,7 @@ T = TypeVar("T")
 
 BUCKET_BYTES = 32 << 20  # tensors that are summed in one message; copies of so many bytes are made
 BEAT_SECONDS = 0.5  # between signs of life
-SILENT_SECONDS = 4.0  # without a sign of life, once the connection to a process has failed: it has ended
+SILENT_SECONDS = 4.0  # without a sign of life, once a connection has failed: the process at fault
 LONGEST_POLL = 0.05  # seconds between two looks at the store
 
 
@@ -184,7 +187,7 @@ class ProcessGroup(DistributedContext):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         prefix = f"gptsmith/{attempt}/{self.joined}"
         self.store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-        self.store.set(f"here/{self.rank}", b"1")
+        self.store.set(f"here/{self.rank}", f"{os.getpid()} {_machine()}")
         missing = list(range(self.world_size))
         while missing := [rank for rank in missing if not self.store.check([f"here/{rank}"])]:
             self._raise_failure()
@@ -354,16 +357,24 @@ class ProcessGroup(DistributedContext):
                 self._raise_failure()
                 time.sleep(poll)
                 poll = min(LONGEST_POLL, 1.5 * poll)
+                if self._has_ended(rank) and not self.store.check([key]):
+                    self._raise_failure()
+                    raise GptsmithError(self._missing([rank], "ended without a message"))
                 now = time.monotonic()
                 silent, last = silent + min(now - last, 1.0), now  # at most a second: all may have been suspended
                 if (seen := self._beat_of(rank)) != beat:
                     silent, beat = 0.0, seen
                 elif silent > self.timeout:
-                    raise GptsmithError(self._missing([rank], f"gave no sign of life for {self.timeout:.0f} s"))
+                    raise GptsmithError(self._missing([rank], f"gives no sign of life for {self.timeout:.0f} s"))
 
     def _beat_of(self, rank: int) -> bytes:
         key = f"beat/{rank}"
         return bytes(self.store.get(key)) if self.store.check([key]) else b""
+
+    def _has_ended(self, rank: int) -> bool:
+        """Return whether a process of this machine has ended; False for those of others."""
+        pid, _, machine = bytes(self.store.get(f"here/{rank}")).decode().partition(" ")
+        return machine == _machine() and not _is_running(int(pid))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -386,15 +397,18 @@ class ProcessGroup(DistributedContext):
             before = {rank: self._beat_of(rank) for rank in others}
             end = time.monotonic() + SILENT_SECONDS
             while time.monotonic() < end:
-                if self.store.check(["failure"]):
+                ended = [rank for rank in others if self._has_ended(rank)]
+                if self.store.check(["failure"]):  # what a process says before it ends
                     return self.failure()
+                if ended:
+                    return GptsmithError(self._missing(ended, "ended without a message"))
                 time.sleep(LONGEST_POLL)
             silent = [rank for rank in others if self._beat_of(rank) == before[rank]]
             absent = [rank for rank in others if not self.store.check([f"failed/{self.turn}/{rank}"])]
         except RuntimeError:  # also the store is gone
             return GptsmithError("process 0, or the program that started it, has ended.")
         if silent:
-            return GptsmithError(self._missing(silent, "ended without a message, or hangs"))
+            return GptsmithError(self._missing(silent, "gives no sign of life"))
         if absent and "timed out" in reason.lower():
             return GptsmithError(self._missing(absent, f"did not answer within {self.timeout:.0f} s"))
         return GptsmithError(f"the connection between the processes failed: {reason}")
@@ -425,6 +439,27 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         open_buckets.setdefault(kind, []).append(tensor)
         sizes[kind] = sizes.get(kind, 0) + size
     yield from (bucket for bucket in open_buckets.values() if bucket)
+
+
+@functools.cache
+def _machine() -> str:
+    """Return a name for where process ids mean the same: the machine, and on Linux the namespace."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 would end it
+        return True
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # not ours, or no Linux
+        return True
+    return state not in ("Z", "X")  # ended, and nobody has asked how
 
 
 def _processes(ranks: Sequence[int]) -> str:

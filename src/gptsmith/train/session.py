@@ -148,6 +148,11 @@ class Session:
 
     def train(self, on_end: Callable[[Path], object]) -> RunResult:
         """Train to the end or until a stop, and record the outcome. `on_end(directory)` is called either way."""
+        # Where one of several processes has ended, TorchElastic sends SIGTERM to the others: they say why first.
+        with self.stop if self.ranks.world_size > 1 else contextlib.nullcontext():
+            return self._train(on_end)
+
+    def _train(self, on_end: Callable[[Path], object]) -> RunResult:
         try:
             if "compile" not in self.run.info:  # decided once: a resumed run computes as the run did before
                 self._record(compile=self.ranks.on_main(self._should_compile))
@@ -170,8 +175,14 @@ class Session:
                 with contextlib.suppress(Exception):
                     callback.on_end(self.run, status)
             raise
+        self.ranks.on_main(lambda: self._end(on_end))
+        for callback in self.callbacks:
+            callback.on_end(self.run, outcome)
+        return RunResult(self.run, outcome, max(self.ranks.gather(self.stop.number)))
+
+    def _end(self, on_end: Callable[[Path], object]) -> None:
         try:
-            self.ranks.on_main(lambda: on_end(self.run.directory))
+            on_end(self.run.directory)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -179,9 +190,6 @@ class Session:
                 "not enough memory to write the report; the run itself is complete. "
                 f"Write it with: gptsmith report {self.run.directory}"
             )
-        for callback in self.callbacks:
-            callback.on_end(self.run, outcome)
-        return RunResult(self.run, outcome, max(self.ranks.gather(self.stop.number)))
 
     def _record(self, **values: Any) -> None:
         """Change entries of run.json, which the main process writes."""

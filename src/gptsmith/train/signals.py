@@ -22,6 +22,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         self.announces = True
+        self._entered = 0
         self.previous: dict[int, Any] = {}
 
     @property
@@ -32,7 +33,8 @@ class StopSignal:
         return self.requested
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
+        self._entered += 1
+        if self._entered == 1 and threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed; not on Windows
                 number = getattr(signal, name, None)
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
@@ -42,8 +44,10 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self._entered -= 1
+        if not self._entered:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
