@@ -217,6 +217,11 @@ def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping
     return _RenamedTensors(tensors, names)
 
 
+def select_tensors(tensors: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Mapping[str, Tensor]:
+    """Return the tensors whose names `keep` accepts, without reading them."""
+    return _RenamedTensors(tensors, {name: name for name in tensors if keep(name)})
+
+
 def embeddings_name(config: ModelConfig) -> str:
     """Return the Hugging Face name of the token embeddings."""
     return next(m.hf[0] for m in weight_mappings(config) if m.local == "embed_tokens.weight")
@@ -306,7 +311,7 @@ def save_model(
     bits = bits_of(model)
     if bits is not None:
         config["quantization_config"] = quantization_config(bits)
-    _write_json(directory / CONFIG_FILE, config)
+    write_json(directory / CONFIG_FILE, config)
     save_generation_config(model, directory, bos_token_id=bos_token_id, end_ids=end_ids)
     with atomic_file(directory / WEIGHTS_FILE) as file:
         file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
@@ -319,10 +324,11 @@ def save_generation_config(
     generation = model.generation_config or DEFAULT_GENERATION
     ids = token_ids(bos_token_id, end_ids)
     generation = {**generation, **{key: id for key, id in ids.items() if id is not None or key not in generation}}
-    _write_json(Path(directory) / GENERATION_FILE, generation)
+    write_json(Path(directory) / GENERATION_FILE, generation)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an indented JSON file, atomically."""
     with atomic_file(path, "w") as file:
         json.dump(values, file, indent=2)
         file.write("\n")

@@ -1,0 +1,112 @@
+"""Models with a task head as Hugging Face directories: `...ForSequenceClassification` of each layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptsmith.errors import CheckpointError
+from gptsmith.formats.hf import (
+    CONFIG_FILE,
+    HEAD,
+    WEIGHTS_FILE,
+    config_to_hf,
+    select_tensors,
+    weights_to_hf,
+    write_json,
+)
+from gptsmith.formats.source import open_model
+from gptsmith.model.heads import HeadConfig, Problem, SequenceClassifier
+from gptsmith.storage import atomic_file
+
+SCORE = "score.weight"
+"""The name of the head's matrix in every layout."""
+
+_TASK = "gptsmith_task"  # transformers has no multiple choice for these models; it keeps keys that it does not know
+
+
+def save_classifier(
+    classifier: SequenceClassifier,
+    directory: Path,
+    *,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    end_ids: Sequence[int] = (),
+) -> None:
+    """Write `config.json` and `model.safetensors` into an existing directory, as transformers reads them.
+
+    pad_token_id: transformers scores the rightmost token that is not this one, and needs it for several texts at once.
+    The output matrix of the language model is not saved.
+    """
+    from safetensors.torch import save
+
+    model, head = classifier.transformer, classifier.head
+    config = config_to_hf(model.config, bos_token_id=bos_token_id, end_ids=end_ids)
+    name = re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", config["architectures"][0])
+    config |= {
+        "architectures": [name],
+        "id2label": {str(i): label for i, label in enumerate(head.labels)},
+        "label2id": {label: i for i, label in enumerate(head.labels)},
+        "pad_token_id": pad_token_id,
+    }
+    if head.problem == "multiple_choice":
+        config[_TASK] = head.problem
+    else:
+        config["problem_type"] = head.problem
+    weights = {key: tensor for key, tensor in weights_to_hf(model).items() if key != HEAD}
+    weights[SCORE] = classifier.score.weight.detach().cpu().contiguous()
+    write_json(Path(directory) / CONFIG_FILE, config)
+    with atomic_file(Path(directory) / WEIGHTS_FILE) as file:
+        file.write(save(weights, metadata={"format": "pt"}))
+
+
+def load_classifier(directory: Path) -> tuple[SequenceClassifier, int | None]:
+    """Return the model with the head in a `...ForSequenceClassification` directory, in eval mode, and its padding id.
+
+    Its language model has no output matrix of its own: it is tied to the embeddings.
+    Raises CheckpointError for a directory that has no head, or one that does not fit its config.json.
+    """
+    source = open_model(directory)
+    if SCORE not in source.tensors:
+        raise CheckpointError(f"{directory} has no tensor {SCORE}: it is not a model for sequence classification.")
+    score = source.tensors[SCORE].float()
+    others = select_tensors(source.tensors, lambda name: name not in (SCORE, HEAD))
+    source = replace(source, config=replace(source.config, tie_word_embeddings=True), tensors=others)
+    head = _head_config(source.hf_config, str(Path(directory) / CONFIG_FILE), score)
+    classifier = SequenceClassifier(source.model(), head)
+    if score.shape != classifier.score.weight.shape:
+        raise CheckpointError(
+            f"{directory}: {SCORE} is {list(score.shape)}, expected {list(classifier.score.weight.shape)}."
+        )
+    with torch.no_grad():
+        classifier.score.weight.copy_(score)
+    return classifier.eval(), source.hf_config.get("pad_token_id")
+
+
+def _head_config(values: Mapping[str, Any], where: str, score: torch.Tensor) -> HeadConfig:
+    count = len(score) if score.ndim else 0
+    names = values.get("id2label")
+    if names is None:
+        names = {i: f"LABEL_{i}" for i in range(count)}
+    try:
+        labels = [str(names[key]) for key in sorted(names, key=int)]
+        if [int(key) for key in sorted(names, key=int)] != list(range(count)):
+            raise CheckpointError(f"{where}: id2label has {len(labels)} labels, but {SCORE} has {count} rows.")
+    except (TypeError, ValueError, AttributeError, KeyError):
+        raise CheckpointError(f"{where}: id2label is not an object of numbers and names.") from None
+    known: dict[Any, Problem] = {
+        "single_label_classification": "single_label_classification",
+        "multi_label_classification": "multi_label_classification",
+        "regression": "regression",
+        "multiple_choice": "multiple_choice",
+        None: "regression" if count == 1 else "single_label_classification",  # as transformers decides for int targets
+    }
+    problem = values.get(_TASK) or values.get("problem_type")
+    if problem not in known:
+        raise CheckpointError(f"{where}: unknown problem_type {problem!r}.")
+    return HeadConfig(tuple(labels), known[problem])
