@@ -59,15 +59,25 @@ def with_chat_template(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[int, ...]
     Raises TokenizerError for a tokenizer whose ids have gaps.
     """
     template, tokens = (CHATML, CHATML_TOKENS) if _has_letters(tokenizer) else (ROLES, ROLE_TOKENS)
-    missing = [token for token in tokens if token not in tokenizer.added_tokens()]
     if tokenizer.bos_id is not None and tokenizer.prefix_ids == (tokenizer.bos_id,):
         template = "{{- bos_token }}" + template  # which llama.cpp and this package would add, but transformers not
+    return with_special_tokens(tokenizer, tokens, {"chat_template": template, "eos_token": tokens[-1]})
+
+
+def with_special_tokens(
+    tokenizer: Tokenizer, tokens: Sequence[str], config: Mapping[str, Any] | None = None
+) -> tuple[Tokenizer, tuple[int, ...]]:
+    """Return the tokenizer with `tokens` as special tokens, and the ids of those that are new.
+
+    config: values of tokenizer_config.json to change. The tokens at which texts end stay ends.
+    Raises TokenizerError for a tokenizer whose ids have gaps.
+    """
+    missing = [token for token in tokens if token not in tokenizer.added_tokens()]
     new = tuple(range(tokenizer.vocab_size, tokenizer.vocab_size + len(missing)))
-    config = {**tokenizer.config(), "chat_template": template, "eos_token": tokens[-1]}
     text = _with_special_tokens(tokenizer.to_json(), tokens, dict(zip(missing, new, strict=True)))
-    result = Tokenizer(text, config, tokenizer.end_ids)
+    result = Tokenizer(text, {**tokenizer.config(), **(config or {})}, tokenizer.end_ids)
     if any(result.special_tokens().get(id) != token for token, id in zip(missing, new, strict=True)):
-        raise TokenizerError("the ids of this tokenizer have gaps, so it cannot get the tokens of a chat template.")
+        raise TokenizerError(f"the ids of this tokenizer have gaps, so it cannot get the tokens {', '.join(tokens)}.")
     return result, new
 
 
