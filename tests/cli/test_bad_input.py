@@ -105,6 +105,9 @@ def test_no_text_at_all(name: str, rejected: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     rejected("train", *([name] if name else []), code=1 if name else 2)
     assert "No data given" in rejected("train", "", code=2)
+    (tmp_path / "a.txt").write_text("words")
+    assert "a name is empty" in rejected("train", "a.txt", "", code=2)
+    assert "no data given" in rejected("tokenizer", "train", "--out", tmp_path / "out", code=2)
 
 
 # Names and values ----------------------------------------------------------------------------------------------------

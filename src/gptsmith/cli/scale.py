@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError("scale sets the budget and the steps of each run; leave out --budget and --steps.")
     if config.init.init is not None:
         raise UsageError("scale trains new models of several sizes; leave out --init.")
-    if not chosen.data:
+    if not any(chosen.data):
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith scale input.txt")
     budgets.sort(key=lambda text: Budget.parse(text).amount)
 

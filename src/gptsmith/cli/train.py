@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         module = importlib.import_module(f"gptsmith.cli.{command}")
         return int(module.main(arguments))
     chosen, overrides = parse_run(Train, "train", arguments)
-    if chosen.resume is None and not chosen.data:
+    if chosen.resume is None and not any(chosen.data):
         raise UsageError("No data given. Pass a text file, a folder or a named corpus: gptsmith train input.txt")
     if chosen.resume is not None and chosen.out is not None:
         raise UsageError("--resume takes the directory from the run; omit --out.")

