@@ -73,7 +73,7 @@ def export_directory(
     stored = source.stored_dtype() if dtype == "auto" else DTYPES[dtype]
     model, tokenizer = read_verified(source)
     model = transform.apply(model)
-    card = _card(spec, source, model, dtype_name(stored), license, transform.describe())
+    card = _card(spec, source, model, dtype_name(stored), license, transform.describe(model.config))
     write_directory(out, model, tokenizer, dtype=stored, source=source, card=card)
     return model, dtype_name(stored)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from gptsmith.errors import UsageError
 
 if TYPE_CHECKING:
+    from gptsmith.model.config import ModelConfig
     from gptsmith.model.transformer import Transformer
 
 MAX_CONTEXT = 1 << 21  # tokens; a longer one would be rejected when the model is loaded
@@ -59,11 +60,14 @@ class ModelTransform:
                 model = upcycle(model, self.upcycle, self.experts_per_tok or 2).eval()
         return model
 
-    def describe(self) -> str:
-        """Return sentences for the model card that describe the changes; empty if there are none."""
+    def describe(self, config: ModelConfig) -> str:
+        """Return sentences for the model card that describe the changes; empty if there are none.
+
+        config: of the changed model.
+        """
         changes = []
         if self.context is not None:
-            method = self.rope_scaling or "YaRN, or LongRoPE where the model has it"
+            method = self.rope_scaling or (config.rope_scaling.kind if config.rope_scaling is not None else "yarn")
             changes.append(f"The context was extended to {self.context:,} tokens ({method}).")
         if self.upcycle is not None:
             used = self.experts_per_tok or 2
