@@ -210,13 +210,42 @@ def stop_at_seven(data: str, out: Path, config: RunConfig = CONFIG) -> None:
             fit(data, config, out)
 
 
-def test_dropout_differs_between_processes_and_resumes_to_the_bit(text: Path, tmp_path: Path) -> None:
+def draws() -> list[list[float]]:
+    with join_processes(20) as ranks:
+        torch.manual_seed(1)
+        step: TrainingStep[TokenBatch] = TrainingStep.build(
+            tiny_model(), Skewed(), CONFIG, precision="fp32", micro_batch_size=2, ranks=ranks
+        )
+        found = [torch.rand(3).tolist()]
+        for _ in range(2):
+            with step.own_random_numbers():
+                found.append(torch.rand(3 + ranks.rank)[:3].tolist())
+        return [*found, torch.rand(3).tolist()]
+
+
+def test_random_numbers_of_losses_differ_and_those_of_batches_do_not(tmp_path: Path) -> None:
+    first, second = results(run_processes(2, tmp_path, draws))
+    assert (first[0], first[3]) == (second[0], second[3])
+    different = [tuple(numbers) for numbers in (*first[1:3], *second[1:3], first[0], first[3])]
+    assert len(set(different)) == 6
+
+
+def batches_that_differ(out: Path) -> None:
+    random = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    batches = [torch.randint(10, (2, 8, 32), generator=random).unbind() for _ in range(20)]
+    gptsmith.fit(batches, CONFIG.replace(mask_documents=False), tokenizer=alphabet(), out=out)
+
+
+def test_processes_with_other_batches_are_found_before_the_first_step(tmp_path: Path) -> None:
+    errors = [each.error for each in run_processes(2, tmp_path, batches_that_differ, tmp_path / "run")]
+    assert all("process 1 of 2 and process 0 do not have the same batches" in str(error) for error in errors)
+
+
+def test_dropout_resumes_to_the_bit(text: Path, tmp_path: Path) -> None:
     config = CONFIG.replace(dropout=0.3)
     names = ("whole", "again", "stopped")
     results(run_processes(2, tmp_path, fit_twice, [(str(text), config, tmp_path / name) for name in names[:2]]))
     results(run_processes(2, tmp_path, stop_at_seven, str(text), tmp_path / "stopped", config))
-    state = load_file(tmp_path / "stopped" / "last" / "train" / "state.safetensors")
-    assert not torch.equal(state["rng/cpu"], state["rng/cpu/1"])
     results(run_processes(2, tmp_path, resume, tmp_path / "stopped"))
     expected = weights(tmp_path / "whole")
     for name in names[1:]:

@@ -420,9 +420,9 @@ class ProcessGroup(DistributedContext):
         )
 
 
-def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:
-    """Return the seed of the random numbers of process `rank` > 0 from update `step` on."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & (2**64 - 1)
+def seed_of_rank(seed: int, rank: int) -> int:
+    """Return the seed of the random numbers that process `rank` has for itself, from one that all have."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & (2**64 - 1)
     return mixed >> 1
 

@@ -13,7 +13,7 @@ import torch
 
 from gptsmith.checkpoint import CheckpointStore, load_train_state
 from gptsmith.config import to_dict
-from gptsmith.distributed.context import ALONE, DistributedContext, seed_of_rank
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.formats.peft import load_adapter
@@ -100,8 +100,6 @@ class Session:
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
         prompts = objective.sample_prompts(self.training_step.models)
-        if ranks.rank:  # other dropout than the first process; the weights are those of one seed
-            torch.manual_seed(seed_of_rank(config.loop.seed, ranks.rank))
         self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts)
         self.callbacks = [self.samples, *callbacks] if ranks.is_main else []
         self.trainer = Trainer(
@@ -199,12 +197,13 @@ class Session:
             self.run.info.update(values)
 
     def _begin_together(self) -> None:
-        """Give all processes the weights of the main one, to the bit, and the smallest micro-batch of any."""
+        """Give all processes the main one's weights and random numbers, and the smallest micro-batch of any."""
         self.ranks.barrier()  # compiling takes longer on one than on another
         step = self.training_step
         step.micro_batch_size = min(self.ranks.gather(step.micro_batch_size))
         if self.ranks.world_size == 1:
             return
+        step.set_random_state(self.ranks.broadcast(step.random_state()))
         with torch.no_grad():
             if not self.ranks.is_main:
                 for p in step.parameters:

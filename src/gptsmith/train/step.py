@@ -9,6 +9,8 @@ and metrics are sums over processes, and nothing is averaged.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
@@ -16,7 +18,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gptsmith.distributed.context import ALONE, DistributedContext
+from gptsmith.distributed.context import ALONE, DistributedContext, seed_of_rank
 from gptsmith.errors import TrainingError
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
@@ -76,7 +78,7 @@ class TrainingStep(Generic[B]):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         trained = (p for _, module in models.named_modules() for p in module.parameters() if p.requires_grad)
         self.parameters: list[nn.Parameter] = list(dict.fromkeys(trained))  # shared ones once
-        self._summands = _Summands()
+        self._summands, self._compared = _Summands(), False
 
     @classmethod
     def build(
@@ -122,12 +124,16 @@ class TrainingStep(Generic[B]):
         Raises OutOfMemoryError where not even one row fits.
         """
         count, tokens = self.objective.normalizer(batch)
+        if self.ranks.world_size > 1 and not self._compared:
+            self.ranks.check_same({"batches": _fingerprint(batch, count)})
+            self._compared = True
         mine = batch.slice(*self.ranks.share(batch.num_rows))
         while True:
             random = self.random_state()
             reason = ""
             try:
-                loss, metrics = self.accumulate(mine, count)
+                with self.own_random_numbers():
+                    loss, metrics = self.accumulate(mine, count)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -171,6 +177,8 @@ class TrainingStep(Generic[B]):
         """Add the gradients of (loss sum of `batch`) / count, one micro-batch after the other; return it, and the sums
         of the metrics. All of this process alone."""
         total = torch.zeros((), device=self.device)
+        if not batch.num_rows:  # fewer rows than processes
+            self.scaler.scale(total)  # which makes its scale on first use
         metrics: dict[str, Sum] = {}
         for start in range(0, batch.num_rows, self.micro_batch_size):
             output = self.loss(batch.slice(start, min(start + self.micro_batch_size, batch.num_rows)))
@@ -240,6 +248,24 @@ class TrainingStep(Generic[B]):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
+    @contextlib.contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Within, draw other random numbers than the other processes, for dropout of other rows.
+
+        They follow from one number that all draw. So those outside, which batches may depend on, stay the same on all,
+        and a checkpoint has nothing to hold for each process.
+        """
+        if self.ranks.world_size == 1:
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))
+        common = self.random_state()
+        torch.manual_seed(seed_of_rank(seed, self.ranks.rank))
+        try:
+            yield
+        finally:
+            self.set_random_state(common)
+
     def random_state(self) -> dict[str, Tensor]:
         """Return the state of the random-number generators that a loss can draw from."""
         state = {"rng/cpu": torch.get_rng_state()}
@@ -252,6 +278,16 @@ class TrainingStep(Generic[B]):
             torch.set_rng_state(state["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state:
             torch.cuda.set_rng_state(state["rng/cuda"], self.device)
+
+
+def _fingerprint(batch: Any, count: float) -> str:
+    """Return what is equal for equal batches; the loss count alone where a batch cannot be written."""
+    file = io.BytesIO()
+    try:
+        torch.save(batch, file)
+    except Exception:  # of a class that cannot be pickled
+        return str(count)
+    return hashlib.sha256(file.getvalue()).hexdigest()
 
 
 @dataclass(frozen=True)

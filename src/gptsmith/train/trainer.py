@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
-from gptsmith.distributed.context import seed_of_rank
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
 from gptsmith.log import JsonLines
 from gptsmith.run_directory import Run, evaluation_at
@@ -306,7 +305,10 @@ class Trainer:
         if self.objective.shares_evaluation:
             values = self._evaluate()
         else:
+            random = self.training_step.random_state()
             values = self.ranks.on_main(self._evaluate)
+            if self.ranks.world_size > 1:  # the others have drawn nothing
+                self.training_step.set_random_state(random)
         self.ranks.on_main(lambda: self._record_evaluation(values))
         if self.deadline is not None:
             self.deadline.record_evaluation(time.monotonic() - began)
@@ -374,8 +376,7 @@ class Trainer:
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
         tensors |= {f"objective/{name}": tensor.detach().cpu() for name, tensor in objective.tensors.items()}
-        for rank, random in enumerate(self.ranks.gather(self.training_step.random_state())):
-            tensors |= {_random_name(rank, name): tensor for name, tensor in random.items()}
+        tensors |= self.training_step.random_state()
 
         def write() -> None:
             state, keep = TrainState(values, tensors), self.config.loop.keep_checkpoints
@@ -396,8 +397,8 @@ class Trainer:
             self.objective.load_state(TrainState(values["objective"], part("objective/")))
             self.training_step.scaler.load_state_dict(values["scaler"])
             self.optimizers.load_state_tensors(part("optimizer/"))
+            self.training_step.set_random_state(tensors)
             self.step = int(values["step"])
-            self._restore_random_state(tensors)
             if self.deadline is not None:  # which has planned anew; otherwise as the configuration says
                 self.steps = int(values["steps"])
             self.tokens_seen = float(values["tokens_seen"])
@@ -413,19 +414,6 @@ class Trainer:
             self.update_seconds = float(values["update_seconds"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint's train/ folder lacks {error}; it is of another version.") from None
-
-    def _restore_random_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue this process's random numbers; those of a process that was not there before begin anew."""
-        rank, names = self.ranks.rank, self.training_step.random_state()
-        states = {name: tensors[key] for name in names if (key := _random_name(rank, name)) in tensors}
-        if rank and not states:
-            torch.manual_seed(seed_of_rank(self.config.loop.seed, rank, self.step))
-        self.training_step.set_random_state(states)
-
-
-def _random_name(rank: int, name: str) -> str:
-    """Return the name in a checkpoint of the random-number state `name` of a process."""
-    return f"{name}/{rank}" if rank else name
 
 
 def migrated(values: dict[str, Any]) -> dict[str, Any]:
