@@ -338,3 +338,22 @@ def test_resumed_where_the_data_has_moved(base: Path, chats: Path, tmp_path: Pat
     code, _, err = run_cli("sft", moved, "--resume", run.directory)
     assert code == 0, err
     assert gptsmith.runs(run.directory)[0].status == "finished"
+
+
+def test_the_validation_split_of_a_data_set(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", rows(20))
+    write(tmp_path / "set" / "validation.jsonl", rows(6))
+    write(tmp_path / "set" / "test.jsonl", rows(3))
+    config = default_config(SftConfig)
+    tokenizer = gptsmith.load(base)[1]
+    files = ChatFiles.open(str(tmp_path / "set"), config)
+    prepared = files.prepare(config, tokenizer)
+    assert (len(prepared.train), len(prepared.val)) == (20, 6)
+    assert files.places() == {"spec": str(tmp_path / "set"), "val": None}
+    other = write(tmp_path / "other.jsonl", rows(4))
+    files = ChatFiles.open(str(tmp_path / "set"), config.replace(val=str(other)))
+    assert len(files.prepare(config, tokenizer).val) == 4
+    assert files.places()["val"] == str(other)
+    files = ChatFiles.open(str(other), config.replace(val=str(tmp_path / "set")))
+    assert (len(files.prepare(config, tokenizer).train), len(files.prepare(config, tokenizer).val)) == (4, 6)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gptsmith.data.rows import Row, read_rows
+from gptsmith.data.rows import Row, Split, read_rows
 from gptsmith.errors import DataError, TokenizerError, nearest
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -356,13 +356,14 @@ def read_conversations(
     on_bad: Literal["error", "skip"] = "error",
     counts: Counts | None = None,
     advance: Callable[[int], None] | None = None,
+    split: Split = "train",
 ) -> Iterator[tuple[Row, Conversation]]:
-    """Yield the conversations of a file or folder of rows.
+    """Yield the conversations of a file, or of a split of a folder of rows.
 
     on_bad: stop at the first row that is none with a DataError that names it, or leave it out and count it in `counts`.
     """
     counts = Counts() if counts is None else counts
-    for row in read_rows(path, advance):
+    for row in read_rows(path, advance, split=split):
         try:
             conversation = as_conversation(row.values)
         except RowError as error:

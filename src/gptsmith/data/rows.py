@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gptsmith.data import files
 from gptsmith.data.files import (
@@ -43,6 +43,9 @@ _SPLITS = {
     "test": "test|testing|eval|evaluation",
 }
 _BEFORE_VALUE = re.compile(r"[ \t\r\n]*")
+
+
+Split = Literal["train", "validation", "test"]
 
 
 class Row(NamedTuple):
@@ -133,10 +136,10 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def row_files(path: Path) -> list[Path]:
-    """Return the files of rows that `path` is: itself, or those for training in a folder and its folders, in order.
+def row_files(path: Path, split: Split = "train") -> list[Path]:
+    """Return the files of rows that `path` is: itself, or those of a split in a folder and its folders, in order.
 
-    Raise DataError if there are none.
+    Raise DataError if there are no files of rows.
     """
     if not path.is_dir():
         if not is_table(path):
@@ -148,17 +151,20 @@ def row_files(path: Path) -> list[Path]:
     tables = tables_among(walk(path)[0])
     if not tables:
         raise DataError(f"the folder {path} has no files of rows ({', '.join(FORMATS)}).")
-    return by_split(tables, path).train
+    files_of_split: list[Path] = getattr(by_split(tables, path), split)
+    return files_of_split
 
 
-def read_rows(path: Path, advance: Advance | None = None, *, field: str | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, or of the files for training in a folder.
+def read_rows(
+    path: Path, advance: Advance | None = None, *, field: str | None = None, split: Split = "train"
+) -> Iterator[Row]:
+    """Yield the rows of a file, or of the files of a split in a folder.
 
     advance: called with the bytes read since the last call. field: read this field alone, which every row must have,
     and which must hold strings (or null).
     Raise DataError for anything that cannot be read, naming the file and where in it.
     """
-    for file in row_files(Path(path)):
+    for file in row_files(Path(path), split):
         suffix = suffixes(file)[0]
         if suffix in _WHOLE:
             read = _parquet if suffix == ".parquet" else _arrow

@@ -12,7 +12,7 @@ from typing import Any
 from gptsmith.data.conversations import Conversation, Counts, Example, Renderer, RowError, bad_row, read_conversations
 from gptsmith.data.corpora import CORPORA, corpus_path
 from gptsmith.data.packing import Examples
-from gptsmith.data.rows import row_files
+from gptsmith.data.rows import Split, row_files
 from gptsmith.data.sources import Spec
 from gptsmith.errors import DataError, UsageError, nearest
 from gptsmith.log import note, progress
@@ -105,20 +105,29 @@ class Chats:
 
 @dataclass(frozen=True)
 class ChatFiles:
-    """Files of conversations, opened but not yet read. val: those of validation, if they are apart."""
+    """Files of conversations, opened but not yet read.
+
+    val: those of validation, if they are apart, either a data set of their own (`val_spec`) or a split of `path`.
+    """
 
     spec: str
     path: Path
     val_spec: str | None = None
     val: Path | None = None
+    val_split: Split = "train"
 
     @classmethod
     def open(cls, spec: Spec, config: RunConfig) -> ChatFiles:
         """Find the data and the validation data. Raise UsageError where there is none, DataError for no table."""
         if not isinstance(spec, str | Path):
             raise UsageError("fine-tuning takes one file or folder of rows: put the files into a folder.")
-        val = config.data.val
-        return cls(str(spec), rows_path(str(spec)), val, rows_path(val) if val else None)
+        path, val_spec = rows_path(str(spec)), config.data.val
+        val = rows_path(val_spec) if val_spec else path
+        if val.is_dir() and row_files(val, "validation"):
+            if not val_spec:
+                note(f"{spec}: holding out its own split for validation, no part of the training split")
+            return cls(str(spec), path, val_spec, val, "validation")
+        return cls(str(spec), path, val_spec, val if val_spec else None)
 
     @property
     def name(self) -> str:
@@ -134,10 +143,11 @@ class ChatFiles:
         renderer, counts = Renderer(tokenizer, train_on=method.train_on), Counts()
         conversations: list[Conversation] = []  # of the last rows: some are shown
 
-        def examples(path: Path) -> Iterator[Example]:
-            with progress(sum(f.stat().st_size for f in row_files(path)), f"Reading {path.name}", "B") as bar:
+        def examples(path: Path, split: Split = "train") -> Iterator[Example]:
+            size = sum(file.stat().st_size for file in row_files(path, split))
+            with progress(size, f"Reading {path.name}", "B") as bar:
                 for row, conversation in read_conversations(
-                    path, on_bad=method.bad_rows, counts=counts, advance=bar.advance
+                    path, on_bad=method.bad_rows, counts=counts, advance=bar.advance, split=split
                 ):
                     try:
                         example = renderer.render(conversation)
@@ -153,7 +163,7 @@ class ChatFiles:
         if not found:
             raise DataError(f"{self.spec} has no conversation to train on. {counts.describe_skipped()}".strip())
         if self.val is not None:
-            val = list(examples(self.val))
+            val = list(examples(self.val, self.val_split))
         else:
             held_out = math.floor(len(found) * config.data.val_fraction)
             held_out = min(max(held_out, 1 if config.data.val_fraction else 0), len(found) - 1)
@@ -165,7 +175,7 @@ class ChatFiles:
         named = self.spec in CORPORA
         return {
             "spec": self.spec if named else str(self.path.resolve()),
-            "val": None if self.val is None else str(self.val.resolve()),
+            "val": None if self.val is None or self.val_spec is None else str(self.val.resolve()),
         }
 
     def needs_template(self) -> bool:
