@@ -80,6 +80,11 @@ def test_it_learns_to_answer_and_to_stop(base: Path, chats: Path, tmp_path: Path
     assert start["step"] == 0
     assert end["val_loss"] < 0.1 < 1 < start["val_loss"]
     assert start["text_bits_per_byte"] != end["text_bits_per_byte"]
+    report = (run.directory / "report.html").read_text()
+    assert "Validation loss before" in report
+    assert (
+        f"{start['text_bits_per_byte']:.3f}<small>bits per byte: forgetting; {end['text_bits_per_byte']:.3f}" in report
+    )
     samples = run.samples
     assert {sample["step"] for sample in samples} >= {0, end["step"]}
     assert samples[-1]["text"].startswith("The ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gptsmith.evaluate.forgetting import METRIC
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
 from gptsmith.report.trained_model import TrainedModel
 from gptsmith.run_directory import Run, best_evaluation, last_number, number
@@ -67,6 +68,7 @@ def results_section(run: Run, trained: TrainedModel) -> str:
         best = number(run.best[metric]) if run.best else math.nan
         step = number(run.best["step"]) if run.best else math.nan
         tiles[:2] = [(f"Best {escape(metric)}", f"{best:.4f}", best, f"at step {format_count(step)}")]
+    tiles += _changes(run)
     items = "".join(
         f"<div><dt>{label}</dt><dd>{text}<small>{note}</small></dd></div>\n"
         if math.isfinite(value)
@@ -86,6 +88,24 @@ def results_section(run: Run, trained: TrainedModel) -> str:
             f"Skipped {run.unreadable_lines} unreadable line(s) of metrics.jsonl and samples.jsonl."
         )
     return content
+
+
+def _changes(run: Run) -> list[tuple[str, str, float, str]]:
+    """Return tiles about what training has changed, for runs that were evaluated before their first step."""
+    measured = [row for row in run.metrics if math.isfinite(number(row.get(METRIC))) or row.get("step") == 0]
+    if len(measured) < 2 or measured[0].get("step") != 0:
+        return []
+    first, last = measured[0], measured[-1]
+    names = (
+        ("Validation loss before", "val_loss", "nats per token"),
+        ("Plain text", METRIC, "bits per byte: forgetting"),
+    )
+    tiles = []
+    for label, key, unit in names:
+        before, after = number(first.get(key)), number(last.get(key))
+        if math.isfinite(before):
+            tiles.append((label, f"{before:.3f}", before, f"{unit}; {after:.3f} at the end"))
+    return tiles
 
 
 @dataclass(frozen=True)
