@@ -7,6 +7,7 @@ import io
 import os
 import random
 import struct
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptsmith.cli import main
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.formats.gguf import read_gguf, write_gguf
 from gptsmith.formats.gguf_file import (
@@ -204,6 +206,22 @@ def test_dequantization_equals_the_gguf_library(type: Any) -> None:
     assert numbers.dtype == np.float32
     np.testing.assert_array_equal(numbers, expected)
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type.number)] == (type.block_size, type.block_bytes)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_files_of_8_and_4_bits_are_converted_without_the_gguf_library(
+    dtype: str, bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(make_model("qwen2"), bpe, tmp_path / "model.gguf", dtype)
+    expected = read(path).state_dict()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main(["import", str(path), "--out", str(tmp_path / "imported")]) == 0
+    assert main(["quantize", str(path), "--out", str(tmp_path / "quantized"), "--tokens", "0"]) == 0
+    found = open_model(tmp_path / "imported").model().state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    with pytest.raises(CheckpointError, match=r"requires the package gguf: pip install 'gptsmith\[gguf\]'"):
+        write(make_model("qwen2"), bpe, tmp_path / "other.gguf", dtype)
 
 
 def test_the_gguf_library_reads_our_files(bpe: Tokenizer, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def _constraint(chosen: Generate, tokenizer: Tokenizer) -> Constraint | None:
 
     def read(path: Path, option: str) -> str:
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{option} {path} cannot be read: {error}.") from None
 

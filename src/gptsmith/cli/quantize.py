@@ -79,6 +79,6 @@ def _text(path: Path | None) -> str:
 
         return "\n".join(topics.values())
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--text {path} cannot be read: {error}.") from None

@@ -21,7 +21,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gptsmith.errors import CheckpointError, first_few
 from gptsmith.model.quantized import Codes
@@ -80,6 +79,8 @@ TENSOR_TYPES = {
         TensorType(14, "Q6_K", 256, 210),
     )
 }
+CODE_TYPES = {"Q4_0": 8, "Q4_1": 0, "Q8_0": 128}
+"""Types that are read without the package gguf, and the code that stands for 0 (of Q4_1: for the block's minimum)."""
 TYPES_BY_NAME = {each.name: each for each in TENSOR_TYPES.values()}
 
 
@@ -136,23 +137,16 @@ class GgufFile:
         part: only that index of the first dimension, for a tensor of several matrices.
         Raises CheckpointError if a scale is not finite.
         """
-        raw, type, (rows, columns) = self._raw(name, part)
-        if type.name not in ("Q4_0", "Q4_1", "Q8_0"):
+        raw, type, shape = self._raw(name, part)
+        if type.name not in CODE_TYPES:
             return None
-        blocks = torch.from_numpy(raw.copy()).view(rows, columns // 32, type.block_bytes)
-        scales, packed = blocks[..., :2].contiguous().view(torch.float16)[..., 0], blocks[..., 2:]
-        zero_points: Tensor | None = None
-        if type.name == "Q8_0":
-            codes = packed ^ 128  # from two's complement to an offset of 128
-        else:
-            if type.name == "Q4_1":
-                zero_points, packed = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], blocks[..., 4:]
-            else:
-                zero_points = -8 * scales
-            codes = torch.cat((packed & 15, packed >> 4), dim=-1)
+        parts = _split_blocks(raw.reshape(-1, type.block_bytes), type)
+        scales, codes = (torch.from_numpy(part).view(shape[0], -1) for part in (parts[0], parts[2]))
+        minima = None if parts[1] is None else torch.from_numpy(parts[1]).view(shape[0], -1)
+        zero_points = -8 * scales if type.name == "Q4_0" else minima
         if not all(bool(numbers.isfinite().all()) for numbers in (scales, zero_points) if numbers is not None):
             raise self._not_finite(name)
-        return Codes(8 if zero_points is None else 4, codes.flatten(1), scales, zero_points)
+        return Codes(8 if zero_points is None else 4, codes, scales, zero_points)
 
     def _raw(self, name: str, part: int | None) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
         info = self.tensors[name]
@@ -174,15 +168,37 @@ def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
         return raw.view("<f2").astype(np.float32)
     if type.name == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    quants, types = _gguf_library()
     blocks = raw.reshape(-1, type.block_bytes)
     numbers = np.empty((len(blocks), type.block_size), dtype=np.float32)
     step = max(1, (1 << 17) // type.block_size)  # small enough that intermediate arrays stay in the processor's cache
+    convert = _dequantize_codes if type.name in CODE_TYPES else _dequantize_with_library
     with np.errstate(all="ignore"):  # damaged scales are detected in the result
         for start in range(0, len(blocks), step):
-            row = blocks[start : start + step].reshape(1, -1)
-            numbers[start : start + step] = quants.dequantize(row, types(type.number)).reshape(-1, type.block_size)
+            numbers[start : start + step] = convert(blocks[start : start + step], type)
     return numbers.reshape(-1)
+
+
+def _split_blocks(blocks: np.ndarray, type: TensorType) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Split N blocks of one of CODE_TYPES: scales and, of Q4_1, minima (N, 1) float16, codes (N, 32) uint8."""
+    scales, codes = np.ascontiguousarray(blocks[:, :2]).view("<f2"), blocks[:, 2:]
+    if type.name == "Q8_0":
+        return scales, None, codes ^ 128  # from two's complement to an offset of 128
+    minima = None
+    if type.name == "Q4_1":
+        minima, codes = np.ascontiguousarray(codes[:, :2]).view("<f2"), codes[:, 2:]
+    return scales, minima, np.concatenate((codes & 15, codes >> 4), axis=1)
+
+
+def _dequantize_codes(blocks: np.ndarray, type: TensorType) -> np.ndarray:
+    scales, minima, codes = _split_blocks(blocks, type)
+    numbers = codes.astype(np.float32) - np.float32(CODE_TYPES[type.name])
+    numbers *= scales.astype(np.float32)
+    return numbers if minima is None else numbers + minima.astype(np.float32)
+
+
+def _dequantize_with_library(blocks: np.ndarray, type: TensorType) -> np.ndarray:
+    quants, types = _gguf_library()
+    return np.asarray(quants.dequantize(blocks.reshape(1, -1), types(type.number))).reshape(-1, type.block_size)
 
 
 def quantize(numbers: np.ndarray, type: TensorType) -> np.ndarray:
@@ -211,7 +227,8 @@ def _gguf_library() -> tuple[Any, Callable[[int], Any]]:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
         raise CheckpointError(
-            "quantized GGUF tensors require the package gguf: pip install 'gptsmith[gguf]'."
+            "writing quantized GGUF tensors, and reading K-quants and Q5, requires the package gguf: "
+            "pip install 'gptsmith[gguf]'."
         ) from None
     return quants, GGMLQuantizationType
 
