@@ -50,15 +50,15 @@ def shorter(arguments: list[str]) -> list[str]:
     """Return a command with a few updates in place of a training run of minutes or hours."""
     command, words = arguments[0], arguments[1:]
     if command == "train":
-        budget = {"smollm2-135m": ["--steps", "1", "--context", "32", "--batch-size", "1"]}
+        smollm2 = ["--steps", "1", "--context", "64", "--batch-size", "1", "--val-fraction", "0.01"]
         for option in ("--steps", "--budget"):
             if option in words:
                 at = words.index(option)
                 del words[at : at + 2]
         init = words[words.index("--init") + 1] if "--init" in words else ""
-        words += budget.get(init, ["--steps", "4"])
+        words += smollm2 if init == "smollm2-135m" else ["--steps", "4"]
     if command == "scale":
-        words[words.index("--budgets") + 1] = "2s,4s,8s"
+        words[words.index("--budgets") + 1] = "10s,15s,20s"
     return [command, *words]
 
 

@@ -235,6 +235,10 @@ def test_a_vocabulary_below_the_alphabet(rejected: Any, text_file: Path, tmp_pat
         ("--num-samples", "0"),
         ("--stop", ""),
         ("--seed", "x"),
+        ("--seed", str(2**63)),
+        ("--seed", str(-(2**63) - 1)),
+        ("--num-samples", str(10**20)),
+        ("--best-of", str(10**20)),
         ("--device", "meta"),
     ],
 )

@@ -33,6 +33,26 @@ def record(run: Path) -> dict[str, Any]:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+def test_runs_that_start_at_once_get_directories_of_their_own(
+    text_file: Path, tiny: list[str], tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "gptsmith", "train", str(text_file), *tiny]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [path.name for path in runs] == ["words", "words-2", "words-3"]
+    assert [record(path)["status"] for path in runs] == ["finished"] * 3
+
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("train", text_file, *tiny, "--device", "cuda:99")[0] != 0
+    assert sorted((tmp_path / "runs").iterdir()) == runs  # a run that could not start leaves no directory
+
+
 def test_a_run_directory(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "bard"
     code, out, err = run_cli("train", text_file, "--out", run, *tiny)

@@ -30,6 +30,8 @@ def post(live: Live, path: str, body: Any, **options: Any) -> httpx.Response:
         (RESPONSES, {"input": "a", "metadata": {"\ud800": "a"}}, None),
         (CHAT, {"messages": [{"role": "user", "content": "\udfff"}]}, "messages.0.content"),
         (CHAT, {"messages": HELLO, "user": "\ud83d"}, "user"),
+        (CHAT, {"messages": HELLO, "seed": 2**63}, "seed"),
+        (COMPLETIONS, {"prompt": "a", "seed": -(2**64)}, "seed"),
         (CHAT, {"messages": HELLO, "\ud83d": 1}, None),
         (COMPLETIONS, {"prompt": "a\ud800"}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "temperature": float("nan")}, "temperature"),

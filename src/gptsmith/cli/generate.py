@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.engine.sampling import GenerationOptions, SamplingParams, model_defaults
+from gptsmith.engine.sampling import INT32_MAX, GenerationOptions, SamplingParams, model_defaults
 from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import duration, note
 
@@ -62,8 +62,8 @@ class Generate:
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Generate, "gptsmith generate", arguments)
-    if chosen.num_samples < 1:
-        raise UsageError(f"--num-samples must be at least 1, not {chosen.num_samples}.")
+    if not 1 <= chosen.num_samples <= INT32_MAX:
+        raise UsageError(f"--num-samples must be at least 1 and at most {INT32_MAX:,}, not {chosen.num_samples}.")
 
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")

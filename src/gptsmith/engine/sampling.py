@@ -57,8 +57,12 @@ class Range:
         )
 
     def __str__(self) -> str:
-        low = f"above {self.gt:g}" if self.gt is not None else f"at least {self.ge:g}" if self.ge is not None else ""
-        high = f"at most {self.le:g}" if self.le is not None else ""
+        def text(bound: float) -> str:
+            return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+        low = f"above {text(self.gt)}" if self.gt is not None else ""
+        low = f"at least {text(self.ge)}" if self.ge is not None else low
+        high = f"at most {text(self.le)}" if self.le is not None else ""
         return " and ".join(filter(None, (low, high))) or "a number"
 
     def limits(self) -> dict[str, float]:
@@ -162,7 +166,7 @@ class SamplingOptions:
         None,
         "Seed of the random numbers; the same seed gives the same text. Sample i of several uses seed + i "
         "(default: a new seed each time).",
-        request_range=Range(ge=-(2**63), le=2**63 - 1),
+        Range(ge=-(2**63), le=2**63 - 1),
     )
 
 
@@ -198,13 +202,13 @@ class GenerationOptions(SamplingOptions):
     best_of: int | None = option(
         None,
         "Generate this many continuations and keep those with the highest mean log-probability.",
-        Range(ge=1),
+        Range(ge=1, le=INT32_MAX),
         request_range=Range(ge=1, le=128),
     )
     beams: int = option(
         1,
         "Above 1: beam search with this many beams; needs temperature 0.",
-        Range(ge=1),
+        Range(ge=1, le=INT32_MAX),
         request_range=Range(ge=1, le=32),
     )
 
@@ -217,7 +221,7 @@ class SamplingParams(GenerationOptions):
     The engine deals in token ids: `stop` is for `engine.text`, which finds stop strings; the engine itself refuses it.
     """
 
-    n: int = option(1, "Number of continuations.", Range(ge=1), request_range=Range(ge=1, le=128))
+    n: int = option(1, "Number of continuations.", Range(ge=1, le=INT32_MAX), request_range=Range(ge=1, le=128))
     logit_bias: Mapping[int, float] = field(
         default_factory=dict,
         metadata={

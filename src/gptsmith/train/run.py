@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,11 +108,19 @@ class Extras:
 
 
 def choose_directory(out: Path | None, name: str) -> Path:
-    """Return the directory of a new run: `out`, which must be empty or absent, or the first free runs/NAME[-N]."""
+    """Return the directory of a new run: `out`, which must be empty or absent, or the first free runs/NAME[-N].
+
+    The latter is made at once, so that runs that are started at the same time get directories of their own.
+    """
     if out is None:
-        number = 1
-        while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-            number += 1
+        runs = Path("runs")
+        with explain_os_errors(runs):
+            runs.mkdir(exist_ok=True)
+            for number in itertools.count(1):
+                path = runs / (name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    break
         return path
     if (out / "run.json").exists():
         raise UsageError(
@@ -153,6 +162,45 @@ def start(
         refuse_adapter(config, overrides)
     opened = None if data is None else ranks.main_first(lambda: method.open_data(data, config))
     directory = ranks.on_main(lambda: choose_directory(out, _default_name(opened, objective_name)))
+    try:
+        return _start_in(
+            directory,
+            opened,
+            config,
+            objective_name,
+            method,
+            overrides,
+            began,
+            on_end=on_end,
+            extras=extras,
+            ranks=ranks,
+        )
+    except BaseException:
+        if out is None and ranks.is_main:
+            _remove_empty(directory, directory.parent)
+        raise
+
+
+def _remove_empty(*directories: Path) -> None:
+    for directory in directories:
+        with contextlib.suppress(OSError):  # it has content
+            directory.rmdir()
+
+
+def _start_in(
+    directory: Path,
+    opened: TrainingData | None,
+    config: RunConfig,
+    objective_name: str,
+    method: Method,
+    overrides: Collection[str],
+    began: float,
+    *,
+    on_end: Callable[[Path], object],
+    extras: Extras,
+    ranks: DistributedContext,
+) -> RunResult:
+    """Prepare the data and train in `directory`; the arguments are as in `start`."""
     device = ranks.device(choose_device(config.loop.device))
     precision = choose_precision(config.loop.precision, device)
     if config.loop.compile == "on" and not compiler_available(device):
