@@ -167,6 +167,7 @@ def test_objects_one_after_another(tmp_path: Path) -> None:
         ('[{"a": 1}\n {"a": 2}]', "line 2: not valid JSON .expected , or ]"),
         ('[{"a": 1},\n', "not valid JSON"),
         ('[{"a": 1}', "the list has no end"),
+        ('[{"a": 1},\n]', "line 2: not valid JSON .a comma after the last row"),
         ('[{"a": "b}]', "line 1: not valid JSON .Unterminated"),
         ('[{"a": ' + "9" * 5000 + "}]", "line 1, row 1: a number in the JSON has too many digits"),
         ('[{"a": ' + "[" * 100_000, "line 1, row 1: the JSON is nested too deeply"),

@@ -345,6 +345,8 @@ def _json(path: Path, advance: Advance | None) -> Iterator[Row]:
             yield Row(where, _object(stream.value(where), where))
             if (character := stream.peek()) == ",":
                 stream.skip()
+                if stream.peek() == "]":
+                    raise stream.invalid("a comma after the last row")
             elif character != "]":
                 raise stream.invalid("expected , or ] after a row" if character else "the list has no end")
         stream.skip()
