@@ -118,6 +118,7 @@ def test_tool_calls() -> None:
         ({"instruction": "Hi", "output": None}, "answer of the assistant is empty"),
         ({"prompt": "Hi", "completion": ""}, "the completion is empty"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference training"),
+        ({"prompt": "Hi", "completion": "a", "label": False}, "whether its answer is good"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]},
             "message 1 has a part of type 'image_url'",

@@ -46,6 +46,7 @@ ROLES = {
 
 _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "response"), ("question", "response"))
 _PREFERENCES = ("chosen", "rejected")
+_RATINGS = ("label", "kto_tag")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def as_conversation(values: Mapping[str, Any]) -> Conversation:
     row = {name: value for name, value in values.items() if value is not None and value != ""}
     if any(name in row for name in _PREFERENCES):
         raise RowError("the row has chosen and rejected answers, which are for preference training, not fine-tuning.")
+    if any(isinstance(row.get(name), bool) for name in _RATINGS):
+        raise RowError("the row says whether its answer is good (KTO), which is for preference training.")
     if "messages" in row:
         return _of_messages("messages", row["messages"], row)
     if "conversations" in row or "conversation" in row:
