@@ -34,13 +34,19 @@ command, notebook = sys.argv[1:]
 assert command == "lab" and Path(notebook).is_file(), notebook
 """
 GPTSMITH = """\
-import signal, subprocess, sys
+import re, signal, subprocess, sys, time, urllib.error, urllib.request
 from tests.test_readme import shorter
 arguments = [sys.executable, "-m", "gptsmith", *shorter(sys.argv[1:])]
 if sys.argv[1] not in ("serve", "watch"):
     sys.exit(subprocess.call(arguments))
 with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
-    assert any("http://127.0.0.1:" in line for line in server.stderr)
+    (url,) = next(filter(None, (re.findall("http://127[0-9.:]+", line)[:1] for line in server.stderr)))
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url + ("/health" if sys.argv[1] == "serve" else "/"))
+            break
+        except urllib.error.HTTPError:  # the model is being loaded
+            time.sleep(0.1)
     server.send_signal(signal.SIGINT)
     sys.exit(server.wait())
 """
