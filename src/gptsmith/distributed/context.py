@@ -333,17 +333,17 @@ class ProcessGroup(DistributedContext):
         if self.first_to_fail is None:
             self.first_to_fail = True
             code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-            told = {"rank": self.rank, "code": code, "message": str(error) or type(error).__name__}
+            failure = {"rank": self.rank, "code": code, "message": str(error) or type(error).__name__}
             if self.store is not None:
                 with contextlib.suppress(Exception):
-                    first = self.store.compare_set("failure", "", json.dumps(told))
+                    first = self.store.compare_set("failure", "", json.dumps(failure))
                     self.first_to_fail = json.loads(first)["rank"] == self.rank
         return self.first_to_fail
 
     def failure(self) -> ProcessError:
         """Return the error of the process that failed first."""
-        told = json.loads(self.store.get("failure"))
-        return ProcessError(told["rank"], told["message"], told["code"])
+        first = json.loads(self.store.get("failure"))
+        return ProcessError(first["rank"], first["message"], first["code"])
 
     def _raise_failure(self) -> None:
         if self.store.check(["failure"]):
