@@ -13,16 +13,21 @@ from gptsmith.cli.parser import parse
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold adapters into a model, one after the other, and average models of the same architecture."""
+    """Fold adapters into the weights of a model, or average models that have the same architecture and vocabulary."""
 
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [ADAPTER|MODEL ...]")]
-    """A model (a run with an adapter is one), then adapters of it in PEFT's format, or further models."""
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
+    """A model and adapters to fold into it, or several models. Each is a run (its best checkpoint), the directory of a
+    model or adapter, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     out: Path
     """Directory to write; must not exist."""
-    method: Literal["linear", "slerp"] = "linear"
-    """How models are averaged. linear: weighted mean. slerp: spherical interpolation between two models."""
+    method: Literal["auto", "fold", "linear", "slerp"] = "auto"
+    """fold: add the updates of the adapters. linear: the mean of all as models. slerp: the point between two on an arc.
+    auto: fold if all after the first are adapters, linear if none is."""
     weights: tuple[float, ...] = ()
-    """Weight of a model, in their order (default: equal)."""
+    """A number for each adapter (fold; default: 1) or for each model (default: all the same), in
+    their order: --weights 0.7 --weights 0.3."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the weights to write; auto: as the models are stored."""
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +35,6 @@ def main(arguments: list[str]) -> int:
 
     from gptsmith.export.merge import merge
 
-    out = merge(chosen.models, chosen.out, method=chosen.method, weights=chosen.weights)
+    out = merge(chosen.models, chosen.out, method=chosen.method, weights=chosen.weights, dtype=chosen.dtype)
     print(f"model   {out}")
     return 0

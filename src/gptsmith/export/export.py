@@ -156,7 +156,7 @@ def write_directory(
         _write_weights(directory, weights, shard_bytes)
         tokenizer.save(directory)
         if source is not None:
-            for path in _license_files(source.path):
+            for path in _license_files(source.origin):
                 shutil.copyfile(path, directory / path.name)
         if card is not None:
             write_text(directory / CARD_FILE, card)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gptsmith.errors import CheckpointError, TokenizerError
+from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
     HEAD,
@@ -39,7 +39,7 @@ from gptsmith.formats.peft import adapted_rows, load_adapter
 from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.lora import merge_lora
+from gptsmith.model.lora import lora_parts, merge_lora
 from gptsmith.model.quantized import (
     Bits,
     QuantizedMatrix,
@@ -130,6 +130,11 @@ class ModelSource:
         load_weights(model, self.tensors, where)
         return model.eval()
 
+    @property
+    def origin(self) -> Path:
+        """Where the whole model is: for a model with an adapter, the place of the model without it."""
+        return self.path
+
     def checked_tokenizer(self) -> Tokenizer:
         """Read the tokenizer, and check that it fits the model.
 
@@ -210,10 +215,18 @@ def open_model(path: Path) -> ModelSource:
 
 @dataclass(frozen=True)
 class AdaptedSource(ModelSource):
-    """A model with an adapter, which is folded into its weights, or stays beside quantized ones."""
+    """A model with an adapter, which is folded into its weights, or stays beside quantized ones.
+
+    weight: what the adapter's update is multiplied by.
+    """
 
     adapter: Path = Path()
     base: ModelSource | None = None
+    weight: float = 1.0
+
+    @property
+    def origin(self) -> Path:
+        return self.path if self.base is None else self.base.origin
 
     def model(self, *, dtype: torch.dtype = torch.float32, packed: bool = False) -> Transformer:
         assert self.base is not None
@@ -221,6 +234,12 @@ class AdaptedSource(ModelSource):
         resize_embeddings(model, self.config.vocab_size)
         model.generation_config = dict(self.generation_config)
         load_adapter(self.adapter, model)
+        for part in lora_parts(model).values() if self.weight != 1 else ():
+            if part.magnitude is not None:
+                raise UsageError(
+                    f"{self.adapter} is a DoRA adapter: it can only have the weight 1, not {self.weight:g}."
+                )
+            part.scaling *= self.weight
         if bits_of(model) is None:
             merge_lora(model)
             for parameter in model.parameters():
@@ -228,19 +247,31 @@ class AdaptedSource(ModelSource):
         return model.eval()
 
 
-def adapted(base: ModelSource, adapter: Path) -> ModelSource:
+def adapted(base: ModelSource, adapter: Path, *, weight: float = 1.0) -> ModelSource:
     """Return a model together with the adapter in a directory, whose tokenizer comes first if it has one.
 
+    weight: what the update of the adapter is multiplied by.
     Raises CheckpointError for an adapter that needs more tokens than the model can get.
     """
     rows = adapted_rows(adapter) or base.config.vocab_size
     config = replace(base.config, vocab_size=rows)
-    tokenizer = base.tokenizer
+    tokenizer, hf_config = base.tokenizer, dict(base.hf_config)
     if has_tokenizer(adapter):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # they follow from the tokenizer
+            hf_config.pop(key, None)
         tokenizer = lambda: read_tokenizer(adapter)  # noqa: E731
     generation = read_generation_config(adapter) or base.generation_config
     return AdaptedSource(
-        adapter, config, base.hf_config, base.tensors, tokenizer, generation, base.bits, adapter=adapter, base=base
+        adapter,
+        config,
+        hf_config,
+        base.tensors,
+        tokenizer,
+        generation,
+        base.bits,
+        adapter=adapter,
+        base=base,
+        weight=weight,
     )
 
 

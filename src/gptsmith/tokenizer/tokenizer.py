@@ -306,6 +306,10 @@ class Tokenizer:
         """Return a decoder that takes one id at a time. previous: the token that the text continues, if any."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens, previous=previous)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return all tokens, added ones included, as {token: id}."""
+        return self._pipeline.get_vocab(with_added_tokens=True)
+
     def special_tokens(self) -> dict[int, str]:
         """Return the tokens that no text becomes, as {id: content}."""
         return dict(self._special)
