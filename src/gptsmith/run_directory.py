@@ -35,6 +35,9 @@ class Selection(NamedTuple):
 PREFIXES = {"model": "model", "adapter": "lora", "optim": "optim"}
 """The parts of a configuration whose options have a prefix on the command line (`--lora.rank`)."""
 
+PLAIN_TEXT_METRIC = "text_bits_per_byte"
+"""The loss on a fixed plain text, by which forgetting is measured; see `evaluate.forgetting`."""
+
 DEFAULT_SELECTION = Selection("val_loss", "min")
 
 

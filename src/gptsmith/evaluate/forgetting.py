@@ -16,7 +16,6 @@ from gptsmith.log import quiet
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 
-METRIC = "text_bits_per_byte"
 _WINDOW = 256  # tokens, so that short and long contexts are measured alike
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gptsmith.evaluate.forgetting import METRIC
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
 from gptsmith.report.trained_model import TrainedModel
-from gptsmith.run_directory import Run, best_evaluation, last_number, number
+from gptsmith.run_directory import PLAIN_TEXT_METRIC, Run, best_evaluation, last_number, number
 
 _STATUS = {  # status in run.json: word and CSS class of the badge
     "running": ("in progress", "warn"),
@@ -92,13 +91,13 @@ def results_section(run: Run, trained: TrainedModel) -> str:
 
 def _changes(run: Run) -> list[tuple[str, str, float, str]]:
     """Return tiles about what training has changed, for runs that were evaluated before their first step."""
-    measured = [row for row in run.metrics if math.isfinite(number(row.get(METRIC))) or row.get("step") == 0]
+    measured = [row for row in run.metrics if math.isfinite(number(row.get(PLAIN_TEXT_METRIC))) or row.get("step") == 0]
     if len(measured) < 2 or measured[0].get("step") != 0:
         return []
     first, last = measured[0], measured[-1]
     names = (
         ("Validation loss before", "val_loss", "nats per token"),
-        ("Plain text", METRIC, "bits per byte: forgetting"),
+        ("Plain text", PLAIN_TEXT_METRIC, "bits per byte: forgetting"),
     )
     tiles = []
     for label, key, unit in names:

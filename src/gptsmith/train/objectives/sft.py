@@ -10,9 +10,10 @@ from gptsmith.data.loader import TokenBatch, TokenLoader
 from gptsmith.data.packing import PackedLoader
 from gptsmith.data.shards import Dataset
 from gptsmith.errors import UsageError
-from gptsmith.evaluate.forgetting import METRIC, text_bits_per_byte
+from gptsmith.evaluate.forgetting import text_bits_per_byte
 from gptsmith.evaluate.validation import split_loss
 from gptsmith.model.config import IGNORED
+from gptsmith.run_directory import PLAIN_TEXT_METRIC
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.chats import Chats, shown_prompts
 from gptsmith.train.config import SftConfig
@@ -82,7 +83,7 @@ class Sft(NextToken):
             found["val_loss"] = value
         plain = text_bits_per_byte(models.policy, self.tokenizer)
         if plain is not None:
-            found[METRIC] = plain
+            found[PLAIN_TEXT_METRIC] = plain
         return found if "val_loss" in found else None
 
     def sample_prompts(self, models: Models) -> list[tuple[str, list[int]]]:
