@@ -200,7 +200,8 @@ def model_type_of(values: Mapping[str, Any]) -> Any:
     """Return the `model_type` of a `config.json`, or if it has none the one that its `architectures` belong to."""
     if values.get("model_type") is not None:
         return values["model_type"]
-    names = values.get("architectures") or []
+    names = values.get("architectures")
+    names = names if isinstance(names, list) else [names]
     found = {
         _CLASSES.get(re.sub(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$", "", name))
         for name in names
