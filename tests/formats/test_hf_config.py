@@ -301,7 +301,13 @@ def test_random_configurations_in_gguf(values: dict[str, Any], tmp_path_factory:
         assert not path.exists()
         event("refused")
         return
-    source = open_model(path)
+    try:
+        source = open_model(path)
+    except CheckpointError as error:  # divisors of which the settings cannot be recovered
+        if "are not those of Llama 3's scaling" not in str(error):
+            raise
+        event("not read back")
+        return
     ids = torch.randint(0, 31, (1, min(12, source.config.max_position_embeddings)))
     with torch.no_grad():
         logits = model(ids)
