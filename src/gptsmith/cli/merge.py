@@ -24,8 +24,8 @@ class Merge:
     """fold: add the updates of the adapters. linear: the mean of all as models. slerp: the point between two on an arc.
     auto: fold if all after the first are adapters, linear if none is."""
     weights: tuple[float, ...] = ()
-    """A number for each adapter (fold; default: 1) or for each model (default: all the same), in
-    their order: --weights 0.7 --weights 0.3."""
+    """A number for each adapter (fold; 1 without it) or for each model (all the same without it), in their order:
+    --weights 0.7 --weights 0.3."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights to write; auto: as the models are stored."""
 
