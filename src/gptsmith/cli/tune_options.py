@@ -86,7 +86,8 @@ class TuneOptions:
     method: Annotated[MethodConfig, _FLAT] = field(default_factory=MethodConfig)
     """method"""
     lora: Literal["auto", "on", "off"] = "auto"
-    """Train a low-rank adapter (LoRA) and leave the model's weights unchanged; off: train all weights. auto: on."""
+    """Train a low-rank adapter (LoRA) and leave the model's weights unchanged; off: train all weights. auto: on for sft
+    and if another --lora option is set; off for distill."""
     adapter: Annotated[LoraOptions, tyro.conf.arg(name="lora")] = field(default_factory=LoraOptions)
     """low-rank adapter"""
     warm_start: bool = True

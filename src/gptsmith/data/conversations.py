@@ -381,4 +381,4 @@ def bad_row(error: RowError, where: str, on_bad: str, counts: Counts) -> None:
     if on_bad == "skip":
         counts.skip(str(error), where)
         return
-    raise DataError(f"{where}: {error} Mend the row, or leave such rows out with --bad-rows skip.") from None
+    raise DataError(f"{where}: {error} Fix the row, or leave such rows out with --bad-rows skip.") from None

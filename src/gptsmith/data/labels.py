@@ -459,7 +459,7 @@ def _found_names(labels: Sequence[str], path: Path) -> tuple[str, ...]:
         other = folded.setdefault(name.casefold(), name)
         if other != name:
             raise DataError(
-                f"{path}: the labels {other!r} and {name!r} differ only in case. Mend them, or name the classes "
+                f"{path}: the labels {other!r} and {name!r} differ only in case. Fix them, or name the classes "
                 "if both are meant."
             )
     if len(names) == len(labels) > 2:

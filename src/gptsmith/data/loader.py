@@ -11,9 +11,10 @@ Axes: B batch, T time, N windows of an epoch.
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDS = 12  # fewer rounds do not look random for ranges of a few dozen
+
+B = TypeVar("B")
 
 _U64 = np.uint64
 _STEP = _U64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
@@ -166,6 +169,73 @@ class TokenLoader:
             "global_batch": self.batch_size * self.world_size,
             "mask_documents": self.mask_documents,
         }
+
+
+class RowLoader(abc.ABC, Generic[B]):
+    """Endless batches of rows that are in memory: each row once in an epoch, in an order that depends on the seed.
+
+    `position` counts the rows taken; it is the only state. batch_size: rows of a batch. A subclass makes the batches
+    (`batch_of`) and says what a position is valid for (`_identity`).
+    """
+
+    def __init__(self, num_rows: int, *, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise UsageError(f"the batch size must be at least 1, not {batch_size}.")
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.position = 0
+        self._key = seed_key(seed)
+
+    @abc.abstractmethod
+    def batch_of(self, rows: Sequence[int]) -> B:
+        """Return the rows with these indices as a batch."""
+
+    @abc.abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Return the data and options that a position is valid for."""
+
+    @property
+    def epoch(self) -> float:
+        """The number of passes over the data so far, as a fraction."""
+        return self.position / self.num_rows
+
+    def order_at(self, position: int) -> list[int]:
+        """Return which rows the batch has after `position` rows were taken. Pure."""
+        sequence = np.arange(position, position + self.batch_size, dtype=np.uint64)
+        epoch, index = np.divmod(sequence, np.uint64(self.num_rows))
+        if self.num_rows > 1:
+            index = permuted(index, self.num_rows, self._key(epoch))
+        return [int(i) for i in index]
+
+    def batch_at(self, position: int) -> B:
+        """Return the batch after `position` rows were taken. Pure."""
+        return self.batch_of(self.order_at(position))
+
+    def __iter__(self) -> Iterator[B]:
+        return self
+
+    def __next__(self) -> B:
+        batch = self.batch_at(self.position)
+        self.position += self.batch_size
+        return batch
+
+    def whole(self, batch_size: int) -> Iterator[B]:
+        """Yield every row once, in order. The last batch may be smaller."""
+        for start in range(0, self.num_rows, batch_size):
+            yield self.batch_of(range(start, min(start + batch_size, self.num_rows)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, with the data and options that it is valid for."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Raise CheckpointError if it belongs to other data or options."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise CheckpointError(
+                    f"cannot resume: {name} of the data is {value}, and was {state.get(name)} in the checkpoint. "
+                    "Restore it, or start a new run."
+                )
+        self.position = int(state["position"])
 
 
 def whole_split_batches(

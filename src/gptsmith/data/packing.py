@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptsmith.data.conversations import Example
-from gptsmith.data.loader import TokenBatch, permuted, seed_key
-from gptsmith.errors import CheckpointError, DataError, UsageError
+from gptsmith.data.loader import RowLoader, TokenBatch
+from gptsmith.errors import DataError, UsageError
 from gptsmith.model.config import IGNORED
 
 _WIDTH_STEP = 64  # rows of a single example are padded to a multiple of this
@@ -99,78 +99,32 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], seq_len: int) -> list[list[
     return rows
 
 
-class PackedLoader:
+class PackedLoader(RowLoader[TokenBatch]):
     """Endless batches of packed examples: every row once in each epoch, in an order that depends on the seed.
 
-    `position` counts the rows taken; it is the only state. batch_size: B. seq_len: T, what an example without its last
+    batch_size: B. seq_len: T, what an example without its last
     token must fit into. packing: False: one example per row, and rows as wide as the longest of a batch.
     """
 
     def __init__(self, examples: Examples, *, batch_size: int, seq_len: int, seed: int, packing: bool = True) -> None:
         if not len(examples):
             raise DataError("there is no example to train on.")
-        self.examples, self.batch_size, self.seq_len, self.seed = examples, batch_size, seq_len, seed
-        self.packing = packing
-        lengths = examples.lengths - 1
-        self.rows = pack(lengths, seq_len) if packing else [[i] for i in range(len(examples))]
-        self.position = 0
-        self._key = seed_key(seed)
-
-    @property
-    def epoch(self) -> float:
-        """The number of passes over the data so far, as a fraction."""
-        return self.position / len(self.rows)
+        self.examples, self.seq_len, self.packing = examples, seq_len, packing
+        self.rows = pack(examples.lengths - 1, seq_len) if packing else [[i] for i in range(len(examples))]
+        super().__init__(len(self.rows), batch_size=batch_size, seed=seed)
 
     @property
     def fill(self) -> float:
         """The share of the rows' positions that hold a token."""
         return float((self.examples.lengths - 1).sum()) / (len(self.rows) * self.seq_len)
 
-    def batch_at(self, position: int) -> TokenBatch:
-        """Return the batch after `position` rows were taken. Pure."""
-        return self.batch_of([self.rows[i] for i in self.order_at(position)])
-
-    def order_at(self, position: int) -> list[int]:
-        """Return which rows the batch has after `position` rows were taken. Pure."""
-        sequence = np.arange(position, position + self.batch_size, dtype=np.uint64)
-        n = len(self.rows)
-        epoch, index = np.divmod(sequence, np.uint64(n))
-        return [int(i) for i in (permuted(index, n, self._key(epoch)) if n > 1 else index)]
-
-    def batch_of(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
-        """Return these rows, each a list of examples, as a batch."""
+    def batch_of(self, rows: Sequence[int]) -> TokenBatch:
+        chosen = [self.rows[i] for i in rows]
         width = self.seq_len
         if not self.packing:
-            longest = max(int(self.examples.lengths[i]) - 1 for row in rows for i in row)
+            longest = max(int(self.examples.lengths[i]) - 1 for row in chosen for i in row)
             width = min(self.seq_len, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-        return packed_batch(self.examples, rows, width)
-
-    def __iter__(self) -> Iterator[TokenBatch]:
-        return self
-
-    def __next__(self) -> TokenBatch:
-        batch = self.batch_at(self.position)
-        self.position += self.batch_size
-        return batch
-
-    def whole(self, batch_size: int) -> Iterator[TokenBatch]:
-        """Yield every row once, in order."""
-        for start in range(0, len(self.rows), batch_size):
-            yield self.batch_of(self.rows[start : start + batch_size])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, with the data and options that it is valid for."""
-        return {"position": self.position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raise CheckpointError if it belongs to other data or options."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"cannot resume: {name} of the data is {value}, and was {state.get(name)} in the checkpoint. "
-                    "Restore it, or start a new run."
-                )
-        self.position = int(state["position"])
+        return packed_batch(self.examples, chosen, width)
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from gptsmith.data.conversations import RowError, bad_row
 from gptsmith.data.labels import LabelledData, OnBad, Task
-from gptsmith.data.loader import permuted, seed_key
-from gptsmith.errors import CheckpointError, DataError, TokenizerError, UsageError
+from gptsmith.data.loader import RowLoader, permuted, seed_key
+from gptsmith.errors import DataError, TokenizerError, UsageError
 from gptsmith.model.config import IGNORED
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chatml import with_special_tokens
@@ -333,60 +333,17 @@ class LabelledBatch:
         return LabelledBatch(self.ids.to(device), self.lengths.to(device), self.labels.to(device))
 
 
-class LabelledLoader:
-    """Endless batches: every row once in each epoch, in an order that depends on the seed.
-
-    `position` counts the rows taken; it is the only state.
-    """
+class LabelledLoader(RowLoader[LabelledBatch]):
+    """Endless batches: every row once in each epoch, in an order that depends on the seed."""
 
     def __init__(self, examples: LabelledExamples, *, batch_size: int, seed: int) -> None:
         if not len(examples):
             raise DataError("there is no labelled row to train on.")
-        if batch_size < 1:
-            raise UsageError(f"the batch size must be at least 1, not {batch_size}.")
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.position = 0
-        self._key = seed_key(seed)
+        self.examples = examples
+        super().__init__(len(examples), batch_size=batch_size, seed=seed)
 
-    @property
-    def epoch(self) -> float:
-        """The number of passes over the data so far, as a fraction."""
-        return self.position / len(self.examples)
-
-    def batch_at(self, position: int) -> LabelledBatch:
-        """Return the batch after `position` rows were taken. Pure."""
-        sequence = np.arange(position, position + self.batch_size, dtype=np.uint64)
-        epoch, index = np.divmod(sequence, np.uint64(len(self.examples)))
-        if len(self.examples) > 1:
-            index = permuted(index, len(self.examples), self._key(epoch))
-        return labelled_batch(self.examples, index.astype(np.int64).tolist())
-
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        return self
-
-    def __next__(self) -> LabelledBatch:
-        batch = self.batch_at(self.position)
-        self.position += self.batch_size
-        return batch
-
-    def whole(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield every row once, in order. The last batch may be smaller."""
-        for start in range(0, len(self.examples), batch_size):
-            yield labelled_batch(self.examples, range(start, min(start + batch_size, len(self.examples))))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, with the data and options that it is valid for."""
-        return {"position": self.position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raise CheckpointError if it belongs to other data or options."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"cannot resume: {name} of the data is {value}, and was {state.get(name)} in the checkpoint. "
-                    "Restore it, or start a new run."
-                )
-        self.position = int(state["position"])
+    def batch_of(self, rows: Sequence[int]) -> LabelledBatch:
+        return labelled_batch(self.examples, rows)
 
     def _identity(self) -> dict[str, Any]:
         return {"examples": self.examples.fingerprint(), "seed": self.seed, "batch_size": self.batch_size}

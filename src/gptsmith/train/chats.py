@@ -118,7 +118,7 @@ class ChatFiles:
 
     @classmethod
     def open(cls, spec: Spec, config: RunConfig) -> ChatFiles:
-        """Find the data and the validation data. Raise UsageError where there is none, DataError for no table."""
+        """Find the data and the validation data. Raise UsageError if it is missing, DataError if it is not a table."""
         if not isinstance(spec, str | Path):
             raise UsageError("fine-tuning takes one file or folder of rows: put the files into a folder.")
         path, val_spec = rows_path(str(spec)), config.data.val
