@@ -42,6 +42,10 @@ class DivergedError(TrainingError):
     """The loss is NaN or infinite, or has risen far above its start. Names the last good checkpoint."""
 
 
+class RewardError(GptsmithError):
+    """A reward fails, or gives something that is no score. Names the reward and the sample."""
+
+
 class ProcessError(TrainingError):
     """Another process of the run, number `rank`, has failed and told the user why."""
 

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gptsmith.errors import CheckpointError, UsageError
-from gptsmith.formats.hf_heads import load_classifier, save_classifier
+from gptsmith.formats.hf_heads import load_classifier, reward_scale, save_classifier
 from gptsmith.model.heads import HeadConfig, SequenceClassifier, last_positions
 from tests.factories import tiny_model
 
@@ -140,3 +140,17 @@ def test_a_language_model_has_no_head(tmp_path: Path) -> None:
     save_model(tiny_model("qwen3"), tmp_path)
     with pytest.raises(CheckpointError, match=r"no tensor score\.weight"):
         load_classifier(tmp_path)
+
+
+def test_the_scale_of_a_reward_model_is_kept(tmp_path: Path) -> None:
+    model = make("qwen3", labels=("reward",), problem="regression")
+    save_classifier(model, tmp_path)
+    assert reward_scale(tmp_path) is None
+    save_classifier(model, tmp_path, scale=(-0.25, 1.5))
+    assert reward_scale(tmp_path) == (-0.25, 1.5)
+    theirs(tmp_path)  # transformers keeps what it does not know
+    for bad in ({"mean": 0, "std": 0}, {"mean": 0}, {"mean": 0, "std": float("nan")}, [0, 1]):
+        config = json.loads((tmp_path / "config.json").read_text()) | {"gptsmith_reward": bad}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="gptsmith_reward must be"):
+            reward_scale(tmp_path)

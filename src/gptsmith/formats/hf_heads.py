@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from gptsmith.formats.hf import (
     HEAD,
     WEIGHTS_FILE,
     config_to_hf,
+    read_config_file,
     select_tensors,
     weights_to_hf,
     write_json,
@@ -29,6 +31,8 @@ SCORE = "score.weight"
 
 _TASK = "gptsmith_task"  # transformers has no multiple choice for these models; it keeps keys that it does not know
 
+_REWARD = "gptsmith_reward"  # mean and standard deviation of a reward model's scores, likewise
+
 
 def save_classifier(
     classifier: SequenceClassifier,
@@ -37,10 +41,12 @@ def save_classifier(
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
     end_ids: Sequence[int] = (),
+    scale: tuple[float, float] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors` into an existing directory, as transformers reads them.
 
     pad_token_id: transformers scores the rightmost token that is not this one, and needs it for several texts at once.
+    scale: of a reward model, mean and standard deviation of its scores; see `reward_scale`.
     The output matrix of the language model is not saved.
     """
     from safetensors.torch import save
@@ -58,6 +64,8 @@ def save_classifier(
         config[_TASK] = head.problem
     else:
         config["problem_type"] = head.problem
+    if scale is not None:
+        config[_REWARD] = dict(zip(("mean", "std"), scale, strict=True))
     weights = {key: tensor for key, tensor in weights_to_hf(model).items() if key != HEAD}
     weights[SCORE] = classifier.score.weight.detach().cpu().contiguous()
     write_json(Path(directory) / CONFIG_FILE, config)
@@ -86,6 +94,25 @@ def load_classifier(directory: Path) -> tuple[SequenceClassifier, int | None]:
     with torch.no_grad():
         classifier.score.weight.copy_(score)
     return classifier.eval(), source.hf_config.get("pad_token_id")
+
+
+def reward_scale(directory: Path) -> tuple[float, float] | None:
+    """Return mean and standard deviation of a reward model's scores, by which they are normalized; None without them.
+
+    Raises CheckpointError where config.json has them, but not as two numbers, the second above 0.
+    """
+    found = read_config_file(directory).get(_REWARD)
+    if found is None:
+        return None
+    try:
+        mean, std = float(found["mean"]), float(found["std"])
+    except (TypeError, ValueError, KeyError):
+        mean = std = math.nan
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise CheckpointError(
+            f'{Path(directory) / CONFIG_FILE}: {_REWARD} must be {{"mean": …, "std": …}}, std above 0.'
+        )
+    return mean, std
 
 
 def _head_config(values: Mapping[str, Any], where: str, score: torch.Tensor) -> HeadConfig:
