@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,9 +127,12 @@ class JsonLines:
         self.path = path
 
     def append(self, **values: Any) -> None:
-        line = json.dumps(values, ensure_ascii=False, allow_nan=True) + "\n"
+        self.append_all([values])
+
+    def append_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n" for row in rows]
         with explain_os_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(line)
+            file.writelines(lines)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the rows. Unreadable lines, such as one cut short by a crash, are skipped."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from gptsmith.cli import COMMANDS
 from gptsmith.cli.run_options import RunOptions, explicit_options, option_value, parse_run
 from gptsmith.distributed.context import environment_world_size, join_processes
 from gptsmith.errors import GptsmithError, UsageError
@@ -57,7 +58,7 @@ def _command_of(arguments: list[str]) -> str:
         objective = str(read_info(Path(directory)).get("objective"))
     except GptsmithError:  # which the command itself explains
         return "train"
-    return objective if objective in ("sft", "distill") else "train"
+    return objective if objective in COMMANDS else "train"
 
 
 def train_or_resume(

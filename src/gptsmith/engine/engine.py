@@ -85,6 +85,8 @@ class Engine:
     a quarter of the memory on a CPU and four fifths on a GPU).
     block_size: tokens per block of the cache.
     prefix_caching: share the blocks of common prefixes.
+    compiled: use kernels of the engine where they are faster. False: run the model's own forward, as training does, so
+    that log-probabilities agree with training's up to rounding, and are the same in every process.
     speculator: proposes tokens where that is faster (`engine.speculative`); what is generated stays the same.
     Raise UsageError for sizes that contradict each other.
 
@@ -101,6 +103,7 @@ class Engine:
         cache_tokens: int | None = None,
         block_size: int = 16,
         prefix_caching: bool = True,
+        compiled: bool = True,
         speculator: Speculator | None = None,
     ) -> None:
         config = model.config
@@ -130,7 +133,7 @@ class Engine:
         )
         self._beam_search = BeamSearch(self._lifecycle, vocab_size=self.vocab_size)
         self.executor = StepExecutor(
-            make_runner(model, cache, self.vocab_size),
+            make_runner(model, cache, self.vocab_size, compiled=compiled),
             self._lifecycle,
             TokenSampler(self._lifecycle, self._beam_search, speculator),
             speculator,

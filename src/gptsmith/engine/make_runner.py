@@ -11,8 +11,11 @@ from gptsmith.model.cache import PagedCache
 from gptsmith.model.transformer import Transformer
 
 
-def make_runner(model: Transformer, cache: PagedCache, vocab_size: int) -> Runner:
-    """Return the fastest runner for this model on its device."""
+def make_runner(model: Transformer, cache: PagedCache, vocab_size: int, *, compiled: bool = True) -> Runner:
+    """Return the fastest runner for this model on its device. compiled: it may have kernels of its own; otherwise it
+    runs the model's forward, as training does."""
+    if not compiled:
+        return Runner(model, cache, vocab_size)
     if cache.keys[0].is_cuda and not model.config.num_experts:  # how many tokens an expert has is not known to a graph
         return GraphRunner(model, cache, vocab_size)
     if worth_compiling(model) and is_supported(model) and cache.keys[0].dtype == torch.float32:

@@ -250,7 +250,14 @@ class SamplingParams(GenerationOptions):
         Range(ge=0),
         request_range=Range(ge=0, le=20),
     )
-    prompt_logprobs: int | None = option(None, "The same for the tokens of the prompt.", Range(ge=0))
+    sampled_logprobs: bool = option(
+        False,
+        "Return log-probabilities of the distribution that the tokens are drawn from: after penalties, temperature and "
+        "filters.",
+    )
+    prompt_logprobs: int | None = option(
+        None, "Return the model's log-probability of each token of the prompt, and this many others.", Range(ge=0)
+    )
     echo: bool = option(False, "Begin the result with the prompt.")
     prompt_only: bool = option(False, "Compute the prompt, for its log-probabilities, and generate no token.")
     cache_prompt: bool = option(
@@ -298,7 +305,9 @@ class SamplingParams(GenerationOptions):
                 self._reject("best_of", "left out with beam search")
             if self.constraint is not None:
                 self._reject("constraint", "left out with beam search")
-        elif self.temperature == 0 and (self.best_of or 1) > 1:
+        if self.sampled_logprobs and self.temperature == 0:
+            self._reject("sampled_logprobs", "left out at temperature 0, which does not sample")
+        if self.beams == 1 and self.temperature == 0 and (self.best_of or 1) > 1:
             self._reject("best_of", "left out at temperature 0, where all samples are the same")
 
     def _check_collections(self) -> None:

@@ -18,7 +18,7 @@ the context is full and `overflow` does not allow more. cancelled: by `abort`. e
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a token (in nats), before temperature and filters.
+    """The log-probability of a token (in nats), before temperature and filters unless `sampled_logprobs` was set.
 
     top: (token, log-probability) of the most probable tokens at that position, as many as were asked for, best first.
     """

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.sampling import SamplingParams, model_defaults
+from gptsmith.engine.sampling import SamplingParams, StopCondition, model_defaults
 from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.engine.speculative import Speculator
 from gptsmith.errors import GptsmithError, UsageError
@@ -236,6 +236,13 @@ class _StopStringMatcher:
 
     def copy(self) -> _StopStringMatcher:
         return _StopStringMatcher(self.sample.copy())
+
+
+def stop_strings(tokenizer: Tokenizer, texts: Sequence[str], prompt_ids: Sequence[int] = ()) -> StopCondition | None:
+    """Return a condition for `SamplingParams` that ends the continuation of a prompt with any of these texts."""
+    if not texts:
+        return None
+    return _StopStrings(Detokenizer(tokenizer, "", SamplingParams(stop=tuple(texts)), prompt_ids=prompt_ids))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from gptsmith.engine.beam import BeamSearch
 from gptsmith.engine.lifecycle import Lifecycle
 from gptsmith.engine.output import token_logprobs
-from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust, choose
+from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust, choose, filter_logits
+from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import FinishReason, Request, Sequence, TokenLogprob
 from gptsmith.engine.speculative import Speculator
 from gptsmith.errors import UsageError
@@ -87,7 +88,7 @@ class TokenSampler:
         top = [params.logprobs if params.best_of is None else 0 for params in all_params]
         logprobs: list[TokenLogprob | None] = [None] * len(chosen)
         if any(count is not None for count in top):
-            logprobs = token_logprobs(raw, chosen, top)
+            logprobs = token_logprobs(_scored(raw, adjusted, all_params), chosen, top)
         tokens = iter(list(zip(chosen, logprobs, strict=True)))
         for sequence, logits in batch:
             its_tokens = [next(tokens) for _ in range(len(logits))]
@@ -128,6 +129,17 @@ def _finish_reason(sequence: Sequence, token: int, context: int) -> FinishReason
     if sequence.length > context and params.overflow != "shift":
         return "context"
     return None
+
+
+def _scored(raw: Tensor, adjusted: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Return the logits that log-probabilities are of, (R, V): the model's, or those that tokens are drawn from."""
+    rows = [i for i, each in enumerate(params) if each.sampled_logprobs]
+    if not rows:
+        return raw
+    if len(rows) == len(params):
+        return filter_logits(adjusted, params)
+    index = torch.tensor(rows, device=raw.device)
+    return raw.index_copy(0, index, filter_logits(adjusted[index], [params[i] for i in rows]))
 
 
 def _check_tokens_left(adjusted: Tensor, sequences: list[Sequence]) -> None:

@@ -94,9 +94,12 @@ class Lora(nn.Module):
     def __init__(self, parts: Sequence[LoraPart], dropout: float) -> None:
         super().__init__()
         self.parts, self.dropout = nn.ModuleList(parts), dropout
+        self.off = False
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """Return the layer's output with the updates. x: (..., K); y: (..., R), the output without them."""
+        if self.off:
+            return y
         dropping = self.dropout > 0 and self.training
         parts: list[Any] = list(self.parts)
         inputs = [dropout(x, self.dropout, self.training) if dropping else x for _ in parts]
@@ -161,6 +164,19 @@ def columns_and_rows(layer: nn.Module) -> tuple[int, int]:
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a model that have an adapter, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear | LoraQuantizedLinear)}
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within, `model` computes as it did before it got its adapter, as far as that is no layer trained in full."""
+    adapters = [module for module in model.modules() if isinstance(module, Lora)]
+    for each in adapters:
+        each.off = True
+    try:
+        yield
+    finally:
+        for each in adapters:
+            each.off = False
 
 
 def lora_parts(model: nn.Module) -> dict[str, LoraPart]:

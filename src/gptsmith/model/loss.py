@@ -33,18 +33,25 @@ def token_logprobs(
     *,
     document_ids: Tensor | None = None,
     temperature: float = 1.0,
+    tokens: int | None = None,
 ) -> Tensor:
     """Return log p(target | tokens up to here) for every token: (B, T) float32, in nats; 0 where the target is -100.
 
     ids, targets: (B, T) int64. document_ids: as in `Transformer.forward`. temperature: what the logits are divided by.
+    tokens: only ids below it are possible, as when the engine samples (default: the model's whole vocabulary).
     Differentiable. Beyond `MAX_LOGITS` the logits are computed chunk by chunk and again in the backward pass.
     """
     hidden = model.hidden_states(ids, document_ids=document_ids)
-    return head_logprobs(model.lm_head, hidden, targets, model.config.vocab_size, temperature)
+    return head_logprobs(model.lm_head, hidden, targets, model.config.vocab_size, temperature, tokens)
 
 
 def head_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int, temperature: float = 1.0
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    tokens: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities (B, T) of `targets` that `head` gives for hidden states (B, T, C), as above.
 
@@ -52,21 +59,45 @@ def head_logprobs(
     """
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:  # (n, C), (n,) -> (n,)
-        logits = head(hidden).float()
+        logits = head(hidden)[:, :tokens].float()
         if temperature != 1.0:
             logits = logits / temperature
         return -F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
+    return _in_chunks(chunk_logprobs, hidden, targets, vocab_size)
+
+
+def head_entropies(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    tokens: int | None = None,
+) -> Tensor:
+    """Return the entropy of the distribution of each next token: (B, T) float32, in nats; 0 where the target is -100.
+
+    The arguments are those of `head_logprobs`.
+    """
+
+    def chunk_entropies(hidden: Tensor, targets: Tensor) -> Tensor:
+        logprobs = (head(hidden)[:, :tokens].float() / temperature).log_softmax(dim=-1)
+        entropies: Tensor = -(logprobs.exp() * logprobs).sum(dim=-1) * (targets != IGNORED)
+        return entropies
+
+    return _in_chunks(chunk_entropies, hidden, targets, vocab_size)
+
+
+def _in_chunks(compute: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Return `compute` of hidden states (n, C) and targets (n,) for all of (B, T, C) and (B, T), as many at a time as
+    `MAX_LOGITS` allows; what it computes from logits is computed again in the backward pass."""
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     rows = _chunk_rows(vocab_size, _max_logits(hidden))
     if len(flat_hidden) <= rows:
-        return chunk_logprobs(flat_hidden, flat_targets).view_as(targets)
+        return compute(flat_hidden, flat_targets).view_as(targets)
     parts = []
     for h, y in zip(torch.split(flat_hidden, rows), torch.split(flat_targets, rows), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk_logprobs, h, y, use_reentrant=False))
-        else:
-            parts.append(chunk_logprobs(h, y))
+        parts.append(checkpoint(compute, h, y, use_reentrant=False) if torch.is_grad_enabled() else compute(h, y))
     return torch.cat(parts).view_as(targets)
 
 

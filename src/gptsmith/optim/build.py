@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ def _parameter_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Par
                 yield p, optimizer.state[p]
 
 
+def _groups(
+    parameters: list[nn.Parameter], infos: Mapping[nn.Parameter, ParameterInfo], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: what has weight decay and what has none."""
+    groups = [
+        {"params": [p for p in parameters if infos[p].kind != "vector"], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if infos[p].kind == "vector"], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def build_optimizers(
     model: nn.Module,
     *,
@@ -73,6 +85,7 @@ def build_optimizers(
     betas: tuple[float, float],
     newton_schulz_steps: int = 5,
     extra: Mapping[str, nn.Module] | None = None,
+    extra_lr: float | None = None,
 ) -> Optimizers:
     """Return the optimizers for the trainable parameters of `model`; frozen ones (`requires_grad` False) have none.
 
@@ -80,32 +93,34 @@ def build_optimizers(
         matrices, at rate `lr`; AdamW for everything else (embeddings, heads, norms, biases), at rate `embedding_lr`.
         What is a hidden matrix is decided by `parameter_info`. Vectors have no weight decay.
     extra: further modules to train (a value model, a reward head), by the prefix that their parameters' names get.
+    extra_lr: AdamW trains those at this rate; None: they are trained as the model is.
     Raises UsageError if no parameter is trainable.
     """
     modules = {"": model, **{f"{prefix}.": module for prefix, module in (extra or {}).items()}}
     names: dict[nn.Parameter, str] = {}
     infos: dict[nn.Parameter, ParameterInfo] = {}
+    apart: set[nn.Parameter] = set()
     for prefix, module in modules.items():
         for local_name, p in module.named_parameters():
             if p.requires_grad and p not in names:
                 names[p], infos[p] = prefix + local_name, parameter_info(module, local_name)
+                if prefix and extra_lr is not None:
+                    apart.add(p)
     if not names:
         raise UsageError("there is nothing to train: all parameters are frozen.")
 
     optimizers: list[torch.optim.Optimizer] = []
-    matrices = [p for p in names if name == "muon" and infos[p].kind == "matrix"]
+    matrices = [p for p in names if name == "muon" and infos[p].kind == "matrix" and p not in apart]
     if matrices:
         group = {"params": matrices, "split_sizes": [infos[p].split_sizes for p in matrices]}
         optimizers.append(Muon([group], lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps))
-    by_muon = set(matrices)
-    others = [p for p in names if p not in by_muon]
-    if others:
-        groups = [
-            {"params": [p for p in others if infos[p].kind != "vector"], "weight_decay": weight_decay},
-            {"params": [p for p in others if infos[p].kind == "vector"], "weight_decay": 0.0},
-        ]
-        fused = all(p.device.type in ("cpu", "cuda") for p in others)
-        rate = embedding_lr if name == "muon" else lr
-        groups = [group for group in groups if group["params"]]
-        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=fused))
+    elsewhere = apart | set(matrices)
+    groups = _groups(
+        [p for p in names if p not in elsewhere], infos, embedding_lr if name == "muon" else lr, weight_decay
+    )
+    if extra_lr is not None:
+        groups += _groups([p for p in names if p in apart], infos, extra_lr, weight_decay)
+    if groups:
+        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=fused))
     return Optimizers(optimizers, names)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from gptsmith.config import from_dict, to_dict
 from gptsmith.errors import UsageError, nearest
@@ -225,8 +225,16 @@ class MethodConfig:
     eval_tokens: int | None = None
     """Number of validation tokens to evaluate on, from the start of the split (default: the whole split)."""
 
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "eval_every": 100, "steps": 1000}
+    """Options of the loop that differ from pretraining's."""
+
     def __post_init__(self) -> None:
         _at_least_one(self, "eval_tokens")
+
+    @property
+    def extra_lr(self) -> float | None:
+        """The learning rate of models besides the policy; None: the same."""
+        return None
 
     @property
     def masks_documents(self) -> bool:
@@ -275,16 +283,20 @@ class SftConfig(MethodConfig):
         """Return the corpus that is mixed in and its share of the tokens."""
         if self.replay is None:
             return None
-        corpus, _, share = self.replay.rpartition(":")
-        try:
-            part = float(share)
-        except ValueError:
-            part = math.nan
-        if not corpus or not 0 < part < 1:
-            raise UsageError(
-                f"--replay {self.replay}: write CORPUS:SHARE with a share between 0 and 1, such as wiki-summaries:0.05."
-            )
-        return corpus, part
+        return _corpus_and_number("--replay", self.replay, 1, "wiki-summaries:0.05")
+
+
+def _corpus_and_number(option: str, text: str, below: float, example: str) -> tuple[str, float]:
+    """Return the parts of CORPUS:NUMBER. Raise UsageError for a number that is not above 0 and `below` that."""
+    corpus, _, number = text.rpartition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not corpus or not 0 < value < below:
+        limits = "above 0" if below == math.inf else f"between 0 and {below:g}"
+        raise UsageError(f"{option} {text}: write CORPUS:NUMBER with a number {limits}, such as {example}.")
+    return corpus, value
 
 
 @dataclass(frozen=True)
@@ -309,6 +321,186 @@ class DistillConfig(SftConfig):
         if self.teacher is None:
             raise UsageError("distillation needs a teacher: --teacher MODEL.")
         return self.teacher
+
+
+@dataclass(frozen=True)
+class PolicyConfig(MethodConfig):
+    """Learning from rewards for the model's own answers."""
+
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "eval_every": 20, "log_every": 1, "steps": 200}
+
+    reward: tuple[str, ...] = ()
+    """What scores answers: module:function, file.py:function, the directory of a reward model, or judge:URL. Give it
+    several times to add several rewards up."""
+    reward_weights: str | None = None
+    """Weight of each reward, such as 1,0.2 (default: 1 each)."""
+    gold: str | None = None
+    """A score to watch but not to train on: evaluations have it, the best checkpoint is that with the highest, and a
+    warning tells where the reward rises and it falls."""
+    answer_tokens: int = 128
+    """Maximum length of an answer, in tokens."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before this text, besides at the model's end tokens."""
+    temperature: float = 1.0
+    """Temperature of sampling and of the log-probabilities that are trained."""
+    minibatches: int = 1
+    """Updates that each rollout is divided into: it has --batch-size times as many answers."""
+    passes: int = 1
+    """How often each answer is trained on."""
+    clip_low: float = 0.2
+    """How far below 1 the ratio of new to old probabilities of a token counts."""
+    clip_high: float = 0.2
+    """How far above 1 it counts."""
+    kl: float = 0.0
+    """Weight of the KL divergence from the model that training starts from."""
+    unended_penalty: float = 0.0
+    """Subtracted from the reward of answers that reach --answer-tokens without an end."""
+    epochs: float = 1.0
+    """Number of passes over the prompts, if neither --steps nor --budget is set."""
+    eval_prompts: int = 64
+    """Number of held-out prompts that evaluations answer."""
+    check_rewards: bool = True
+    """Before training, try the reward on empty, copied, repeated and longest answers."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows without a prompt: stop at the first, or leave them out and count them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("answer_tokens", "minibatches", "passes", "eval_prompts"):
+            _at_least_one(self, name)
+        _check(self.temperature > 0, "--temperature", self.temperature, "above 0")
+        _check(0 <= self.clip_low <= 1, "--clip-low", self.clip_low, "at least 0 and at most 1")
+        for name in ("clip_high", "kl", "unended_penalty"):
+            _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(self.epochs > 0, "--epochs", self.epochs, "above 0")
+        self.weights()
+
+    def weights(self) -> list[float]:
+        """Return the weight of each reward."""
+        if self.reward_weights is None:
+            return [1.0] * len(self.reward)
+        try:
+            weights = [float(part) for part in self.reward_weights.split(",")]
+        except ValueError:
+            weights = [math.nan]
+        if not all(map(math.isfinite, weights)):
+            raise UsageError(f"--reward-weights {self.reward_weights}: write numbers with commas, such as 1,0.2.")
+        if len(weights) != len(self.reward):
+            raise UsageError(f"--reward-weights has {len(weights)} numbers, and there are {len(self.reward)} rewards.")
+        return weights
+
+    @property
+    def per_prompt(self) -> int:
+        """How many answers each prompt gets in a rollout."""
+        return 1
+
+
+GrpoVariant = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+GRPO_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"scale": "none", "normalize": "constant", "clip_high": 0.2},  # Liu et al. 2025, 2503.20783
+    "dapo": {"scale": "group", "dynamic_sampling": 4, "overlong_buffer": 0.25},  # Yu et al. 2025, 2503.14476
+    "gspo": {"loss": "gspo", "scale": "group", "normalize": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},  # MiniMax 2025, 2506.13585
+    "rloo": {"baseline": "others", "scale": "none"},  # Ahmadian et al. 2024, 2402.14740
+}
+"""What the variants set, where the user does not. gspo: Zheng et al. 2025, 2507.18071."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig(PolicyConfig):
+    """GRPO: answers are compared with the other answers to the same prompt (Shao et al. 2024, 2402.03300)."""
+
+    variant: GrpoVariant = "grpo"
+    """Set the options below as a paper has them, where you do not. dr_grpo: no division by spread or length. dapo:
+    dynamic sampling and a penalty for overlong answers. gspo: ratios of whole answers. cispo: clipped weights, no
+    clipped gradients. rloo: the baseline leaves the answer itself out."""
+    group_size: int = 8
+    """Number of answers to each prompt."""
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """clip: clipped ratios of tokens, as in PPO. gspo: of whole answers. cispo: clipped ratios as constant weights of
+    the log-probabilities."""
+    baseline: Literal["group", "others"] = "group"
+    """What a reward is compared with: the mean of its group, or of the group's other answers."""
+    scale: Literal["batch", "group", "none"] = "batch"
+    """Divide advantages by the standard deviation of all rewards, by that of the group, or not at all."""
+    normalize: Literal["token", "sequence", "constant"] = "token"
+    """What the loss is averaged over: all tokens of an update, the tokens of each answer and then the answers, or the
+    answers at their maximum length."""
+    clip_high: float = 0.28
+    """How far above 1 the ratio of new to old probabilities of a token counts."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k2"
+    """With --kl: the estimator in the loss. k2 alone has the gradient of the divergence (docs/alignment.md)."""
+    dynamic_sampling: int = 0
+    """Sample up to so many times again to replace groups whose answers all have the same reward."""
+    overlong_buffer: float = 0.0
+    """Fraction of --answer-tokens, at its end, over which the reward falls by up to 1."""
+    mask_unended: bool = False
+    """Leave answers that reach --answer-tokens without an end out of the loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise UsageError(
+                f"--group-size {self.group_size}: an answer is compared with the others of its group, so it needs 2 or "
+                "more. gptsmith ppo learns from single answers."
+            )
+        _check(self.dynamic_sampling >= 0, "--dynamic-sampling", self.dynamic_sampling, "0 or more")
+        _check(0 <= self.overlong_buffer <= 1, "--overlong-buffer", self.overlong_buffer, "at least 0 and at most 1")
+
+    @property
+    def per_prompt(self) -> int:
+        return self.group_size
+
+
+@dataclass(frozen=True)
+class PpoConfig(PolicyConfig):
+    """PPO with a value model and a KL penalty in the reward, as in InstructGPT (Ouyang et al. 2022, 2203.02155)."""
+
+    kl: float = 0.05
+    """Weight of the KL divergence from the model that training starts from, subtracted from the rewards token by
+    token."""
+    kl_target: float | None = None
+    """Adapt the weight so that the divergence of an answer becomes this many nats (default: keep the weight)."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 0.95
+    """Generalized advantage estimation: 0 trusts the value model, 1 the rewards alone."""
+    passes: int = 4
+    """How often each answer is trained on."""
+    value_clip: float = 0.2
+    """How far values may move from those of the rollout before they count no more; 0: without limit."""
+    value_coef: float = 0.5
+    """Weight of the value model's loss."""
+    value_lr: float = 1e-4
+    """Peak learning rate of the value model."""
+    entropy: float = 0.0
+    """Weight of the entropy, which is added to the objective."""
+    whiten_rewards: bool = False
+    """Divide the rewards of a rollout by their standard deviation."""
+    ptx: str | None = None
+    """Also train on plain text (PPO-ptx), CORPUS:WEIGHT, such as wiki-summaries:1."""
+    ptx_rows: int = 8
+    """With --ptx: rows of text per update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "ptx_rows")
+        for name in ("gamma", "gae_lambda"):
+            _check(0 <= getattr(self, name) <= 1, f"--{name.replace('_', '-')}", getattr(self, name), "in [0, 1]")
+        for name in ("value_clip", "value_coef", "entropy"):
+            _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(self.value_lr > 0, "--value-lr", self.value_lr, "above 0")
+        _check(self.kl_target is None or self.kl_target > 0, "--kl-target", self.kl_target, "above 0")
+        self.mixed_text()
+
+    def mixed_text(self) -> tuple[str, float] | None:
+        """Return the corpus that is trained on besides and its weight."""
+        return None if self.ptx is None else _corpus_and_number("--ptx", self.ptx, math.inf, "wiki-summaries:1")
+
+    @property
+    def extra_lr(self) -> float:
+        return self.value_lr
 
 
 @dataclass(frozen=True)
@@ -449,7 +641,7 @@ def default_config(method: type[MethodConfig] = PretrainConfig) -> RunConfig:
     """Return the configuration of a run of a method, before any option is set."""
     if method is PretrainConfig:
         return RunConfig()
-    return RunConfig(method=method(), loop=LoopConfig(batch_size=8, eval_every=100, steps=1000))
+    return RunConfig(method=method(), loop=LoopConfig(**method.loop_defaults))
 
 
 def run_config(**options: Any) -> RunConfig:

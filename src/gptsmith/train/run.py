@@ -299,7 +299,7 @@ def _session(
             extras.batches, seq_len=config.loop.context, vocab_size=tokenizer.vocab_size
         )
     else:
-        objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop, ranks))
+        objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop, ranks, run.directory))
     session = Session(
         run,
         config,
@@ -374,7 +374,7 @@ def resume(
             return session.train(on_end)
         store.delete_after(step)
         remove_temporaries(directory)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
             if (directory / name).exists():
                 JsonLines(directory / name).truncate_after(step)
         note(summary(session, config, dataset))

@@ -14,7 +14,7 @@ import torch
 from gptsmith.checkpoint import CheckpointStore, load_train_state
 from gptsmith.config import to_dict
 from gptsmith.distributed.context import ALONE, DistributedContext
-from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError, UsageError
 from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.formats.peft import load_adapter
 from gptsmith.log import note
@@ -70,6 +70,8 @@ class Session:
     ) -> None:
         self.run, self.config, self.tokenizer, self.ranks = run, config, tokenizer, ranks
         self.stop = StopSignal() if stop is None else stop
+        if config.loop.compile == "on" and not objective.fixed_shapes:
+            raise UsageError("--compile on: the rows of this method vary in length, so nothing can be compiled.")
         self.stop.announces = ranks.world_size == 1
         ranks.check_same({"model": repr(to_dict(model_config)), "data": str(run.part("data").get("fingerprint"))})
         # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
@@ -232,7 +234,7 @@ class Session:
         device = self.training_step.device
         if self.config.loop.compile != "auto":
             return self.config.loop.compile == "on"
-        if not compiler_available(device):
+        if not compiler_available(device) or not self.training_step.objective.fixed_shapes:
             return False
         seconds = min(self._probe() for _ in range(3))
         seconds *= self.training_step.batch_size // self.training_step.micro_batch_size

@@ -105,6 +105,7 @@ class TrainingStep(Generic[B]):
             momentum=optim.momentum,
             betas=(optim.beta1, optim.beta2),
             newton_schulz_steps=optim.newton_schulz_steps,
+            extra_lr=config.method.extra_lr,
             extra={prefix.removesuffix("."): module for prefix, module in models.named_modules() if prefix},
         )
         return cls(

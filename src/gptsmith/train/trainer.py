@@ -112,7 +112,8 @@ class Trainer:
                 self._save()
                 return "interrupted"
             factor = self._lr_factor()
-            self.update(factor)
+            if not self.update(factor):
+                continue
             if self.step % self.config.loop.log_every == 0 or self.step == self.steps:
                 self._log(factor)
                 self._plan()
@@ -146,10 +147,13 @@ class Trainer:
     def _lr_factor(self) -> float:
         return self.config.optim.factor(self.step, self.steps)
 
-    def update(self, lr_factor: float) -> None:
-        """Make one update and keep its books."""
+    def update(self, lr_factor: float) -> bool:
+        """Make one update and keep its books. Return whether there was one: none if a stop comes before its batch."""
         began = time.perf_counter()
-        result = self.training_step(self._next_batch(), lr_factor)
+        batch = self._next_batch()
+        if batch is None:
+            return False
+        result = self.training_step(batch, lr_factor)
         self.pending.append((result.loss, result.grad_norm))
         add_sums(self.objective_metrics, result.metrics)
         self.tokens_seen += result.tokens
@@ -160,9 +164,11 @@ class Trainer:
         self.seconds_since_log += seconds
         self.update_seconds += seconds
         self.tokens_since_log += result.tokens
+        return True
 
     def _next_batch(self) -> Any:
-        """Return the next batch that has something to learn from. TrainingError if there is none for long.
+        """Return the next batch that has something to learn from; None on a stop. TrainingError if there is none for
+        long.
 
         Where the objective fails, the run is saved first.
         """
@@ -176,7 +182,7 @@ class Trainer:
             if batch.num_rows and self.objective.normalizer(batch)[0] > 0:
                 return batch
             if self._stop_agreed():
-                break
+                return None
         name = type(self.objective).__name__
         raise TrainingError(
             f"stopped at step {self.step}: {name}.next_batch returned {MOST_EMPTY_BATCHES} batches in a row without "

@@ -110,6 +110,10 @@ class Objective(Generic[B]):
     evaluates_start: bool = False
     """Whether to evaluate before the first update, too: what training changes is then in the metrics."""
 
+    fixed_shapes: bool = True
+    """Whether all batches have rows of one length. Otherwise nothing is compiled: the code would depend on the lengths
+    that a process has seen, and a resumed run could differ from one that never stopped."""
+
     def models(self, policy: Transformer) -> Models:
         """Return the models to work with. Called once, after the policy has its starting weights."""
         return Models(policy)
@@ -117,7 +121,8 @@ class Objective(Generic[B]):
     def next_batch(self, models: Models, step: int) -> B:
         """Return the batch of update `step`, with any number of rows. It may generate with the models.
 
-        A batch without rows, or with a count of 0, is passed over and the next one asked for.
+        A batch without rows, or with a count of 0, is passed over and the next one asked for. Return one without rows,
+        and change no state, where it takes long and the run is asked to stop.
         """
         raise NotImplementedError
 

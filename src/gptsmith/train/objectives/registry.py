@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from gptsmith.data.shards import Dataset
@@ -68,6 +69,8 @@ class ObjectiveContext:
     """Becomes true when the run is to be saved and stopped: long work should look at it."""
     ranks: DistributedContext = ALONE
     """The processes that share the run."""
+    directory: Path | None = None
+    """The run's directory, for records of the objective's own."""
 
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective[Any]]
