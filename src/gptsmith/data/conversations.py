@@ -111,16 +111,19 @@ def _unknown_form(row: Mapping[str, Any]) -> str:
 
 
 def _of_messages(form: str, value: Any, row: Mapping[str, Any]) -> Conversation:
-    if isinstance(value, str):
-        value = _from_json(value, form)
-    if not isinstance(value, list | tuple) or not value:
-        raise RowError("the list of messages is empty." if value in ([], ()) else "the messages are not a list.")
     turns: list[Message] = []
     if isinstance(row.get("system"), str) and form == "sharegpt":
         turns.append({"role": "system", "content": row["system"]})
-    for number, message in enumerate(value, 1):
-        turns.append(_message(message, f"message {number}"))
-    return _checked(Conversation(form, tuple(_joined(turns)), _tools(row)))
+    return _checked(Conversation(form, tuple(_joined([*turns, *as_messages(value, form)])), tools_of(row)))
+
+
+def as_messages(value: Any, what: str) -> tuple[Message, ...]:
+    """Return messages as chat templates take them, from a list or its JSON. Raise RowError, which names `what`."""
+    if isinstance(value, str):
+        value = _from_json(value, what)
+    if not isinstance(value, list | tuple) or not value:
+        raise RowError("the list of messages is empty." if value in ([], ()) else "the messages are not a list.")
+    return tuple(_joined([_message(message, f"message {number}") for number, message in enumerate(value, 1)]))
 
 
 def _message(value: Any, where: str) -> Message:
@@ -211,7 +214,8 @@ def _joined(turns: Sequence[Message]) -> list[Message]:
     return joined
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the tools of a row, in the form of chat templates."""
     value = row.get("tools", row.get("functions"))
     if isinstance(value, str):
         value = _from_json(value, "tools") if value.strip() else []
@@ -223,14 +227,19 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _of_alpaca(row: Mapping[str, Any]) -> Conversation:
+    return _of_turns("alpaca", [*alpaca_turns(row), ("assistant", row.get("output", ""))], row)
+
+
+def alpaca_turns(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return roles and texts of everything that an answer in Alpaca's form replies to."""
     asked = str(row["instruction"]) + (f"\n{row['input']}" if row.get("input") else "")
-    turns: list[tuple[str, Any]] = []
     history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise RowError("history is not a list of pairs of texts.")
+    turns: list[tuple[str, Any]] = []
     for question, answer in history:
         turns += [("user", question), ("assistant", answer)]
-    return _of_turns("alpaca", [*turns, ("user", asked), ("assistant", row.get("output", ""))], row)
+    return [*turns, ("user", asked)]
 
 
 def _of_turns(form: str, turns: Sequence[tuple[str, Any]], row: Mapping[str, Any]) -> Conversation:
@@ -239,7 +248,7 @@ def _of_turns(form: str, turns: Sequence[tuple[str, Any]], row: Mapping[str, Any
     messages = tuple(
         _message({"role": role, "content": text}, f"message {i}") for i, (role, text) in enumerate(turns, 1)
     )
-    return _checked(Conversation(form, messages, _tools(row)))
+    return _checked(Conversation(form, messages, tools_of(row)))
 
 
 def _of_completion(row: Mapping[str, Any]) -> Conversation:
@@ -309,18 +318,17 @@ class Renderer:
             return self.tokenizer.encode_prompt(conversation.prompt)
         messages = list(conversation.messages)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        ids: list[int] = self.template.encode(messages[:last], **self._variables(conversation))
+        return self.asked(messages[:last], conversation.tools)
+
+    def asked(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Return the ids of messages that are to be answered, and the beginning of the answer."""
+        ids: list[int] = self.template.encode(list(messages), **_variables(tools))
         return ids
 
     def _chat(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         return self.template.encode(
-            list(conversation.messages), return_mask=True, train_on=self.train_on, **self._variables(conversation)
+            list(conversation.messages), return_mask=True, train_on=self.train_on, **_variables(conversation.tools)
         )
-
-    def _variables(self, conversation: Conversation) -> dict[str, Any]:
-        """Return the variables of the template. Tools are written as the server writes them."""
-        tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
-        return {"generic_tools": True, **tools}
 
     def _text(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Encode prompt and completion apart, as a prompt and its continuation are, so that no token spans both."""
@@ -329,6 +337,11 @@ class Renderer:
         if self.tokenizer.eos_id is not None:
             completion = [*completion, self.tokenizer.eos_id]
         return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
+
+
+def _variables(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the variables of the template. Tools are written as the server writes them."""
+    return {"generic_tools": True, **({"tools": [dict(tool) for tool in tools]} if tools else {})}
 
 
 class Counts:

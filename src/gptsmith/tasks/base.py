@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages in the form that chat templates take: `[{"role": "user", "content": "2 + 2 ="}]`."""
@@ -20,3 +20,11 @@ class Task(Protocol):
 
     def score(self, i: int, answer: str) -> float:
         """Return how good an answer to example `i` is: 0 is wrong and 1 is right."""
+
+
+@runtime_checkable
+class AnsweredTask(Protocol):
+    """A task that also tells the answers."""
+
+    def answer(self, i: int) -> str:
+        """Return a right answer to example `i`."""

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from gptsmith.data.conversations import Conversation, Counts, Example, Renderer, RowError, bad_row, read_conversations
-from gptsmith.data.corpora import CORPORA, corpus_path
 from gptsmith.data.packing import Examples
 from gptsmith.data.rows import Split, row_files
-from gptsmith.data.sources import Spec
-from gptsmith.errors import DataError, UsageError, nearest
+from gptsmith.errors import DataError
 from gptsmith.log import note, progress
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.tokenizer.chatml import with_chat_template
-from gptsmith.train.config import RunConfig, SftConfig
+from gptsmith.train.config import PreferenceConfig, RunConfig, SftConfig
 from gptsmith.train.init import Init, with_tokens
+from gptsmith.train.row_files import RowFiles, num_held_out
 
 MOST_CONTEXT = 1024  # default sequence length, where conversations are long and the model allows more
 _STEP = 64  # contexts are a multiple of it
@@ -104,37 +103,8 @@ class Chats:
 
 
 @dataclass(frozen=True)
-class ChatFiles:
-    """Files of conversations, opened but not yet read.
-
-    val: those of validation, if they are apart, either a data set of their own (`val_spec`) or a split of `path`.
-    """
-
-    spec: str
-    path: Path
-    val_spec: str | None = None
-    val: Path | None = None
-    val_split: Split = "train"
-
-    @classmethod
-    def open(cls, spec: Spec, config: RunConfig) -> ChatFiles:
-        """Find the data and the validation data. Raise UsageError if it is missing, DataError if it is not a table."""
-        if not isinstance(spec, str | Path):
-            raise UsageError("fine-tuning takes one file or folder of rows: put the files into a folder.")
-        path, val_spec = rows_path(str(spec)), config.data.val
-        val = rows_path(val_spec) if val_spec else path
-        if val.is_dir() and row_files(val, "validation"):
-            if not val_spec:
-                note(f"{spec}: holding out its own split for validation, no part of the training split")
-            return cls(str(spec), path, val_spec, val, "validation")
-        return cls(str(spec), path, val_spec, val if val_spec else None)
-
-    @property
-    def name(self) -> str:
-        return self.path.name.split(".")[0] or "chat"
-
-    def make_tokenizer(self, config: RunConfig, overrides: Collection[str]) -> tuple[RunConfig, Tokenizer]:
-        raise UsageError("fine-tuning starts from a model and its tokenizer.")
+class ChatFiles(RowFiles):
+    """Files of conversations, opened but not yet read."""
 
     def prepare(self, config: RunConfig, tokenizer: Tokenizer) -> Chats:
         """Read and render all conversations. Raise DataError for the first bad row, or as the options say."""
@@ -165,33 +135,14 @@ class ChatFiles:
         if self.val is not None:
             val = list(examples(self.val, self.val_split))
         else:
-            held_out = math.floor(len(found) * config.data.val_fraction)
-            held_out = min(max(held_out, 1 if config.data.val_fraction else 0), len(found) - 1)
+            held_out = num_held_out(len(found), config.data.val_fraction)
             found, val = found[: len(found) - held_out], found[len(found) - held_out :]
         shown = tuple(conversations[-min(SHOWN, max(1, len(val))) :])
         return Chats(Examples(found), Examples(val), counts, shown)
 
-    def places(self) -> dict[str, Any]:
-        named = self.spec in CORPORA
-        return {
-            "spec": self.spec if named else str(self.path.resolve()),
-            "val": None if self.val is None or self.val_spec is None else str(self.val.resolve()),
-        }
-
     def needs_template(self) -> bool:
         """Return whether any row is a conversation, and not a prompt with its completion as plain text."""
         return any(not conversation.is_text for _, conversation in read_conversations(self.path, on_bad="skip"))
-
-
-def rows_path(spec: str) -> Path:
-    """Return the file or folder of rows that a name or path stands for. Raise UsageError where there is none."""
-    path = Path(spec).expanduser()
-    if spec in CORPORA and not path.exists():
-        path = corpus_path(spec)
-    if not path.exists():
-        raise UsageError(f"no such file, folder or named data set: {spec!r}.{nearest(spec, CORPORA)}")
-    row_files(path)
-    return path
 
 
 def with_template(init: Init, config: RunConfig, data: Any) -> Init:
@@ -199,12 +150,17 @@ def with_template(init: Init, config: RunConfig, data: Any) -> Init:
 
     It gets ChatML and its special tokens, whose embeddings start as the mean of the others.
     """
-    if not ChatTemplate(init.tokenizer).plain or (isinstance(data, ChatFiles) and not data.needs_template()):
+    if not ChatTemplate(init.tokenizer).plain or not _needs_template(config, data):
         return init
     tokenizer, new = with_chat_template(init.tokenizer)
     tokens = ", ".join(tokenizer.token_text(id) for id in new)
     note(f"chat template: the model has none and gets ChatML{f' with the new tokens {tokens}' if new else ''}")
     return with_tokens(init, tokenizer)
+
+
+def _needs_template(config: RunConfig, data: Any) -> bool:
+    form = config.method.prompt_form if isinstance(config.method, PreferenceConfig) else "auto"
+    return form != "text" and (form == "chat" or not isinstance(data, RowFiles) or data.needs_template())
 
 
 def settle(config: RunConfig, overrides: Collection[str], prepared: Any) -> RunConfig:

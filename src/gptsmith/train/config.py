@@ -300,6 +300,41 @@ def _corpus_and_number(option: str, text: str, below: float, example: str) -> tu
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(MethodConfig):
+    """Base of the options of methods that learn from preferences."""
+
+    epochs: float = 1.0
+    """Number of passes over the data, if neither --steps nor --budget is set."""
+    prompt_form: Literal["auto", "chat", "text"] = "auto"
+    """auto: messages are written by the chat template, texts as they are. chat: a text is a message of the user. text:
+    a prompt of one message is plain text."""
+    score_margins: bool = False
+    """Take the difference of two answers' scores as the margin of a pair, where a row has scores and no margin."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be trained on: stop at the first, or leave them out and count them."""
+    too_long: Literal["skip", "error"] = "skip"
+    """What to do with answers that, with their prompt, are longer than --context: leave them out and count them, or
+    stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.epochs > 0, "--epochs", self.epochs, "above 0")
+
+
+@dataclass(frozen=True)
+class PromptConfig(MethodConfig):
+    """Base of the options of methods that answer prompts."""
+
+    prompt_form: Literal["auto", "chat", "text"] = "auto"
+    """auto: messages are written by the chat template, texts as they are. chat: a text is a message of the user. text:
+    a prompt of one message is plain text."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows without a usable prompt: stop at the first, or leave them out and count them."""
+    too_long: Literal["skip", "error"] = "skip"
+    """What to do with prompts that leave no room for an answer: leave them out and count them, or stop."""
+
+
+@dataclass(frozen=True)
 class DistillConfig(SftConfig):
     """Distillation: predict as a teacher does."""
 

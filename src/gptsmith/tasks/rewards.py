@@ -1,0 +1,54 @@
+"""Rewards that check answers: functions `(prompts, completions, **columns) -> scores`, as training takes them.
+
+gptsmith grpo MODEL task:arithmetic --reward gptsmith.tasks.rewards:task
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptsmith.errors import DataError
+from gptsmith.tasks.answers import find_answer, same_answer
+from gptsmith.tasks.specs import open_task
+
+
+def task(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
+    """Score each completion as its task does: from 0, wrong, to 1, right. Columns: `task` and `index`."""
+    tasks, indices = _column("task", columns), _column("index", columns)
+    return [
+        open_task(spec).score(int(i), _text(completion))
+        for spec, i, completion in zip(tasks, indices, completions, strict=True)
+    ]
+
+
+def exact_answer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
+    """Score 1.0 for completions whose answer is that of the column `answer`, 0.0 for others.
+
+    The answer is found by rule in both: see `gptsmith.tasks.answers`. An `answer` without any of the marks is compared
+    as a whole, with the whole completion if that has none either.
+    """
+    scores = []
+    for expected, completion in zip(_column("answer", columns), completions, strict=True):
+        if expected is None:
+            raise DataError("a prompt has no answer to compare with: the column answer is empty.")
+        text, right = _text(completion), str(expected)
+        found, known = find_answer(text), find_answer(right)
+        if known is None or same_answer(known, right):  # all of it is the answer
+            known = right
+        scores.append(float(same_answer(text, known) or (found is not None and same_answer(found, known))))
+    return scores
+
+
+def _column(name: str, columns: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
+    if name not in columns:
+        known = ", ".join(columns) or "none"
+        raise DataError(f"this reward needs prompts with a column {name!r}; the columns are: {known}.")
+    return columns[name]
+
+
+def _text(completion: Any) -> str:
+    """Return the text of a completion, which may be a list of messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message["content"]) for message in completion)
