@@ -9,10 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptsmith.storage import atomic_file, explain_os_errors
+from gptsmith.storage import atomic_file, explain_os_errors, fsync_directory
 
 _QUIET: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
 
@@ -134,6 +135,40 @@ class JsonLines:
         with explain_os_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(lines)
 
+    def append_durably(self, values: Mapping[str, Any]) -> None:
+        """Append a row that is on the disk when this returns. Missing parent directories are created.
+
+        Several threads and processes can append at once. A row that cannot be written whole, as on a full disk, leaves
+        the file as it was; what a crash left of one is cut off before the next. Raises GptsmithError as
+        `storage.explain_os_errors` does.
+        """
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with explain_os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists()
+            with open(self.path, "a+b", buffering=0) as file:
+                with contextlib.suppress(ImportError):  # Windows has no fcntl
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+                size = file.seek(0, os.SEEK_END)
+                fragment = _last_fragment(file, size)
+                if _is_object(fragment):  # whole, but for its line end
+                    line = b"\n" + line
+                else:
+                    size -= len(fragment)
+                    file.truncate(size)
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += file.write(line[written:])
+                    os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(size)
+                    raise
+            if is_new:
+                fsync_directory(self.path.parent)
+
     def read(self) -> list[dict[str, Any]]:
         """Return the rows. Unreadable lines, such as one cut short by a crash, are skipped."""
         if not self.path.exists():
@@ -149,6 +184,24 @@ class JsonLines:
         rows = [row for row in self.read() if row.get("step", 0) <= step]
         with atomic_file(self.path, "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _last_fragment(file: FileIO, size: int) -> bytes:
+    """Return what follows the last line end of a file of `size` bytes."""
+    start, tail = size, b""
+    while start and b"\n" not in tail:
+        length = min(start, 1 << 16)
+        start -= length
+        file.seek(start)
+        tail = file.read(length) + tail
+    return tail[tail.rfind(b"\n") + 1 :]
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def is_terminal() -> bool:

@@ -298,6 +298,7 @@ serve {run} --timeout 0
 serve {run} --rate-limit nonsense
 serve {run} --alias nonsense
 serve {run} --runs absent
+serve {run} --collect notes.txt
 serve absent
 watch absent
 watch {run} --port -1
@@ -550,7 +551,8 @@ def test_http(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return {**described, "metrics": dict(sorted(ours.items()))}
 
     with quiet_logs():
-        serving = served(["serve", run, talking, "--runs", run.parent, "--device", "cpu", "--log-level", "error"], use)
+        shown = ["--runs", run.parent, "--collect", "preferences.jsonl"]
+        serving = served(["serve", run, talking, *shown, "--device", "cpu", "--log-level", "error"], use)
         watching = served(["watch", run.parent], describe_application)
         refused = served(
             ["serve", run, "--api-key", "secret", "--device", "cpu", "--preload", "none", "--log-level", "error"],

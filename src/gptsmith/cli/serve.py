@@ -61,6 +61,9 @@ class Serve:
     limits and the log; * for any."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
+    collect: Path | None = None
+    """File (.jsonl) to which the page appends a person's comparisons of two answers, as `reward` and `dpo` read
+    them. Adds the view Compare."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     cache_tokens: int | None = None
@@ -97,6 +100,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.loading import resolve_model
     from gptsmith.server.access_log import announce, configure_logging
     from gptsmith.server.auth import parse_rate, read_keys
+    from gptsmith.server.comparisons import check_file
     from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
     from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
     from gptsmith.server.service import Settings
@@ -105,6 +109,8 @@ def main(arguments: list[str]) -> int:
         from_file = [] if chosen.api_key_file is None else read_keys(chosen.api_key_file)
         return [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split(), *from_file]
 
+    if chosen.collect is not None:
+        check_file(chosen.collect)
     keys = current_keys()
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key: a key must not be empty.")
@@ -124,6 +130,7 @@ def main(arguments: list[str]) -> int:
         cors=chosen.cors,
         hosts=(*LOOPBACK, chosen.host.lower(), *allowed) if restricted and "*" not in allowed else None,
         runs=chosen.runs,
+        collect=chosen.collect,
     )
     named = _named(chosen.models, default_name)
     for spec in named.values():  # report missing models now, not at the first request

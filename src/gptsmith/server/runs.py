@@ -36,6 +36,8 @@ SAMPLE_CHARACTERS = 6_000
 POLL_SECONDS = 0.5
 
 Row = dict[str, Any]
+Parse = Callable[[bytes], tuple[list[Row], int]]
+"""Returns the rows in some lines, and the number of lines that are none."""
 
 
 def _record(directory: Path) -> Row:
@@ -124,13 +126,17 @@ def _signature(path: Path) -> Signature | None:
 
 
 class Tail:
-    """A growing file of JSON lines. Each `read` returns the rows of the complete lines that are new."""
+    """A growing file of JSON lines. Each `read` returns the rows of the complete lines that are new.
+
+    parse: what reads them; by default, rows are objects with a step.
+    """
 
     FINGERPRINT_BYTES = 64
     """Bytes before the offset that are compared, to notice that the file was replaced or rewritten."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parse: Parse = parse_rows) -> None:
         self.path, self.offset, self.unreadable = path, 0, 0
+        self._parse = parse
         self._inode, self._fingerprint = 0, b""
 
     def read(self) -> tuple[list[Row], bool]:
@@ -149,7 +155,7 @@ class Tail:
             file.seek(self.offset)
             data = file.read()
         data = data[: data.rfind(b"\n") + 1]  # an incomplete last line is read the next time
-        rows, unreadable = parse_rows(data)
+        rows, unreadable = self._parse(data)
         self.offset += len(data)
         self._fingerprint = (self._fingerprint + data)[-self.FINGERPRINT_BYTES :]
         self.unreadable += unreadable

@@ -47,6 +47,8 @@ class Settings:
     """Allowed Host headers; None for any. Protects a local server from DNS rebinding by web pages elsewhere."""
     runs: Path | None = None
     """A directory of training runs to show in the web page."""
+    collect: Path | None = None
+    """A file of JSON lines to which the web page appends a person's comparisons of answers."""
 
 
 class Service:

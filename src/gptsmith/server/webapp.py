@@ -86,16 +86,25 @@ def add_web_app(
     app: FastAPI,
     *,
     models: bool = False,
+    collect: Path | None = None,
     runs: Path | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve the page at `/`: chat, playground and inside if the application has models; training runs if `runs` is set.
+    """Serve the page at `/`: chat, playground and inside if the application has models, with compare if there is a file
+    to `collect` in; training runs if `runs` is set.
 
     The page's own API is under `/api/` and needs the same protection as `/v1/`. `/` and `/static/` contain only the
     page. stopping: returns whether the server is shutting down; then event streams of runs end.
     """
     assets = Assets.read()
-    views = (["chat", "playground", "inside"] if models else []) + (["runs"] if runs is not None else [])
+    shown = {
+        "chat": models,
+        "compare": models and collect is not None,
+        "playground": models,
+        "inside": models,
+        "runs": runs is not None,
+    }
+    views = [name for name, is_shown in shown.items() if is_shown]
     index = assets.index(views=" ".join(views), title="gptsmith")
     etag = f'"{hashlib.sha256(index).hexdigest()[:24]}"'
 
@@ -124,6 +133,10 @@ def add_web_app(
 
         app.include_router(inspect.router)
         app.include_router(markdown.router)
+        if collect is not None:
+            from gptsmith.server import comparisons
+
+            app.include_router(comparisons.comparison_routes(collect))
     if runs is not None:
         app.include_router(runs_routes(runs, stopping))
 
