@@ -89,9 +89,12 @@ def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
 
 
 class Live:
-    """A server on a free loopback port, in a thread. reference: separate engines of the same models."""
+    """A server on a loopback port, in a thread. port: 0 picks a free one. reference: separate engines of the same
+    models."""
 
-    def __init__(self, settings: Settings | None = None, adapter: Path | None = None, **engine: Any) -> None:
+    def __init__(
+        self, settings: Settings | None = None, adapter: Path | None = None, *, port: int = 0, **engine: Any
+    ) -> None:
         self.loads: list[str] = []
         self._engine = {"max_batch": 16, "block_size": 8} | engine
         self.tokenizers = {"tiny": make_tokenizer(), "plain": train_char(["abcdefghijklmnopqrstuvwxyzUA: .\n"])}
@@ -99,7 +102,7 @@ class Live:
         names = {"tiny": "tiny", "plain": "plain"}
         self.models = ModelRegistry(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
         self.app = create_app(self.models, settings)
-        self.listening = listen("127.0.0.1", 0)
+        self.listening = listen("127.0.0.1", port)
         self.port: int = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_config=None, ws="none"))
@@ -185,8 +188,8 @@ def start() -> Iterator[Callable[..., Live]]:
     """Start servers with given settings, for one test."""
     servers: list[Live] = []
 
-    def start_server(settings: Settings, **engine: Any) -> Live:
-        servers.append(Live(settings, **engine).start())
+    def start_server(settings: Settings, **options: Any) -> Live:
+        servers.append(Live(settings, **options).start())
         return servers[-1]
 
     yield start_server

@@ -615,6 +615,232 @@ def test_keyboard_only(site: Any, open_page: Open) -> None:
     page.keyboard.press("Escape")
 
 
+# Compare ------------------------------------------------------------------------------------------------------------
+
+COMPARE = {"view": "compare", "model": "tiny", "sampling.compare": {"max_tokens": 10, "temperature": 1.2, "top_p": 1}}
+SMALL_PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture
+def collecting(start: Callable[..., Any], tmp_path: Path) -> Any:
+    """A server that appends comparisons to the file `collecting.file`."""
+    file = tmp_path / "preferences.jsonl"
+    server = start(Settings(collect=file))
+    server.file = file
+    return server
+
+
+def two_answers(page: Page, text: str) -> list[str]:
+    """Ask, wait for both answers, and return them."""
+    page.locator("#compare-prompt").fill(text)
+    page.locator("#compare-prompt").press("Enter")
+    return answers_shown(page)
+
+
+def answers_shown(page: Page) -> list[str]:
+    page.locator(".choices:visible").wait_for()
+    return page.locator(".answer .body").all_inner_texts()
+
+
+def counted(page: Page, text: str) -> None:
+    page.locator(".counter", has_text=re.compile(f"^{text}")).wait_for()
+
+
+def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE)
+    counted(page, "0 comparisons")
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("chat/completions") else None)
+    page.get_by_label("Your prompt").wait_for()
+    clicks = ["left", "right", "left", "tie", "right", "both_bad", "left", "right", "left", "right"]
+    for i, choice in enumerate(clicks, 1):
+        if i == 6:
+            page.get_by_role("button", name="New conversation").click()
+        two_answers(page, f"a cat {i}")
+        if i == 1:
+            assert_accessible(page)
+            screenshot(page, "compare")
+        page.locator(f"button[data-choice={choice}]").click()
+        counted(page, f"{i} comparisons?")
+    rows = read_lines(collecting.file)
+    assert [row["choice"] for row in rows] == clicks
+    for row in rows:
+        # what was asked, with which seeds, and what the model answers to that
+        assert row["prompt"][-1]["role"] == "user"
+        sent = [body for body in asked if body["seed"] in row["seeds"]]
+        assert [body["messages"] for body in sent] == [row["prompt"]] * 2
+        assert row["options"] == {"temperature": 1.2, "max_tokens": 10}
+        answers = expected_answers(collecting, row)
+        if row["choice"] in ("tie", "both_bad"):
+            assert row["completions"] == answers
+        else:
+            pair = [row["chosen"], row["rejected"]]
+            assert pair == (answers if row["choice"] == "left" else answers[::-1])
+    said = [message["content"] for message in rows[4]["prompt"]]
+    assert said[::2] == [f"a cat {i}" for i in range(1, 6)]  # goes on with what was chosen, and after a tie
+    assert said[1::2] == [rows[0]["chosen"], rows[1]["chosen"], rows[2]["chosen"], rows[3]["completions"][0]]
+    assert [len(row["prompt"]) for row in rows] == [1, 3, 5, 7, 9, 1, 1, 3, 5, 7]  # after two bad ones, asked again
+    assert "10 comparisons · 1 tie · 1 both bad" in page.locator(".counter").inner_text()
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def expected_answers(site: Any, row: dict[str, Any]) -> list[str]:
+    return [site.answers(row["prompt"], seed=seed, **row["options"])[0] for seed in row["seeds"]]
+
+
+def test_comparing_with_the_keyboard(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE)
+    counted(page, "0 comparisons")
+    keys = ["1", "2", "ArrowLeft", "ArrowRight", "t", "b", "T"]
+    for i, key in enumerate(keys, 1):
+        two_answers(page, "the cat" if i != 7 else "t1b2")  # these keys are letters while one writes
+        page.keyboard.press(key)
+        counted(page, f"{i} comparisons?")
+        assert page.evaluate("() => document.activeElement.id") == "compare-prompt"
+    choices = [row["choice"] for row in read_lines(collecting.file)]
+    assert choices == ["left", "right", "left", "right", "tie", "both_bad", "tie"]
+
+    two_answers(page, "the mat")
+    page.keyboard.press("e")
+    editor = page.get_by_label("Edit answer 1", exact=True)
+    assert editor.evaluate("(area) => area === document.activeElement")
+    page.keyboard.press("End")
+    page.keyboard.type(" t1")  # no choices: it is text
+    assert_accessible(page)
+    page.keyboard.press("Escape")
+    page.keyboard.press("e")
+    assert "t1" not in editor.input_value()  # canceled
+    editor.fill("")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("The edited answer must not be empty").wait_for()
+    editor.fill("exactly so")
+    page.keyboard.press("Control+Enter")
+    counted(page, "8 comparisons")
+    row = read_lines(collecting.file)[-1]
+    assert (row["choice"], row["chosen"], row["edited"]) == ("left", "exactly so", True)
+    assert [row["unedited"], row["rejected"]] == expected_answers(collecting, row)
+    two_answers(page, "and")
+    assert page.locator(".compared .turn").nth(-2).inner_text().endswith("exactly so")  # the conversation goes on
+    page.locator(".answer").nth(1).get_by_role("button", name="Edit answer 2").focus()
+    page.keyboard.press("e")
+    page.get_by_label("Edit answer 2", exact=True).wait_for()
+
+
+def test_comparing_on_a_phone(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE, **SMALL_PHONE, color_scheme="dark")
+    counted(page, "0 comparisons")
+    assert_fits(page)
+    two_answers(page, "the cat " + "x" * 200)
+    assert_fits(page)
+    first, second = (page.locator(".answer").nth(i).bounding_box() for i in range(2))
+    assert second["y"] >= first["y"] + first["height"]  # one below the other
+    assert first["width"] <= 360
+    assert_accessible(page)
+    screenshot(page, "phone-compare")
+    page.locator(".answer").nth(1).get_by_role("button", name="This one is better").tap()
+    counted(page, "1 comparison")
+    two_answers(page, "the cat")
+    page.locator(".answer").nth(0).get_by_role("button", name="Edit answer 1").tap()
+    page.get_by_label("Edit answer 1", exact=True).fill("mine")
+    assert_fits(page)
+    page.get_by_role("button", name="Choose this text").tap()
+    counted(page, "2 comparisons")
+    assert [row["choice"] for row in read_lines(collecting.file)] == ["right", "left"]
+
+
+def test_a_server_that_restarts_loses_no_comparison(start: Callable[..., Any], tmp_path: Path, open_page: Open) -> None:
+    file = tmp_path / "preferences.jsonl"
+    with_file = Settings(collect=file)
+    server = start(with_file)
+    page = open_page(server.url, COMPARE)
+    two_answers(page, "the cat")
+    page.keyboard.press("1")
+    counted(page, "1 comparison")
+    shown = two_answers(page, "the mat")
+    server.stop()
+    server.stop = lambda: None
+    page.keyboard.press("2")
+    page.get_by_text("The connection to the server was lost.").first.wait_for()
+    assert len(read_lines(file)) == 1
+    file.write_bytes(file.read_bytes() + b'{"prompt": [{"role": "us')  # as a crash leaves it
+    server = start(with_file, port=server.port)
+    assert page.locator(".answer .body").all_inner_texts() == shown
+    page.keyboard.press("2")
+    counted(page, "2 comparisons")
+    row = read_lines(file)[1]
+    assert [row["rejected"], row["chosen"]] == expected_answers(server, row)
+    lost = ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
+    open_page.complaints[:] = [c for c in open_page.complaints if not any(e in c for e in lost)]  # type: ignore[attr-defined]
+
+
+def test_two_tabs_append_to_one_file(collecting: Any, open_page: Open) -> None:
+    first = open_page(collecting.url, COMPARE)
+    second = new_tab(first)
+    for i in range(3):
+        for tab in (first, second):
+            two_answers(tab, f"the cat {i}")
+        for tab in (first, second):  # both requests are on their way before either is awaited
+            tab.evaluate("() => document.querySelector('button[data-choice=left]').click()")
+        for tab in (first, second):
+            tab.locator("#compare-prompt:visible").wait_for()
+    rows = read_lines(collecting.file)
+    assert len(rows) == 6
+    assert sorted(row["prompt"][-1]["content"] for row in rows) == sorted(2 * [f"the cat {i}" for i in range(3)])
+    first.reload()
+    counted(first, "6 comparisons")
+
+
+def test_a_base_model_continues_a_text_twice(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE | {"model": "plain"})
+    page.get_by_label("Text to continue").wait_for()
+    two_answers(page, "abc ")
+    page.keyboard.press("2")
+    counted(page, "1 comparison")
+    (row,) = read_lines(collecting.file)
+    assert row["prompt"] == "abc "
+    (expected,) = collecting.texts("abc ", "plain", seed=row["seeds"][1], **row["options"])
+    assert row["chosen"] == expected
+    assert page.locator("#compare-prompt").input_value() == f"abc {row['chosen']}"  # to go on from there
+
+
+def test_answers_that_are_the_same_are_no_choice(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE | {"sampling.compare": {"temperature": 0, "max_tokens": 4}})
+    two_answers(page, "the cat")
+    page.locator(".view-compare .help", has_text="The two answers are the same.").wait_for()
+    assert page.locator(".answer button[data-choice]:enabled").count() == 0
+    page.keyboard.press("1")
+    page.keyboard.press("e")  # but one can be made better
+    page.get_by_label("Edit answer 1", exact=True).fill("the mat")
+    page.get_by_role("button", name="Choose this text").click()
+    counted(page, "1 comparison")
+    two_answers(page, "the cat")
+    page.keyboard.press("t")
+    counted(page, "2 comparisons")
+
+
+def test_stopping_two_answers(collecting: Any, open_page: Open) -> None:
+    page = open_page(collecting.url, COMPARE | {"sampling.compare": {"max_tokens": 200, "temperature": 1.5}})
+    two_answers(page, "the")
+    page.keyboard.press("t")
+    counted(page, "1 comparison")
+    with slow(collecting) as engine:
+        page.locator("#compare-prompt").fill("tell me everything")
+        page.locator("#compare-prompt").press("Enter")
+        page.locator(".answer .body:not(:has(.dots))").nth(1).wait_for()
+        page.keyboard.press("Escape")
+        page.locator(".choices:visible").wait_for()
+        assert collecting.settled(lambda: engine.stats.running == 0)
+    assert page.locator(".answer .stats").all_inner_texts() == ["stopped", "stopped"]
+    page.keyboard.press("2")
+    counted(page, "2 comparisons")
+    assert read_lines(collecting.file)[1]["finish_reasons"] == ["stopped", "stopped"]
+
+
 # Inside -------------------------------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,14 @@ import { h, icon, showDialog } from "./dom.js";
 import * as models from "./models.js";
 import { load, save } from "./store.js";
 import { mount as mountChat } from "./chat.js";
+import { mount as mountCompare } from "./compare.js";
 import { mount as mountInside } from "./inside.js";
 import { mount as mountPlayground } from "./playground.js";
 import { mount as mountRuns } from "./runs.js";
 
 const VIEWS = {
   chat: { title: "Chat", icon: "chat", mount: mountChat },
+  compare: { title: "Compare", icon: "columns", mount: mountCompare },
   playground: { title: "Playground", icon: "play", mount: mountPlayground },
   inside: { title: "Inside", icon: "eye", mount: mountInside },
   runs: { title: "Runs", icon: "chart", mount: mountRuns },
@@ -115,7 +117,8 @@ const SHORTCUTS = [
   ["Ctrl+Enter", "continue the prompt in the Playground"],
   ["Esc", "stop generating"],
   ["← →", "move between tokens; Enter shows alternatives"],
-  ["Alt+1 … 4", "switch view"],
+  ["1 2 T B E", "in Compare: choose an answer (or ← →), a tie, both bad, edit"],
+  ["Alt+1 … 5", "switch view"],
   ["?", "show this list"],
 ];
 
