@@ -175,7 +175,7 @@ def optimize(
         if step % every == 0:
             seen = texts(policy.sample(74))
             proxy, true = (scored(one, seen).flatten().tolist() for one in (score, gold))
-            many = texts(policy.sample(500))
+            many = texts(policy.sample(250))
             outcome.steps.append(step)
             outcome.reward.append(float(scored(score, many).mean()))
             outcome.gold.append(float(scored(gold, many).mean()))
@@ -183,7 +183,7 @@ def optimize(
                 outcome.alarm = step
                 if until_alarm:
                     break
-        answers = policy.sample(32)
+        answers = policy.sample(128)
         policy.update(answers, scored(score, texts(answers)), rate=0.25)
     return outcome
 

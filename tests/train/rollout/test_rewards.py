@@ -209,9 +209,22 @@ def test_specs_of_functions(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: p
         "syntax_rewards:f": "cannot be imported: SyntaxError",
         "broken_rewards.py:f": "cannot be imported: ModuleNotFoundError",
         "runs/none": "there is no model at runs/none.* A reward is module:function",
+        "sentimant": "Did you mean 'sentiment'",
+        "length:": "write the number of words",
     }.items():
         with pytest.raises(UsageError, match=problem):
             opened(spec)
+
+
+def test_rewards_by_name(tokenizer: Tokenizer) -> None:
+    rewards = open_rewards(["length:2", "format:a.*", "format:b.*", "no_repeats"], tokenizer=tokenizer)
+    assert rewards.score(samples("a b", "b")).parts == {
+        "length": [1, 0.5],
+        "format:a.*": [1, 0],
+        "format:b.*": [0, 1],
+        "no_repeats": [1, 1],
+    }
+    assert rewards.identity()[0] == {"name": "length", "weight": 1.0, "spec": "length:2"}
 
 
 def test_numbers_of_weights_and_names(tokenizer: Tokenizer) -> None:

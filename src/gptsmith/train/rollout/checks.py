@@ -22,8 +22,13 @@ from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.rollout.rewards import Prompt, Rewards, Sample
 
 RIGHT = "the right answer"
-_SIGMAS = 3.0
-"""How many standard errors a difference must have. An alarm needs it twice, of the proxy and of gold."""
+_LEAST, _TOGETHER = 2.0, 6.5
+"""By how many standard errors the reward must have risen and gold fallen: each, and in sum.
+
+The best of many evaluations is partly so by luck, and those after it seem lower. With these limits, a run of 60
+evaluations in which nothing changes raises an alarm with a probability of 0.3% if the noises of reward and gold are
+independent, and less if they go together, as those of a sound reward do (simulated).
+"""
 _FEWEST = 8  # held-out answers, for a standard error to mean something
 _WINDOW = 3  # evaluations whose mean is the best so far: the mean of one alone is the best by luck, too
 _LATEST = (1, 2)  # evaluations that are compared with it: one shows a steep fall first, the mean of two a slow one
@@ -188,8 +193,8 @@ class GoodhartAlarm:
 
     gold: the name of the metric that nothing is trained on. Each evaluation gives both for answers to the same held-out
     prompts, in the same order. The latest evaluations are compared with those around the best of gold, prompt by
-    prompt, so that easy and hard prompts do not blur the difference. An alarm is raised where gold is lower and the
-    reward higher by three standard errors each.
+    prompt, so that easy and hard prompts do not blur the difference. An alarm is raised where gold has fallen and the
+    reward has risen by more than the noise of that comparison.
     """
 
     def __init__(self, gold: str) -> None:
@@ -224,7 +229,7 @@ class GoodhartAlarm:
             return None
         for latest in _LATEST[: len(later)]:
             risen, fallen = self._since_best(later[-latest:])
-            if risen.sigmas > _SIGMAS and fallen.sigmas < -_SIGMAS:
+            if min(risen.sigmas, -fallen.sigmas) > _LEAST and risen.sigmas - fallen.sigmas > _TOGETHER:
                 self.step = step
                 return (
                     f"step {step}: the reward rises at the cost of {self.gold}. Since step {self._reference[-1].step} "

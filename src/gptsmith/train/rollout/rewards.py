@@ -9,6 +9,7 @@ A reward is named by its spec:
 |---|---|
 | `module:function`, `file.py:function` | `function(prompts, completions, **columns)` returns one number for each |
 | a run, a model directory, a model on the hub | a reward model: it scores the token ids of prompt and answer |
+| `sentiment`, `format:REGEX`, … | one of `tasks.text_rewards.REWARDS`, made from what follows the colon |
 | `judge:URL` or `judge:URL#MODEL` | a model behind an OpenAI-compatible API gives 0 to 10 points |
 
 A reward that fails, or gives something that is no finite number, raises `RewardError`; nothing that fails is a score.
@@ -26,7 +27,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,11 +42,9 @@ from gptsmith.formats.hf_heads import load_classifier, reward_scale
 from gptsmith.loading import resolve_model
 from gptsmith.log import note
 from gptsmith.storage import sha256_file
+from gptsmith.tasks.text_rewards import REWARDS, RewardFunction
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.pretrained import read_tokenizer
-
-RewardFunction = Callable[..., Any]
-"""`function(prompts, completions, **columns)`: one number for each completion."""
 
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[^:]*))?")
 _MODULE = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -180,6 +179,9 @@ def open_rewards(
 
 
 def _open(spec: str | RewardFunction, tokenizer: Tokenizer, device: torch.device, record: Path | None) -> Reward:
+    if isinstance(spec, str) and spec.partition(":")[0] in REWARDS:
+        name, _, argument = spec.partition(":")
+        return FunctionReward(REWARDS[name](argument), spec=spec)
     if not isinstance(spec, str):
         return FunctionReward(spec, spec=f"{spec.__module__}:{getattr(spec, '__qualname__', type(spec).__qualname__)}")
     if spec.startswith("judge:"):
@@ -196,7 +198,8 @@ def _open(spec: str | RewardFunction, tokenizer: Tokenizer, device: torch.device
         return RewardModel.load(spec, tokenizer, device)
     except CheckpointError as error:
         raise UsageError(
-            f"--reward {spec}: {error} A reward is module:function, file.py:function, a reward model, or judge:URL."
+            f"--reward {spec}: {error}{nearest(spec.partition(':')[0], REWARDS)} A reward is module:function, "
+            f"file.py:function, a reward model, judge:URL, or one of these: {', '.join(REWARDS)}."
         ) from None
 
 
