@@ -13,6 +13,7 @@ from typing import Any
 
 from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
+from gptsmith.tasks.rewards import exact_answer, task
 
 RewardFunction = Callable[..., Iterable[Any]]
 """`function(prompts, completions, **columns)`: one number for each completion."""
@@ -96,10 +97,17 @@ def without_argument(function: RewardFunction) -> Callable[[str], RewardFunction
     return make
 
 
+def _sentiment(argument: str) -> RewardFunction:
+    _analyzer()  # is the package there?
+    return without_argument(sentiment)(argument)
+
+
 REWARDS: Registry[Callable[[str], RewardFunction]] = Registry(
     "reward",
     {
-        "sentiment": without_argument(sentiment),
+        "task": without_argument(task),
+        "exact_answer": without_argument(exact_answer),
+        "sentiment": _sentiment,
         "no_repeats": without_argument(no_repeats),
         "length": length,
         "format": format,

@@ -19,6 +19,7 @@ import torch
 from gptsmith.errors import RewardError, UsageError
 from gptsmith.formats.hf_heads import save_classifier
 from gptsmith.model.heads import HeadConfig, SequenceClassifier
+from gptsmith.tasks.arithmetic import Arithmetic
 from gptsmith.tokenizer import Tokenizer, train_char
 from gptsmith.train.rollout import judge as judge_module
 from gptsmith.train.rollout.rewards import RewardModel, Rewards, Sample, changes, open_rewards
@@ -225,6 +226,20 @@ def test_rewards_by_name(tokenizer: Tokenizer) -> None:
         "no_repeats": [1, 1],
     }
     assert rewards.identity()[0] == {"name": "length", "weight": 1.0, "spec": "length:2"}
+
+
+def test_rewards_that_check_answers(tokenizer: Tokenizer) -> None:
+    rewards = open_rewards(["exact_answer", "task"], [1, 2], tokenizer=tokenizer)
+    given = samples("5", "6", answer=["5", "5"], task=["task:arithmetic", "task:arithmetic"], index=[0, 0])
+    right = arithmetic_answer(0)
+    given.append(Sample(Asked(columns={"answer": "7", "task": "task:arithmetic", "index": 0}), [1], right))
+    assert rewards.score(given).parts == {"exact_answer": [1, 0, 0], "task": [0, 0, 1]}
+    with pytest.raises(RewardError, match="the reward exact_answer fails.*needs prompts with a column 'answer'"):
+        rewards.score(samples("5"))
+
+
+def arithmetic_answer(i: int) -> str:
+    return str(sum(Arithmetic().summands(i)))
 
 
 def test_numbers_of_weights_and_names(tokenizer: Tokenizer) -> None:

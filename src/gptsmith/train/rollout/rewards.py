@@ -36,7 +36,7 @@ from typing import Any, Protocol
 import torch
 
 from gptsmith.checkpoint import MANIFEST
-from gptsmith.errors import CheckpointError, RewardError, UsageError, first_few, nearest
+from gptsmith.errors import CheckpointError, GptsmithError, RewardError, UsageError, first_few, nearest
 from gptsmith.formats.hf import CONFIG_FILE, read_json
 from gptsmith.formats.hf_heads import load_classifier, reward_scale
 from gptsmith.loading import resolve_model
@@ -371,6 +371,8 @@ def _source_file(function: RewardFunction) -> Path | None:
 
 def _reason(error: BaseException) -> str:
     """Return what an exception of foreign code says, and the line that raised it."""
+    if isinstance(error, GptsmithError):
+        return str(error).rstrip(".")  # of ours
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, SyntaxError):
         return text.rstrip(".")  # it names the line itself
