@@ -107,7 +107,9 @@ def test_places() -> None:
         ("task:arithmetic?digits", "Write options as NAME=VALUE"),
         ("task:arithmetic?digits=1&digits=2", "is set twice"),
         ("task:arithmetic?digits=0", "at least one example and one digit"),
-        ("task:arithmetic?digits=two", "task:arithmetic"),
+        ("task:arithmetic?digits=two", "digits must be an integer, not 'two'"),
+        ("task:arithmetic?digits=1.5", "digits must be an integer, not '1.5'"),
+        ("task:arithmetic?digits=true", "digits must be an integer, not 'true'"),
         ("nowhere.jsonl", "no such file"),
     ],
 )

@@ -9,11 +9,11 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?(?<!\d)\.\d+")
 
 
-def find_answer(text: str) -> str | None:
+def find_answer(text: str, *, numbers: bool = True) -> str | None:
     """Return the answer in a text: the last of the first of these that it has: <answer> tags, \\boxed{…}, what follows
-    #### on its line, and numbers. None where it has none of them.
+    #### on its line, and (with `numbers`) a number. None where it has none of them.
     """
-    for rule in (tagged_answer, boxed_answer, marked_answer, last_number):
+    for rule in (tagged_answer, boxed_answer, marked_answer, *([last_number] if numbers else [])):
         if (found := rule(text)) is not None:
             return found
     return None

@@ -26,5 +26,5 @@ class Task(Protocol):
 class AnsweredTask(Protocol):
     """A task that also tells the answers."""
 
-    def answer(self, i: int) -> str:
-        """Return a right answer to example `i`."""
+    def answer(self, i: int) -> str | None:
+        """Return a right answer to example `i`, None if it is not known."""

@@ -8,10 +8,21 @@ from typing import Any
 from gptsmith.registry import Registry
 from gptsmith.tasks.arithmetic import Arithmetic
 from gptsmith.tasks.base import Task
+from gptsmith.tasks.count_letters import CountLetters
+from gptsmith.tasks.sort_letters import SortLetters
+from gptsmith.tasks.spell_backwards import SpellBackwards
 
 TaskFactory = Callable[..., Task]
 
-TASKS: Registry[TaskFactory] = Registry("task", {"arithmetic": Arithmetic})
+TASKS: Registry[TaskFactory] = Registry(
+    "task",
+    {
+        "arithmetic": Arithmetic,
+        "count-letters": CountLetters,
+        "sort-letters": SortLetters,
+        "spell-backwards": SpellBackwards,
+    },
+)
 
 
 def register_task(name: str, make: TaskFactory) -> None:

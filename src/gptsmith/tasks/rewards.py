@@ -25,17 +25,15 @@ def task(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence
 def exact_answer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
     """Score 1.0 for completions whose answer is that of the column `answer`, 0.0 for others.
 
-    The answer is found by rule in both: see `gptsmith.tasks.answers`. An `answer` without any of the marks is compared
-    as a whole, with the whole completion if that has none either.
+    The answer of a completion is what `find_answer` finds in it, or all of it. That of the column is marked (in tags, in
+    \\boxed{…}, after ####), or all of it. Numbers are compared as numbers.
     """
     scores = []
     for expected, completion in zip(_column("answer", columns), completions, strict=True):
         if expected is None:
             raise DataError("a prompt has no answer to compare with: the column answer is empty.")
         text, right = _text(completion), str(expected)
-        found, known = find_answer(text), find_answer(right)
-        if known is None or same_answer(known, right):  # all of it is the answer
-            known = right
+        found, known = find_answer(text), find_answer(right, numbers=False) or right
         scores.append(float(same_answer(text, known) or (found is not None and same_answer(found, known))))
     return scores
 

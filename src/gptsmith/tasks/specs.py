@@ -9,12 +9,12 @@ import functools
 import inspect
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptsmith.errors import UsageError, nearest
 from gptsmith.tasks.base import AnsweredTask, Task
-from gptsmith.tasks.reasoning_gym import ReasoningGym
+from gptsmith.tasks.reasoning_gym import ReasoningGym, options_of
 from gptsmith.tasks.registry import TASKS
 
 PREFIXES = ("task:", "reasoning-gym:")
@@ -27,37 +27,42 @@ def is_task(spec: str) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def open_task(spec: str) -> Task:
-    """Return the task that a specification names. UsageError for an unknown task or option, or a bad value.
-
-    Values are numbers, true, false, JSON, or texts.
-    """
+    """Return the task that a specification names. UsageError for an unknown task or option, or a bad value."""
     kind, _, rest = spec.partition(":")
     name, _, query = rest.partition("?")
-    options: dict[str, Any] = {}
+    options: dict[str, str] = {}
     for option in filter(None, query.split("&")):
         key, equals, value = option.partition("=")
         if not equals or not key or key in options:
             problem = "is set twice" if key in options else "is no option"
             raise UsageError(f"{spec}: {option!r} {problem}. Write options as NAME=VALUE, joined with &.")
-        options[key] = _value(urllib.parse.unquote(value))
-    make = functools.partial(ReasoningGym, name) if kind == "reasoning-gym" else TASKS.find(name)
-    parameters = inspect.signature(make).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        options[key] = urllib.parse.unquote(value)
+    make: Callable[..., Task]
+    if kind == "reasoning-gym":
+        parameters, make = options_of(name), functools.partial(ReasoningGym, name)
+    else:
+        make = TASKS.find(name)
+        parameters = {key: each.default for key, each in inspect.signature(make).parameters.items()}
     for key in options:
-        if key not in parameters and not takes_any:
+        if key not in parameters:
             known = ", ".join(parameters) or "none"
             raise UsageError(f"{spec}: the task has no option {key!r}.{nearest(key, parameters)} Its options: {known}.")
-    try:
-        return make(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{spec}: {error}") from None
+    return make(**{key: _value(text, parameters[key], f"{spec}: {key}") for key, text in options.items()})
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
+def _value(text: str, default: Any, where: str) -> Any:
+    """Return a value of the type that the default has: of an option without one, whatever JSON says, or a text."""
+    if isinstance(default, str):
         return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    names = {bool: "true or false", int: "an integer", float: "a number"}
+    kind = next((kind for kind in names if type(default) is kind), None)
+    if kind is not None and type(value) is not kind and not (kind is float and type(value) is int):
+        raise UsageError(f"{where} must be {names[kind]}, not {text!r}.")
+    return value
 
 
 def task_rows(spec: str) -> Iterator[tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
@@ -65,6 +70,7 @@ def task_rows(spec: str) -> Iterator[tuple[tuple[dict[str, Any], ...], dict[str,
     task = open_task(spec)
     for i in range(len(task)):
         columns: dict[str, Any] = {"task": spec, "index": i}
-        if isinstance(task, AnsweredTask):
-            columns["answer"] = task.answer(i)
+        answer = task.answer(i) if isinstance(task, AnsweredTask) else None
+        if answer is not None:
+            columns["answer"] = answer
         yield tuple(dict(message) for message in task.example(i)), columns
