@@ -115,6 +115,17 @@ def test_answers_of_several_messages() -> None:
     assert only({"chosen": [*ASKED, call, tool, GOOD], "rejected": [*ASKED, call, tool, BAD]}).start == 3
 
 
+def test_the_prompt_is_all_that_both_conversations_share() -> None:
+    talk = "\n\nHuman: a\n\nAssistant: b: c\n\nHuman: d"
+    pair = only({"chosen": f"{talk}\n\nAssistant: good", "rejected": f"{talk}\n\nAssistant: bad\n\nline"})
+    turns = [("user", "a"), ("assistant", "b: c"), ("user", "d")]
+    assert said(pair.chosen) == [*turns, ("assistant", "good")]
+    assert said(pair.rejected) == [*turns, ("assistant", "bad\n\nline")]
+    assert pair.start == 3
+    with pytest.raises(RowError, match="the rejected answer is empty"):
+        only({"chosen": f"{talk}\n\nAssistant: good", "rejected": f"{talk}\n\nAssistant: "})
+
+
 def test_margins() -> None:
     texts = {"prompt": "a", "chosen": "b", "rejected": "c"}
     scores = {"score_chosen": 8, "score_rejected": "5.5"}
@@ -234,6 +245,8 @@ def test_rows_that_are_no_preference(message: str, values: dict[str, Any]) -> No
 def test_undecided_rows(choice: str) -> None:
     with pytest.raises(UndecidedError):
         as_preferences({"prompt": ASKED, "chosen": None, "rejected": None, "choice": choice})
+    with pytest.raises(UndecidedError):
+        as_preferences({"prompt": "q", "completions": ["a", "b"], "choice": choice, "seeds": [1, 2]})
     with pytest.raises(UndecidedError):
         as_preferences({"prompt": "q", "completions": ["a", "b"], "scores": [1, 1]})
 

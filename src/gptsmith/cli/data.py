@@ -31,35 +31,64 @@ class Get:
 
 @dataclass(frozen=True)
 class Show:
-    """Show a conversation as a model sees it, with what fine-tuning trains on marked, and count all rows."""
+    """Show a conversation, preference or prompt as a model sees it, with what is trained on marked, and count all
+    rows."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """A .jsonl, .json, .parquet or .csv file, a folder of them, or a named data set."""
+    """A .jsonl, .json, .parquet or .csv file, a folder of them, or a named data set. Prompts are also a .txt file with
+    one on each line, task:NAME or reasoning-gym:NAME."""
     model: str
     """The model whose tokenizer and chat template are used."""
     index: int = 0
-    """Which conversation to show, from 0."""
+    """Which row to show, from 0."""
+    kind: Literal["auto", "conversations", "preferences", "prompts"] = "auto"
+    """What the rows are (auto: by the fields of the first one)."""
     train_on: Literal["all", "last"] = "all"
-    """Which turns of the assistant are trained on."""
+    """Which turns of the assistant are trained on, in conversations."""
+    prompt_form: Literal["auto", "chat", "text"] = "auto"
+    """For preferences and prompts. auto: messages are written by the chat template, texts as they are. chat: a text is
+    a message of the user. text: a prompt of one message is plain text."""
 
 
 def _show(chosen: Show) -> int:
     import sys
 
-    from gptsmith.data.show import show
+    from gptsmith.data.conversations import Counts
+    from gptsmith.data.show import kind_of, show, show_preferences, show_prompts
     from gptsmith.loading import source_of
+    from gptsmith.tasks.specs import is_task
     from gptsmith.tokenizer.chat import ChatTemplate
     from gptsmith.tokenizer.chatml import with_chat_template
     from gptsmith.train.chats import ChatFiles
     from gptsmith.train.config import RunConfig
+    from gptsmith.train.preferences import PreferenceFiles
+    from gptsmith.train.prompts import PromptSource
+    from gptsmith.train.row_files import existing_path
 
     if chosen.index < 0:
         raise UsageError("--index counts from 0.")
-    files = ChatFiles.open(chosen.data, RunConfig())
+    kind = chosen.kind
+    if kind == "auto":
+        kind = "prompts" if is_task(chosen.data) else kind_of(existing_path(chosen.data))
+    if chosen.train_on != "all" and kind != "conversations":
+        raise UsageError("--train-on is for conversations; of preferences, the answer is trained on.")
+    if chosen.prompt_form != "auto" and kind == "conversations":
+        raise UsageError("--prompt-form is for preferences and prompts.")
     tokenizer = source_of(chosen.model).checked_tokenizer()
-    if ChatTemplate(tokenizer).plain and files.needs_template():  # as fine-tuning does
-        tokenizer, _ = with_chat_template(tokenizer)
-    shown = show(files.path, tokenizer, index=chosen.index, train_on=chosen.train_on, color=sys.stdout.isatty())
+    color = sys.stdout.isatty()
+    if kind == "prompts":
+        source, counts = PromptSource.open(chosen.data), Counts()
+        rows = source.rows("skip", counts)
+        shown = show_prompts(rows, counts, tokenizer, name=chosen.data, index=chosen.index, form=chosen.prompt_form)
+    else:
+        files = (PreferenceFiles if kind == "preferences" else ChatFiles).open(chosen.data, RunConfig())
+        needs_template = chosen.prompt_form == "chat" or (chosen.prompt_form == "auto" and files.needs_template())
+        if ChatTemplate(tokenizer).plain and needs_template:  # as training does
+            tokenizer, _ = with_chat_template(tokenizer)
+        if kind == "preferences":
+            shown = show_preferences(files.path, tokenizer, index=chosen.index, form=chosen.prompt_form, color=color)
+        else:
+            shown = show(files.path, tokenizer, index=chosen.index, train_on=chosen.train_on, color=color)
     print(f"{shown.where}:")
     print(shown.text)
     print()
@@ -72,7 +101,7 @@ def main(arguments: list[str]) -> int:
         {"list": List, "get": Get, "show": Show},
         "gptsmith data",
         arguments,
-        "List and fetch named corpora, which are fetched on first use, verified and cached; show conversations.",
+        "List and fetch named corpora, which are fetched on first use, verified and cached; show what models see.",
     )
     if isinstance(chosen, Show):
         return _show(chosen)

@@ -1,30 +1,63 @@
-"""One conversation as a model sees it, with the tokens marked that are trained on.
+"""One conversation, preference or prompt as a model sees it, with the tokens marked that are trained on.
 
-print(show("chats.jsonl", tokenizer))
+print(show("chats.jsonl", tokenizer).text)
 """
 
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from gptsmith.data.conversations import Counts, Example, Renderer, RowError, TrainOn, bad_row, read_conversations
+from gptsmith.data.conversations import (
+    Counts,
+    Example,
+    Renderer,
+    RowError,
+    TrainOn,
+    as_conversation,
+    bad_row,
+    read_conversations,
+)
+from gptsmith.data.preferences import Preference, PreferenceRenderer, Rated, is_preference, read_preferences
+from gptsmith.data.prompts import PromptForm, PromptRenderer, PromptRow, as_prompt, is_text_file
+from gptsmith.data.rows import read_rows
 from gptsmith.errors import UsageError
 from gptsmith.tokenizer import Tokenizer
+
+Kind = Literal["conversations", "preferences", "prompts"]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """where: the row. example: its ids and mask. text: the same, [brackets] around what is trained on. summary: lines
-    about all rows."""
+    """where: the row. text: what the model sees, [brackets] around what is trained on. summary: about all rows."""
 
     where: str
-    example: Example
     text: str
     summary: tuple[str, ...]
+
+
+def kind_of(path: Path) -> Kind:
+    """Return what the rows of a file or folder are, by the fields of the first one."""
+    if is_text_file(path):
+        return "prompts"
+    for row in read_rows(path):
+        if is_preference(row.values):
+            return "preferences"
+        try:
+            as_conversation(row.values)
+        except RowError:
+            try:
+                as_prompt(row.values)
+            except RowError:
+                return "conversations"
+            return "prompts"
+        break
+    return "conversations"
 
 
 def show(path: Path, tokenizer: Tokenizer, *, index: int = 0, train_on: TrainOn = "all", color: bool = False) -> Shown:
@@ -49,23 +82,96 @@ def show(path: Path, tokenizer: Tokenizer, *, index: int = 0, train_on: TrainOn 
         lengths.append(len(example.ids))
         trained += sum(example.trained)
     if chosen is None:
-        skipped = f" Left out {counts.describe_skipped()}." if counts.skipped else ""
-        raise UsageError(f"{path} has {len(lengths):,} conversations; there is none with --index {index}.{skipped}")
+        raise _no_such_row(path, "conversations", len(lengths), index, counts)
     where, example = chosen
-    return Shown(where, example, marked(example, tokenizer, color=color), tuple(_summary(lengths, trained, counts)))
+    share = f"trained on: {trained:,} of {sum(lengths):,} tokens ({trained / sum(lengths):.0%})"
+    summary = _summary("conversations", len(lengths), {"tokens": lengths}, counts, share)
+    return Shown(where, marked(example, tokenizer, color=color), summary)
 
 
-def _summary(lengths: list[int], trained: int, counts: Counts) -> list[str]:
-    forms = ", ".join(f"{form} {number:,}" for form, number in counts.forms.most_common() if number)
-    median, most = int(np.median(lengths)), max(lengths)
-    lines = [
-        f"{len(lengths):,} conversations ({forms})",
-        f"tokens: median {median:,}, 95% up to {int(np.quantile(lengths, 0.95)):,}, longest {most:,}",
-        f"trained on: {trained:,} of {sum(lengths):,} tokens ({trained / sum(lengths):.0%})",
-    ]
+def show_preferences(
+    path: Path, tokenizer: Tokenizer, *, index: int = 0, form: PromptForm = "auto", color: bool = False
+) -> Shown:
+    """Return preference `index` (from 0) of a file or folder: a pair, one answer below the other, or a rated answer."""
+    renderer, counts = PreferenceRenderer(tokenizer, form=form), Counts()
+    lengths: dict[str, list[int]] = collections.defaultdict(list)
+    shown: tuple[str, str] | None = None
+    number, what = 0, "preferences"
+    for row, preference in read_preferences(path, on_bad="skip", counts=counts):
+        try:
+            examples = _answers(preference, renderer)
+        except RowError as error:
+            counts.forms[preference.form] -= 1
+            bad_row(error, row.where, "skip", counts)
+            continue
+        what = "rated answers" if isinstance(preference, Rated) else "pairs of answers"
+        if number == index:
+            texts = (f"{name}:\n{marked(each, tokenizer, color=color)}" for name, each in examples.items())
+            shown = row.where, "\n".join(texts)
+        for name, example in examples.items():
+            lengths[name].append(sum(example.trained))
+        number += 1
+    if shown is None:
+        raise _no_such_row(path, what, number, index, counts)
+    by_name = {f"tokens of {name} answers": found for name, found in lengths.items()}
+    return Shown(*shown, _summary(what, number, by_name, counts))
+
+
+def _answers(preference: Preference | Rated, renderer: PreferenceRenderer) -> dict[str, Example]:
+    if isinstance(preference, Rated):
+        name = "good" if preference.desirable else "bad"
+        return {name: renderer.render(preference.conversation, preference.start)}
+    return dict(zip(("chosen", "rejected"), renderer.pair(preference), strict=True))
+
+
+def show_prompts(
+    rows: Iterable[tuple[str, PromptRow]],
+    counts: Counts,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    index: int = 0,
+    form: PromptForm = "auto",
+) -> Shown:
+    """Return prompt `index` (from 0) of `rows`, as the model is to answer it, and its columns. name: of the data."""
+    renderer = PromptRenderer(tokenizer, form=form)
+    lengths: list[int] = []
+    shown: tuple[str, str] | None = None
+    for place, row in rows:
+        try:
+            _, ids = renderer.render(row)
+        except RowError as error:
+            counts.forms[row.form] -= 1
+            bad_row(error, place, "skip", counts)
+            continue
+        if len(lengths) == index:
+            columns = [f"{column}: {value}" for column, value in row.columns.items()]
+            shown = place, "\n".join([tokenizer.decode(ids, skip_special_tokens=False), "", *columns]).rstrip("\n")
+        lengths.append(len(ids))
+    if shown is None:
+        raise _no_such_row(name, "prompts", len(lengths), index, counts)
+    return Shown(*shown, _summary("prompts", len(lengths), {"tokens": lengths}, counts))
+
+
+def _no_such_row(path: object, what: str, number: int, index: int, counts: Counts) -> UsageError:
+    skipped = f" Left out {counts.describe_skipped()}." if counts.skipped else ""
+    return UsageError(f"{path} has {number:,} {what}; there is none with --index {index}.{skipped}")
+
+
+def _summary(
+    what: str, number: int, lengths: dict[str, list[int]], counts: Counts, more: str | None = None
+) -> tuple[str, ...]:
+    """Return lines about all rows. lengths: numbers of tokens, by what they are of."""
+    forms = ", ".join(f"{form} {count:,}" for form, count in counts.forms.most_common() if count)
+    lines = [f"{number:,} {what} ({forms})"]
+    for name, found in lengths.items():
+        median, most = int(np.median(found)), max(found)
+        lines.append(f"{name}: median {median:,}, 95% up to {int(np.quantile(found, 0.95)):,}, longest {most:,}")
+    if more is not None:
+        lines.append(more)
     if counts.skipped:
         lines.append(f"cannot be used: {sum(counts.skipped.values()):,} rows: {counts.describe_skipped()}")
-    return lines
+    return tuple(lines)
 
 
 def marked(example: Example, tokenizer: Tokenizer, *, color: bool = False) -> str:

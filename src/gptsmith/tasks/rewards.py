@@ -25,8 +25,8 @@ def task(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence
 def exact_answer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
     """Score 1.0 for completions whose answer is that of the column `answer`, 0.0 for others.
 
-    The answer of a completion is what `find_answer` finds in it, or all of it. That of the column is marked (in tags, in
-    \\boxed{…}, after ####), or all of it. Numbers are compared as numbers.
+    The answer of a completion is what `find_answer` finds in it, or all of it. That of the column is what is marked (by
+    tags, \\boxed{…}, ####), or all of it. Numbers are compared as numbers.
     """
     scores = []
     for expected, completion in zip(_column("answer", columns), completions, strict=True):

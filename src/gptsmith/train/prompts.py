@@ -14,7 +14,7 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptsmith.data.conversations import Counts, RowError, bad_row
 from gptsmith.data.corpora import CORPORA
@@ -113,15 +113,16 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where prompts come from. path: None for a task."""
+class PromptSource:
+    """Where prompts come from: a file, a folder, or (path None) a task."""
 
     spec: str
     path: Path | None
     split: Split = "train"
 
     @classmethod
-    def open(cls, spec: str) -> _Source:
+    def open(cls, spec: str) -> PromptSource:
+        """Find the prompts. Raise UsageError or DataError where there are none."""
         if is_task(spec):
             open_task(spec)
             return cls(spec, None)
@@ -133,7 +134,8 @@ class _Source:
     def has_validation(self) -> bool:
         return self.path is not None and self.path.is_dir() and bool(row_files(self.path, "validation"))
 
-    def rows(self, on_bad: Any, counts: Counts) -> Iterator[tuple[str, PromptRow]]:
+    def rows(self, on_bad: Literal["error", "skip"], counts: Counts) -> Iterator[tuple[str, PromptRow]]:
+        """Yield the prompts, each with its place; see `read_prompts`."""
         if self.path is None:
             for number, (messages, columns) in enumerate(task_rows(self.spec)):
                 counts.forms["task"] += 1
@@ -155,8 +157,8 @@ class PromptFiles:
     val: those of validation, if they are apart. val_given: whether the user chose them.
     """
 
-    source: _Source
-    val: _Source | None = None
+    source: PromptSource
+    val: PromptSource | None = None
     val_given: bool = False
 
     @classmethod
@@ -164,8 +166,8 @@ class PromptFiles:
         """Find the prompts and those of validation. Raise UsageError or DataError where there are none."""
         if not isinstance(spec, str | Path):
             raise UsageError("prompts are one file, folder or task: put the files into a folder.")
-        source, given = _Source.open(str(spec)), config.data.val
-        val = _Source.open(given) if given else source
+        source, given = PromptSource.open(str(spec)), config.data.val
+        val = PromptSource.open(given) if given else source
         if val.has_validation():
             if not given:
                 note(f"{spec}: holding out its own split for validation, no part of the training split")
@@ -191,7 +193,7 @@ class PromptFiles:
         renderer, counts = PromptRenderer(tokenizer, form=method.prompt_form), Counts()
         num_texts = 0
 
-        def rendered(source: _Source) -> list[Prompt]:
+        def rendered(source: PromptSource) -> list[Prompt]:
             nonlocal num_texts
             found = []
             for place, row in source.rows(method.bad_rows, counts):
