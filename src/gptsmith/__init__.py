@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "distill", "fit", "generate", "load", "load_plugins", "merge", "runs", "sft"]
+__all__ = ["__version__", "distill", "fit", "generate", "grpo", "load", "load_plugins", "merge", "ppo", "runs", "sft"]
 
 if TYPE_CHECKING:
-    from gptsmith.api import distill, fit, merge, runs, sft
+    from gptsmith.api import distill, fit, grpo, merge, ppo, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
@@ -27,9 +27,11 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "distill": ("gptsmith.api", "distill"),
     "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
+    "grpo": ("gptsmith.api", "grpo"),
     "load": ("gptsmith.loading", "load_model"),
     "load_plugins": ("gptsmith.plugins", "load_plugins"),
     "merge": ("gptsmith.api", "merge"),
+    "ppo": ("gptsmith.api", "ppo"),
     "runs": ("gptsmith.api", "runs"),
     "sft": ("gptsmith.api", "sft"),
 }

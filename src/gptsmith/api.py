@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from gptsmith.run_directory import Run, find_runs, read_run
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, default_config, options_of, with_options
-from gptsmith.train.objectives.registry import ObjectiveFactory, find_method
+from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, reference_to
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["distill", "fit", "merge", "runs", "sft"]
+__all__ = ["distill", "fit", "grpo", "merge", "ppo", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
@@ -120,6 +120,31 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
 def distill(student: str | Path | Run, data: str | Path, *, teacher: str | Path | Run, **options: Any) -> Run:
     """Train a student to predict as a teacher does and return the run, as `gptsmith distill STUDENT DATA` does."""
     return fit(data, objective="distill", init=student, teacher=os.fspath(teacher), **options)
+
+
+Reward = str | Path | Callable[..., Any]
+
+
+def ppo(model: str | Path | Run, prompts: str | Path, *, reward: Reward | Sequence[Reward], **options: Any) -> Run:
+    """Train a model by a reward with PPO and return the run, as `gptsmith ppo MODEL PROMPTS --reward …` does.
+
+    reward: what scores answers, or several: functions `(prompts, completions, **columns) -> scores`, `module:function`,
+        `file.py:function`, directories of reward models, or `judge:URL`.
+    """
+    return fit(prompts, objective="ppo", init=model, reward=_reward_specs(reward), **options)
+
+
+def grpo(model: str | Path | Run, prompts: str | Path, *, reward: Reward | Sequence[Reward], **options: Any) -> Run:
+    """Train a model by a reward with GRPO and return the run, as `gptsmith grpo MODEL PROMPTS --reward …` does.
+
+    reward: as for `ppo`.
+    """
+    return fit(prompts, objective="grpo", init=model, reward=_reward_specs(reward), **options)
+
+
+def _reward_specs(reward: Reward | Sequence[Reward]) -> tuple[str, ...]:
+    several = [reward] if callable(reward) or isinstance(reward, str | Path) else list(reward)
+    return tuple(reference_to(each) if callable(each) else os.fspath(each) for each in several)
 
 
 def _text_or_batches(data: Data | None) -> tuple[Spec | None, Iterable[Any] | None]:

@@ -19,6 +19,8 @@ _BUILTIN = {
     "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
     "sft": "fine-tune a model on conversations, or on prompts with completions",
     "distill": "train a student to write as a teacher does",
+    "ppo": "align a model by a reward, with a value model and a KL penalty, as in InstructGPT",
+    "grpo": "align a model by a reward, comparing several answers to each prompt",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",

@@ -54,7 +54,8 @@ class SequenceClassifier(nn.Module):
         self.score = nn.Linear(transformer.config.hidden_size, len(head.labels), bias=False)
         nn.init.normal_(self.score.weight, 0.0, transformer.config.initializer_range)
         annotate(self, "score.weight", kind="head")
-        self.score.to(transformer.embed_tokens.weight.device)
+        if self.score.weight.device != transformer.embed_tokens.weight.device:
+            self.score.to(transformer.embed_tokens.weight.device)
 
     def forward(self, ids: Tensor, *, last: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Return the scores of each text: (B, N), before a softmax or sigmoid; of multiple choice (B, K).

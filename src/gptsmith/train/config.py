@@ -359,7 +359,7 @@ class DistillConfig(SftConfig):
 
 
 @dataclass(frozen=True)
-class PolicyConfig(MethodConfig):
+class PolicyConfig(PromptConfig):
     """Learning from rewards for the model's own answers."""
 
     loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "eval_every": 20, "log_every": 1, "steps": 200}
@@ -396,8 +396,6 @@ class PolicyConfig(MethodConfig):
     """Number of held-out prompts that evaluations answer."""
     check_rewards: bool = True
     """Before training, try the reward on empty, copied, repeated and longest answers."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows without a prompt: stop at the first, or leave them out and count them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

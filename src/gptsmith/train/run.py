@@ -374,7 +374,7 @@ def resume(
             return session.train(on_end)
         store.delete_after(step)
         remove_temporaries(directory)
-        for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
             if (directory / name).exists():
                 JsonLines(directory / name).truncate_after(step)
         note(summary(session, config, dataset))

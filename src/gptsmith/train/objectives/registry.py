@@ -18,12 +18,24 @@ from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
-from gptsmith.train.config import DistillConfig, MethodConfig, PretrainConfig, RunConfig, SftConfig
+from gptsmith.train.config import (
+    DistillConfig,
+    GrpoConfig,
+    MethodConfig,
+    PpoConfig,
+    PretrainConfig,
+    RunConfig,
+    SftConfig,
+)
 from gptsmith.train.init import MOST_INIT_CONTEXT, Init
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.distill import adapt_to_teacher, distill, settle_with_teacher
+from gptsmith.train.objectives.grpo import grpo, settle_grpo
+from gptsmith.train.objectives.policy import settle_policy
+from gptsmith.train.objectives.ppo import ppo
 from gptsmith.train.objectives.pretrain import Pretrain
 from gptsmith.train.objectives.sft import sft
+from gptsmith.train.prompts import PromptFiles
 from gptsmith.train.text import Text
 
 
@@ -125,6 +137,13 @@ def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pret
     )
 
 
+_POLICY: dict[str, Any] = {
+    "open_data": PromptFiles.open,
+    "needs_init": True,
+    "trains_adapter": True,
+    "longest": MOST_CONTEXT,
+}
+
 METHODS: Registry[Method] = Registry(
     "objective",
     {
@@ -148,6 +167,8 @@ METHODS: Registry[Method] = Registry(
             needs_init=True,
             longest=MOST_CONTEXT,
         ),
+        "ppo": Method(ppo, options=PpoConfig, settle=settle_policy, **_POLICY),
+        "grpo": Method(grpo, options=GrpoConfig, settle=settle_grpo, **_POLICY),
     },
 )
 
