@@ -50,7 +50,7 @@ def trained_text(tokenizer: Tokenizer, example: Example) -> str:
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_templates_without_generation_tags_have_a_mask(name: str, plain: Tokenizer) -> None:
+def test_B3_templates_without_generation_tags_have_a_mask(name: str, plain: Tokenizer) -> None:
     """TRL #4879, marin #7237: the mask is all zeros for stock templates, and the loss curve looks healthy."""
     template, tokens = TEMPLATES[name]
     tokenizer, _ = with_special_tokens(plain, tokens, {"chat_template": template, "eos_token": tokens[-1]})
@@ -61,7 +61,7 @@ def test_templates_without_generation_tags_have_a_mask(name: str, plain: Tokeniz
     assert example.ids[: len(ChatTemplate(tokenizer).encode(turns[:3]))] == ChatTemplate(tokenizer).encode(turns[:3])
 
 
-def test_the_mask_is_not_found_by_searching_texts(plain: Tokenizer) -> None:
+def test_B4_the_mask_is_not_found_by_searching_texts(plain: Tokenizer) -> None:
     """axolotl #1916, unsloth #1290, #3041: markers are searched in the text, so users who write them are trained on,
     and answers that repeat the question are not found."""
     tokenizer, _ = with_chat_template(plain)
@@ -72,7 +72,7 @@ def test_the_mask_is_not_found_by_searching_texts(plain: Tokenizer) -> None:
     assert trained == [start <= i <= start + len(tokenizer.encode(asked)) for i in range(len(ids))]
 
 
-def test_the_end_is_learned_where_padding_has_its_id() -> None:
+def test_B1_the_end_is_learned_where_padding_has_its_id() -> None:
     """TRL #1623, #3091, alignment-handbook #127: padding has the id of the end token, both are masked, and answers
     never end."""
     end = padding = 0  # what rows are filled up with
@@ -83,7 +83,7 @@ def test_the_end_is_learned_where_padding_has_its_id() -> None:
 
 
 @pytest.mark.parametrize("written", ["", "{{ bos_token }}"])
-def test_texts_begin_once(written: str) -> None:
+def test_B2_texts_begin_once(written: str) -> None:
     """TRL #1400, #3328: two beginning-of-sequence tokens in training. Soup #781: one in training, two when served."""
     config = {"eos_token": "</s>", "bos_token": "<s>"}
     template = written + "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -99,7 +99,7 @@ def test_texts_begin_once(written: str) -> None:
         assert ids[: len(served)] == served
 
 
-def test_no_token_spans_prompt_and_completion(plain: Tokenizer) -> None:
+def test_B6_no_token_spans_prompt_and_completion(plain: Tokenizer) -> None:
     """lattice #1545, unsloth-zoo #832: a token spans the end of the prompt and the beginning of the completion (52 of
     80 rows), so the first token of the answer is never trained on, or is another one when served."""
     text = "The weather in Rome"
@@ -114,7 +114,7 @@ def test_no_token_spans_prompt_and_completion(plain: Tokenizer) -> None:
     assert spanned > 5  # the cuts at which encoding the whole text would have joined both
 
 
-def test_rows_without_a_trained_token_are_never_silent(plain: Tokenizer) -> None:
+def test_A4_rows_without_a_trained_token_are_never_silent(plain: Tokenizer) -> None:
     """TRL #6668, Soup #532, nanochat #590: rows whose targets were cut away give a loss of 0 or NaN, and "success"."""
     tokenizer, _ = with_chat_template(plain)
     with pytest.raises(RowError, match="nothing to learn from"):
@@ -131,7 +131,7 @@ def test_rows_without_a_trained_token_are_never_silent(plain: Tokenizer) -> None
         chats.within(4, on_long="skip")
 
 
-def test_no_step_between_rows_and_batches_loses_the_mask(plain: Tokenizer) -> None:
+def test_B5_no_step_between_rows_and_batches_loses_the_mask(plain: Tokenizer) -> None:
     """nanochat #570, #582: a loader that was rewritten dropped the mask for a month (ChatCORE 0.355, without 0.315)."""
     tokenizer, _ = with_chat_template(plain)
     rendered = [

@@ -22,7 +22,7 @@ def examples_of(lengths: list[int]) -> Examples:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "moe" not in name and name != "mixtral"])
-def test_documents_of_a_row_do_not_see_each_other(family: str) -> None:
+def test_C1_documents_of_a_row_do_not_see_each_other(family: str) -> None:
     """TRL #805, LLaMA-Factory #2289, nanoVLM #204: positions start anew in each document, but attention still reaches
     the documents before (the logits of a prefix change by 0.462 with the text before it)."""
     options: dict[str, Any] = {"intermediate_size": None} if family == "gpt1" else {}
@@ -38,7 +38,7 @@ def test_documents_of_a_row_do_not_see_each_other(family: str) -> None:
     assert torch.equal(one[8:21], two[8:21])
 
 
-def test_long_conversations_do_not_fill_the_buffer() -> None:
+def test_C2_long_conversations_do_not_fill_the_buffer() -> None:
     """nanochat #590: conversations longer than a row stay in the buffer of best-fit packing, until it holds nothing
     else and every batch is padding (40.4% of the rows at a length of 512)."""
     lengths = [20, 90] * 8 + [30] * 8
@@ -52,7 +52,7 @@ def test_long_conversations_do_not_fill_the_buffer() -> None:
     assert sum(batch.num_targets for batch in batches) == 10 * chats.train.num_trained
 
 
-def test_an_end_token_between_documents_is_no_signal_that_is_relied_on() -> None:
+def test_C3_an_end_token_between_documents_is_no_signal_that_is_relied_on() -> None:
     """TRL #805 ("the end token is enough of a signal"): documents are told apart without any token between them."""
     batch = packed_batch(examples_of([4, 4, 3]), [[0, 1, 2]], 10)
     assert batch.document_ids is not None
