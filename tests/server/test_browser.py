@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from gptsmith.data.conversations import Counts
+from gptsmith.data.preferences import Preference, read_preferences
 from gptsmith.log import JsonLines
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -681,6 +683,14 @@ def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open) -> No
     assert said[1::2] == [rows[0]["chosen"], rows[1]["chosen"], rows[2]["chosen"], rows[3]["completions"][0]]
     assert [len(row["prompt"]) for row in rows] == [1, 3, 5, 7, 9, 1, 1, 3, 5, 7]  # after two bad ones, asked again
     assert "10 comparisons · 1 tie · 1 both bad" in page.locator(".counter").inner_text()
+
+    counts = Counts()
+    said = []
+    for _, preference in read_preferences(collecting.file, counts=counts):
+        assert isinstance(preference, Preference)
+        said += [preference.chosen.messages[-1]["content"], preference.rejected.messages[-1]["content"]]
+    assert said == [row[name] for row in rows if "chosen" in row for name in ("chosen", "rejected")]
+    assert len(said) == 16
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

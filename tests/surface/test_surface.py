@@ -299,6 +299,9 @@ serve {run} --rate-limit nonsense
 serve {run} --alias nonsense
 serve {run} --runs absent
 serve {run} --collect notes.txt
+serve {run} --reward-model {run}
+serve {run} --collect p.jsonl --reward-model {run}
+serve {run} --collect p.jsonl --reward-model absent
 serve absent
 watch absent
 watch {run} --port -1

@@ -102,9 +102,9 @@ test("the counter says what there is", () => {
 test("the reward model's agreement is a share with its count", () => {
   assert.equal(describeRewardModel(null), "");
   assert.equal(describeRewardModel(undefined), "");
-  const judge = { name: "rm", scored: 8, correct: 6, pending: 0, error: null };
+  const judge = { name: "rm", scored: 8, correct: 6, pending: 0, skipped: 0 };
   assert.equal(describeRewardModel(judge), "The reward model rm agrees with 6 of 8 choices (75%).");
   assert.match(describeRewardModel({ ...judge, pending: 12 }), /\(75%\); 12 to go\.$/);
   assert.match(describeRewardModel({ ...judge, scored: 0 }), /nothing to predict yet/);
-  assert.match(describeRewardModel({ ...judge, error: "no score" }), /cannot be used: no score/);
+  assert.match(describeRewardModel({ ...judge, skipped: 2 }), /\(75%\)\. 2 it cannot read\.$/);
 });

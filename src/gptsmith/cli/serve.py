@@ -64,6 +64,8 @@ class Serve:
     collect: Path | None = None
     """File (.jsonl) to which the page appends a person's comparisons of two answers, as `reward` and `dpo` read
     them. Adds the view Compare."""
+    reward_model: str | None = None
+    """With --collect: a run or a directory of a reward model. The page counts how many choices it predicts."""
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     cache_tokens: int | None = None
@@ -111,6 +113,8 @@ def main(arguments: list[str]) -> int:
 
     if chosen.collect is not None:
         check_file(chosen.collect)
+    elif chosen.reward_model is not None:
+        raise UsageError("--reward-model needs --collect: it is compared with the choices that are collected.")
     keys = current_keys()
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key: a key must not be empty.")
@@ -131,6 +135,7 @@ def main(arguments: list[str]) -> int:
         hosts=(*LOOPBACK, chosen.host.lower(), *allowed) if restricted and "*" not in allowed else None,
         runs=chosen.runs,
         collect=chosen.collect,
+        reward_model=chosen.reward_model,
     )
     named = _named(chosen.models, default_name)
     for spec in named.values():  # report missing models now, not at the first request

@@ -76,7 +76,14 @@ def create_app(models: ModelRegistry, settings: Settings | None = None) -> FastA
     for router in ROUTERS:
         app.include_router(router)
     _add_error_handlers(app)
-    add_web_app(app, models=True, collect=settings.collect, runs=settings.runs, stopping=lambda: service.draining)
+    add_web_app(
+        app,
+        models=True,
+        collect=settings.collect,
+        reward_model=settings.reward_model,
+        runs=settings.runs,
+        stopping=lambda: service.draining,
+    )
 
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestMiddleware, service=service)

@@ -30,6 +30,7 @@ from gptsmith.engine.sampling import SAMPLING_OPTIONS
 from gptsmith.errors import GptsmithError, UsageError, nearest
 from gptsmith.log import JsonLines
 from gptsmith.server.errors import ApiError
+from gptsmith.server.reward_check import RewardCheck, RewardModelStatus
 from gptsmith.server.runs import Row, Tail
 from gptsmith.server.schema import Request
 from gptsmith.server.service import context_of, service_of
@@ -82,38 +83,44 @@ class CollectionStatus(BaseModel):
     edited: int
     unreadable: int
     """Lines that are no comparison; they are left out."""
+    reward_model: RewardModelStatus | None = None
+    """How well the server's reward model predicts the choices; null without one."""
 
 
 class Comparisons:
-    """The file of comparisons. Several threads can use it, and several servers can append to the same file."""
+    """The file of comparisons. Several threads can use it, and several servers can append to the same file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    reward_check: a reward model that is to predict them.
+    """
+
+    def __init__(self, path: Path, reward_check: RewardCheck | None = None) -> None:
+        self.path, self._reward_check = path, reward_check
         self._lines, self._tail, self._lock = JsonLines(path), Tail(path, parse_comparisons), threading.Lock()
         self._rows: list[Row] = []
+        self._generation = 0  # of the rows: how often the file was replaced
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a comparison. Raise GptsmithError if it cannot be written."""
         with self._lock:
             self._lines.append_durably(row)
 
-    def rows(self) -> list[Row]:
-        """Return all comparisons in the file, those of other writers included."""
+    def status(self) -> CollectionStatus:
+        """Count all comparisons in the file, those of other writers included."""
         with self._lock:
             new, restarted = self._tail.read()
             self._rows = new if restarted else self._rows + new
-            return self._rows
-
-    def status(self) -> CollectionStatus:
-        rows = self.rows()
+            self._generation += restarted
+            rows, generation = self._rows, self._generation
         choices = Counter(row.get("choice") for row in rows)
+        pairs = [row for row in rows if row.get("choice") not in UNDECIDED]
         return CollectionStatus(
             file=self.path.name,
             comparisons=len(rows),
-            pairs=sum(row.get("choice") not in UNDECIDED for row in rows),
+            pairs=len(pairs),
             **{name: choices[name] for name in (*SIDES, *UNDECIDED)},
             edited=sum(row.get("edited") is True for row in rows),
             unreadable=self._tail.unreadable,
+            reward_model=None if self._reward_check is None else self._reward_check.status(pairs, generation),
         )
 
 
@@ -196,10 +203,13 @@ def _pair(request: ComparisonRequest) -> Row:
     return {"chosen": chosen, "rejected": rejected, "edited": edited} | ({"unedited": unedited} if edited else {})
 
 
-def comparison_routes(path: Path) -> APIRouter:
-    """Return routes that append comparisons to the file `path` and count them."""
+def comparison_routes(path: Path, reward_model: str | None = None) -> APIRouter:
+    """Return routes that append comparisons to the file `path` and count them.
+
+    reward_model: a run or a directory, whose predictions are counted, too. Raise what `RewardCheck` raises.
+    """
     router = APIRouter(tags=["web page"])
-    comparisons = Comparisons(path)
+    comparisons = Comparisons(path, None if reward_model is None else RewardCheck(reward_model))
 
     @router.get("/api/comparisons")
     def show_comparisons() -> CollectionStatus:

@@ -49,6 +49,8 @@ class Settings:
     """A directory of training runs to show in the web page."""
     collect: Path | None = None
     """A file of JSON lines to which the web page appends a person's comparisons of answers."""
+    reward_model: str | None = None
+    """With `collect`: a run or a directory of a reward model, whose predictions of the comparisons are counted."""
 
 
 class Service:

@@ -87,6 +87,7 @@ def add_web_app(
     *,
     models: bool = False,
     collect: Path | None = None,
+    reward_model: str | None = None,
     runs: Path | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -136,7 +137,7 @@ def add_web_app(
         if collect is not None:
             from gptsmith.server import comparisons
 
-            app.include_router(comparisons.comparison_routes(collect))
+            app.include_router(comparisons.comparison_routes(collect, reward_model))
     if runs is not None:
         app.include_router(runs_routes(runs, stopping))
 

@@ -77,12 +77,12 @@ export function describeStatus(status) {
 // How well the reward model predicts the choices, in words; "" if there is none.
 export function describeRewardModel(judge) {
   if (!judge) return "";
-  if (judge.error) return `The reward model ${judge.name} cannot be used: ${judge.error}`;
-  if (!judge.scored) return `The reward model ${judge.name} has nothing to predict yet.`;
+  const skipped = judge.skipped ? ` ${judge.skipped.toLocaleString("en")} it cannot read.` : "";
+  if (!judge.scored) return `The reward model ${judge.name} has nothing to predict yet.${skipped}`;
   const share = `${((100 * judge.correct) / judge.scored).toFixed(0)}%`;
   const rest = judge.pending ? `; ${judge.pending.toLocaleString("en")} to go` : "";
   return (
     `The reward model ${judge.name} agrees with ${judge.correct.toLocaleString("en")} of ` +
-    `${counted(judge.scored, "choice")} (${share})${rest}.`
+    `${counted(judge.scored, "choice")} (${share})${rest}.${skipped}`
   );
 }

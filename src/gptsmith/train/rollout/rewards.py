@@ -430,7 +430,6 @@ class RewardModel:
         """The most tokens of prompt and answer."""
         return int(self.classifier.transformer.config.max_position_embeddings)
 
-    @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> list[float]:
         texts = [[*sample.prompt.ids, *sample.ids] for sample in samples]
         for ids, sample in zip(texts, samples, strict=True):
@@ -439,6 +438,11 @@ class RewardModel:
                     f"the reward model {self.spec} reads 1 to {self.longest:,} tokens, but {sample.prompt.place} and "
                     f"its answer have {len(ids):,}. Use a shorter --context, or leave out such prompts."
                 )
+        return self.score_ids(texts)
+
+    @torch.no_grad()
+    def score_ids(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        """Return the score of each text, a prompt with its answer: 1 to `longest` token ids."""
         device = self.classifier.score.weight.device
         found = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
