@@ -118,7 +118,7 @@ class RewardCheck:
 
 
 def _to_its_end(example: Example) -> list[int]:
-    """Return the ids up to the token that ends the answer, where rewards are read; templates may write more after it."""
+    """Return the ids up to the token that ends the answer, where rewards are read. Templates may add more after it."""
     length = len(example.ids)
     while not example.trained[length - 1]:
         length -= 1
