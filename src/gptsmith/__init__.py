@@ -15,16 +15,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "distill", "fit", "generate", "grpo", "load", "load_plugins", "merge", "ppo", "runs", "sft"]
+__all__ = [
+    "__version__",
+    "distill",
+    "dpo",
+    "fit",
+    "generate",
+    "grpo",
+    "load",
+    "load_plugins",
+    "merge",
+    "ppo",
+    "runs",
+    "sft",
+]
 
 if TYPE_CHECKING:
-    from gptsmith.api import distill, fit, grpo, merge, ppo, runs, sft
+    from gptsmith.api import distill, dpo, fit, grpo, merge, ppo, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
     "distill": ("gptsmith.api", "distill"),
+    "dpo": ("gptsmith.api", "dpo"),
     "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
     "grpo": ("gptsmith.api", "grpo"),

@@ -30,7 +30,7 @@ from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, re
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["distill", "fit", "grpo", "merge", "ppo", "runs", "sft"]
+__all__ = ["distill", "dpo", "fit", "grpo", "merge", "ppo", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
@@ -132,6 +132,14 @@ def ppo(model: str | Path | Run, prompts: str | Path, *, reward: Reward | Sequen
         `file.py:function`, directories of reward models, or `judge:URL`.
     """
     return fit(prompts, objective="ppo", init=model, reward=_reward_specs(reward), **options)
+
+
+def dpo(model: str | Path | Run, preferences: str | Path, **options: Any) -> Run:
+    """Train a model on preferences and return the run, as `gptsmith dpo MODEL PREFERENCES` does.
+
+    options: as for `fit`, and those of the command (`loss="simpo"`, `beta=0.05`, `sft_weight=0.1`).
+    """
+    return fit(preferences, objective="dpo", init=model, **options)
 
 
 def grpo(model: str | Path | Run, prompts: str | Path, *, reward: Reward | Sequence[Reward], **options: Any) -> Run:

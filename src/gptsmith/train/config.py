@@ -334,6 +334,69 @@ class PromptConfig(MethodConfig):
     """What to do with prompts that leave no room for an answer: leave them out and count them, or stop."""
 
 
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"]
+_DPO_ONLY: Mapping[str, tuple[str, ...]] = {  # options that only some losses have
+    "reference": ("sigmoid", "ipo", "hinge", "kto"),
+    "label_smoothing": ("sigmoid", "simpo"),
+    "target_margin": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+
+
+@dataclass(frozen=True)
+class DpoConfig(PreferenceConfig):
+    """Direct preference optimization: make chosen answers likelier than rejected ones, without a reward model."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """sigmoid: DPO as published. ipo: averages over lengths and bounds the margin. hinge: stops at a margin. simpo,
+    orpo: without a reference. kto: learns from single answers that are rated good or bad; of a pair, one is each."""
+    beta: float | None = None
+    """sigmoid, hinge, ipo, kto: how strongly the policy is held to the reference. simpo: scale of the rewards. orpo:
+    weight of the odds ratio (default: 0.1; 2 for simpo)."""
+    reference: str | None = None
+    """The reference: a model with the same vocabulary (default: the model that training starts from)."""
+    label_smoothing: float = 0.0
+    """With sigmoid (cDPO) and simpo: probability that a preference is the wrong way round."""
+    target_margin: float | None = None
+    """With simpo: by how much the reward of the chosen answer should exceed the other one's (default: 1)."""
+    desirable_weight: float = 1.0
+    """With kto: weight of good answers."""
+    undesirable_weight: float = 1.0
+    """With kto: weight of bad answers."""
+    sft_weight: float = 0.0
+    """Add the loss of fine-tuning on the chosen answers, in nats per token, times this: it keeps them likely."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.beta is None or self.beta > 0, "--beta", self.beta, "above 0")
+        _check(0 <= self.label_smoothing < 0.5, "--label-smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        _check(
+            self.target_margin is None or self.target_margin >= 0, "--target-margin", self.target_margin, "0 or more"
+        )
+        for name in ("desirable_weight", "undesirable_weight"):
+            _check(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "above 0")
+        _check(self.sft_weight >= 0, "--sft-weight", self.sft_weight, "0 or more")
+        defaults = {option.name: option.default for option in dataclasses.fields(DpoConfig)}
+        for name, losses in _DPO_ONLY.items():
+            if self.loss not in losses and getattr(self, name) != defaults[name]:
+                raise UsageError(f"--{name.replace('_', '-')} has no effect with --loss {self.loss}: leave it out.")
+        if self.score_margins:
+            raise UsageError(
+                "--score-margins is for reward models: these losses know which answer is better, not by how much."
+            )
+
+    @property
+    def scale(self) -> float:
+        """β of the loss."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @property
+    def gamma(self) -> float:
+        """The target margin of the loss."""
+        return self.target_margin if self.target_margin is not None else 1.0
+
+
 @dataclass(frozen=True)
 class DistillConfig(SftConfig):
     """Distillation: predict as a teacher does."""

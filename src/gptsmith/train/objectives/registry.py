@@ -20,6 +20,7 @@ from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
 from gptsmith.train.config import (
     DistillConfig,
+    DpoConfig,
     GrpoConfig,
     MethodConfig,
     PpoConfig,
@@ -30,11 +31,13 @@ from gptsmith.train.config import (
 from gptsmith.train.init import MOST_INIT_CONTEXT, Init
 from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.distill import adapt_to_teacher, distill, settle_with_teacher
+from gptsmith.train.objectives.dpo import adapt_to_reference, dpo, settle_dpo
 from gptsmith.train.objectives.grpo import grpo, settle_grpo
 from gptsmith.train.objectives.policy import settle_policy
 from gptsmith.train.objectives.ppo import ppo
 from gptsmith.train.objectives.pretrain import Pretrain
 from gptsmith.train.objectives.sft import sft
+from gptsmith.train.preferences import PreferenceFiles
 from gptsmith.train.prompts import PromptFiles
 from gptsmith.train.text import Text
 
@@ -165,6 +168,16 @@ METHODS: Registry[Method] = Registry(
             adapt_init=adapt_to_teacher,
             settle=settle_with_teacher,
             needs_init=True,
+            longest=MOST_CONTEXT,
+        ),
+        "dpo": Method(
+            dpo,
+            options=DpoConfig,
+            open_data=PreferenceFiles.open,
+            adapt_init=adapt_to_reference,
+            settle=settle_dpo,
+            needs_init=True,
+            trains_adapter=True,
             longest=MOST_CONTEXT,
         ),
         "ppo": Method(ppo, options=PpoConfig, settle=settle_policy, **_POLICY),
