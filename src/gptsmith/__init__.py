@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "bestofn",
     "distill",
     "dpo",
     "fit",
@@ -31,12 +32,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gptsmith.api import distill, dpo, fit, grpo, merge, ppo, runs, sft
+    from gptsmith.api import bestofn, distill, dpo, fit, grpo, merge, ppo, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
+    "bestofn": ("gptsmith.api", "bestofn"),
     "distill": ("gptsmith.api", "distill"),
     "dpo": ("gptsmith.api", "dpo"),
     "fit": ("gptsmith.api", "fit"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptsmith.config import from_dict
 from gptsmith.data.sources import Spec
 from gptsmith.distributed.context import DistributedContext, environment_world_size, join_processes
 from gptsmith.errors import UsageError
@@ -24,13 +25,14 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.report import write_report
 from gptsmith.run_directory import Run, find_runs, read_run
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.train.best_of_n import BestOfN, BestOfNOptions, best_of_n
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, default_config, options_of, with_options
 from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, reference_to
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["distill", "dpo", "fit", "grpo", "merge", "ppo", "runs", "sft"]
+__all__ = ["bestofn", "distill", "dpo", "fit", "grpo", "merge", "ppo", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
@@ -148,6 +150,23 @@ def grpo(model: str | Path | Run, prompts: str | Path, *, reward: Reward | Seque
     reward: as for `ppo`.
     """
     return fit(prompts, objective="grpo", init=model, reward=_reward_specs(reward), **options)
+
+
+def bestofn(
+    model: str | Path | Run,
+    prompts: str | Path,
+    *,
+    reward: Reward | Sequence[Reward],
+    out: str | Path = "best.jsonl",
+    **options: Any,
+) -> BestOfN:
+    """Keep the best of n answers to each prompt, as `gptsmith bestofn MODEL PROMPTS --reward …` does.
+
+    reward: as for `ppo`. options: those of the command (`n=16`, `min_reward=1`). `sft(model, out)` trains on it.
+    """
+    several = [reward] if callable(reward) or isinstance(reward, str | Path) else list(reward)
+    functions = [each if callable(each) else os.fspath(each) for each in several]
+    return best_of_n(os.fspath(model), prompts, Path(out), from_dict(BestOfNOptions, options), functions=functions)
 
 
 def _reward_specs(reward: Reward | Sequence[Reward]) -> tuple[str, ...]:

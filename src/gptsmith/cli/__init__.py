@@ -22,6 +22,7 @@ _BUILTIN = {
     "ppo": "align a model by a reward, with a value model and a KL penalty, as in InstructGPT",
     "grpo": "align a model by a reward, comparing several answers to each prompt",
     "dpo": "make preferred answers likelier: DPO, IPO, SimPO, ORPO, KTO",
+    "bestofn": "keep the best of n answers by a reward: best-of-n and rejection sampling",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",

@@ -34,13 +34,14 @@ class Prompt:
     """A prompt to be answered.
 
     ids: as serving renders it, the beginning of the answer included. prompt: the text, or the messages. columns: the
-    other fields of its row. place: the file and line, or the task and the number.
+    other fields of its row. place: the file and line, or the task and the number. tools: that the prompt was given.
     """
 
     ids: list[int]
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any]
     place: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class PromptFiles:
                 num_texts += isinstance(row.prompt, str)
                 text = written.prompt
                 prompt = text if isinstance(text, str) else [dict(message) for message in text]
-                found.append(Prompt(ids, prompt, row.columns, place))
+                found.append(Prompt(ids, prompt, row.columns, place, written.tools))
             return found
 
         found = rendered(self.source)
