@@ -240,6 +240,16 @@ def test_every_loss_learns_the_preference(loss: str, base: Path, pairs: Path, tm
         assert math.isfinite(training[-1][name])
     assert run.best is not None
     assert "text_bits_per_byte" in run.best
+    report = (run.directory / "report.html").read_text()
+    for part in (
+        "Log-probability of the answers",
+        "The loss asks for a difference only",
+        "--sft-weight 0.1",
+        "Reward margin",
+    ):
+        assert part in report or (part, loss) == ("Reward margin", "kto")
+    assert ("per answer, as last logged" if loss == "kto" else "per pair, as last logged") in report
+    assert "nats per token" not in report
 
 
 def test_rated_answers_train_kto(base: Path, rated: Path, tmp_path: Path) -> None:

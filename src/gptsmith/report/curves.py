@@ -19,15 +19,21 @@ MAX_POINTS = 900  # per curve, more than a screen can show
 
 
 def loss_figure(
-    metrics: Sequence[Row], *, x: str = "step", width: float = 8.4, height: float = 3.7, labels: bool = True
+    metrics: Sequence[Row],
+    *,
+    x: str = "step",
+    width: float = 8.4,
+    height: float = 3.7,
+    labels: bool = True,
+    unit: str = "nats per token",
 ) -> Figure:
-    """Training loss (raw and smoothed) and validation loss with its best point, in nats per token.
+    """Training loss (raw and smoothed) and validation loss with its best point.
 
-    metrics: rows of metrics.jsonl (`read_metrics`). x: "step" or "time". width, height: inches.
+    metrics: rows of metrics.jsonl (`read_metrics`). x: "step" or "time". width, height: inches. unit: of the losses.
     labels: add a legend, a y axis label and a mark at the best point.
     """
     figure, axes = _curve_axes(width, height)
-    scale, unit = _time_unit(metrics) if x == "time" else (1.0, "step")
+    scale, x_unit = _time_unit(metrics) if x == "time" else (1.0, "step")
     train_x, train = _column(metrics, x, "loss")
     val_x, val = _column(metrics, x, "val_loss")
     train_x, val_x = train_x * scale, val_x * scale
@@ -44,11 +50,11 @@ def loss_figure(
             val_x, val, color=VALIDATION, linewidth=1.6, marker=marker, markersize=4.5, label="validation", zorder=3
         )
     _fit_losses(axes, smooth, val)
-    axes.set_xlabel(unit, color=MUTED)
+    axes.set_xlabel(x_unit, color=MUTED)
     if labels:
         _mark_best(axes, metrics, x, scale)
         _mark_divergence(axes, train_x, train)
-        axes.set_ylabel("loss, nats per token", color=MUTED)
+        axes.set_ylabel(f"loss, {unit}", color=MUTED)
     if not len(train) and not len(val):
         _write_note(axes, "no losses were logged")
     elif not np.isfinite(train).any() and not np.isfinite(val).any():
@@ -73,11 +79,27 @@ def metric_figure(metrics: Sequence[Row], key: str, *, width: float = 4.4, heigh
     axes.plot(*_downsample(x, y), color=TRAIN, linewidth=1.5, marker="." if len(y) < 3 else None)
     finite = y[np.isfinite(y)]
     if len(finite):  # an outlier must not flatten the rest
-        axes.set_ylim(0, float(np.quantile(finite, 0.995)) * 1.12 or 1.0)
+        low, high = (float(np.quantile(finite, part)) for part in (0.005, 0.995))
+        axes.set_ylim(min(0.0, low * 1.12), max(0.0, high * 1.12) or (1.0 if low >= 0 else 0.0))
     else:
         _write_note(axes, "not logged")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
     axes.set_xlabel("step", color=MUTED)
+    return figure
+
+
+def answers_figure(metrics: Sequence[Row], *, width: float = 8.4, height: float = 3.2) -> Figure:
+    """Log-probabilities of chosen and rejected answers: smoothed in training, and as points on held-out data."""
+    figure, axes = _curve_axes(width, height)
+    for name, color in (("chosen", TRAIN), ("rejected", VALIDATION)):
+        x, y = _column(metrics, "step", f"{name}_logprob")
+        axes.plot(*_downsample(x, _smooth(y)), color=color, linewidth=1.8, label=f"{name}, training (smoothed)")
+        x, y = _column(metrics, "step", f"val_{name}_logprob")
+        if len(x):
+            axes.plot(x, y, "o", color=color, markersize=4.5, label=f"{name}, held out")
+    axes.set_xlabel("step", color=MUTED)
+    axes.set_ylabel("nats per answer", color=MUTED)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gptsmith.report.curves import loss_figure, metric_figure
+from gptsmith.report.curves import answers_figure, loss_figure, metric_figure
 from gptsmith.report.figures import evenly_spaced, to_svg
 from gptsmith.report.html import format_count, format_duration, format_value, missing_note
 from gptsmith.run_directory import Run, best_evaluation, number
@@ -16,7 +16,16 @@ _METRICS = [  # key in metrics.jsonl, title, note
     ("lr", "Learning rate", ""),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("tokens_per_second", "Throughput", "tokens per second"),
+    ("reward_accuracy", "Reward accuracy", "share of preferences that the rewards agree with"),
+    ("reward_margin", "Reward margin", "chosen less rejected"),
 ]
+
+
+def loss_unit(run: Run) -> str:
+    """Return what the losses of a run are measured in."""
+    if run.info.get("objective") != "dpo":
+        return "nats per token"
+    return "per answer" if run.options.get("loss") == "kto" else "per pair"
 
 
 def loss_section(run: Run) -> str:
@@ -30,12 +39,16 @@ def loss_section(run: Run) -> str:
         if vocabulary >= 1
         else ""
     )
-    wide = to_svg(loss_figure(metrics), alt=alt, prefix="loss")
-    narrow = to_svg(loss_figure(metrics, width=4.6, height=3.8), alt=alt, prefix="loss-narrow")
+    unit = loss_unit(run)
+    lead = f"How surprised the model is by the next token; lower is better.{uniform}"
+    if unit != "nats per token":
+        lead = "How far the model is from preferring what the data prefer; lower is better."
+    wide = to_svg(loss_figure(metrics, unit=unit), alt=alt, prefix="loss")
+    narrow = to_svg(loss_figure(metrics, width=4.6, height=3.8, unit=unit), alt=alt, prefix="loss-narrow")
     small = [
         (
             "Loss against time",
-            "nats per token",
+            unit,
             loss_figure(metrics, x="time", width=4.4, height=2.5, labels=False),
             "The same losses against time.",
         )
@@ -50,8 +63,7 @@ def loss_section(run: Run) -> str:
         f"{to_svg(figure, alt=words, prefix=f'curve{i}')}</figure>"
         for i, (title, about, figure, words) in enumerate(small)
     )
-    return f"""<p class="lead">How surprised the model is by the next token; lower is better. The validation text is
-not part of the training text.{uniform}</p>
+    return f"""<p class="lead">{lead} The validation data are not part of the training data.</p>
 <figure>
 <div class="wide">{wide}</div>
 <div class="narrow">{narrow}</div>
@@ -59,13 +71,38 @@ not part of the training text.{uniform}</p>
 <div class="multiples">
 {figures}
 </div>
-{_loss_table(run)}"""
+{_answers(run)}{_loss_table(run)}"""
+
+
+def _answers(run: Run) -> str:
+    """Return the log-probabilities of chosen and rejected answers, and what they say; empty where there are none."""
+    ends = []
+    for name in ("chosen_logprob", "rejected_logprob"):
+        values = [value for row in run.metrics if math.isfinite(value := number(row.get(name)))]
+        if not values:
+            return ""
+        ends.append((values[0], values[-1]))
+    words = " and ".join(
+        f"{name} from {first:.1f} to {last:.1f}"
+        for name, (first, last) in zip(("chosen", "rejected"), ends, strict=True)
+    )
+    both = "Both fell, as is common. " if all(last < first for first, last in ends) else ""
+    why = (
+        f"{both}The loss asks for a difference only, and making rejected answers less likely faster than chosen ones "
+        "is one way to it: what both lose goes to answers that are not in the data. To keep chosen answers likely, add "
+        "the loss of fine-tuning on them: --sft-weight 0.1."
+    )
+    figure = to_svg(answers_figure(run.metrics), alt=f"Log-probabilities by step: {words}.", prefix="answers")
+    return f"""<figure><figcaption>Log-probability of the answers <small>nats per answer: {words}</small></figcaption>
+{figure}</figure>
+<p class="note">{why}</p>
+"""
 
 
 def _describe_losses(run: Run) -> str:
     train = [value for row in run.metrics if math.isfinite(value := number(row.get("loss")))]
     best = best_evaluation(run.metrics)
-    text = "Loss in nats per token by step."
+    text = f"Loss, {loss_unit(run)}, by step."
     if train:
         text += f" Training loss goes from {train[0]:.3f} to {train[-1]:.3f}."
     if best:
@@ -87,7 +124,7 @@ def _loss_table(run: Run) -> str:
     )
     return f"""<details><summary>Validation losses as a table{cut}</summary>
 <table class="numbers">
-<thead><tr><th scope="col">step</th><th scope="col">time</th><th scope="col">nats per token</th></tr></thead>
+<thead><tr><th scope="col">step</th><th scope="col">time</th><th scope="col">{loss_unit(run)}</th></tr></thead>
 <tbody>
 {lines}
 </tbody></table></details>"""

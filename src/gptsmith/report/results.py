@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
+from gptsmith.report.losses import loss_unit
 from gptsmith.report.trained_model import TrainedModel
 from gptsmith.run_directory import PLAIN_TEXT_METRIC, Run, best_evaluation, last_number, number
 
@@ -29,7 +30,9 @@ def run_status(run: Run) -> tuple[str, str]:
 def summary(run: Run, trained: TrainedModel) -> str:
     """Return a sentence (HTML) about the run's size, length, speed and loss."""
     numbers = _run_numbers(run, trained)
-    unit = "nats per character" if _is_char(run, trained) else "nats per token"
+    unit = loss_unit(run)
+    if unit == "nats per token" and _is_char(run, trained):
+        unit = "nats per character"
     size = f"A GPT of {format_size(numbers.parameters)} parameters" if math.isfinite(numbers.parameters) else "A GPT"
     if not math.isfinite(numbers.step):
         return f"{size}. No step had been logged when this was written."
@@ -53,7 +56,7 @@ def summary(run: Run, trained: TrainedModel) -> str:
 
 def results_section(run: Run, trained: TrainedModel) -> str:
     n = _run_numbers(run, trained)
-    unit = "nats per token"
+    unit = loss_unit(run)
     tiles = [  # label, text, value (a tile is blank if it is not finite), note
         ("Best validation loss", f"{n.best:.4f}", n.best, f"{unit}, at step {format_count(n.best_step)}"),
         ("Final validation loss", f"{n.final:.4f}", n.final, _loss_in_other_units(n.final, run, trained) or unit),
@@ -96,7 +99,7 @@ def _changes(run: Run) -> list[tuple[str, str, float, str]]:
         return []
     first, last = measured[0], measured[-1]
     names = (
-        ("Validation loss before", "val_loss", "nats per token"),
+        ("Validation loss before", "val_loss", loss_unit(run)),
         ("Plain text", PLAIN_TEXT_METRIC, "bits per byte: forgetting"),
     )
     tiles = []
