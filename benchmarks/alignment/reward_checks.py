@@ -155,15 +155,14 @@ class Outcome:
     def lost_at_end(self) -> float:
         return 1 - self.gold[-1] / max(self.gold)
 
-    def record(self) -> dict[str, Any]:
-        return {
+    def record(self, *, curves: bool) -> dict[str, Any]:
+        summary = {
             "alarm": self.alarm,
             "lost_at_alarm": round(self.lost_at_alarm, 4),
             "lost_at_end": round(self.lost_at_end, 4),
-            "steps": self.steps,
-            "reward": [round(value, 4) for value in self.reward],
-            "gold": [round(value, 4) for value in self.gold],
         }
+        rounded = {name: [round(value, 4) for value in getattr(self, name)] for name in ("reward", "gold")}
+        return {**summary, "steps": self.steps, **rounded} if curves else summary
 
 
 def optimize(
@@ -222,7 +221,10 @@ def main() -> None:
         for name, score in rewards.items():
             warned = warnings(score, seed=0)
             runs = [optimize(name, score, seed=seed) for seed in range(arguments.seeds)]
-            result.setdefault(group, {})[name] = {"before": warned, "runs": [run.record() for run in runs]}
+            result.setdefault(group, {})[name] = {
+                "before": warned,
+                "runs": [run.record(curves=not seed) for seed, run in enumerate(runs)],
+            }
             told = ", ".join(
                 f"{'no alarm' if run.alarm is None else f'alarm at {run.alarm}, {run.lost_at_alarm:.1%} lost'} "
                 f"(at the end {run.lost_at_end:.0%})"

@@ -317,3 +317,17 @@ def test_ppo_with_plain_text_and_a_target_for_the_divergence(place: Path, tmp_pa
     weights = logged(run, "kl_weight")
     assert weights[0] == 0.05
     assert weights[-1] != 0.05
+
+
+def test_a_reward_that_has_changed_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "prompts.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    run = train("grpo", tmp_path, tmp_path / "run", steps=2, eval_every=2)
+    gptsmith.fit(resume=run, steps=3, verbose=True)
+    assert "has changed" not in capsys.readouterr().err
+    (tmp_path / "rewards.py").write_text(REWARDS + "# another comment\n")
+    for name in [name for name in sys.modules if name.startswith("gptsmith_reward_")]:
+        del sys.modules[name]
+    gptsmith.fit(resume=run, steps=4, verbose=True)
+    assert "rewards.py, the reward likes_e, has changed since the run was saved" in capsys.readouterr().err

@@ -37,7 +37,7 @@ from gptsmith.train.objectives.base import LossHistory, Models, Objective, Selec
 from gptsmith.train.prompts import Prompts
 from gptsmith.train.rollout.batch import RolloutBatch, Stats, joined, padded
 from gptsmith.train.rollout.checks import GoodhartAlarm, try_rewards
-from gptsmith.train.rollout.rewards import Rewards, Sample, Scores, open_rewards
+from gptsmith.train.rollout.rewards import Rewards, Sample, Scores, changes, open_rewards
 from gptsmith.train.rollout.rollout import PromptLoader, Rollout, sample_answers, weights_hash
 
 MAX_TOKENS = 8192  # of answers in one forward pass without gradients
@@ -373,6 +373,7 @@ class PolicyObjective(Objective[RolloutBatch]):
             "number": self.number,
             "taken": self.taken,
             "updates": self.updates,
+            "rewards": self.rewards.identity(),
             "stats": {} if self.buffer is None else dict(self.buffer.stats),
         }
         return TrainState(
@@ -384,6 +385,9 @@ class PolicyObjective(Objective[RolloutBatch]):
         self.loader.load_state_dict(state.values["loader"])
         self.number, self.taken = state.values["number"], state.values["taken"]
         self.updates = state.values["updates"]
+        now = self.rewards.identity()
+        for change in changes(state.values.get("rewards", now), now):
+            note(f"warning: {change} since the run was saved; what it has learned so far is not affected")
         if self.directory is not None:
             self.evaluations = {
                 row["step"]: row

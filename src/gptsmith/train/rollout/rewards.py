@@ -221,6 +221,7 @@ class FunctionReward:
             raise UsageError(f"--reward {spec} is a coroutine; write it with `def`, and await nothing in it.")
         self.function, self.spec = function, spec
         self.name = getattr(function, "__name__", None) or type(function).__name__
+        self._identity = _identity(function, spec)  # of the file as it was imported
         self._by_name, self._takes_all, self._accepted, self._needed = _parameters(function, spec)
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Any]:
@@ -273,10 +274,14 @@ class FunctionReward:
         return None, error
 
     def identity(self) -> dict[str, Any]:
-        file = _source_file(self.function)
-        if file is None or Path(__file__).parents[2] in file.parents:  # our own change with the version
-            return {"spec": self.spec}
-        return {"spec": self.spec, "file": str(file), "sha256": sha256_file(file)}
+        return dict(self._identity)
+
+
+def _identity(function: RewardFunction, spec: str) -> dict[str, Any]:
+    file = _source_file(function)
+    if file is None or Path(__file__).parents[2] in file.parents:  # our own change with the version
+        return {"spec": spec}
+    return {"spec": spec, "file": str(file), "sha256": sha256_file(file)}
 
 
 def _parameters(function: RewardFunction, spec: str) -> tuple[bool, bool, set[str], list[str]]:
