@@ -27,12 +27,13 @@ __all__ = [
     "load_plugins",
     "merge",
     "ppo",
+    "reward",
     "runs",
     "sft",
 ]
 
 if TYPE_CHECKING:
-    from gptsmith.api import bestofn, distill, dpo, fit, grpo, merge, ppo, runs, sft
+    from gptsmith.api import bestofn, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
@@ -48,6 +49,7 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "load_plugins": ("gptsmith.plugins", "load_plugins"),
     "merge": ("gptsmith.api", "merge"),
     "ppo": ("gptsmith.api", "ppo"),
+    "reward": ("gptsmith.api", "reward"),
     "runs": ("gptsmith.api", "runs"),
     "sft": ("gptsmith.api", "sft"),
 }

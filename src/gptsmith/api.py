@@ -32,7 +32,7 @@ from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, re
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["bestofn", "distill", "dpo", "fit", "grpo", "merge", "ppo", "runs", "sft"]
+__all__ = ["bestofn", "distill", "dpo", "fit", "grpo", "merge", "ppo", "reward", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
@@ -122,6 +122,11 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
 def distill(student: str | Path | Run, data: str | Path, *, teacher: str | Path | Run, **options: Any) -> Run:
     """Train a student to predict as a teacher does and return the run, as `gptsmith distill STUDENT DATA` does."""
     return fit(data, objective="distill", init=student, teacher=os.fspath(teacher), **options)
+
+
+def reward(model: str | Path | Run, preferences: str | Path, **options: Any) -> Run:
+    """Train a reward model on preferences and return the run, as `gptsmith reward MODEL PREFERENCES` does."""
+    return fit(preferences, objective="reward", init=model, **options)
 
 
 Reward = str | Path | Callable[..., Any]

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError
 from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_generation_config, save_model
+from gptsmith.formats.hf_heads import save_classifier
 from gptsmith.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from gptsmith.log import note
+from gptsmith.model.heads import SequenceClassifier
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import DEFAULT_SELECTION, best_evaluation, read_info, read_metrics, selection_of
 from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
@@ -46,7 +48,7 @@ class TrainState:
 
 def save_checkpoint(
     directory: Path,
-    model: Transformer,
+    model: Transformer | SequenceClassifier,
     tokenizer: Tokenizer | None,
     state: TrainState | None = None,
     *,
@@ -60,7 +62,16 @@ def save_checkpoint(
     with atomic_directory(directory) as temporary:
         with explain_full_disk(directory):
             bos, ends = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.end_ids)
-            if base is None:
+            if isinstance(model, SequenceClassifier):
+                save_classifier(
+                    model,
+                    temporary,
+                    pad_token_id=_padding(tokenizer),
+                    bos_token_id=bos,
+                    end_ids=ends,
+                    scale=model.scale,
+                )
+            elif base is None:
                 save_model(model, temporary, bos_token_id=bos, end_ids=ends)
             else:
                 save_adapter(model, temporary, base)
@@ -76,6 +87,15 @@ def save_checkpoint(
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
         }
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _padding(tokenizer: Tokenizer | None) -> int | None:
+    """Return the id by which transformers finds the end of padded texts: one that ends no answer, if there is one."""
+    if tokenizer is None:
+        return None
+    special = set(tokenizer.special_tokens())
+    unused = sorted(special - set(tokenizer.end_ids))
+    return unused[0] if unused else tokenizer.eos_id
 
 
 @contextlib.contextmanager
@@ -154,7 +174,9 @@ class CheckpointStore:
         best = best_evaluation(rows, selection)
         return None if best is None else int(best["step"])
 
-    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, state: TrainState, *, keep: int) -> Path:
+    def save(
+        self, step: int, model: Transformer | SequenceClassifier, tokenizer: Tokenizer, state: TrainState, *, keep: int
+    ) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep` and the best."""
         path = self.path(step)
         if path.exists():  # left from before a resume from an earlier step

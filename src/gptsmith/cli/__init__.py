@@ -19,6 +19,7 @@ _BUILTIN = {
     "train": "train a GPT on a text file, a folder, JSONL, parquet or a named corpus; or resume a run",
     "sft": "fine-tune a model on conversations, or on prompts with completions",
     "distill": "train a student to write as a teacher does",
+    "reward": "train a reward model on preferences",
     "ppo": "align a model by a reward, with a value model and a KL penalty, as in InstructGPT",
     "grpo": "align a model by a reward, comparing several answers to each prompt",
     "dpo": "make preferred answers likelier: DPO, IPO, SimPO, ORPO, KTO",

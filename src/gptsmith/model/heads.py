@@ -45,12 +45,14 @@ class SequenceClassifier(nn.Module):
     """A Transformer with a head. `classifier(ids)`: (B, T) int64 -> scores (B, N).
 
     transformer: its output matrix is no part of the scores, but an auxiliary language-model loss can use it.
+    scale (an attribute): of a reward model, mean and standard deviation of its scores; they are saved with it.
     The head's initial weights are drawn from N(0, initializer_range²).
     """
 
     def __init__(self, transformer: Transformer, head: HeadConfig) -> None:
         super().__init__()
         self.transformer, self.head = transformer, head
+        self.scale: tuple[float, float] | None = None
         self.score = nn.Linear(transformer.config.hidden_size, len(head.labels), bias=False)
         nn.init.normal_(self.score.weight, 0.0, transformer.config.initializer_range)
         annotate(self, "score.weight", kind="head")

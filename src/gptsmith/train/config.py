@@ -322,6 +322,18 @@ class PreferenceConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
+class RewardConfig(PreferenceConfig):
+    """Reward models: learn from pairs which answers people prefer."""
+
+    centering: float = 0.01
+    """Weight of the squared sum of the two scores of a pair, which keeps their mean near 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.centering >= 0, "--centering", self.centering, "0 or more")
+
+
+@dataclass(frozen=True)
 class PromptConfig(MethodConfig):
     """Base of the options of methods that answer prompts."""
 

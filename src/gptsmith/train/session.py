@@ -69,6 +69,7 @@ class Session:
         ranks: DistributedContext = ALONE,
     ) -> None:
         self.run, self.config, self.tokenizer, self.ranks = run, config, tokenizer, ranks
+        self.objective = objective
         self.stop = StopSignal() if stop is None else stop
         if config.loop.compile == "on" and not objective.fixed_shapes:
             raise UsageError("--compile on: the rows of this method vary in length, so nothing can be compiled.")
@@ -96,7 +97,7 @@ class Session:
         torch.manual_seed(config.loop.seed)
         self.model = make_model().to(device)
         self.model.activation_checkpointing = fit.activation_checkpointing
-        self.store = CheckpointStore(run.directory, base=config.init.init if is_on(config.adapter) else None)
+        self.store = CheckpointStore(run.directory, base=config.init.init if self._saves_adapter() else None)
         self.display = Display(config.loop.steps)
         self.training_step: TrainingStep[Any] = TrainingStep.build(
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
@@ -116,6 +117,9 @@ class Session:
             callbacks=self.callbacks,
         )
 
+    def _saves_adapter(self) -> bool:
+        return is_on(self.config.adapter) and not self.objective.restores_policy
+
     def _deadline(self, began: float | None) -> Deadline | None:
         """Return the deadline of a budget of time."""
         text = self.config.auto.budget
@@ -133,7 +137,9 @@ class Session:
     def restore(self) -> int:
         """Load the newest intact checkpoint and return its step."""
         directory = self.ranks.on_main(self.store.newest_intact)
-        if is_on(self.config.adapter):
+        if self.training_step.objective.restores_policy:
+            pass  # by the trainer
+        elif is_on(self.config.adapter):
             load_adapter(directory, self.model)
         else:
             if read_config(directory) != self.model.config:

@@ -383,10 +383,13 @@ class Trainer:
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
         tensors |= {f"objective/{name}": tensor.detach().cpu() for name, tensor in objective.tensors.items()}
         tensors |= self.training_step.random_state()
+        if self.objective.restores_policy:
+            tensors |= {f"models/{self.optimizers.names[p]}": p.detach().cpu() for p in self.training_step.parameters}
 
         def write() -> None:
             state, keep = TrainState(values, tensors), self.config.loop.keep_checkpoints
-            path = self.store.save(self.step, self.model, self.tokenizer, state, keep=keep)
+            model = self.objective.saved(self.models)
+            path = self.store.save(self.step, model, self.tokenizer, state, keep=keep)
             self._call("on_save", self.step, path)
 
         self.ranks.on_main(write)
@@ -401,6 +404,10 @@ class Trainer:
 
         try:
             self.objective.load_state(TrainState(values["objective"], part("objective/")))
+            if self.objective.restores_policy:
+                with torch.no_grad():
+                    for p in self.training_step.parameters:
+                        p.copy_(tensors[f"models/{self.optimizers.names[p]}"])
             self.training_step.scaler.load_state_dict(values["scaler"])
             self.optimizers.load_state_tensors(part("optimizer/"))
             self.training_step.set_random_state(tensors)

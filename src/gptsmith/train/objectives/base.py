@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.checkpoint import TrainState
+from gptsmith.model.heads import SequenceClassifier
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Selection
 
@@ -113,6 +114,14 @@ class Objective(Generic[B]):
     fixed_shapes: bool = True
     """Whether all batches have rows of one length. Otherwise nothing is compiled: the code would depend on the lengths
     that a process has seen, and a resumed run could differ from one that never stopped."""
+
+    restores_policy: bool = False
+    """Whether checkpoints hold the trained parameters of all models in the training state. Needed where `saved` is
+    something else than the policy, from which it cannot be restored."""
+
+    def saved(self, models: Models) -> Transformer | SequenceClassifier:
+        """Return what a checkpoint's model is: by default the policy."""
+        return models.policy
 
     def models(self, policy: Transformer) -> Models:
         """Return the models to work with. Called once, after the policy has its starting weights."""

@@ -25,6 +25,7 @@ from gptsmith.train.config import (
     MethodConfig,
     PpoConfig,
     PretrainConfig,
+    RewardConfig,
     RunConfig,
     SftConfig,
 )
@@ -36,6 +37,7 @@ from gptsmith.train.objectives.grpo import grpo, settle_grpo
 from gptsmith.train.objectives.policy import settle_policy
 from gptsmith.train.objectives.ppo import ppo
 from gptsmith.train.objectives.pretrain import Pretrain
+from gptsmith.train.objectives.reward import reward, settle_reward
 from gptsmith.train.objectives.sft import sft
 from gptsmith.train.preferences import PreferenceFiles
 from gptsmith.train.prompts import PromptFiles
@@ -178,6 +180,15 @@ METHODS: Registry[Method] = Registry(
             settle=settle_dpo,
             needs_init=True,
             trains_adapter=True,
+            longest=MOST_CONTEXT,
+        ),
+        "reward": Method(
+            reward,
+            options=RewardConfig,
+            open_data=PreferenceFiles.open,
+            adapt_init=with_template,
+            settle=settle_reward,
+            needs_init=True,
             longest=MOST_CONTEXT,
         ),
         "ppo": Method(ppo, options=PpoConfig, settle=settle_policy, **_POLICY),
