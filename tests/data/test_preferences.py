@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from gptsmith.data.preferences import (
     is_preference,
     read_preferences,
 )
+from gptsmith.data.prompts import PromptRenderer, as_prompt
 from gptsmith.errors import DataError
 from gptsmith.tokenizer import Tokenizer, train_bpe
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -159,6 +162,11 @@ def test_rankings(values: dict[str, Any]) -> None:
     assert found == {("b", "a"), ("b", "c"), ("a", "c")}
 
 
+def test_lists_of_answers_alone_are_no_preference() -> None:
+    assert not is_preference({"question": "q", "answers": ["a", "b"]})
+    assert not is_preference({"question": "q", "answers": [{"text": "a"}]})
+
+
 def test_margins_of_rankings() -> None:
     values = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 4, 1]}
     pairs = [pair for pair in as_preferences(values, score_margins=True) if isinstance(pair, Preference)]
@@ -249,6 +257,72 @@ def test_undecided_rows(choice: str) -> None:
         as_preferences({"prompt": "q", "completions": ["a", "b"], "choice": choice, "seeds": [1, 2]})
     with pytest.raises(UndecidedError):
         as_preferences({"prompt": "q", "completions": ["a", "b"], "scores": [1, 1]})
+
+
+FIELDS = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "messages",
+    "conversations",
+    "question",
+    "instruction",
+    "input",
+    "history",
+    "system",
+    "tools",
+    "choice",
+    "margin",
+    "score_chosen",
+    "score_rejected",
+    "completions",
+    "responses",
+    "ranks",
+    "scores",
+    "label",
+    "kto_tag",
+    "completion",
+    "text",
+    "preferred_output",
+]
+LEAVES: tuple[Any, ...] = (
+    *("a", "b", "", "c \n", "tie", "true", "[1]", "{}", '[{"role": "user", "content": "x"}]', "\ud800"),
+    *("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", "\n\nAssistant: c", "\n\nHuman:"),
+    *(None, True, False, 0, 1, 2.5, -1, float("nan"), 10**400),
+)
+
+
+def anything(rng: random.Random, depth: int = 3) -> Any:
+    kind = rng.random()
+    if depth == 0 or kind < 0.35:
+        return rng.choice(LEAVES)
+    if kind < 0.7:
+        content = rng.choice(("a", "b", "c", "", None, 3, [{"type": "text", "text": "x"}], [3], {"a": 1}))
+        roles = ("user", "assistant", "assistant", "system", "tool", 3, None, "function_call")
+        return [{"role": rng.choice(roles), "content": content} for _ in range(rng.randrange(4))]
+    if kind < 0.85:
+        return [anything(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {rng.choice([*FIELDS, "role", "content"]): anything(rng, depth - 1) for _ in range(rng.randrange(4))}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_row_is_used_or_refused(seed: int, tokenizer: Tokenizer) -> None:
+    """Whatever JSON holds, a row is a preference or prompt with valid ids, or raises RowError."""
+    rng, renderer, prompts = random.Random(seed), PreferenceRenderer(tokenizer), PromptRenderer(tokenizer)
+    for _ in range(200):
+        row = {name: anything(rng) for name in rng.sample(FIELDS, rng.randint(1, 5))}
+        if rng.random() < 0.6:
+            row |= {name: anything(rng) for name in ("chosen", "rejected")}
+        with contextlib.suppress(RowError):
+            prompts.render(as_prompt(row))
+        with contextlib.suppress(RowError):
+            for preference in as_preferences(row):
+                if isinstance(preference, Rated):
+                    examples = [renderer.render(preference.conversation, preference.start)]
+                else:
+                    examples = [*renderer.pair(preference)]
+                assert all(any(example.trained) for example in examples)
+                assert is_preference(row)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

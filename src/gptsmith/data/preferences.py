@@ -98,7 +98,8 @@ def as_preferences(values: Mapping[str, Any], *, score_margins: bool = False) ->
     Raise RowError where there is none, UndecidedError for a tie.
     """
     row = _with_usual_names({name: value for name, value in values.items() if value is not None})
-    if (choice := row.get("choice")) in UNDECIDED:
+    choice = row.get("choice")
+    if isinstance(choice, str) and choice in UNDECIDED:
         raise UndecidedError(UNDECIDED[choice])
     if "chosen" in row or "rejected" in row:
         return [_pair(row, score_margins)]
@@ -122,8 +123,15 @@ def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
 def is_preference(values: Mapping[str, Any]) -> bool:
     """Return whether the fields of a row are those of a preference, right or not."""
     row = _with_usual_names({name: value for name, value in values.items() if value is not None})
-    ranked = any(isinstance(row.get(name), list | tuple) for name in RANKED)
+    ranked = any(isinstance(row.get(name), list | tuple) for name in RANKED) and (
+        any(name in row for name in (*_RANKS, *_SCORES))
+        or any(isinstance(each, Mapping) and set(each) & set(_OF_ONE[0] + _OF_ONE[1]) for each in _first_list(row))
+    )
     return "chosen" in row or "rejected" in row or ranked or is_rated(row)
+
+
+def _first_list(row: Mapping[str, Any]) -> Sequence[Any]:
+    return next((row[name] for name in RANKED if isinstance(row.get(name), list | tuple)), ())
 
 
 def is_rated(row: Mapping[str, Any]) -> bool:
