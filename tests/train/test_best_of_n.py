@@ -25,6 +25,11 @@ def likes_e(prompts, completions):
 def wanted(prompts, completions, letter):
     return [float(each in text) for text, each in zip(completions, letter)]
 
+def interrupted(prompts, completions):
+    if any("noon" in prompt for prompt in prompts):
+        raise KeyboardInterrupt
+    return likes_e(prompts, completions)
+
 def fails_later(prompts, completions):
     if any("noon" in prompt for prompt in prompts) and os.environ.get("FAIL"):
         raise ConnectionError("no route")
@@ -104,6 +109,16 @@ def test_it_goes_on_where_it_stopped(place: Path, tmp_path: Path, monkeypatch: p
     assert stopped.read_text() == whole.read_text()
     lines = sorted(samples_path(stopped).read_text().splitlines())
     assert lines == sorted(samples_path(whole).read_text().splitlines())
+
+
+def test_an_interruption_says_how_to_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gptsmith.train.best_of_n.ANSWERS_AT_ONCE", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "best.jsonl", "interrupted")
+    assert "5 of 7 prompts are answered; the same command continues" in capsys.readouterr().err
+    assert len(rows_of(samples_path(tmp_path / "best.jsonl"))) == 1 + 5
 
 
 def test_another_choice_makes_no_new_answers(place: Path, tmp_path: Path) -> None:

@@ -164,7 +164,12 @@ def best_of_n(
     }
     rows = _continued(log, job)
     sampled = _Job(log, rows, found.train, rewards, policy, tokenizer, options, stop, context)
-    sampled.run(len(chosen))
+    try:
+        sampled.run(len(chosen))
+    except KeyboardInterrupt:
+        done = sum(i in rows for i in range(len(chosen)))
+        note(f"{done:,} of {len(chosen):,} prompts are answered; the same command continues")
+        raise
     return _choose(out, log.path, [(prompt, rows[i]) for i, prompt in enumerate(chosen)], options)
 
 
