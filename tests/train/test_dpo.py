@@ -101,11 +101,12 @@ def objective(loss: str, count: int = 7, *, val: int = 3, batch_size: int = 5, *
     return Dpo(data, TOKENIZER, method, batch_size=batch_size, context=16, seed=1, **extra)
 
 
+@pytest.mark.parametrize("most", [16, 24])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_answers_have_the_log_probabilities_that_the_model_gives_them_alone(family: str) -> None:
+def test_answers_have_the_log_probabilities_that_the_model_gives_them_alone(family: str, most: int) -> None:
     model = small_model(family)
     every = [example for pair in examples(5) for example in pair]
-    found = Answers.of(Examples(every)).logprobs(model)
+    found = Answers.of(Examples(every), most).logprobs(model)
     for example, value in zip(every, found.tolist(), strict=True):
         logprobs = model(torch.tensor([example.ids])).log_softmax(-1)[0]
         start = example.trained.index(True)
@@ -137,7 +138,7 @@ def test_micro_batches_do_not_change_the_gradient(loss: str) -> None:
         found, parts = gradients(dpo, policy, micro)
         assert found == pytest.approx(whole, rel=1e-5)
         for name, gradient in parts.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", FIRST)

@@ -22,7 +22,7 @@ from torch import Tensor
 from gptsmith.checkpoint import TrainState
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader
-from gptsmith.data.packing import Examples, pack, packed_batch
+from gptsmith.data.packing import Examples, packed_batch
 from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
@@ -72,11 +72,11 @@ class Answers:
     count: int
 
     @classmethod
-    def of(cls, examples: Examples) -> Answers:
-        """Pack all of them into rows as long as the longest."""
+    def of(cls, examples: Examples, most: int) -> Answers:
+        """Pack all of them into rows of at most `most` tokens, which the longest must fit into."""
         lengths = examples.lengths - 1
-        rows = pack(lengths, int(lengths.max()))
-        batch = packed_batch(examples, rows, int(lengths.max()))
+        rows = _balanced_rows(lengths.tolist(), most)
+        batch = packed_batch(examples, rows, max(int(lengths[row].sum()) for row in rows))
         assert batch.document_ids is not None
         owner = torch.full_like(batch.ids, len(examples))
         for r, row in enumerate(rows):
@@ -105,6 +105,32 @@ class Answers:
             hidden, targets, owner = hidden[trained], targets[trained], owner[trained]
         tokens = head_logprobs(model.lm_head, hidden[None], targets[None], model.config.vocab_size)[0]
         return tokens.new_zeros(self.count + 1).index_add(0, owner, tokens)[:-1]
+
+
+def _balanced_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Return which examples share a row of at most `most` tokens, so that there is little padding.
+
+    For a given number of rows, the longest first, each into the emptiest row; of a few numbers, that with the least
+    padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best: list[list[int]] = [[i] for i in order]
+    size, tried = len(lengths) * max(lengths), 0
+    for count in range(-(-sum(lengths) // most), len(lengths)):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for index in order:
+            row = filled.index(min(filled))
+            rows[row].append(index)
+            filled[row] += lengths[index]
+        if max(filled) > most:
+            continue
+        if count * max(filled) < size:
+            best, size = rows, count * max(filled)
+        tried += 1
+        if tried == 4:
+            break
+    return best
 
 
 @dataclass(frozen=True)
@@ -148,10 +174,11 @@ class PreferenceBatch:
             baseline=None if self.baseline is None else self.baseline.to(device),
         )
 
-    def answers(self) -> Answers:
+    def answers(self, most: int) -> Answers:
+        """Return all answers, packed into rows of at most `most` tokens."""
         if isinstance(self.examples, Tensor):
             return Answers.of_equal_length(self.examples)
-        return Answers.of(Examples(self.examples))
+        return Answers.of(Examples(self.examples), most)
 
     def answer_tokens(self) -> Tensor:
         """Return the number of tokens of each answer, (n,) or (2n,)."""
@@ -340,7 +367,7 @@ class Dpo(Objective[PreferenceBatch]):
                 if self.ranks.rank < len(together):
                     chunk = together[self.ranks.rank]
                     with self.autocast():
-                        values = Answers.of(Examples(examples[i] for i in chunk)).logprobs(model)
+                        values = Answers.of(Examples(examples[i] for i in chunk), self.context).logprobs(model)
                     mine[chunk] = values.cpu().double()
                 done += [index for chunk in together for index in chunk]
                 advance(sum(map(len, together)))
@@ -365,7 +392,9 @@ class Dpo(Objective[PreferenceBatch]):
         ours = torch.empty(len(index))
         with torch.no_grad(), self.autocast():
             for chunk in _chunks(examples):
-                ours[chunk] = Answers.of(Examples(examples[i] for i in chunk)).logprobs(models.policy).float().cpu()
+                ours[chunk] = (
+                    Answers.of(Examples(examples[i] for i in chunk), self.context).logprobs(models.policy).float().cpu()
+                )
         return kto_baseline(ours - self.train.reference[index])
 
     def normalizer(self, batch: PreferenceBatch) -> tuple[float, int]:
@@ -373,7 +402,7 @@ class Dpo(Objective[PreferenceBatch]):
         return float(batch.num_rows), batch.num_tokens()
 
     def loss(self, models: Models, batch: PreferenceBatch) -> LossOutput:
-        ours = batch.answers().logprobs(models.policy)
+        ours = batch.answers(self.context).logprobs(models.policy)
         loss, metrics = self._loss_of(ours, batch)
         return LossOutput(loss.sum(), {name: Sum(value.sum(), float(len(value))) for name, value in metrics.items()})
 
