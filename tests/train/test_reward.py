@@ -102,7 +102,8 @@ def test_the_last_token_is_found_by_length(trained: Run) -> None:
     """Neither padding nor its id changes a score, nor does an end token inside the prompt."""
     classifier, _ = load_classifier(resolve_model(trained.directory))
     texts = [[3, 0, 4, 5], [6, 7]]
-    pairs = Pairs([Pair(*(Example(ids, [False, *[True] * (len(ids) - 1)]) for ids in texts), None, "row 1")])
+    chosen, rejected = (Example(ids, [False, *[True] * (len(ids) - 1)]) for ids in texts)
+    pairs = Pairs([Pair(chosen, rejected, None, "row 1")])
     batch = PairBatch.of(pairs, [0])
     with torch.no_grad():
         together = classifier(torch.cat([batch.chosen, batch.rejected]), last=batch.lengths.T.flatten() - 1)[:, 0]
