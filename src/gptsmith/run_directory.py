@@ -103,6 +103,11 @@ class Run:
         """The rows of samples.jsonl: `step`, `temperature`, `prompt`, `text`, `final`."""
         return without_repeats([sample for sample in self._samples[0] if isinstance(sample.get("text"), str)])
 
+    @functools.cached_property
+    def alarms(self) -> list[dict[str, Any]]:
+        """What evaluations warned of, in order of step: `step`, `message`; see `train.rollout.checks`."""
+        return read_alarms(self.directory, self.info)
+
     @property
     def unreadable_lines(self) -> int:
         return self._metrics[1] + self._samples[1]
@@ -126,6 +131,23 @@ def read_run(directory: Path) -> Run:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl in order of step, each step once."""
     return without_repeats(_read_lines(Path(directory) / "metrics.jsonl")[0])
+
+
+def read_alarms(directory: Path, info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what evaluations warned of: `step` and `message`, from evaluations.jsonl and `alarms` in run.json."""
+    recorded = info.get("alarms")
+    known = [row for row in recorded if _has_step(row)] if isinstance(recorded, list) else []
+    rows = [
+        *({**row, "alarm": row.get("message")} for row in known),
+        *_read_lines(Path(directory) / "evaluations.jsonl")[0],
+    ]
+    found = {row["step"]: row["alarm"] for row in rows if isinstance(row.get("alarm"), str)}
+    return [{"step": step, "message": message} for step, message in sorted(found.items())]
+
+
+def is_evaluation(row: Row) -> bool:
+    """Return whether a row of metrics is that of an evaluation: rows of training have a loss and no metric of one."""
+    return any(key.startswith("val_") for key in row)
 
 
 def find_runs(root: str | Path = "runs") -> list[Run]:
@@ -290,11 +312,15 @@ def parse_rows(lines: bytes) -> tuple[list[dict[str, Any]], int]:
         except ValueError:
             unreadable += 1
             continue
-        if isinstance(row, dict) and math.isfinite(number(row.get("step"))):
+        if _has_step(row):
             rows.append(row)
         else:
             unreadable += 1
     return rows, unreadable
+
+
+def _has_step(row: Any) -> bool:
+    return isinstance(row, dict) and math.isfinite(number(row.get("step")))
 
 
 def without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

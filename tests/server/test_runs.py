@@ -261,3 +261,21 @@ def test_downsampling_keeps_extremes() -> None:
     assert any(math.isnan(row.get("loss", 0)) for row in kept)
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
     assert downsample(rows[:900], 1000) == rows[:900]
+
+
+def test_an_alarm_of_an_evaluation_becomes_part_of_the_record(tmp_path: Path) -> None:
+    directory = tmp_path / "ppo"
+    directory.mkdir()
+    (directory / "run.json").write_text(json.dumps({"status": "running", "config": {}}))
+    follower = Follower("ppo", directory)
+    assert "alarms" not in follower.snapshot()["record"]
+    row = {"step": 20, "reward": [1.0], "gold": [0.5], "alarm": "gold fell"}
+    (directory / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    ((event, record),) = follower.poll()
+    assert (event, record["alarms"]) == ("run", [{"step": 20, "message": "gold fell"}])
+
+
+def test_evaluations_of_any_metric_are_kept_where_rows_are_thinned() -> None:
+    rows = [{"step": i, "loss": 1.0, "reward": i} for i in range(3000)]
+    rows[1500] = {"step": 1500, "val_reward": 2.0}
+    assert rows[1500] in downsample(rows, 100)

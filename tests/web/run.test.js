@@ -1,7 +1,14 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { describePlan, flatten, preferredSample, Run, thin } from "../../src/gptsmith/server/web/run.js";
+import {
+  alignmentMetrics,
+  describePlan,
+  flatten,
+  preferredSample,
+  Run,
+  thin,
+} from "../../src/gptsmith/server/web/run.js";
 
 function makeRun(metrics, record = { status: "running", config: { steps: 100 } }) {
   const run = new Run("bard");
@@ -145,4 +152,23 @@ test("nested settings become rows", () => {
     ["optim.betas", "0.9, 0.95"],
     ["data", null],
   ]);
+});
+
+test("a run that learns from rewards says what it measures", () => {
+  const rows = [
+    { step: 1, loss: 0.1, lr: 1, reward: 0.5, kl: 0.1, "reward/brevity": 1 },
+    { step: 1, val_reward: 0.4, val_gold: 0.3 },
+  ];
+  const run = makeRun(rows, { selection: { metric: "val_gold", mode: "max" }, alarms: [{ step: 1, message: "fell" }] });
+  assert.ok(run.isAlignment);
+  assert.deepEqual(
+    alignmentMetrics(run).map(({ key }) => key),
+    ["reward", "gold", "kl", "reward/brevity"],
+  );
+  assert.equal(run.best().val_gold, 0.3);
+  assert.deepEqual(run.alarms, [{ step: 1, message: "fell" }]);
+  const other = makeRun([{ step: 1, loss: 2, kl: 1 }]);
+  assert.equal(other.isAlignment, false);
+  assert.deepEqual(other.alarms, []);
+  assert.equal(thin([{ step: 0, reward: 1 }, { step: 1 }, { step: 2, val_reward: 1 }]).length, 2);
 });

@@ -16,7 +16,7 @@ from gptsmith.log import note
 
 @dataclass(frozen=True)
 class Watch:
-    """Show training runs in the browser: loss, learning rate, speed and samples, updated live."""
+    """Show training runs in the browser: loss, rewards, learning rate, speed and samples, updated live."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN]")] = Path("runs")
     """Run directory, or directory of runs."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptsmith.report.figures import GRID, INK, MUTED, TRAIN, VALIDATION, Floats
+from gptsmith.report.figures import ALARM, GRID, INK, MUTED, TRAIN, VALIDATION, Floats
 from gptsmith.run_directory import Row, best_evaluation, number
 
 if TYPE_CHECKING:
@@ -100,6 +100,66 @@ def answers_figure(metrics: Sequence[Row], *, width: float = 8.4, height: float 
     axes.set_xlabel("step", color=MUTED)
     axes.set_ylabel("nats per answer", color=MUTED)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
+    return figure
+
+
+def alignment_figure(
+    metrics: Sequence[Row],
+    keys: Sequence[tuple[str, str]],
+    ylabel: str,
+    *,
+    alarms: Sequence[float] = (),
+    best: Row | None = None,
+    width: float = 4.4,
+    height: float = 2.6,
+) -> Figure:
+    """Metrics of training and of evaluations against the step.
+
+    keys: each metric with its label in the legend; metrics of evaluations (`val_…`) are dots. alarms: steps to mark.
+    best: the row of the best evaluation, which is marked if its metric is one of the keys' last.
+    """
+    figure, axes = _curve_axes(width, height)
+    drawn = 0
+    for key, label in keys:
+        x, y = _column(metrics, "step", key)
+        if not np.isfinite(y).any():
+            continue
+        drawn += 1
+        if key.startswith("val_"):
+            axes.plot(x, y, color=VALIDATION, linewidth=1.6, marker="o", markersize=4.5, label=label, zorder=3)
+        elif len(y) >= 20 and width > 5:
+            axes.plot(*_downsample(x, y), color=TRAIN, alpha=0.4, linewidth=0.8)
+            axes.plot(*_downsample(x, _smooth(y)), color=TRAIN, linewidth=1.8, label=f"{label}, smoothed")
+        else:
+            axes.plot(*_downsample(x, y), color=TRAIN, linewidth=1.5, marker="." if len(y) < 20 else None, label=label)
+    for i, step in enumerate(alarms):
+        axes.axvline(step, color=ALARM, linestyle="--", linewidth=1.2, label=None if i else "alarm")
+    if best is not None and math.isfinite(value := number(best.get(keys[-1][0]))):
+        at = number(best["step"])
+        axes.plot(
+            [at], [value], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=VALIDATION, zorder=4
+        )
+    if not drawn:
+        _write_note(axes, "not logged")
+    elif drawn > 1 or alarms:
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.4)
+    axes.set_xlabel("step", color=MUTED)
+    axes.set_ylabel(ylabel, color=MUTED)
+    return figure
+
+
+def frontier_figure(metrics: Sequence[Row], *, width: float = 4.4, height: float = 2.6) -> Figure:
+    """Rewards of evaluations against the square root of the divergence from the model at the start."""
+    figure, axes = _curve_axes(width, height)
+    for key, label, color in (("val_reward", "reward", TRAIN), ("val_gold", "gold", VALIDATION)):
+        rows = [row for row in metrics if math.isfinite(number(row.get(key))) and number(row.get("val_kl")) >= 0]
+        if rows:
+            x, y = ([number(row[name]) for row in rows] for name in ("val_kl", key))
+            axes.plot(np.sqrt(x), y, color=color, linewidth=1.4, marker="o", markersize=4, label=label)
+    if any(math.isfinite(number(row.get("val_gold"))) for row in metrics):
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
+    axes.set_xlabel("√KL from the start, nats per answer", color=MUTED)
+    axes.set_ylabel("reward", color=MUTED)
     return figure
 
 

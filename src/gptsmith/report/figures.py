@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 # Colors of the light theme. `to_svg` replaces each by the CSS variable of that name, so that a page can be dark, too.
 SURFACE, PANEL, GRID, MUTED, INK = "#fdfefe", "#eef1f5", "#dfe4eb", "#586273", "#1b2230"
 TRAIN, VALIDATION = "#1f6fb4", "#c4500c"  # blue and vermilion: distinguishable with color blindness
+ALARM = "#b3261e"
 THEME = {
     SURFACE: "surface",
     PANEL: "panel",
@@ -35,6 +36,7 @@ THEME = {
     INK: "ink",
     TRAIN: "train",
     VALIDATION: "val",
+    ALARM: "bad",
 }
 
 

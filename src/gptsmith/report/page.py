@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gptsmith.report.alignment import is_alignment, reward_section
 from gptsmith.report.attention import attention_section, mask_section
 from gptsmith.report.configuration import configuration_section
 from gptsmith.report.html import escape
@@ -40,7 +41,7 @@ def write_report(run_directory: Path, *, attention_text: str | None = None) -> P
 def _page(run: Run, trained: TrainedModel, mask_text: str) -> str:
     sections = [
         ("results", "Results", results_section(run, trained)),
-        ("loss", "Loss", loss_section(run)),
+        ("reward", "Reward", reward_section(run)) if is_alignment(run) else ("loss", "Loss", loss_section(run)),
         ("samples", "Samples", samples_section(run)),
         ("mask", "The causal mask", mask_section(mask_text)),
         ("attention", "Attention", attention_section(trained)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gptsmith.report.alignment import alignment_tiles, is_alignment
 from gptsmith.report.html import escape, format_count, format_duration, format_size, missing_note
 from gptsmith.report.losses import loss_unit
 from gptsmith.report.trained_model import TrainedModel
@@ -45,6 +46,11 @@ def summary(run: Run, trained: TrainedModel) -> str:
         text += f": validation loss <strong>{numbers.best:.4f}</strong> {unit}"
         if numbers.final != numbers.best:
             text += f" at best, {numbers.final:.4f} at the end"
+    elif run.best is not None:
+        metric = run.selection.metric
+        text += f": {escape(metric)} <strong>{number(run.best[metric]):.4f}</strong> at best"
+    elif is_alignment(run):
+        text += ", not evaluated yet"
     elif math.isfinite(numbers.train):
         text += f": training loss {numbers.train:.4f} {unit}, not validated yet"
     if math.isfinite(numbers.tokens_per_second):
@@ -70,6 +76,8 @@ def results_section(run: Run, trained: TrainedModel) -> str:
         best = number(run.best[metric]) if run.best else math.nan
         step = number(run.best["step"]) if run.best else math.nan
         tiles[:2] = [(f"Best {escape(metric)}", f"{best:.4f}", best, f"at step {format_count(step)}")]
+    if is_alignment(run):
+        tiles[1:2] = alignment_tiles(run)  # the loss of a policy says nothing
     tiles += _changes(run)
     items = "".join(
         f"<div><dt>{label}</dt><dd>{text}<small>{note}</small></dd></div>\n"
@@ -85,6 +93,8 @@ def results_section(run: Run, trained: TrainedModel) -> str:
         content += missing_note("An error stopped this run, such as a diverging loss. Its last checkpoint is intact.")
     elif word != "finished":
         content += missing_note(f"This run is {word}. The numbers are those up to its last logged step.")
+    for alarm in run.alarms:
+        content += missing_note(f"Alarm at step {format_count(alarm['step'])}: {alarm['message']}")
     if run.unreadable_lines:
         content += missing_note(
             f"Skipped {run.unreadable_lines} unreadable line(s) of metrics.jsonl and samples.jsonl."

@@ -28,7 +28,7 @@ def samples_section(run: Run) -> str:
     cards = []
     for temperature in sorted({temperature_of(sample) for sample in latest}):
         texts = "\n".join(
-            _sample(sample, MAX_SAMPLE_CHARACTERS) for sample in latest if temperature_of(sample) == temperature
+            sample_html(sample, MAX_SAMPLE_CHARACTERS) for sample in latest if temperature_of(sample) == temperature
         )
         known = math.isfinite(temperature)
         heading = f"Temperature {temperature:g}" if known else "Temperature not recorded"
@@ -60,7 +60,7 @@ def _previews(run: Run, latest: Sequence[Mapping[str, Any]]) -> str:
     cut = f", {len(picked)} of {len(earlier)}" if len(picked) < len(earlier) else ""
     items = "\n".join(
         f"<li><h3>Step {format_count(number(sample['step']))}{_at_temperature(sample)}</h3>"
-        f"{_sample(sample, MAX_PREVIEW_CHARACTERS)}</li>"
+        f"{sample_html(sample, MAX_PREVIEW_CHARACTERS)}</li>"
         for sample in picked
     )
     return f"""<details><summary>Samples during training{cut}</summary>
@@ -74,7 +74,8 @@ def _at_temperature(sample: Mapping[str, Any]) -> str:
     return f", temperature {temperature:g}" if math.isfinite(temperature) else ""
 
 
-def _sample(sample: Mapping[str, Any], limit: int) -> str:
+def sample_html(sample: Mapping[str, Any], limit: int) -> str:
+    """Return a sample as HTML, cut after `limit` characters, with its prompt in bold."""
     prompt, text = prompt_and_text(sample)
     more = len(text) - limit
     tail = f"\n… ({more:,} more characters)" if more > 0 else ""

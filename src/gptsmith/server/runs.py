@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 
 from gptsmith.errors import GptsmithError
 from gptsmith.run_directory import (
+    is_evaluation,
     last_number,
     number,
     parse_rows,
@@ -43,7 +44,8 @@ Parse = Callable[[bytes], tuple[list[Row], int]]
 def _record(directory: Path) -> Row:
     """Return the contents of run.json with the options of the configuration as the command line has them."""
     run = read_run(directory)
-    return {name: value for name, value in run.info.items() if name != "schema"} | {"config": run.options}
+    record = {name: value for name, value in run.info.items() if name != "schema"} | {"config": run.options}
+    return record | ({"alarms": run.alarms} if run.alarms else {})
 
 
 class RunsDirectory:
@@ -97,6 +99,8 @@ def _summarize(name: str, directory: Path) -> Row:
         "time": last_number(run.metrics, "time"),
         "loss": last_number(run.metrics, "loss"),
         "val_loss": best.get("val_loss"),
+        "metric": run.selection.metric,
+        "best": best.get(run.selection.metric),
         "tokens_per_second": last_number(run.metrics, "tokens_per_second"),
     }
     safe: Row = json_safe(row)
@@ -179,14 +183,18 @@ class Follower:
     def __init__(self, name: str, directory: Path) -> None:
         self.name, self.directory = name, directory
         self.metrics, self.samples = Tail(directory / "metrics.jsonl"), Tail(directory / "samples.jsonl")
-        self._info_signature: Signature | None = None
+        self._info_signature: tuple[Signature | None, ...] = ()
         self._last_step = -math.inf
         self._started = False
+
+    def _signatures(self) -> tuple[Signature | None, ...]:
+        """Return the versions of the files that the record is read from."""
+        return tuple(_signature(self.directory / name) for name in ("run.json", "evaluations.jsonl"))
 
     def snapshot(self) -> Row:
         """Return everything about the run. Raise GptsmithError for a run that cannot be read."""
         self.metrics, self.samples = Tail(self.metrics.path), Tail(self.samples.path)
-        self._info_signature = _signature(self.directory / "run.json")
+        self._info_signature = self._signatures()
         info = _record(self.directory)
         metrics, samples = without_repeats(self.metrics.read()[0]), without_repeats(self.samples.read()[0])
         self._started, self._last_step = True, metrics[-1]["step"] if metrics else -math.inf
@@ -214,7 +222,7 @@ class Follower:
             self._started = False
             return []
         events: list[tuple[str, Any]] = []
-        signature = _signature(self.directory / "run.json")
+        signature = self._signatures()
         if signature != self._info_signature:
             with contextlib.suppress(GptsmithError):
                 events.append(("run", json_safe(_record(self.directory))))
@@ -247,9 +255,9 @@ def downsample(rows: Sequence[Mapping[str, Any]], limit: int = MAX_ROWS) -> list
     loss, so that spikes stay visible; all evaluations, the first row and the last."""
     if len(rows) <= limit:
         return list(rows)
-    training = [i for i, row in enumerate(rows) if "val_loss" not in row]
+    training = [i for i, row in enumerate(rows) if not is_evaluation(row)]
     length = math.ceil(2 * len(training) / limit)
-    kept = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if "val_loss" in row)}
+    kept = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if is_evaluation(row))}
     for start in range(0, len(training), length):
         interval = training[start : start + length]
         losses = [(number(rows[i].get("loss")), i) for i in interval]

@@ -59,8 +59,9 @@ class Display:
             self.bar.update(self.task, status=text)
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
-        """Show a row of training metrics: loss, last evaluation, speed, time left."""
-        status = f"loss {row['loss']:.3f}"
+        """Show a row of training metrics: loss or rewards, last evaluation, speed, time left."""
+        status = "  ".join(f"{name} {row[name]:.3f}" for name in ("reward", "kl", "entropy", "length") if name in row)
+        status = status or f"loss {row['loss']:.3f}"
         status += self.metric + f"  {row['tokens_per_second']:,.0f} tok/s"
         now = time.monotonic()
         if self.bar is not None:

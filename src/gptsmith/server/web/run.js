@@ -61,6 +61,16 @@ export class Run {
     return this.record.selection ?? VALIDATION_LOSS;
   }
 
+  // Whether the run learns from rewards: then its loss says nothing.
+  get isAlignment() {
+    return this.metrics.some((row) => "reward" in row || "val_reward" in row);
+  }
+
+  // Warnings of evaluations: [{step, message}].
+  get alarms() {
+    return this.record.alarms ?? [];
+  }
+
   get totalSteps() {
     return this.loop.steps;
   }
@@ -100,8 +110,34 @@ export class Run {
   }
 }
 
-// Keep every second row, and all validation losses.
-export const thin = (rows) => rows.filter((row, i) => i % 2 || "val_loss" in row);
+const isEvaluation = (row) => Object.keys(row).some((key) => key.startsWith("val_"));
+
+// Keep every second row, and all evaluations.
+export const thin = (rows) => rows.filter((row, i) => i % 2 || isEvaluation(row));
+
+// What runs that learn from rewards measure: {key, title, unit, min}. The metrics of evaluations are `val_` and the key.
+export const ALIGNMENT_METRICS = [
+  { key: "reward", title: "Reward" },
+  { key: "gold", title: "Gold", unit: "a reward that is not trained on" },
+  { key: "kl", title: "Divergence from the start", unit: "KL, nats per answer", min: 0 },
+  { key: "entropy", title: "Entropy", unit: "nats per token", min: 0 },
+  { key: "length", title: "Length", unit: "tokens per answer", min: 0 },
+  { key: "ended", title: "Answers that ended", unit: "share", min: 0 },
+  { key: "dead_groups", title: "Dead groups", unit: "share", min: 0 },
+  { key: "reward_std", title: "Spread of rewards", unit: "standard deviation", min: 0 },
+  { key: "clipped", title: "Clipped tokens", unit: "share", min: 0 },
+  { key: "gap", title: "Sampler against trainer", unit: "largest |Δ log p|, nats", min: 0 },
+  { key: "value_loss", title: "Value loss", unit: "squared reward", min: 0 },
+];
+
+// Those of them, and the parts of the reward, that a run has logged.
+export function alignmentMetrics({ metrics }) {
+  const keys = new Set(metrics.flatMap((row) => Object.keys(row)));
+  const parts = [...keys]
+    .filter((key) => key.startsWith("reward/"))
+    .map((key) => ({ key, title: `Reward ${key.slice("reward/".length)}` }));
+  return [...ALIGNMENT_METRICS, ...parts].filter(({ key }) => keys.has(key) || keys.has(`val_${key}`));
+}
 
 // One line: the budget, the steps, and how often the text is read.
 export function describePlan({ record, loop, budget }) {

@@ -4,7 +4,7 @@ import { request, streamEvents } from "./api.js";
 import { Chart, swatch } from "./chart.js";
 import { announce, h, setChildren, sleep } from "./dom.js";
 import { compactNumber, duration, exactNumber, shortDuration, significant } from "./format.js";
-import { describePlan, flatten, preferredSample, Run } from "./run.js";
+import { alignmentMetrics, describePlan, flatten, preferredSample, Run } from "./run.js";
 import { load, save } from "./store.js";
 
 const POLL_SECONDS = 4;
@@ -57,6 +57,8 @@ export function mount(root) {
       min: 0,
     }),
   };
+  const alignmentCharts = new Map(); // key -> Chart, made when a run has the metric
+  const alignmentRow = h("div.chart-row", { hidden: true });
   const legend = h("ul.series-legend", {});
   const axisButtons = h("div.segments", { role: "radiogroup", "aria-label": "Horizontal axis" });
   const logInput = h("input", {
@@ -101,6 +103,7 @@ export function mount(root) {
         h("label.check", { htmlFor: "log" }, logInput, " logarithmic"),
       ),
       charts.loss.element,
+      alignmentRow,
       h("div.chart-row", {}, charts.lr.element, charts.tokens_per_second.element, charts.grad_norm.element),
     ),
     sampleCard,
@@ -279,7 +282,9 @@ export function mount(root) {
       } else showOnly(row.name);
     };
     const inProgress = row.status === "running" && row.steps;
-    const loss = row.val_loss ?? row.loss;
+    const selects = typeof row.best === "number" && row.metric !== "val_loss";
+    const loss = selects ? row.best : (row.val_loss ?? row.loss);
+    const lossName = selects ? row.metric : row.val_loss === null ? "loss" : "val";
     return h(
       "li",
       { className: isPrimary ? "primary" : "" },
@@ -293,7 +298,7 @@ export function mount(root) {
           {},
           statusBadge(row.status, isStalled(row)),
           inProgress ? `${exactNumber(row.step)} of ${exactNumber(row.steps)} steps` : "",
-          typeof loss === "number" ? ` ${row.val_loss === null ? "loss" : "val"} ${loss.toFixed(3)}` : "",
+          typeof loss === "number" ? ` ${lossName} ${loss.toFixed(3)}` : "",
           row.error ? h("span.help", {}, row.error) : "",
         ),
       ),
@@ -336,6 +341,7 @@ export function mount(root) {
           `The run is marked as running but has written nothing for ${duration(row.quiet)}. ` +
             "If its process was killed, continue it with `gptsmith train --resume`.",
         ),
+      run.alarms.map(({ step, message }) => h("p.failed", {}, `Alarm at step ${exactNumber(step)}: ${message}`)),
       drawTiles(run),
       h("progress", { max: 1, value: run.progress, "aria-label": "Progress" }),
     );
@@ -364,7 +370,9 @@ export function mount(root) {
       "dl.tiles",
       {},
       tile("Step", exactNumber(run.step ?? 0), run.totalSteps ? `of ${exactNumber(run.totalSteps)}${left}` : ""),
-      tile("Training loss", run.last("loss")?.toFixed(3) ?? "–", LOSS_UNIT),
+      run.isAlignment
+        ? tile("Reward", run.last("reward")?.toFixed(3) ?? "–", "of the last answers in training")
+        : tile("Training loss", run.last("loss")?.toFixed(3) ?? "–", LOSS_UNIT),
       tile(metricName, best?.[metric].toFixed(3) ?? "–", best ? `best, at step ${exactNumber(best.step)}` : ""),
       tile("Throughput", compactNumber(run.last("tokens_per_second")), "tokens per second"),
       tile("Parameters", compactNumber(run.record.parameters), "trainable"),
@@ -420,6 +428,8 @@ export function mount(root) {
       }));
       charts[key].show(series.filter(notEmpty), AXES[axis], false);
     }
+    charts.loss.element.hidden = runs.length > 0 && runs.every((run) => run.isAlignment);
+    drawAlignment(runs, { several, validationColor, seriesName });
     const legendRow = (color, label) => h("li", {}, swatch(color), label);
     const legendRows = runs.flatMap((run) =>
       several
@@ -427,6 +437,35 @@ export function mount(root) {
         : [legendRow(run.color, "training"), legendRow(validationColor(run), "validation")],
     );
     setChildren(legend, legendRows);
+  }
+
+  // What runs that learn from rewards measure, in training and on held-out prompts.
+  function drawAlignment(runs, { several, validationColor, seriesName }) {
+    const aligned = runs.filter((run) => run.isAlignment);
+    const metrics = new Map(aligned.flatMap(alignmentMetrics).map((metric) => [metric.key, metric]));
+    alignmentRow.hidden = metrics.size === 0;
+    for (const [key, { title, unit, min }] of metrics) {
+      if (!alignmentCharts.has(key)) {
+        const chart = new Chart({ title, unit, format: significant, height: 190, min });
+        alignmentCharts.set(key, chart);
+        alignmentRow.append(chart.element);
+      }
+      const series = aligned.flatMap((run) => [
+        { name: seriesName(run, "training"), color: run.color, points: run.points(key, axis), faint: several },
+        {
+          name: seriesName(run, "held-out"),
+          color: validationColor(run),
+          points: run.points(`val_${key}`, axis),
+          dots: true,
+        },
+      ]);
+      alignmentCharts.get(key).show(
+        series.filter(({ points }) => points.length > 0),
+        AXES[axis],
+        false,
+      );
+    }
+    for (const [key, chart] of alignmentCharts) chart.element.hidden = !metrics.has(key);
   }
 
   function drawSamples() {
