@@ -228,8 +228,8 @@ def refusal(function: Callable[[], object], *, because: str = "") -> Verdict:
     try:
         function()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return because in reason, f"refused: {reason[:80]}"
+        reason = f"{type(error).__name__}: {error}"
+        return because in reason, f"refused: {shortened(reason)}"
     return False, "accepted without a word"
 
 
@@ -308,7 +308,7 @@ def _(place: Path) -> Verdict:
         trainer = dpo(place / kind, directory=directory, reference=reference, loss_type=kind, **extra)
         trainer.train()
         losses[kind] = round(logged(trainer, "loss")[0], 5)
-    return len(set(losses.values())) == len(losses), json.dumps(losses)
+    return len(set(losses.values())) == len(losses), ", ".join(f"{kind} {loss}" for kind, loss in losses.items())
 
 
 @case("TRL", "B1")
@@ -342,7 +342,7 @@ def _(place: Path) -> Verdict:
         trainer = sft(place, chats(), assistant_only_loss=True)
         batch = next(iter(trainer.get_train_dataloader()))
     except Exception as error:
-        return True, f"refused: {' '.join(str(error).split())[:80]}"
+        return True, f"refused: {shortened(error)}"
     trained = int((batch["labels"] != -100).sum())
     return trained > 0, f"{trained} tokens are trained"
 
@@ -425,7 +425,7 @@ def _(place: Path) -> Verdict:
     try:
         leak = _leak(sft(place, rows(8), padding_free=True, max_length=None))
     except Exception as error:
-        return False, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        return False, f"{type(error).__name__}: {shortened(error)}"
     return leak == 0, f"logits change by {leak:.3g} with another document"
 
 
@@ -621,7 +621,7 @@ def _(place: Path) -> Verdict:
     try:
         again = PeftModel.from_pretrained(base, place / "adapter").eval()
     except Exception as error:
-        return False, f"the adapter does not load on its model: {' '.join(str(error).split())[:80]}"
+        return False, f"the adapter does not load on its model: {shortened(error)}"
     with torch.no_grad():
         gap = float((again(torch.tensor([[5, len(tokenizer) - 1]])).logits - expected).abs().max())
     return gap < 1e-4, f"logits differ by {gap:.3g} after loading"
@@ -723,8 +723,14 @@ def ask(program: str, trap: str) -> tuple[str, str]:
     said = (" ".join(text.split()) for text in texts)
     told = [text for text in said if warning and re.search(warning, text)]
     if told and not passes:
-        return "warns", f"{seen}; it says: {told[0][:160]}"
+        return "warns", f"{seen}; it says: {shortened(told[0])}"
     return ("passes" if passes else "fails"), seen
+
+
+def shortened(text: object) -> str:
+    """Return a message in one line, without what varies."""
+    line = re.sub(r"/tmp/\S+|\{'prompt.*?\}", "…", " ".join(str(text).split()))
+    return line if len(line) <= 110 else f"{line[:110].rsplit(' ', 1)[0]} …"
 
 
 def page(result: dict[str, Any]) -> str:
