@@ -28,6 +28,12 @@ class Distill(TuneOptions):
 
 def main(arguments: list[str]) -> int:
     chosen, overrides = parse_tune(Distill, DistillConfig, "distill", arguments)
+    check(chosen)
+    return train_or_resume(chosen, overrides, ["distill", *arguments], began=BEGAN, objective="distill")
+
+
+def check(chosen: TuneOptions) -> None:
+    """Raise UsageError where a new run has no teacher."""
+    assert isinstance(chosen.method, DistillConfig)
     if chosen.resume is None and chosen.method.teacher is None:
         raise UsageError("No teacher given. Use: gptsmith distill STUDENT DATA --teacher MODEL")
-    return train_or_resume(chosen, overrides, ["distill", *arguments], began=BEGAN, objective="distill")

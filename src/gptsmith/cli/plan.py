@@ -24,7 +24,11 @@ ENDLESS = 10**15  # assumed tokens where there is no text
 
 @dataclass(frozen=True)
 class Plan(RunOptions):
-    """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train."""
+    """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train.
+
+    `gptsmith plan sft MODEL DATA` and `gptsmith plan distill STUDENT DATA --teacher MODEL` forecast tuning runs. They
+    take the options of those commands.
+    """
 
     data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA ...]")] = ()
     """The text to train on, if you have it. Gives the vocabulary, the length and the time of evaluations."""
@@ -35,10 +39,13 @@ class Plan(RunOptions):
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("sft", "distill"):
+        from gptsmith.cli import plan_tuning
+
+        return plan_tuning.main(arguments[0], arguments[1:])
     chosen, overrides = parse_run(Plan, "plan", arguments)
     refuse_processes(chosen.run, "plan")
-    if chosen.price_per_hour is not None and not chosen.price_per_hour >= 0:
-        raise UsageError(f"--price-per-hour must be 0 or more, not {chosen.price_per_hour}.")
+    check_price(chosen.price_per_hour)
     config, began = chosen.run, time.monotonic()
     if config.auto.budget is not None:
         from gptsmith.train.budget.parse import Budget
@@ -63,6 +70,11 @@ def main(arguments: list[str]) -> int:
     found = forecast(config, model_config, text, device, price_per_hour=chosen.price_per_hour)
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else describe(found))
     return 0
+
+
+def check_price(price_per_hour: float | None) -> None:
+    if price_per_hour is not None and not price_per_hour >= 0:
+        raise UsageError(f"--price-per-hour must be 0 or more, not {price_per_hour}.")
 
 
 def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> tuple[RunConfig, Text | None, Text]:

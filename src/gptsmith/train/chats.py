@@ -18,6 +18,7 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.tokenizer.chatml import with_chat_template
+from gptsmith.train.budget import tuning
 from gptsmith.train.config import PreferenceConfig, RunConfig, SftConfig
 from gptsmith.train.init import Init, with_tokens
 from gptsmith.train.row_files import RowFiles, num_held_out
@@ -176,7 +177,8 @@ def settle(config: RunConfig, overrides: Collection[str], prepared: Any) -> RunC
     chats = prepared.within(config.loop.context, on_long=method.too_long)
     rows = len(pack(chats.train.lengths - 1, config.loop.context)) if method.packing else len(chats.train)
     if "batch_size" not in overrides:
-        config = config.replace(batch_size=min(config.loop.batch_size, rows))
+        size = tuning.batch_for(rows) if tuning.has_rules(config) else config.loop.batch_size
+        config = config.replace(batch_size=min(size, rows))
     if "steps" not in overrides:
         steps = max(1, math.ceil(method.epochs * rows / config.loop.batch_size))
         config = config.replace(steps=steps)

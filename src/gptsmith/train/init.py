@@ -19,6 +19,7 @@ from gptsmith.optim.build import Optimizers
 from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import adapt, is_on
+from gptsmith.train.budget import tuning
 from gptsmith.train.budget.recipe import INIT_LR_FACTOR
 from gptsmith.train.config import AdapterConfig, OptimConfig, RunConfig
 from gptsmith.train.variation import ModelFactory
@@ -125,13 +126,18 @@ def adapted_to_init(
     longest: int = MOST_INIT_CONTEXT,
 ) -> RunConfig:
     """Return `config` with the context, optimizer and learning rates that suit the model, where the user has not set
-    them, and with the decision whether to train an adapter.
+    them, and with the decision whether to train an adapter. Within a budget, fine-tuning has rules of its own for them
+    (`gptsmith.train.budget.tuning`), whose reasons are printed.
 
-    lora: train one by default. longest: default sequence length, where the model allows more. An adapter is trained by
-    AdamW, a whole model by the optimizer that pretrained it: the other one disturbs what the model knows (2605.10468).
+    lora: train an adapter by default. longest: default sequence length, where the model allows more. An adapter is
+    trained by AdamW, a whole model by the optimizer that pretrained it: the other one disturbs what the model knows
+    (2605.10468).
     Raises UsageError for a context longer than the model's.
     """
     model, most = init.config, init.config.max_position_embeddings
+    by_rules = tuning.has_rules(config)
+    if by_rules:
+        lora = tuning.suits_adapter(model)
     adapter = _wants_adapter(config, overrides) or (lora and config.adapter.lora == "auto")
     config = config.replace(lora="on" if adapter else "off")
     if "optim.name" not in overrides:
@@ -148,6 +154,10 @@ def adapted_to_init(
             else f"extend it first: gptsmith export {config.init.init} --context {config.loop.context} --out DIR"
         )
         raise UsageError(f"--context {config.loop.context} is longer than the model's {most}: {why}.")
+    if by_rules:
+        config, reason = tuning.adapted(config, overrides, model)
+        note(reason)
+        return config
     factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR
     if is_on(config.adapter):
         factor *= LORA_LR_FACTOR

@@ -32,6 +32,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
 from gptsmith.run_directory import SCHEMA, Run, read_run
 from gptsmith.runtime import (
+    ChosenPrecision,
     choose_device,
     choose_precision,
     compiler_available,
@@ -41,10 +42,11 @@ from gptsmith.runtime import (
 from gptsmith.storage import explain_os_errors, remove_temporaries
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import is_on
+from gptsmith.train.budget import tuning
 from gptsmith.train.budget.machine import this_machine
 from gptsmith.train.budget.parse import Budget
+from gptsmith.train.budget.recipe import Plan, choose, settled
 from gptsmith.train.budget.recipe import Text as TextSize
-from gptsmith.train.budget.recipe import choose, settled
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, with_options
 from gptsmith.train.init import (
@@ -223,12 +225,9 @@ def _start_in(
     if config.auto.budget is not None or config.auto.depth is not None:
         if dataset is None:
             raise UsageError("a budget or a depth needs a text, whose length its rules depend on. Set --steps instead.")
-        size = dataset.record()
-        text = TextSize(size["train_tokens"], size["val_tokens"], tokenizer.vocab_size, init.config if init else None)
-        machine = this_machine(device, precision, config.loop.compile)
-        # Of a method with rules of its own (`settle`), a budget chooses the steps alone.
-        fixed = overrides if method.settle is as_configured else settled(config)
-        plan = choose(config, fixed, text, machine, spent=time.monotonic() - began)
+        plan = planned(
+            config, overrides, method, dataset, tokenizer, init, device, precision, spent=time.monotonic() - began
+        )
         config = plan.config
         for reason in plan.reasons:
             note(reason)
@@ -272,6 +271,30 @@ def _start_in(
         session.run.update(parameters=session.model.num_parameters())
         note(summary(session, config, dataset))
         return session.train(on_end)
+
+
+def planned(
+    config: RunConfig,
+    overrides: Collection[str],
+    method: Method,
+    dataset: Prepared,
+    tokenizer: Tokenizer,
+    init: Init | None,
+    device: torch.device,
+    precision: ChosenPrecision,
+    *,
+    spent: float,
+) -> Plan:
+    """Return the plan of a run within a budget, or of a depth. spent: seconds of the budget that have passed."""
+    size = dataset.record()
+    text = TextSize(size["train_tokens"], size["val_tokens"], tokenizer.vocab_size, init.config if init else None)
+    if tuning.has_rules(config):
+        least = 0 if {*overrides} & {"batch_size", "micro_batch_size"} else tuning.LEAST_UPDATES
+        text = replace(text, most_passes=tuning.MOST_PASSES, least_updates=least)
+    machine = this_machine(device, precision, config.loop.compile)
+    # Of a method with rules of its own (`settle`), a budget chooses the steps alone.
+    fixed = overrides if method.settle is as_configured else settled(config)
+    return choose(config, fixed, text, machine, spent=spent)
 
 
 def _session(

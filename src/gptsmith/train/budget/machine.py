@@ -11,7 +11,7 @@ import torch
 
 from gptsmith.errors import GptsmithError
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.flops import count_parameters
+from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision, available_cores, compiler_available, out_of_memory, synchronize
 from gptsmith.train.adapter import adapt
@@ -67,8 +67,9 @@ def seconds_per_update(
     Random numbers are left as they were. Of a large batch a part is timed, as large as memory allows; GptsmithError
     where not even one sequence fits.
     """
-    objective = objective or example_objective(config, model_config)
-    rows = min(config.loop.micro_batch_size or config.loop.batch_size, max(1, MOST_TOKENS // config.loop.context))
+    objective, context = objective or example_objective(config, model_config), config.loop.context
+    short = int(LONGEST * default_flops(device) / (context * flops_per_token(model_config, context)))
+    rows = max(1, min(config.loop.micro_batch_size or config.loop.batch_size, MOST_TOKENS // context, short))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while True:
             try:

@@ -20,6 +20,7 @@ from gptsmith.train.config import AdapterConfig, RunConfig, option_places
 
 SHALLOWEST, DEEPEST = 2, 35  # range of --depth: 0.4M to 8B parameters
 FEWEST_STEPS = 30  # fewer updates learn nothing
+MOST_PASSES = 60.0  # more passes over the same text do not help
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Text:
     vocab_size: int
     init: ModelConfig | None = None
     """The model that training starts from, where there is one: its size is fixed."""
+    most_passes: float = MOST_PASSES
+    """A budget of time ends early rather than make more passes over the data."""
+    least_updates: int = 0
+    """Make a chosen batch smaller where fewer updates would fit into the budget. 0: leave it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,6 @@ class Plan:
 # -- the rules ---------------------------------------------------------------------------------------------------------
 
 TOKENS_PER_PARAMETER = 5.0
-MOST_PASSES = 60.0  # more passes over the same text do not help
 
 MOST_CHARACTERS = 256  # in the alphabet of a character-level tokenizer
 LONG_TEXT = 4_000_000  # characters; for longer texts byte pairs are better than characters
@@ -226,10 +230,10 @@ def _by_time(
             f"{FEWEST_STEPS * per_update:.0f} s here, and starting, evaluating and reporting "
             f"{budget.amount - usable:.0f} s. Give at least {math.ceil(need)}s."
         )
-    most = int(MOST_PASSES * text.train_tokens / (loop.batch_size * loop.context))
+    most = max(1, int(text.most_passes * text.train_tokens / (loop.batch_size * loop.context)))
     early = ""
     if steps > most:
-        steps, early = most, f"; it will end early: more than {MOST_PASSES:.0f} passes over this text do not help"
+        steps, early = most, f"; it will end early: more than {text.most_passes:.0f} passes over this text do not help"
     chosen = _with_steps(chosen, overrides, text, steps, split.evaluations)
     if split.eval_tokens < text.val_tokens:
         chosen = chosen.replace(eval_tokens=split.eval_tokens)
@@ -309,6 +313,10 @@ def _filled(config: RunConfig, overrides: Collection[str], text: Text, tokens: f
     if "batch_size" not in overrides:
         size, unit = max(1, batch_for(tokens) // loop.context), (micro or 1) * config.parallel.processes
         config = config.replace(batch_size=unit * -(-size // unit))
+    if text.least_updates:
+        rows = int(tokens / (loop.context * text.least_updates))
+        size = config.parallel.processes * max(1, rows // config.parallel.processes)
+        config = config.replace(batch_size=min(config.loop.batch_size, size))
     lr, embedding_lr = rates_for(config.loop.batch_size * loop.context)
     if text.init is not None:
         lr, embedding_lr = lr * INIT_LR_FACTOR, embedding_lr * INIT_LR_FACTOR

@@ -1,0 +1,65 @@
+"""Rules that turn a budget into a fine-tuning run: what is trained, at which rate, in which batches, for how long.
+
+docs/recipes.md has the sweep behind each rule. Options that the user has set are never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.flops import count_parameters
+from gptsmith.train.config import RunConfig, SftConfig
+
+LARGEST_FULL = 30_000_000  # parameters up to which all weights are trained
+RANK = 16
+MOST_PASSES = 4.0  # more passes over the same conversations raise the held-out loss
+UPDATES_PER_PASS = 16  # at least, where there are as many rows
+LARGEST_BATCH = 8  # rows
+LEAST_UPDATES = 60  # in a budget: the batch becomes smaller for them
+
+
+def has_rules(config: RunConfig) -> bool:
+    """Return whether the rules of this module apply: to fine-tuning and distillation within a budget."""
+    return config.auto.budget is not None and isinstance(config.method, SftConfig)
+
+
+def suits_adapter(model: ModelConfig) -> bool:
+    """Return whether to train an adapter: of a large model. A small one learns more with all its weights."""
+    return count_parameters(model).total > LARGEST_FULL
+
+
+def rates_for(hidden_size: int, optimizer: str, *, adapter: bool) -> tuple[float, float]:
+    """Return the peak learning rate, and Muon's second one, that of AdamW for embeddings, head and norms.
+
+    With AdamW it falls with the root of the width. That of an adapter is larger by `ADAPTER_FACTOR`. Muon's does not
+    depend on the width.
+    """
+    if optimizer == "muon":
+        return 0.003, 0.0015
+    rate = 1e-3 * math.sqrt(128 / hidden_size) * (10 if adapter else 1)
+    return float(f"{rate:.2g}"), float(f"{rate:.2g}")
+
+
+def batch_for(rows: int) -> int:
+    """Return rows per update: a power of two with enough updates in a pass. rows: of one pass, packed."""
+    return int(2 ** max(0, min(math.log2(LARGEST_BATCH), math.floor(math.log2(max(1, rows / UPDATES_PER_PASS))))))
+
+
+def adapted(config: RunConfig, overrides: Collection[str], model: ModelConfig) -> tuple[RunConfig, str]:
+    """Fill in the rank and the learning rates, once it is settled whether an adapter is trained.
+
+    Return the reason, too.
+    """
+    adapter, optim = config.adapter.lora == "on", config.optim
+    if adapter and "lora.rank" not in overrides:
+        config = config.replace(**{"lora.rank": RANK})
+    lr, embedding_lr = rates_for(model.hidden_size, optim.name, adapter=adapter)
+    rates = {"lr": lr} | ({"embedding_lr": embedding_lr} if optim.name == "muon" else {})
+    config = config.replace(optim={name: value for name, value in rates.items() if f"optim.{name}" not in overrides})
+    size = count_parameters(model).total / 1e6
+    what = f"an adapter of rank {config.adapter.rank}" if adapter else "all weights"
+    why = "as set" if any(name.startswith("lora") for name in overrides) else f"usual for {size:.3g}M parameters"
+    reason = f"trains {what}, {why}; learning rate {config.optim.lr:g} for a width of {model.hidden_size}"
+    return config, reason
