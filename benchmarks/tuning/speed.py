@@ -174,7 +174,6 @@ def main() -> None:
         base = common.small_model(a.models / "speed", layers=6)
         chat = gptsmith.sft(base, data, out=place / "chat", lora="off", steps=1, **common.QUIET)  # has a template
         export_directory(chat.directory, place / "small", dtype="fp32")
-        export_directory("smollm2-135m", place / "smollm2", dtype="fp32")
 
         def work(who: str, model: Path, *options: object) -> dict[str, Any]:
             found = common.child(__file__, "--work", who, model, data, *options)

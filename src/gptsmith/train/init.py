@@ -135,9 +135,6 @@ def adapted_to_init(
     Raises UsageError for a context longer than the model's.
     """
     model, most = init.config, init.config.max_position_embeddings
-    by_rules = tuning.has_rules(config)
-    if by_rules:
-        lora = tuning.suits_adapter(model)
     adapter = _wants_adapter(config, overrides) or (lora and config.adapter.lora == "auto")
     config = config.replace(lora="on" if adapter else "off")
     if "optim.name" not in overrides:
@@ -154,7 +151,7 @@ def adapted_to_init(
             else f"extend it first: gptsmith export {config.init.init} --context {config.loop.context} --out DIR"
         )
         raise UsageError(f"--context {config.loop.context} is longer than the model's {most}: {why}.")
-    if by_rules:
+    if tuning.has_rules(config):
         config, reason = tuning.adapted(config, overrides, model)
         note(reason)
         return config

@@ -42,11 +42,6 @@ def test_the_rules_are_for_fine_tuning_and_distillation_within_a_budget() -> Non
     assert not tuning.has_rules(RunConfig(method=PretrainConfig()).replace(budget="10m"))
 
 
-def test_small_models_are_trained_whole_and_large_ones_by_an_adapter() -> None:
-    assert not tuning.suits_adapter(SMALL)
-    assert tuning.suits_adapter(LARGE)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_rates_fall_with_the_width_and_are_larger_for_an_adapter(optimizer: str) -> None:
     def rate(width: int, adapter: bool) -> float:
@@ -63,7 +58,7 @@ def test_options_that_the_user_has_set_are_kept_and_the_reason_says_so() -> None
     assert config.adapter.rank == tuning.RANK
     assert config.optim.lr == tuning.rates_for(576, "adamw", adapter=True)[0]
     assert f"rank {tuning.RANK}" in reason
-    assert "135M parameters" in reason
+    assert "as usual" in reason
 
     mine = tuned(lora="on", **{"lora.rank": 3}, optim={"name": "adamw", "lr": 0.5})
     config, reason = tuning.adapted(mine, {"lora", "lora.rank", "optim.lr"}, LARGE)

@@ -9,12 +9,10 @@ import math
 from collections.abc import Collection
 
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.flops import count_parameters
 from gptsmith.train.config import RunConfig, SftConfig
 
-LARGEST_FULL = 30_000_000  # parameters up to which all weights are trained
 RANK = 16
-MOST_PASSES = 4.0  # more passes over the same conversations raise the held-out loss
+MOST_PASSES = 4.0  # over the same conversations; not swept
 UPDATES_PER_PASS = 16  # at least, where there are as many rows
 LARGEST_BATCH = 8  # rows
 LEAST_UPDATES = 60  # in a budget: the batch becomes smaller for them
@@ -25,20 +23,15 @@ def has_rules(config: RunConfig) -> bool:
     return config.auto.budget is not None and isinstance(config.method, SftConfig)
 
 
-def suits_adapter(model: ModelConfig) -> bool:
-    """Return whether to train an adapter: of a large model. A small one learns more with all its weights."""
-    return count_parameters(model).total > LARGEST_FULL
-
-
 def rates_for(hidden_size: int, optimizer: str, *, adapter: bool) -> tuple[float, float]:
     """Return the peak learning rate, and Muon's second one, that of AdamW for embeddings, head and norms.
 
-    With AdamW it falls with the root of the width. That of an adapter is larger by `ADAPTER_FACTOR`. Muon's does not
-    depend on the width.
+    AdamW's falls with the width, so that 576 gets 0.001 for an adapter. Muon's does not depend on the width; it was not
+    swept.
     """
     if optimizer == "muon":
-        return 0.003, 0.0015
-    rate = 1e-3 * math.sqrt(128 / hidden_size) * (10 if adapter else 1)
+        return 0.002, 0.001
+    rate = 0.01 * min(1.0, (128 if adapter else 64) / hidden_size) ** 1.5
     return float(f"{rate:.2g}"), float(f"{rate:.2g}")
 
 
@@ -58,8 +51,7 @@ def adapted(config: RunConfig, overrides: Collection[str], model: ModelConfig) -
     lr, embedding_lr = rates_for(model.hidden_size, optim.name, adapter=adapter)
     rates = {"lr": lr} | ({"embedding_lr": embedding_lr} if optim.name == "muon" else {})
     config = config.replace(optim={name: value for name, value in rates.items() if f"optim.{name}" not in overrides})
-    size = count_parameters(model).total / 1e6
     what = f"an adapter of rank {config.adapter.rank}" if adapter else "all weights"
-    why = "as set" if any(name.startswith("lora") for name in overrides) else f"usual for {size:.3g}M parameters"
+    why = "as set" if any(name.startswith("lora") for name in overrides) else "as usual for this method"
     reason = f"trains {what}, {why}; learning rate {config.optim.lr:g} for a width of {model.hidden_size}"
     return config, reason
