@@ -93,6 +93,25 @@ def test_peft_loads_a_checkpoint(base: Path, text_file: Path, tmp_path: Path) ->
         assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_new_tokens_are_trained_and_saved_whatever_the_weights_are_held_in(
+    quantize: str, base: Path, words: str, tmp_path: Path
+) -> None:
+    """The base has no chat template: its tokens are new, and start as the mean of the others."""
+    prompt, answer = words.split()[:2]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    run = gptsmith.sft(base, chats, out=tmp_path / "run", **{"lora.quantize": quantize, "lora.rank": 2}, **OPTIONS)
+    before, _ = gptsmith.load(base)
+    after, _ = gptsmith.load(run)
+    known = before.config.vocab_size
+    new = after.embed_tokens.weight[known:]
+    assert len(new)
+    mean = before.embed_tokens.weight.mean(dim=0)
+    assert all(float((row - mean).abs().max()) > 1e-4 for row in new)
+
+
 def test_the_model_has_gone(base: Path, text_file: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(base, tmp_path / "base", symlinks=True))
     run = gptsmith.fit(text_file, init=copy, lora={"rank": 4}, out=tmp_path / "run", **OPTIONS)

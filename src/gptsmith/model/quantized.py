@@ -15,7 +15,7 @@ Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -284,8 +284,10 @@ def replace_matrices(model: Transformer, replacement: Callable[[str, Tensor], Qu
     return model
 
 
-def quantize(model: Transformer, bits: Bits) -> Transformer:
+def quantize(model: Transformer, bits: Bits, *, keep: Collection[str] = ()) -> Transformer:
     """Quantize the model's matrices to 4 or 8 bits, in place (see `replace_matrices`), and return it.
+
+    keep: modules that stay as they are (`embed_tokens`, with which a tied output layer stays, too).
 
     Embeddings and output layer always have 8 bits, since 4 would cost most quality there.
     Raises UsageError for another number of bits, or if there is nothing to quantize.
@@ -293,7 +295,9 @@ def quantize(model: Transformer, bits: Bits) -> Transformer:
     if bits not in (4, 8):
         raise UsageError(f"--bits must be 4 or 8, not {bits}.")
 
-    def quantized(name: str, weight: Tensor) -> QuantizedMatrix:
+    def quantized(name: str, weight: Tensor) -> QuantizedMatrix | None:
+        if name.removesuffix(".weight") in keep:
+            return None
         outer = name in ("lm_head.weight", "embed_tokens.weight")
         return QuantizedMatrix.of(encode(weight.detach(), 8 if outer else bits))
 

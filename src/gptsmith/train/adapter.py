@@ -25,6 +25,6 @@ def adapt(model: Transformer, adapter: AdapterConfig, *, train_fully: tuple[str,
     if not is_on(adapter):
         return model
     if adapter.quantize != "none":
-        quantize(model, _BITS[adapter.quantize])
+        quantize(model, _BITS[adapter.quantize], keep=train_fully)
     add_lora(model, adapter, adapter_layout(model), train_fully=train_fully)
     return model
