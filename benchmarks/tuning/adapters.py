@@ -2,7 +2,7 @@
 
 Task: 400 rows of alpaca_en_demo, one pass, held-out loss per answer token. Base: a llama-layout model of 4 layers and
 4,096 byte pairs, pretrained on wiki-summaries with AdamW. `rates` sweeps the learning rate over widths, for all
-weights and for rank 16; `passes` and `batches` vary the length of a run and the rows per update at width 128; `table`
+weights and for rank 16; `table`
 compares ranks and quantized weights at width 128, each at the rate of the rule, over three seeds. Every run is a
 process of its own: memory is its peak; time is that of the processor with one thread, for preparing, training and two
 evaluations.
@@ -30,8 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 RATES = {"full": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA rank 16": (3e-3, 1e-2, 3e-2)}
 ROWS = 400  # of the demo set
-BATCHES = (1, 2, 4, 8)
-EVALUATED = 24  # updates between evaluations in the sweep of passes
 
 
 def tune(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,32 +79,6 @@ def rates(models: Path, jobs: int) -> dict[str, Any]:
     return made
 
 
-def passes(models: Path, jobs: int, full_rate: float, lora_rate: float) -> dict[str, Any]:
-    """Method -> held-out losses along a run of 8 passes, evaluated 8 times."""
-    wanted = {
-        name: METHODS[name] | {"epochs": 8, "eval_every": EVALUATED, "optim": {"name": "adamw", "lr": rate}}
-        for name, rate in (("full", full_rate), ("LoRA rank 16", lora_rate))
-    }
-    with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda options: work(models / "adamw-128", options), wanted.values())
-    return {name: [each["start"], *each["between"], each["loss"]] for name, each in zip(wanted, found, strict=True)}
-
-
-def batches(models: Path, jobs: int, full_rate: float, lora_rate: float) -> dict[str, Any]:
-    """Method -> rows per update -> loss."""
-    wanted = {
-        (name, size): METHODS[name] | {"batch_size": size, "optim": {"name": "adamw", "lr": rate}}
-        for name, rate in (("full", full_rate), ("LoRA rank 16", lora_rate))
-        for size in BATCHES
-    }
-    made: dict[str, Any] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda options: work(models / "adamw-128", options), wanted.values())
-    for (name, size), each in zip(wanted, found, strict=True):
-        made.setdefault(name, {})[str(size)] = each["loss"]
-    return made
-
-
 def table(models: Path, jobs: int, seeds: int, full_rate: float, lora_rate: float) -> dict[str, Any]:
     """Method -> means over the seeds."""
 
@@ -136,7 +108,7 @@ def table(models: Path, jobs: int, seeds: int, full_rate: float, lora_rate: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("bases", "rates", "passes", "batches", "table", "work"))
+    parser.add_argument("what", choices=("bases", "rates", "table", "work"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/tuning_adapters_WHAT.json")
     parser.add_argument("--models", type=Path, default=common.MODELS, help="where base models are kept")
     parser.add_argument("--seeds", type=int, default=3)
@@ -155,12 +127,7 @@ def main() -> None:
     if a.what == "bases":
         return
     both = a.full_rate, a.lora_rate
-    if a.what == "rates":
-        found = rates(a.models, a.jobs)
-    elif a.what == "table":
-        found = table(a.models, a.jobs, a.seeds, *both)
-    else:
-        found = {"passes": passes, "batches": batches}[a.what](a.models, a.jobs, *both)
+    found = rates(a.models, a.jobs) if a.what == "rates" else table(a.models, a.jobs, a.seeds, *both)
     result = {"pretraining_steps": WIDTHS, a.what: found}
     print(json.dumps(result, indent=1))
     if a.save:

@@ -187,7 +187,7 @@ def main() -> None:
             options: tuple[object, ...] = () if part == "full" else ("--lora",)
             model, asked = place / "small", list(CONTESTANTS)
             if part == "smollm2":
-                options, asked = (*options, "--batch", 4, "--steps", 5), list(CONTESTANTS[1:])
+                options, asked = (*options, "--batch", 4, "--steps", 3), list(CONTESTANTS[1:])
                 export_directory("smollm2-135m", place / "smollm2", dtype="fp32")
                 model = place / "smollm2"
             runs: dict[str, list[dict[str, Any]]] = {who: [] for who in asked}
