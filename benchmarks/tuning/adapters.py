@@ -2,10 +2,9 @@
 
 Task: 400 rows of alpaca_en_demo, one pass, held-out loss per answer token. Base: a llama-layout model of 4 layers and
 4,096 byte pairs, pretrained on wiki-summaries with AdamW. `rates` sweeps the learning rate over widths, for all
-weights and for rank 16; `table`
-compares ranks and quantized weights at width 128, each at the rate of the rule, over three seeds. Every run is a
-process of its own: memory is its peak; time is that of the processor with one thread, for preparing, training and two
-evaluations.
+weights and for rank 16; `table` compares ranks and quantized weights at width 128, each at the rate of the rule, over
+three seeds. Every run is a process of its own: memory is its peak; time is that of the processor with one thread, for
+preparing, training and two evaluations.
 """
 
 from __future__ import annotations
