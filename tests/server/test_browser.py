@@ -20,9 +20,12 @@ from typing import Any
 
 import pytest
 
+import gptsmith
+from gptsmith.checkpoint import save_checkpoint
 from gptsmith.data.conversations import Counts
 from gptsmith.data.preferences import Preference, read_preferences
 from gptsmith.log import JsonLines
+from gptsmith.server.reward_check import RewardCheck
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer.chat import ChatTemplate
 
@@ -648,7 +651,7 @@ def counted(page: Page, text: str) -> None:
     page.locator(".counter", has_text=re.compile(f"^{text}")).wait_for()
 
 
-def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open) -> None:
+def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open, tmp_path: Path) -> None:
     page = open_page(collecting.url, COMPARE)
     counted(page, "0 comparisons")
     asked: list[dict[str, Any]] = []
@@ -691,6 +694,14 @@ def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open) -> No
         said += [preference.chosen.messages[-1]["content"], preference.rejected.messages[-1]["content"]]
     assert said == [row[name] for row in rows if "chosen" in row for name in ("chosen", "rejected")]
     assert len(said) == 16
+
+    base = tmp_path / "base"
+    save_checkpoint(base, collecting.reference["tiny"].model, collecting.tokenizers["tiny"])
+    options = {"steps": 2, "batch_size": 2, "val_fraction": 0.25, "device": "cpu", "compile": "off"}
+    trained = gptsmith.reward(base, collecting.file, out=tmp_path / "rm", **options)
+    assert trained.status == "finished"
+    judged = RewardCheck(str(tmp_path / "rm")).status([row for row in rows if "chosen" in row], 0, seconds=60)
+    assert (judged.scored, judged.pending, judged.skipped) == (8, 0, 0)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -924,6 +935,31 @@ def test_a_run_is_followed_live(site: Any, open_page: Open) -> None:
         step_shown(page, 200)
     finally:
         shutil.rmtree(live)
+
+
+def test_a_run_that_learns_from_rewards(site: Any, open_page: Open) -> None:
+    run = write_run(site.runs / "aligned", steps=100, rows=10)
+    try:
+        for step in range(10, 110, 10):
+            JsonLines(run / "metrics.jsonl").append(
+                step=step, time=step, reward=step / 50, kl=step / 20, dead_groups=0.5
+            )
+            JsonLines(run / "metrics.jsonl").append(step=step, time=step, val_reward=step / 60, val_gold=0.5)
+        JsonLines(run / "evaluations.jsonl").append(step=80, reward=[1.0], gold=[0.5], alarm="gold has fallen")
+        page = open_page(site.url, {"view": "runs"})
+        page.get_by_role("button", name=re.compile("^aligned")).click()
+        page.get_by_role("heading", name="aligned").wait_for()
+        page.get_by_text("Alarm at step 80: gold has fallen").wait_for()
+        page.locator(".tile", has_text="Reward").get_by_text("2.000").wait_for()
+        titles = page.locator(".chart:visible figcaption").all_inner_texts()
+        assert [title.split("\n")[0].strip() for title in titles][:1] == ["Reward"]  # and no loss
+        assert any("Dead groups" in title for title in titles)
+        assert not any(title.startswith("Loss") for title in titles)
+        assert_accessible(page)
+        assert_fits(page)
+        screenshot(page, "aligned")
+    finally:
+        shutil.rmtree(run)
 
 
 def test_comparing_runs(site: Any, open_page: Open) -> None:
