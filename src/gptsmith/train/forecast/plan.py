@@ -81,7 +81,9 @@ class Plan:
         return {
             "config": self.config.as_options(),
             "model": to_dict(self.model),
-            "text": None if self.text is None else {k: v for k, v in to_dict(self.text).items() if k != "init"},
+            "text": None
+            if self.text is None
+            else {k: v for k, v in to_dict(self.text).items() if k.endswith(("_tokens", "_size"))},
             "device": self.device,
             "precision": self.precision,
             "parameters": to_dict(self.parameters),
