@@ -111,6 +111,14 @@ def test_the_last_token_is_found_by_length(trained: Run) -> None:
     torch.testing.assert_close(together, alone)
 
 
+def test_what_a_template_writes_after_an_answer_is_not_scored() -> None:
+    """An answer that is sampled ends with its end token, so that is where scores are read in training, too."""
+    example = Example([1, 2, 3, 4, 5], [False, False, True, True, False])
+    batch = PairBatch.of(Pairs([Pair(example, example, None, "row 1")]), [0])
+    assert batch.chosen.tolist() == [[1, 2, 3, 4]]
+    assert batch.lengths.tolist() == [[4, 4]]
+
+
 @pytest.mark.parametrize("centering", [0.0, 0.01])
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_the_loss_is_trls(centering: float, with_margin: bool) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith.checkpoint import TrainState
+from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader
 from gptsmith.errors import UsageError
 from gptsmith.model.documents import is_fake
@@ -53,7 +54,7 @@ class PairBatch:
 
     @classmethod
     def of(cls, pairs: Pairs, rows: Sequence[int]) -> PairBatch:
-        sides = [[part[i].ids for i in rows] for part in (pairs.chosen, pairs.rejected)]
+        sides = [[_scored(part[i]) for i in rows] for part in (pairs.chosen, pairs.rejected)]
         width = max(len(ids) for side in sides for ids in side)
         chosen, rejected = (
             torch.stack([F.pad(torch.tensor(ids), (0, width - len(ids))) for ids in side]) for side in sides
@@ -74,6 +75,15 @@ class PairBatch:
 
     def to(self, device: torch.device) -> Self:
         return dataclasses.replace(self, **{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+
+def _scored(example: Example) -> list[int]:
+    """Return the ids up to the end of the answer, where it is scored. A template can have text after it, which an
+    answer that is being sampled does not have yet."""
+    end = len(example.trained)
+    while end and not example.trained[end - 1]:
+        end -= 1
+    return example.ids[:end]
 
 
 class PairLoader(RowLoader[PairBatch]):
