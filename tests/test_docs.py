@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGE_NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SOURCES = Path(gptsmith.__file__).parent
-TUNE_COMMANDS = ("sft", "distill", "ppo", "grpo", "dpo", "reward")  # they take most of them, some with other defaults
+# They take most of the options of a run, some with other defaults.
+TUNE_COMMANDS = ("sft", "distill", "ppo", "grpo", "dpo", "reward", "classify")
 RUN_COMMANDS = ("train", "plan", "find-lr", "scale")  # they take all options of a run
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "bestofn",
+    "classify",
     "distill",
     "dpo",
     "fit",
@@ -33,13 +34,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gptsmith.api import bestofn, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
+    from gptsmith.api import bestofn, classify, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
     "bestofn": ("gptsmith.api", "bestofn"),
+    "classify": ("gptsmith.api", "classify"),
     "distill": ("gptsmith.api", "distill"),
     "dpo": ("gptsmith.api", "dpo"),
     "fit": ("gptsmith.api", "fit"),

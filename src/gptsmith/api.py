@@ -32,7 +32,7 @@ from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, re
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["bestofn", "distill", "dpo", "fit", "grpo", "merge", "ppo", "reward", "runs", "sft"]
+__all__ = ["bestofn", "classify", "distill", "dpo", "fit", "grpo", "merge", "ppo", "reward", "runs", "sft"]
 
 Data = str | Path | Iterable[Any]
 
@@ -117,6 +117,14 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
     options: as for `fit`, and those of the command (`lora="off"`, `epochs=2`, `**{"lora.rank": 8}`).
     """
     return fit(data, objective="sft", init=model, **options)
+
+
+def classify(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
+    """Train a model with a task head on labelled texts and return the run, as `gptsmith classify MODEL DATA` does.
+
+    options: as for `fit`, and those of the command (`task="entailment"`, `aux_loss=0`, `labels=("no", "yes")`).
+    """
+    return fit(data, objective="classify", init=model, **options)
 
 
 def distill(student: str | Path | Run, data: str | Path, *, teacher: str | Path | Run, **options: Any) -> Run:

@@ -66,7 +66,7 @@ def save_checkpoint(
                 save_classifier(
                     model,
                     temporary,
-                    pad_token_id=_padding(tokenizer),
+                    pad_token_id=_padding(tokenizer) if model.pad_id is None else model.pad_id,
                     bos_token_id=bos,
                     end_ids=ends,
                     scale=model.scale,

@@ -16,6 +16,7 @@ import torch
 from gptsmith.checkpoint import CheckpointStore, verify
 from gptsmith.errors import CheckpointError, nearest
 from gptsmith.formats.hf import CONFIG_FILE
+from gptsmith.formats.hf_heads import SCORE
 from gptsmith.formats.hub import hub_model_path, is_hub_id
 from gptsmith.formats.named import NAMED_MODELS, named_model_path
 from gptsmith.formats.peft import ADAPTER_CONFIG, adapted_rows, base_of
@@ -78,7 +79,13 @@ def source_of(spec: str | os.PathLike[str]) -> ModelSource:
     """
     path = resolve_model(spec)
     if (path / CONFIG_FILE).exists() or not (path / ADAPTER_CONFIG).exists():
-        return open_model(path)
+        source = open_model(path)
+        if SCORE in source.tensors:
+            raise CheckpointError(
+                f"{spec} is a model with a task head, not a language model: it gives texts scores and writes none. "
+                "Use it with gptsmith classify MODEL --predict FILE, or as a --reward."
+            )
+        return source
     base = base_of(path)
     try:
         return adapted(source_of(base), path)

@@ -25,6 +25,7 @@ _BUILTIN = {
     "dpo": "make preferred answers likelier: DPO, IPO, SimPO, ORPO, KTO",
     "bestofn": "keep the best of n answers by a reward: best-of-n and rejection sampling",
     "align": "make an aligned model from raw text: the whole pipeline of InstructGPT",
+    "classify": "train a model to label texts, as in GPT-1; or label texts with it",
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",

@@ -123,6 +123,8 @@ def _summary(directory: Path) -> str:
     lines += [
         f"model   {directory}/best",
         f"report  {directory}/report.html",
-        f'try     gptsmith generate {directory} --prompt "..."',
+        f"try     gptsmith classify {directory} --predict FILE"
+        if run.info.get("objective") == "classify"
+        else f'try     gptsmith generate {directory} --prompt "..."',
     ]
     return "\n".join(lines)

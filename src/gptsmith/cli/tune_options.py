@@ -87,7 +87,8 @@ class TuneOptions:
     """method"""
     lora: Literal["auto", "on", "off"] = "auto"
     """Train a low-rank adapter (LoRA) and leave the model's weights unchanged; off: train all weights. auto: on for sft
-    and if another --lora option is set; off for distill."""
+    and if another --lora option is set; off for distill and
+    classify."""
     adapter: Annotated[LoraOptions, tyro.conf.arg(name="lora")] = field(default_factory=LoraOptions)
     """low-rank adapter"""
     warm_start: bool = True
@@ -99,6 +100,11 @@ class TuneOptions:
     """training loop"""
     parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
     """processes"""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the command, with these options, takes DATA."""
+        return True
 
     @property
     def run(self) -> RunConfig:
@@ -137,7 +143,7 @@ def parse_tune(
         if options.data is not None:
             raise UsageError("--resume takes the model from the run; give no more than the new place of the data.")
         options = dataclasses.replace(options, model=base.init.init, data=options.model)
-    elif options.model is None or options.data is None:
+    elif options.model is None or (options.data is None and options.needs_data):
         missing = "model and no data" if options.model is None else "data"
         raise UsageError(f"No {missing} given. Use: gptsmith {name} MODEL DATA")
     return ParsedRun(options, explicit_options(arguments) | (settled(base) if whole else set()))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from gptsmith.data.conversations import Counts, RowError, bad_row
-from gptsmith.data.rows import read_rows
+from gptsmith.data.rows import Split, read_rows
 from gptsmith.errors import DataError, UsageError, nearest
 
 Task = Literal["classification", "regression", "entailment", "similarity", "multiple-choice"]
@@ -121,6 +121,7 @@ def read_labelled(
     counts: Counts | None = None,
     advance: Callable[[int], None] | None = None,
     needs_variety: bool = True,
+    split: Split = "train",
 ) -> LabelledData:
     """Read a file or folder of rows.
 
@@ -139,7 +140,7 @@ def read_labelled(
     if numbers is not None and task != "similarity" and numbers != (task == "regression"):
         raise UsageError(f"labels of the task {task} are {'not ' if numbers else ''}numbers.")
     counts = Counts() if counts is None else counts
-    rows = list(_read(path, task, on_bad, counts, advance))
+    rows = list(_read(path, task, on_bad, counts, advance, split))
     if not rows:
         raise DataError(f"{path} has no row that can be used. {counts.describe_skipped()}".strip())
     if task == "similarity" and numbers is None:
@@ -167,9 +168,9 @@ _Raw = tuple[str, tuple[str, ...], Any, str]  # where, texts, label, form
 
 
 def _read(
-    path: Path, task: Task, on_bad: OnBad, counts: Counts, advance: Callable[[int], None] | None
+    path: Path, task: Task, on_bad: OnBad, counts: Counts, advance: Callable[[int], None] | None, split: Split
 ) -> Iterator[_Raw]:
-    for row in read_rows(path, advance):
+    for row in read_rows(path, advance, split=split):
         try:
             texts, label, form = as_labelled(row.values, task)
         except RowError as error:
@@ -205,6 +206,16 @@ def as_labelled(values: Mapping[str, Any], task: Task) -> tuple[tuple[str, ...],
     if isinstance(label, list | tuple | Mapping):
         raise RowError(f"{name} has several values; a row has one label.")
     return texts, label, "+".join((*fields, name))
+
+
+def unlabelled_texts(values: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    """Return the texts of a row as `as_labelled` does; it needs no label. Raise RowError."""
+    row = dict(values)
+    if task == "multiple-choice":
+        kept = {name: value for name, value in row.items() if _normalized(name) not in ANSWER_FIELDS}
+        return as_labelled({**kept, "answer_idx": 0}, task)[0]
+    row = {name: value for name, value in row.items() if _normalized(name) not in LABEL_FIELDS}
+    return as_labelled({**row, "label": 0}, task)[0]
 
 
 def _is_missing(value: Any) -> bool:

@@ -29,9 +29,9 @@ from gptsmith.storage import atomic_file
 SCORE = "score.weight"
 """The name of the head's matrix in every layout."""
 
-_TASK = "gptsmith_task"  # transformers has no multiple choice for these models; it keeps keys that it does not know
-
-_REWARD = "gptsmith_reward"  # mean and standard deviation of a reward model's scores, likewise
+# Keys of config.json that transformers does not know, and keeps. It has no multiple choice for these models.
+_PROBLEM, _TASK = "gptsmith_problem", "gptsmith_task"
+_REWARD = "gptsmith_reward"  # mean and standard deviation of a reward model's scores
 
 
 def save_classifier(
@@ -60,8 +60,10 @@ def save_classifier(
         "label2id": {label: i for i, label in enumerate(head.labels)},
         "pad_token_id": pad_token_id,
     }
+    if head.task:
+        config[_TASK] = head.task
     if head.problem == "multiple_choice":
-        config[_TASK] = head.problem
+        config[_PROBLEM] = head.problem
     else:
         config["problem_type"] = head.problem
     if scale is not None:
@@ -133,7 +135,7 @@ def _head_config(values: Mapping[str, Any], where: str, score: torch.Tensor) -> 
         "multiple_choice": "multiple_choice",
         None: "regression" if count == 1 else "single_label_classification",  # as transformers decides for int targets
     }
-    problem = values.get(_TASK) or values.get("problem_type")
+    problem = values.get(_PROBLEM) or values.get("problem_type")
     if problem not in known:
         raise CheckpointError(f"{where}: unknown problem_type {problem!r}.")
-    return HeadConfig(tuple(labels), known[problem])
+    return HeadConfig(tuple(labels), known[problem], str(values.get(_TASK) or ""))

@@ -1,6 +1,7 @@
 """Heads for tasks: a linear layer that turns the last token of a text into scores (GPT-1, section 3.2 of its paper).
 
-Axis letters: B texts · T tokens of a text · C hidden · N scores of a text: labels, or numbers to predict · K choices.
+Axis letters: B texts · T tokens of a text · C hidden · N scores of a text: labels, or numbers to predict · K sequences
+of a row: its choices, or the two orders of its texts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class HeadConfig:
 
     labels: the names of its scores. problem: a text has one of the labels; it has any number of them; the scores are
     numbers; or several texts compete, and one score each says how probable it is.
+    task: what the head was made for, such as "entailment"; it says how the texts of a row become ids.
     """
 
     labels: tuple[str, ...]
     problem: Problem
+    task: str = ""
 
     def __post_init__(self) -> None:
         least = 2 if self.problem == "single_label_classification" else 1
@@ -46,6 +49,7 @@ class SequenceClassifier(nn.Module):
 
     transformer: its output matrix is no part of the scores, but an auxiliary language-model loss can use it.
     scale (an attribute): of a reward model, mean and standard deviation of its scores; they are saved with it.
+    pad_id (an attribute): the padding id that it is saved with, of a token that ends no text; None: any such one.
     The head's initial weights are drawn from N(0, initializer_range²).
     """
 
@@ -53,6 +57,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.transformer, self.head = transformer, head
         self.scale: tuple[float, float] | None = None
+        self.pad_id: int | None = None
         self.score = nn.Linear(transformer.config.hidden_size, len(head.labels), bias=False)
         nn.init.normal_(self.score.weight, 0.0, transformer.config.initializer_range)
         annotate(self, "score.weight", kind="head")
@@ -62,17 +67,26 @@ class SequenceClassifier(nn.Module):
     def forward(self, ids: Tensor, *, last: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Return the scores of each text: (B, N), before a softmax or sigmoid; of multiple choice (B, K).
 
-        ids: (B, T) int64; for multiple choice (B, K, T), and then `last` is (B, K) and `document_ids` (B, K, T).
-        last: the position of the token whose hidden state is scored; None: the last one. Causal attention makes
-            padding to its right harmless. document_ids: as in `Transformer.forward`; padding to the left needs them.
+        ids: (B, T) int64; for rows of several sequences (B, K, T), and then `last` is (B, K) and `document_ids`
+            (B, K, T). Choices compete; of other tasks the hidden states of the sequences are added (GPT-1: the two
+            orders of texts that are compared).
+        last: the position of the token whose hidden state is scored; None: the last one; -1: the row lacks this choice.
+            Causal attention makes padding to its right harmless. document_ids: as in `Transformer.forward`; padding to
+            the left needs them.
         """
-        shape = ids.shape[:-1]
-        ids = ids.flatten(0, -2)
         hidden = self.transformer.hidden_states(
-            ids, document_ids=None if document_ids is None else document_ids.flatten(0, -2)
+            ids.flatten(0, -2), document_ids=None if document_ids is None else document_ids.flatten(0, -2)
         )
-        scores = self.score_at(hidden, None if last is None else last.flatten())
-        return scores.view(shape) if self.head.problem == "multiple_choice" else scores
+        return self.row_scores(hidden.view(*ids.shape, -1), last)
+
+    def row_scores(self, hidden: Tensor, last: Tensor | None) -> Tensor:
+        """Return the scores as `forward` does, from hidden states (B, T, C) or (B, K, T, C)."""
+        scores = self.score_at(hidden.flatten(0, -3), None if last is None else last.flatten())
+        if self.head.problem == "multiple_choice":
+            scores = scores.view(hidden.shape[:-2])
+            return scores if last is None else scores.masked_fill(last < 0, -torch.inf)
+        # The head is linear: the sum of scores is the score of the sum of hidden states.
+        return scores if hidden.ndim == 3 else scores.view(*hidden.shape[:2], -1).sum(dim=1)
 
     def score_at(self, hidden: Tensor, last: Tensor | None) -> Tensor:
         """Return the scores (B, N) of the tokens at positions `last`, (B,), of hidden: (B, T, C); None: the last."""

@@ -12,6 +12,7 @@ from gptsmith.report.attention import attention_section, mask_section
 from gptsmith.report.configuration import configuration_section
 from gptsmith.report.html import escape
 from gptsmith.report.losses import loss_section
+from gptsmith.report.predictions import predictions_section
 from gptsmith.report.results import results_section, run_status, summary
 from gptsmith.report.samples import sample_opening, samples_section
 from gptsmith.report.trained_model import FALLBACK_TEXT, TrainedModel, inspect_trained_model
@@ -39,9 +40,11 @@ def write_report(run_directory: Path, *, attention_text: str | None = None) -> P
 
 
 def _page(run: Run, trained: TrainedModel, mask_text: str) -> str:
+    predictions = predictions_section(run)
     sections = [
         ("results", "Results", results_section(run, trained)),
         ("reward", "Reward", reward_section(run)) if is_alignment(run) else ("loss", "Loss", loss_section(run)),
+        *((("predictions", "Predictions", predictions),) if predictions else ()),
         ("samples", "Samples", samples_section(run)),
         ("mask", "The causal mask", mask_section(mask_text)),
         ("attention", "Attention", attention_section(trained)),

@@ -409,6 +409,37 @@ class DpoConfig(PreferenceConfig):
         return self.target_margin if self.target_margin is not None else 1.0
 
 
+ClassifyTask = Literal["classification", "regression", "entailment", "similarity", "multiple-choice"]
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(MethodConfig):
+    """A task head: labels for texts, as in GPT-1."""
+
+    task: ClassifyTask = "classification"
+    """classification: a class for a text. regression: a number. entailment: a class for a premise and a hypothesis.
+    similarity: a class or a number for two texts without an order. multiple-choice: the right one of some choices."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their scores; other labels are refused (default: those in the data)."""
+    aux_loss: float = 0.5
+    """Weight of the auxiliary loss of predicting the tokens of the texts; 0: none."""
+    epochs: float = 3.0
+    """Number of passes over the data, if neither --steps nor --budget is set."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be trained on: stop at the first, or leave them out and count them."""
+    too_long: Literal["truncate", "skip", "error"] = "truncate"
+    """What to do with rows that are longer than --context: cut their texts, leave them out and count them, or stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.epochs > 0, "--epochs", self.epochs, "above 0")
+        _check(self.aux_loss >= 0, "--aux-loss", self.aux_loss, "0 or more")
+
+    @property
+    def masks_documents(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
 class DistillConfig(SftConfig):
     """Distillation: predict as a teacher does."""

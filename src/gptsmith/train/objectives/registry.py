@@ -19,6 +19,7 @@ from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
 from gptsmith.train.config import (
+    ClassifyConfig,
     DistillConfig,
     DpoConfig,
     GrpoConfig,
@@ -30,7 +31,9 @@ from gptsmith.train.config import (
     SftConfig,
 )
 from gptsmith.train.init import MOST_INIT_CONTEXT, Init
+from gptsmith.train.labels import LabelFiles, settle_labels, with_task_tokens_of
 from gptsmith.train.objectives.base import Objective
+from gptsmith.train.objectives.classify import classify
 from gptsmith.train.objectives.distill import adapt_to_teacher, distill, settle_with_teacher
 from gptsmith.train.objectives.dpo import adapt_to_reference, dpo, settle_dpo
 from gptsmith.train.objectives.grpo import grpo, settle_grpo
@@ -180,6 +183,15 @@ METHODS: Registry[Method] = Registry(
             settle=settle_dpo,
             needs_init=True,
             trains_adapter=True,
+            longest=MOST_CONTEXT,
+        ),
+        "classify": Method(
+            classify,
+            options=ClassifyConfig,
+            open_data=LabelFiles.open,
+            adapt_init=with_task_tokens_of,
+            settle=settle_labels,
+            needs_init=True,
             longest=MOST_CONTEXT,
         ),
         "reward": Method(
