@@ -62,6 +62,10 @@ def test_only_the_adapter_is_trained_and_saved(
     code, out, err = run_cli("generate", run.directory, "--prompt", "a", "--max-tokens", 5)
     assert code == 0, err
     assert out
+    if "quantize" not in options:  # the run as an adapter of its base
+        arguments = ("--prompt", "a", "--max-tokens", 5, "--temperature", 0)
+        whole = run_cli("generate", run.directory, *arguments)
+        assert run_cli("generate", base, "--adapter", run.directory, *arguments)[:2] == whole[:2]
     assert run_cli("export", run.directory, "--out", tmp_path / "exported")[0] == 0
     with torch.no_grad():
         assert torch.equal(gptsmith.load(tmp_path / "exported")[0](ids), model(ids))

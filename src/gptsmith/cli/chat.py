@@ -59,7 +59,8 @@ class Chat:
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     adapter: Path | None = None
-    """LoRA adapter in PEFT format: a directory with adapter_config.json and adapter_model.safetensors."""
+    """LoRA adapter: a run that trained one, or a directory in PEFT format (adapter_config.json and
+    adapter_model.safetensors)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
     SamplingParams.from_options(chosen.sampling)  # raises for bad options before the model is loaded
     from gptsmith.cli.generate import make_speculator
     from gptsmith.engine.engine import Engine
-    from gptsmith.loading import load_model
+    from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
 
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> int:
     spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = Engine(model, vocab_size=tokenizer.vocab_size, max_batch=1, cache_tokens=cache_tokens, speculator=spec)
     if chosen.adapter is not None:
-        engine.add_adapter(str(chosen.adapter), chosen.adapter)
+        engine.add_adapter(str(chosen.adapter), resolve_adapter(chosen.adapter))
     conversation = Conversation(engine, tokenizer, params, chosen.system, chosen.overflow)
     if conversation.template.plain:
         form = "is prefixed with the speaker's name" if conversation.template.names_speakers else "is a line of text"

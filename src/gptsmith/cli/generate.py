@@ -55,7 +55,8 @@ class Generate:
     quantize: Literal["auto", "none", "int8", "int4"] = "auto"
     """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
     adapter: Path | None = None
-    """LoRA adapter in PEFT format: a directory with adapter_config.json and adapter_model.safetensors."""
+    """LoRA adapter: a run that trained one, or a directory in PEFT format (adapter_config.json and
+    adapter_model.safetensors)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
     _params(chosen)  # raises for bad options before the model is loaded
     from gptsmith.engine.text import engine_for, stream
-    from gptsmith.loading import load_model
+    from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
 
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
     spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = engine_for(model, tokenizer, params, spec)
     if chosen.adapter is not None:
-        engine.add_adapter(str(chosen.adapter), chosen.adapter)
+        engine.add_adapter(str(chosen.adapter), resolve_adapter(chosen.adapter))
 
     def on_shift() -> None:
         if params.overflow == "shift":
