@@ -388,9 +388,10 @@ def test_no_space_for_a_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(fd)
 
-    def then_full(self: Trainer, factor: float) -> None:
-        update(self, factor)
+    def then_full(self: Trainer, factor: float) -> bool:
+        made = update(self, factor)
         full[0] = self.step >= full_from
+        return made
 
     monkeypatch.setattr(os, "fsync", no_space)
     monkeypatch.setattr(Trainer, "update", then_full)

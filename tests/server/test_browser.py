@@ -853,6 +853,12 @@ def test_stopping_two_answers(collecting: Any, open_page: Open) -> None:
         page.locator("#compare-prompt").fill("tell me everything")
         page.locator("#compare-prompt").press("Enter")
         page.locator(".answer .body:not(:has(.dots))").nth(1).wait_for()
+        page.wait_for_function(  # empty or equal answers cannot be compared
+            """() => {
+                const [a, b] = [...document.querySelectorAll(".answer .body")].map((e) => e.innerText.trim());
+                return a.length > 5 && b.length > 5 && a !== b;
+            }"""
+        )
         page.keyboard.press("Escape")
         page.locator(".choices:visible").wait_for()
         assert collecting.settled(lambda: engine.stats.running == 0)

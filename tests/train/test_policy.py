@@ -301,7 +301,7 @@ def test_a_failing_reward_stops_the_run_and_names_itself(place: Path, tmp_path: 
         ("grpo", {"answer_tokens": 64, "context": 64}, "leaves no room for prompts"),
         ("grpo", {"temperature": 0.0}, "must be above 0"),
         ("grpo", {"reward_weights": "1,2"}, "2 numbers, and there are 1 rewards"),
-        ("ppo", {"ptx": "wiki"}, "CORPUS:NUMBER"),
+        ("ppo", {"ptx": "wiki"}, "CORPUS:WEIGHT"),
     ],
 )
 def test_bad_options(method: str, options: dict[str, Any], message: str, place: Path, tmp_path: Path) -> None:

@@ -283,11 +283,14 @@ class SftConfig(MethodConfig):
         """Return the corpus that is mixed in and its share of the tokens."""
         if self.replay is None:
             return None
-        return _corpus_and_number("--replay", self.replay, 1, "wiki-summaries:0.05")
+        return _corpus_and_number("--replay", self.replay, "SHARE", 1, "wiki-summaries:0.05")
 
 
-def _corpus_and_number(option: str, text: str, below: float, example: str) -> tuple[str, float]:
-    """Return the parts of CORPUS:NUMBER. Raise UsageError for a number that is not above 0 and `below` that."""
+def _corpus_and_number(option: str, text: str, what: str, below: float, example: str) -> tuple[str, float]:
+    """Return the parts of CORPUS:NUMBER. Raise UsageError for a number that is not above 0 and below `below`.
+
+    what: the number is.
+    """
     corpus, _, number = text.rpartition(":")
     try:
         value = float(number)
@@ -295,7 +298,7 @@ def _corpus_and_number(option: str, text: str, below: float, example: str) -> tu
         value = math.nan
     if not corpus or not 0 < value < below:
         limits = "above 0" if below == math.inf else f"between 0 and {below:g}"
-        raise UsageError(f"{option} {text}: write CORPUS:NUMBER with a number {limits}, such as {example}.")
+        raise UsageError(f"{option} {text}: write CORPUS:{what} with a {what.lower()} {limits}, such as {example}.")
     return corpus, value
 
 
@@ -635,7 +638,9 @@ class PpoConfig(PolicyConfig):
 
     def mixed_text(self) -> tuple[str, float] | None:
         """Return the corpus that is trained on besides and its weight."""
-        return None if self.ptx is None else _corpus_and_number("--ptx", self.ptx, math.inf, "wiki-summaries:1")
+        return (
+            None if self.ptx is None else _corpus_and_number("--ptx", self.ptx, "WEIGHT", math.inf, "wiki-summaries:1")
+        )
 
     @property
     def extra_lr(self) -> float:
