@@ -8,7 +8,7 @@ import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.evaluate import tasks
+from gptsmith.evaluate import harness
 from gptsmith.evaluate.tasks import evaluate_task
 from gptsmith.tasks import Conversation
 from gptsmith.tasks.arithmetic import Arithmetic
@@ -38,7 +38,7 @@ class LengthOfAnswer:
 
 
 def test_without_a_chat_template_prompts_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "EXAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr(harness, "ITEMS_AT_ONCE", 2)
     model = tiny_model(vocab_size=CHARACTERS.vocab_size, max_position_embeddings=64)
     params = SamplingParams(temperature=0.0, max_tokens=20)
     result = evaluate_task(model, CHARACTERS, LengthOfAnswer(), params=params)

@@ -29,6 +29,8 @@ _BUILTIN = {
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",
+    "eval": "measure a model on tasks, zero-shot and few-shot",
+    "tasks": "list the tasks that `eval` knows",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
     "serve": "serve models through an OpenAI-compatible API and a web page",
@@ -59,15 +61,12 @@ _FINE_TUNING = (
     "To fine-tune a model on conversations, use: gptsmith sft MODEL DATA. To continue pretraining it on your text: "
     "gptsmith train DATA --init MODEL"
 )
-_EVALUATION = (
-    "Training measures the validation loss (see report.html of the run), and `gptsmith quantize` the perplexity of a "
-    "model before and after. There are no other evaluations yet."
-)
+_EVALUATION = "To measure a model on tasks, use: gptsmith eval MODEL --tasks NAME,…"
 OTHER_WORDS = {  # what people try first, and what there is instead
     "finetune": _FINE_TUNING,
     "fine-tune": _FINE_TUNING,
-    "eval": _EVALUATION,
     "evaluate": _EVALUATION,
+    "benchmark": _EVALUATION,
     "resume": "To continue a run from its last checkpoint, use: gptsmith train --resume RUN",
     "convert": "Use `gptsmith import` for models from elsewhere, and `gptsmith export` for other programs.",
 }

@@ -1,0 +1,90 @@
+"""`gptsmith eval`: measure a model on tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gptsmith.cli.parser import parse
+from gptsmith.errors import UsageError
+from gptsmith.storage import write_text
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model on tasks: zero-shot, and with solved examples in the prompt. `gptsmith tasks` lists the tasks."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
+    tasks: Annotated[str | None, tyro.conf.arg(metavar="NAME,…")] = None
+    """Tasks, separated by commas: names, or .yaml files of your own."""
+    shots: Annotated[str | None, tyro.conf.arg(metavar="K,…")] = None
+    """How many solved examples a prompt has, separated by commas: 0,1,4,16 (default: as many as the task says)."""
+    draws: int = 1
+    """How often shots are drawn, with seeds that follow --seed."""
+    seed: int = 0
+    """Seed of the first draw of shots."""
+    limit: int | None = None
+    """Use only so many examples of each task (default: all)."""
+    controls: bool = False
+    """Also score the choices with the question removed."""
+    chat: Literal["task", "on", "off"] = "task"
+    """Whether prompts are written by the model's chat template. task: as the task says."""
+    json: Path | None = None
+    """Write scores, outcomes, prompts, versions, hashes and seeds to this file."""
+    resume: bool = True
+    """Use the outcomes of an earlier evaluation with the same model, task and settings."""
+    quantize: Literal["auto", "none", "int8", "int4"] = "auto"
+    """int8, int4: quantize the weights to 8 or 4 bits while loading. auto: as stored. none: full precision."""
+    adapter: Path | None = None
+    """LoRA adapter: a run that trained one, or a directory in PEFT format."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def main(arguments: list[str]) -> int:
+    chosen = parse(Eval, "gptsmith eval", arguments)
+    if chosen.tasks is None:
+        raise UsageError("nothing to measure: give --tasks. `gptsmith tasks` lists them.")
+    names = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
+    shots = None if chosen.shots is None else tuple(_number(each) for each in chosen.shots.split(","))
+    if chosen.draws < 1:
+        raise UsageError(f"--draws must be at least 1, not {chosen.draws}.")
+
+    from gptsmith.evaluate.harness import resolve_task, run_tasks
+    from gptsmith.loading import load_model, resolve_adapter
+    from gptsmith.runtime import cache_directory, choose_device
+
+    for name in names:
+        resolve_task(name)  # raises before the model is loaded
+    adapter = None if chosen.adapter is None else resolve_adapter(chosen.adapter)
+    model, tokenizer = load_model(
+        chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
+    )
+    results = run_tasks(
+        model,
+        tokenizer,
+        names,
+        shots=shots,
+        seeds=range(chosen.seed, chosen.seed + chosen.draws),
+        limit=chosen.limit,
+        controls=chosen.controls,
+        chat={"task": None, "on": True, "off": False}[chosen.chat],
+        log=cache_directory() / "evaluations" if chosen.resume else None,
+        name=chosen.model,
+    )
+    if chosen.json is not None:
+        write_text(chosen.json, json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n")
+    print(results.table())
+    return 0
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--shots takes numbers, separated by commas, not {text!r}: --shots 0,1,4,16") from None
