@@ -39,7 +39,7 @@ _SOURCE_KEYS = {
     "python": {"python", "options"},
 }
 METRICS = ("accuracy", "exact_match", "regex", "number", "rouge", "chrf", "python", "code")
-_WITH_VALUE = ("regex", "python")
+_WITH_VALUE = ("regex", "python", "code")
 
 
 @dataclass(frozen=True)
