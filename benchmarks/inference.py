@@ -335,7 +335,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from pydoc_data.topics import topics
 
     import gptsmith
-    from gptsmith.evaluate.perplexity import perplexity
+    from gptsmith.evaluate.text import perplexity
     from gptsmith.model.quantized import dequantize, quantize
 
     stored, tokenizer = gptsmith.load("smollm2-135m")

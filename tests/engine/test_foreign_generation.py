@@ -19,7 +19,7 @@ from gptsmith.engine.grammar import choices
 from gptsmith.engine.sampling import SamplingOptions, SamplingParams, model_defaults
 from gptsmith.engine.text import engine_for, generate_texts, stream
 from gptsmith.errors import UsageError
-from gptsmith.evaluate.perplexity import perplexity
+from gptsmith.evaluate.text import perplexity
 from gptsmith.export.export import export_directory, export_gguf
 from gptsmith.formats.gguf import read_gguf
 from gptsmith.formats.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf

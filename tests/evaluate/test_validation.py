@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptsmith.data.loader import TokenBatch
 from gptsmith.errors import UsageError
-from gptsmith.evaluate.perplexity import perplexity
+from gptsmith.evaluate.text import perplexity
 from gptsmith.evaluate.validation import split_loss
 from gptsmith.model.transformer import Transformer
 from tests.factories import tiny_model

@@ -29,7 +29,7 @@ _BUILTIN = {
     "plan": "forecast the memory, time and cost of a run",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",
-    "eval": "measure a model on tasks, zero-shot and few-shot",
+    "eval": "measure a model: on tasks, zero-shot and few-shot, and on texts",
     "tasks": "list the tasks that `eval` knows",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
@@ -61,12 +61,16 @@ _FINE_TUNING = (
     "To fine-tune a model on conversations, use: gptsmith sft MODEL DATA. To continue pretraining it on your text: "
     "gptsmith train DATA --init MODEL"
 )
-_EVALUATION = "To measure a model on tasks, use: gptsmith eval MODEL --tasks NAME,…"
+_EVALUATION = (
+    "To measure a model on tasks, use: gptsmith eval MODEL --tasks NAME,… To measure its perplexity on a text: "
+    "gptsmith eval MODEL --data FILE"
+)
 OTHER_WORDS = {  # what people try first, and what there is instead
     "finetune": _FINE_TUNING,
     "fine-tune": _FINE_TUNING,
     "evaluate": _EVALUATION,
     "benchmark": _EVALUATION,
+    "perplexity": _EVALUATION,
     "resume": "To continue a run from its last checkpoint, use: gptsmith train --resume RUN",
     "convert": "Use `gptsmith import` for models from elsewhere, and `gptsmith export` for other programs.",
 }

@@ -1,14 +1,15 @@
-"""`gptsmith eval`: measure a model on tasks."""
+"""`gptsmith eval`: measure a model on tasks and texts."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from gptsmith.cli.eval_texts import TextEvaluation, measure_texts, open_texts
 from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
 from gptsmith.storage import write_text
@@ -16,7 +17,8 @@ from gptsmith.storage import write_text
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure a model on tasks: zero-shot, and with solved examples in the prompt. `gptsmith tasks` lists the tasks."""
+    """Measure a model on tasks, zero-shot and with solved examples in the prompt, and its loss, perplexity and bits per
+    byte on texts. `gptsmith tasks` lists the tasks."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
@@ -34,6 +36,8 @@ class Eval:
     """Also score the choices with the question removed."""
     chat: Literal["task", "on", "off"] = "task"
     """Whether prompts are written by the model's chat template. task: as the task says."""
+    text: Annotated[TextEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=TextEvaluation)
+    """texts"""
     json: Path | None = None
     """Write scores, outcomes, prompts, versions, hashes and seeds to this file."""
     resume: bool = True
@@ -48,39 +52,56 @@ class Eval:
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Eval, "gptsmith eval", arguments)
-    if chosen.tasks is None:
-        raise UsageError("nothing to measure: give --tasks. `gptsmith tasks` lists them.")
-    names = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
+    names = [name.strip() for name in (chosen.tasks or "").split(",") if name.strip()]
+    if not names and not chosen.text.data and not chosen.text.induction:
+        raise UsageError("nothing to measure: give --tasks or --data. `gptsmith tasks` lists the tasks.")
     shots = None if chosen.shots is None else tuple(_number(each) for each in chosen.shots.split(","))
     if chosen.draws < 1:
         raise UsageError(f"--draws must be at least 1, not {chosen.draws}.")
+    for option in ("shots", "limit", "controls"):
+        if not names and getattr(chosen, option) not in (None, False):
+            raise UsageError(f"--{option} has no effect without --tasks: leave it out.")
+    if chosen.json is not None:
+        refuse_unwritable(chosen.json)
 
     from gptsmith.evaluate.harness import resolve_task, run_tasks
+    from gptsmith.evaluate.provenance import environment
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import cache_directory, choose_device
 
     for name in names:
         resolve_task(name)  # raises before the model is loaded
+    sources = open_texts(chosen.text)
     adapter = None if chosen.adapter is None else resolve_adapter(chosen.adapter)
     model, tokenizer = load_model(
         chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
     )
-    results = run_tasks(
-        model,
-        tokenizer,
-        names,
-        shots=shots,
-        seeds=range(chosen.seed, chosen.seed + chosen.draws),
-        limit=chosen.limit,
-        controls=chosen.controls,
-        chat={"task": None, "on": True, "off": False}[chosen.chat],
-        log=cache_directory() / "evaluations" if chosen.resume else None,
-        name=chosen.model,
-    )
+    record: dict[str, Any] = environment(model, tokenizer, chosen.model)
+    if names:
+        results = run_tasks(
+            model,
+            tokenizer,
+            names,
+            shots=shots,
+            seeds=range(chosen.seed, chosen.seed + chosen.draws),
+            limit=chosen.limit,
+            controls=chosen.controls,
+            chat={"task": None, "on": True, "off": False}[chosen.chat],
+            log=cache_directory() / "evaluations" if chosen.resume else None,
+            name=chosen.model,
+        )
+        record |= results.to_json()
+        print(results.table())
+    record |= measure_texts(model, tokenizer, sources, chosen.text)
     if chosen.json is not None:
-        write_text(chosen.json, json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n")
-    print(results.table())
+        write_text(chosen.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return 0
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise UsageError, before the work, for a file that cannot be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--json {path}: {'this is a folder' if path.is_dir() else 'its folder does not exist'}.")
 
 
 def _number(text: str) -> int:

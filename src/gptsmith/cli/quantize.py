@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = load_model(chosen.model, quantize="none")
     ids: list[int] = []
     if chosen.tokens:
-        from gptsmith.evaluate.perplexity import perplexity
+        from gptsmith.evaluate.text import perplexity
 
         text = _text(chosen.text)
         try:

@@ -11,7 +11,7 @@ import math
 from importlib.resources import files
 
 from gptsmith.errors import TokenizerError
-from gptsmith.evaluate.perplexity import perplexity
+from gptsmith.evaluate.text import mean_loss
 from gptsmith.log import quiet
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
@@ -35,6 +35,5 @@ def text_bits_per_byte(model: Transformer, tokenizer: Tokenizer) -> float | None
     prefix = tokenizer.prefix_ids
     window = min(_WINDOW, model.config.max_position_embeddings)
     with quiet():
-        nats = math.log(perplexity(model, ids, window=window, prefix=prefix))
-    scored = len(ids) if prefix else len(ids) - math.ceil(len(ids) / window)
-    return nats * scored / math.log(2) / len(text.encode())
+        loss, scored = mean_loss(model, ids, window=window, prefix=prefix)
+    return loss * scored / math.log(2) / len(text.encode())

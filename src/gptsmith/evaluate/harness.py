@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import platform
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,13 +22,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
-import gptsmith
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
 from gptsmith.errors import DataError, GptsmithError, UsageError, nearest
+from gptsmith.evaluate.provenance import environment
 from gptsmith.evaluate.scores import mean_with_interval
 from gptsmith.evaluate.scoring import Continuation, ContinuationScore, Scorer, encode_pairs
 from gptsmith.log import JsonLines, Progress, note, progress
@@ -251,22 +249,14 @@ def run_tasks(
     names = [task_name(spec, task) for spec, task in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"the task {twice} is given twice.")
-    environment = {
-        "gptsmith": gptsmith.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "model": name,
-        "model_sha256": weights_sha256(model),
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, environment)
+    measured_with = environment(model, tokenizer, name)
+    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with)
     jobs: list[_Job] = []
     for (_, task), each in zip(found, names, strict=True):
         jobs += evaluation.jobs(task, each, shots, seeds, limit)
     with progress(sum(len(job.indices) for job in jobs), "Evaluating") as bar:
         results = [evaluation.run(job, bar) for job in jobs]
-    return Results(tuple(results), environment)
+    return Results(tuple(results), measured_with)
 
 
 def resolve_task(spec: TaskSpec) -> Definition | Task:
@@ -293,15 +283,6 @@ def task_name(spec: TaskSpec, task: Definition | Task) -> str:
     if isinstance(task, Definition):
         return task.name
     return spec if isinstance(spec, str) else type(task).__name__
-
-
-def weights_sha256(model: Transformer) -> str:
-    """Return the sha256 (hex) of a model's weights: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # Splits and shots -----------------------------------------------------------------------------------------------------

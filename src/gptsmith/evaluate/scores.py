@@ -64,6 +64,21 @@ def mean_with_interval(name: str, values: Floats) -> dict[str, float]:
     return with_interval(name, float(values.mean()), values[rows].mean(axis=1))
 
 
+def ratio_with_interval(name: str, numerators: Floats, denominators: Floats) -> dict[str, float]:
+    """Return the ratio of two sums, and its interval from resampling the terms of both together."""
+    drawn = resamples(len(numerators))
+    return with_interval(
+        name,
+        float(numerators.sum() / denominators.sum()),
+        (drawn @ numerators) / np.maximum(drawn @ denominators, 1e-9),
+    )
+
+
+def resamples(count: int) -> Floats:
+    """Return how often each of `count` items is drawn in each resample with replacement: (RESAMPLES, count)."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+
+
 def with_interval(name: str, value: float, resampled: Floats) -> dict[str, float]:
     """Return a value with the interval that 95% of the resampled values are in."""
     low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])

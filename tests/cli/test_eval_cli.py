@@ -1,0 +1,74 @@
+"""`gptsmith eval MODEL --data`, through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptsmith.evaluate.provenance import weights_sha256
+from gptsmith.evaluate.text import evaluate_text
+from gptsmith.loading import load_model
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def test_several_texts_make_a_table(finished: Path, tmp_path: Path, run_cli: Cli) -> None:
+    text, rows, out = finished.parent / "words.txt", tmp_path / "rows.jsonl", tmp_path / "out.json"
+    rows.write_text('{"text": "ba ko mi"}\n{"text": "ru ten"}\n')
+    code, said, err = run_cli(
+        *("eval", finished, "--data", text, "--data", rows, "--per-document", "--positions", "--induction"),
+        *("--stride", 8, "--json", out),
+    )
+    assert code == 0, err
+    model, tokenizer = load_model(finished)
+    record = json.loads(out.read_text())
+    assert [each["name"] for each in record["texts"]] == [str(text), str(rows)]
+    for path, each in zip((text, rows), record["texts"], strict=True):
+        found = evaluate_text(model, tokenizer, path)
+        assert each["bytes"] == path.stat().st_size if path == text else 14
+        assert each["stride"] == 8
+        line = next(line for line in said.splitlines() if line.startswith(str(path)))
+        assert f"{each['bits_per_byte']:.4f}" in line
+        assert each["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=0.05)
+    assert [round(one["bytes"]) for one in record["texts"][1]["per_document"]] == [8, 6]
+    assert "rows.jsonl, line 2" in said
+    assert "random tokens copied" in said
+    assert record["induction"]["length"] == 16
+    assert record["model"] == str(finished)
+    assert record["model_sha256"] == weights_sha256(model)
+    assert record["tokenizer_sha256"] == tokenizer.fingerprint
+    assert {"gptsmith", "python", "torch", "context", "dtype"} <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "nothing to measure"),
+        (("--data", "{text}", "--stride", "33"), 2, "--stride must be between 1 and the context of 32 tokens"),
+        (("--data", "{text}", "--context", "1"), 2, "--context"),
+        (("--induction", "--stride", "3"), 2, "--stride has no effect without --data"),
+        (("--data", "{text}", "--limit", "3"), 2, "--limit has no effect without --tasks"),
+        (("--data", "{folder}/none.txt"), 2, "no such file"),
+        (("--data", "{folder}/empty.txt"), 1, "empty.txt is empty"),
+        (("--data", "{folder}/one.txt"), 2, "too short"),
+        (("--data", "{folder}/other.txt"), 1, "other.txt: the character"),
+        (("--data", "{text}", "--field", "body"), 2, "--field body has no use"),
+        (("--data", "{text}", "--json", "{folder}/no/out.json"), 2, "its folder does not exist"),
+        (("--data", "{text}", "--json", "{folder}"), 2, "this is a folder"),
+        (("--data", "{text}", "--adapter", "{run}"), 1, "not an adapter"),
+    ],
+)
+def test_bad_input(
+    arguments: tuple[str, ...], code: int, message: str, finished: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    for name, content in (("empty.txt", ""), ("one.txt", "b"), ("other.txt", "ba ΩΩ")):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    places = {"text": finished.parent / "words.txt", "folder": tmp_path, "run": finished}
+    found, said, err = run_cli("eval", finished, *(each.format(**places) for each in arguments))
+    assert (found, said) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("error:") == 1
