@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gptsmith.api import bestofn, classify, distill, dpo, evaluate, fit, grpo, merge, ppo, reward, runs, sft
+    from gptsmith.api import bestofn, classify, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
     from gptsmith.engine.text import generate
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
@@ -45,7 +45,7 @@ _EXPORTS = {  # name: module and attribute, imported on first use
     "classify": ("gptsmith.api", "classify"),
     "distill": ("gptsmith.api", "distill"),
     "dpo": ("gptsmith.api", "dpo"),
-    "evaluate": ("gptsmith.api", "evaluate"),
+    "evaluate": ("gptsmith.evaluate.harness", "evaluate"),
     "fit": ("gptsmith.api", "fit"),
     "generate": ("gptsmith.engine.text", "generate"),
     "grpo": ("gptsmith.api", "grpo"),

@@ -19,11 +19,10 @@ from gptsmith.config import from_dict
 from gptsmith.data.sources import Spec
 from gptsmith.distributed.context import DistributedContext, environment_world_size, join_processes
 from gptsmith.errors import UsageError
-from gptsmith.evaluate.harness import Results, TaskSpec, run_tasks
+from gptsmith.evaluate.harness import evaluate
 from gptsmith.export.merge import merge
 from gptsmith.log import note, quiet
 from gptsmith.model.config import ModelConfig
-from gptsmith.model.transformer import Transformer
 from gptsmith.report import write_report
 from gptsmith.run_directory import Run, find_runs, read_run
 from gptsmith.tokenizer import Tokenizer
@@ -182,16 +181,6 @@ def bestofn(
     several = [reward] if callable(reward) or isinstance(reward, str | Path) else list(reward)
     functions = [each if callable(each) else os.fspath(each) for each in several]
     return best_of_n(os.fspath(model), prompts, Path(out), from_dict(BestOfNOptions, options), functions=functions)
-
-
-def evaluate(model: Transformer, tokenizer: Tokenizer, tasks: TaskSpec | Sequence[TaskSpec], **options: Any) -> Results:
-    """Measure a model on tasks and return the results, as `gptsmith eval MODEL --tasks …` does.
-
-    tasks: names, paths of YAML files, or tasks. options: those of `evaluate.harness.run_tasks` (`shots=(0, 4)`,
-    `limit=100`, `seeds=(0, 1)`, `controls=True`).
-    """
-    several = [tasks] if isinstance(tasks, str | Path) or not isinstance(tasks, Sequence) else list(tasks)
-    return run_tasks(model, tokenizer, several, **options)
 
 
 def _reward_specs(reward: Reward | Sequence[Reward]) -> tuple[str, ...]:

@@ -259,6 +259,15 @@ def run_tasks(
     return Results(tuple(results), measured_with)
 
 
+def evaluate(model: Transformer, tokenizer: Tokenizer, tasks: TaskSpec | Sequence[TaskSpec], **options: Any) -> Results:
+    """Measure a model on tasks and return the results, as `gptsmith eval MODEL --tasks …` does.
+
+    tasks: names, paths of YAML files, or tasks. options: those of `run_tasks` (`shots=(0, 4)`, `limit=100`,
+    `seeds=(0, 1)`, `controls=True`).
+    """
+    return run_tasks(model, tokenizer, list(tasks) if isinstance(tasks, list | tuple) else [tasks], **options)
+
+
 def resolve_task(spec: TaskSpec) -> Definition | Task:
     """Return the task that a name, a path or a specification stands for. Raises UsageError if there is none."""
     if not isinstance(spec, str | Path):
@@ -290,18 +299,24 @@ def task_name(spec: TaskSpec, task: Definition | Task) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """The graded items of a task, and those that shots are taken from, by group."""
+    """The graded items of a task, and those that shots are taken from, by group.
+
+    is_drawn: whether shots are drawn at random. excluded: how many were left out because they equal a graded item, or
+    how many examples are not graded because they are shots.
+    """
 
     graded: list[Item]
     pool: dict[str, list[Item]]
+    is_drawn: bool = True
+    excluded: int = 0
 
-    def shots(self, item: Item, count: int, seed: int, task: str) -> list[Item]:
-        """Return the shots of an item. A larger count of the same seed begins with those of a smaller one."""
-        pool = self.pool.get(item.group, [])
-        order = random.Random(f"{seed} {item.group}").sample(pool, len(pool))
-        if count > len(order):
-            of_group = f" of {item.group}" if item.group else ""
-            raise UsageError(f"{task} has {len(order)} examples{of_group} to take shots from, not {count}.")
+    def shots(self, group: str, count: int, seed: int, task: str) -> list[Item]:
+        """Return the shots of the items of a group. A larger count of the same seed begins with those of a smaller."""
+        pool = self.pool.get(group, [])
+        if count > len(pool):
+            of_group = f" of {group}" if group else ""
+            raise UsageError(f"{task} has {len(pool)} examples{of_group} to take shots from, not {count}.")
+        order = random.Random(f"{seed} {group}").sample(pool, len(pool)) if self.is_drawn else pool
         return order[:count]
 
 
@@ -348,9 +363,11 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
         graded = [item for item in items if item.content_hash not in kept]
     if not graded:
         raise UsageError(f"{task.name}: all examples are used as shots; none is left to grade.")
-    split = Split(graded if limit is None else spread(graded, limit), dict(pool))
+    excluded = len(items) - len(graded) if shots is None or task.shots.fixed else len(shots) - len(candidates)
+    graded = graded if limit is None else spread(graded, limit)
+    split = Split(graded, dict(pool), task.shots.is_drawn, excluded)
     for group in {item.group for item in split.graded}:
-        split.shots(next(item for item in split.graded if item.group == group), most_shots, 0, task.name)
+        split.shots(group, most_shots, 0, task.name)  # raises if there are too few
     return split
 
 
@@ -443,10 +460,12 @@ class _Evaluation:
         for item in split.graded:
             digest.update(f"{item.index} {item.content_hash} {item.answer!r}\n".encode("utf-8", "surrogatepass"))
         indices = range(len(split.graded))
+        if split.excluded and task.shots.source is None:
+            note(f"{name}: {split.excluded:,} examples are kept for shots and not graded.")
         return [
             _Job(task, name, count, seed, indices, split, digest.hexdigest())
             for count in numbers
-            for seed in (seeds if count and not task.shots.fixed else seeds[:1])
+            for seed in (seeds if count and task.shots.is_drawn else seeds[:1])
         ]
 
     def uses_chat(self, task: Definition) -> bool:
@@ -490,7 +509,10 @@ class _Evaluation:
             return self._answers_to_task(job.task, part)
         assert job.split is not None
         items = [job.split.graded[i] for i in part]
-        shots = [job.split.shots(item, job.count, job.seed, job.name) for item in items]
+        of_group = {
+            group: job.split.shots(group, job.count, job.seed, job.name) for group in {item.group for item in items}
+        }
+        shots = [of_group[item.group] for item in items]
         if job.task.kind == "generation":
             return self._generated(job.task, items, shots)
         return self._scored(job.task, items, shots)
@@ -683,7 +705,7 @@ class _Evaluation:
         if task.kind == "choices":
             chance = math.fsum(1 / len(item.choices) for item in job.split.graded) / len(job.split.graded)
         first = job.split.graded[0]
-        shots = job.split.shots(first, job.count, job.seed, job.name)[job.count - outcomes[0].shots :]
+        shots = job.split.shots(first.group, job.count, job.seed, job.name)[job.count - outcomes[0].shots :]
         prompt = prompt_text(task, first, shots)
         chat = self.uses_chat(task)
         ids = self._prompt_ids(prompt, chat)
@@ -694,10 +716,11 @@ class _Evaluation:
             "normalization": task.normalization if task.kind == "choices" else None,
             "chat": chat,
             "fewer_shots": sum(outcome.shots < job.count for outcome in outcomes),
+            "examples_excluded": job.split.excluded,
             "definition": {
-                each.name: getattr(task, each.name)
+                each.name: dataclasses.asdict(task.shots) if each.name == "shots" else getattr(task, each.name)
                 for each in dataclasses.fields(task)
-                if each.name not in ("directory", "source", "shots")
+                if each.name not in ("directory", "source")
             },
             "source": {key: value for key, value in task.source.items() if key != "rows"},
             "definition_sha256": task.sha256,

@@ -8,6 +8,7 @@ docs/evaluation.md describes the keys. No torch is needed here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -78,7 +79,8 @@ class Shots:
     """Solved examples before the question.
 
     count: how many by default. separator: between them. header: a template, before the first. source: where they are,
-    if not among the task's own examples. fixed: the records of these examples, in this order, and no others.
+    if not among the task's own examples. fixed: the records of these examples. draw: whether they are drawn at random;
+    otherwise they are the first ones, in their order, as always with `fixed`.
     """
 
     count: int = 0
@@ -86,6 +88,11 @@ class Shots:
     header: str = ""
     source: dict[str, Any] | None = None
     fixed: tuple[dict[str, Any], ...] = ()
+    draw: bool = True
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.draw and not self.fixed
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,9 @@ class Definition:
         if self.kind == "choices":
             if isinstance(self.choices, str):
                 value = self._value("choices", self.choices, record, where)
+                if isinstance(value, str):
+                    with contextlib.suppress(ValueError):
+                        value = json.loads(value)
                 if not isinstance(value, list | tuple) or not all(
                     isinstance(each, str | int | float) for each in value
                 ):
@@ -230,15 +240,11 @@ class Definition:
         return str(self._evaluate(key, where, record, _template, template))
 
     def _value(self, key: str, template: str, record: Mapping[str, Any], where: str) -> Any:
-        """Return what an expression gives, or a template, whose text is read as JSON where it is some."""
+        """Return the value of an expression, or of a template that is one, or the text of another template."""
         single = re.fullmatch(r"\s*\{\{((?:(?!\{\{|\}\}).)*)\}\}\s*", template, re.DOTALL)
         if single is not None or "{" not in template:
             return self._evaluate(key, where, record, _expression, template if single is None else single[1])
-        text = self._render(key, template, record, where)
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        return self._render(key, template, record, where)
 
     def _evaluate(self, key: str, where: str, record: Mapping[str, Any], compile: Callable[..., Any], text: str) -> Any:
         import jinja2
@@ -436,6 +442,10 @@ def parse_definition(text: str, where: str, directory: Path) -> Definition:
         if key not in values:
             raise UsageError(f"{where}: the key {key} is missing.")
     _refuse_quoted_escapes(values, where)
+    for key in ("choices", "stop"):
+        for i, each in enumerate(values[key] if isinstance(values.get(key), list) else ()):
+            if not isinstance(each, str):
+                raise UsageError(f"{where}: {key}[{i}] is {each!r}, not a text: put it in quotes.")
     try:
         definition = dataclasses.replace(from_dict(Definition, values), directory=directory)
     except UsageError as error:
@@ -493,6 +503,8 @@ def _check(task: Definition, where: str) -> None:
             _check_source(source, f"{where}: {name}")
     if task.shots.count < 0:
         raise UsageError(f"{where}: shots.count must be at least 0, not {task.shots.count}.")
+    if not task.shots.draw and not task.shots.fixed and task.shots.source is None:
+        raise UsageError(f"{where}: shots.draw: false needs shots.source or shots.fixed.")
     if task.shots.fixed and task.shots.source is not None:
         raise UsageError(f"{where}: shots.fixed and shots.source exclude each other.")
     if task.kind == "choices":
@@ -500,6 +512,8 @@ def _check(task: Definition, where: str) -> None:
             raise UsageError(f"{where}: a task of kind choices needs the key choices.")
         if task.metric not in (None, "accuracy"):
             raise UsageError(f"{where}: the metric of kind choices is accuracy, not {task.metric!r}.")
+        if task.continuation and task.normalization == "pmi":
+            raise UsageError(f"{where}: normalization pmi compares choices, and a continuation is scored after each.")
     elif task.choices or task.continuation:
         raise UsageError(f"{where}: {'choices' if task.choices else 'continuation'} needs kind: choices.")
     if task.kind == "cloze" and task.metric not in (None, "accuracy"):
