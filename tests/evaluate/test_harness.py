@@ -13,6 +13,7 @@ import gptsmith
 from gptsmith.errors import DataError, TokenizerError, UsageError
 from gptsmith.evaluate import harness
 from gptsmith.evaluate.harness import Results, best_choice, prompt_text, run_tasks, split_items
+from gptsmith.evaluate.provenance import weights_sha256
 from gptsmith.evaluate.scoring import encode_pairs
 from gptsmith.model.transformer import Transformer
 from gptsmith.tasks.definition import Definition, parse_definition
@@ -224,10 +225,11 @@ def test_a_continuation_is_scored_after_each_choice() -> None:
 
 def test_choices_without_a_prompt() -> None:
     network = model()
-    rows = [{"options": ["river is sand", "river sand is"], "right": 0}] * 2
+    texts = ["river is sand", "river sand is"]
+    rows = [{"options": texts, "right": 0}] * 2
     mine = task(rows=rows, prompt="", normalization="raw")
     result = run_tasks(network, BPE, [mine]).tasks[0]
-    expected = [logprob(network, BPE, "", choice) for choice in rows[0]["options"]]
+    expected = [logprob(network, BPE, "", choice) for choice in texts]
     assert result.outcomes[0].logprobs == pytest.approx(expected, abs=1e-4)
 
 
@@ -236,7 +238,7 @@ def test_generated_answers() -> None:
     prompt = "Q: river 0\nA:"
     written = gptsmith.generate(network, BPE, prompt, temperature=0.0, max_tokens=12, stop="\n")
     rows = [{"q": "river 0", "right": written}, {"q": "river 0", "right": "nothing"}]
-    keys = {"kind": "generation", "choices": None, "max_tokens": 12}
+    keys: dict[str, Any] = {"kind": "generation", "choices": None, "max_tokens": 12}
     mine = task(rows=rows, metric="exact_match", **keys)
     result = run_tasks(network, BPE, [mine]).tasks[0]
     assert [outcome.answer for outcome in result.outcomes] == [written, written]
@@ -302,7 +304,7 @@ def test_results_say_everything() -> None:
     assert first.low <= first.score <= first.high
     written = json.loads(json.dumps(results.to_json()))
     assert written["model"] == "tiny"
-    assert written["model_sha256"] == harness.weights_sha256(network) != harness.weights_sha256(model(seed=1))
+    assert written["model_sha256"] == weights_sha256(network) != weights_sha256(model(seed=1))
     entry = written["tasks"][1]
     split = split_items(task(), 2)
     prompt = prompt_text(task(), split.graded[0], split.shots("", 2, 3, "mine"))
@@ -337,19 +339,18 @@ def test_an_interrupted_evaluation_continues(tmp_path: Path, monkeypatch: pytest
     resumed = run_tasks(network, BPE, [mine], shots=(1,), log=tmp_path)
     assert sorted(scored) == [outcome.index for outcome in whole.tasks[0].outcomes]  # none twice
     assert resumed.to_json() == whole.to_json()
-    for number, changed in enumerate(
-        [
-            {"model": model(seed=1)},
-            {"seeds": (1,)},
-            {"shots": (2,)},
-            {"controls": True},
-            {"tasks": [task(20, normalization="raw")]},
-            {"tasks": [task(20, separator=" is ")]},
-            {"tasks": [task(20, rows=records(21)[1:])]},
-        ],
-        start=2,
-    ):
-        run_tasks(**{"model": network, "tokenizer": BPE, "tasks": [mine], "shots": (1,), "log": tmp_path, **changed})
+    variants: list[dict[str, Any]] = [
+        {"model": model(seed=1)},
+        {"seeds": (1,)},
+        {"shots": (2,)},
+        {"controls": True},
+        {"tasks": [task(20, normalization="raw")]},
+        {"tasks": [task(20, separator=" is ")]},
+        {"tasks": [task(20, rows=records(21)[1:])]},
+    ]
+    for number, changed in enumerate(variants, start=2):
+        arguments: dict[str, Any] = {"model": network, "tasks": [mine], "shots": (1,), **changed}
+        run_tasks(tokenizer=BPE, log=tmp_path, **arguments)
         assert len(list(tmp_path.iterdir())) == number  # none of the outcomes is taken
 
 
@@ -364,7 +365,8 @@ def test_unfinished_lines_of_the_log_are_computed_again(tmp_path: Path) -> None:
 
 
 def test_evaluate_is_part_of_the_package() -> None:
-    results = gptsmith.evaluate(model(), BPE, task(6), shots=(1,))
+    package: Any = gptsmith
+    results = package.evaluate(model(), BPE, task(6), shots=(1,))  # a module, too, which is all that mypy sees
     assert isinstance(results, Results)
     assert results.tasks[0].shots == 1
 

@@ -21,7 +21,7 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog. Once upon a time there was a house by the sea, and in it lived an "
     "old man who said: I'll go, don't you? 1234567890"
 )
-KINDS = {
+KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "byte-level": (
         byte_level,
         {"eos_token": "<|endoftext|>"},
@@ -130,8 +130,7 @@ def definition(name: str) -> Definition:
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     make, tokenizer_config, settings = KINDS[request.param]
-    pipeline: Any = make()  # type: ignore[operator]
-    write_model(path, pipeline=pipeline, tokenizer_config=tokenizer_config, **settings)
+    write_model(path, pipeline=make(), tokenizer_config=tokenizer_config, **settings)
     return path
 
 

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = load_model(
         chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
     )
-    record: dict[str, Any] = environment(model, tokenizer, chosen.model)
+    record: dict[str, Any]
     if names:
         results = run_tasks(
             model,
@@ -90,8 +90,10 @@ def main(arguments: list[str]) -> int:
             log=cache_directory() / "evaluations" if chosen.resume else None,
             name=chosen.model,
         )
-        record |= results.to_json()
+        record = results.to_json()
         print(results.table())
+    else:
+        record = environment(model, tokenizer, chosen.model)
     record |= measure_texts(model, tokenizer, sources, chosen.text)
     if chosen.json is not None:
         write_text(chosen.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

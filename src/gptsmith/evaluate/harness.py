@@ -265,7 +265,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, tasks: TaskSpec | Sequenc
     tasks: names, paths of YAML files, or tasks. options: those of `run_tasks` (`shots=(0, 4)`, `limit=100`,
     `seeds=(0, 1)`, `controls=True`).
     """
-    return run_tasks(model, tokenizer, list(tasks) if isinstance(tasks, list | tuple) else [tasks], **options)
+    one = isinstance(tasks, str | Path | Definition) or not isinstance(tasks, Sequence)
+    several: Any = [tasks] if one else tasks  # a task of one's own is no sequence, although it has a length
+    return run_tasks(model, tokenizer, several, **options)
 
 
 def resolve_task(spec: TaskSpec) -> Definition | Task:
