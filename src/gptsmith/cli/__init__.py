@@ -30,6 +30,7 @@ _BUILTIN = {
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",
     "eval": "measure a model: on tasks, zero-shot and few-shot, and on texts",
+    "compare": "compare models on the same tasks and texts, with intervals and tests",
     "tasks": "list the tasks that `eval` knows",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",

@@ -15,13 +15,10 @@ from gptsmith.errors import UsageError
 from gptsmith.storage import write_text
 
 
-@dataclass(frozen=True)
-class Eval:
-    """Measure a model on tasks, zero-shot and with solved examples in the prompt, and its loss, perplexity and bits per
-    byte on texts. `gptsmith tasks` lists the tasks."""
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to measure of a model, and how."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     tasks: Annotated[str | None, tyro.conf.arg(metavar="NAME,…")] = None
     """Tasks, separated by commas: names, or .yaml files of your own."""
     shots: Annotated[str | None, tyro.conf.arg(metavar="K,…")] = None
@@ -50,12 +47,38 @@ class Eval:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Eval(EvalOptions):
+    """Measure a model on tasks, zero-shot and with solved examples in the prompt, and its loss, perplexity and bits per
+    byte on texts. `gptsmith tasks` lists the tasks."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
+
+
 def main(arguments: list[str]) -> int:
     chosen = parse(Eval, "gptsmith eval", arguments)
-    names = [name.strip() for name in (chosen.tasks or "").split(",") if name.strip()]
-    if not names and not chosen.text.data and not chosen.text.induction:
+    check(chosen)
+    if not has_measures(chosen):
         raise UsageError("nothing to measure: give --tasks or --data. `gptsmith tasks` lists the tasks.")
-    shots = None if chosen.shots is None else tuple(_number(each) for each in chosen.shots.split(","))
+    record = measure(chosen.model, chosen)
+    if chosen.json is not None:
+        write_record(chosen.json, record)
+    return 0
+
+
+def has_measures(chosen: EvalOptions) -> bool:
+    return bool(task_names(chosen) or chosen.text.data or chosen.text.induction)
+
+
+def task_names(chosen: EvalOptions) -> list[str]:
+    return [name.strip() for name in (chosen.tasks or "").split(",") if name.strip()]
+
+
+def check(chosen: EvalOptions) -> None:
+    """Raise UsageError for options that are wrong, before anything is loaded."""
+    names = task_names(chosen)
+    _shots(chosen)
     if chosen.draws < 1:
         raise UsageError(f"--draws must be at least 1, not {chosen.draws}.")
     for option in ("shots", "limit", "controls"):
@@ -64,17 +87,21 @@ def main(arguments: list[str]) -> int:
     if chosen.json is not None:
         refuse_unwritable(chosen.json)
 
+
+def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
+    """Load a model, measure it, print the tables, and return the results as plain data."""
     from gptsmith.evaluate.harness import resolve_task, run_tasks
     from gptsmith.evaluate.provenance import environment
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import cache_directory, choose_device
 
+    names = task_names(chosen)
     for name in names:
         resolve_task(name)  # raises before the model is loaded
     sources = open_texts(chosen.text)
     adapter = None if chosen.adapter is None else resolve_adapter(chosen.adapter)
     model, tokenizer = load_model(
-        chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
+        model_name, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
     )
     record: dict[str, Any]
     if names:
@@ -82,28 +109,33 @@ def main(arguments: list[str]) -> int:
             model,
             tokenizer,
             names,
-            shots=shots,
+            shots=_shots(chosen),
             seeds=range(chosen.seed, chosen.seed + chosen.draws),
             limit=chosen.limit,
             controls=chosen.controls,
             chat={"task": None, "on": True, "off": False}[chosen.chat],
             log=cache_directory() / "evaluations" if chosen.resume else None,
-            name=chosen.model,
+            name=model_name,
         )
         record = results.to_json()
         print(results.table())
     else:
-        record = environment(model, tokenizer, chosen.model)
-    record |= measure_texts(model, tokenizer, sources, chosen.text)
-    if chosen.json is not None:
-        write_text(chosen.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return 0
+        record = environment(model, tokenizer, model_name)
+    return record | measure_texts(model, tokenizer, sources, chosen.text)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def refuse_unwritable(path: Path) -> None:
     """Raise UsageError, before the work, for a file that cannot be written."""
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"--json {path}: {'this is a folder' if path.is_dir() else 'its folder does not exist'}.")
+
+
+def _shots(chosen: EvalOptions) -> tuple[int, ...] | None:
+    return None if chosen.shots is None else tuple(_number(each) for each in chosen.shots.split(","))
 
 
 def _number(text: str) -> int:
