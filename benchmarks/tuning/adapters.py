@@ -1,10 +1,10 @@
-"""All weights, adapters and quantized adapters on one task: python benchmarks/tuning/adapters.py table|rates [--save]
+"""All weights, adapters and quantized adapters on one task: python benchmarks/tuning/adapters.py WHAT [--save]
 
 Task: 400 rows of alpaca_en_demo, one pass, held-out loss per answer token. Base: a llama-layout model of 4 layers and
-4,096 byte pairs, pretrained on wiki-summaries with AdamW. `rates` sweeps the learning rate over widths, for all
-weights and for rank 16; `table` compares ranks and quantized weights at width 128, each at the rate of the rule, over
-three seeds. Every run is a process of its own: memory is its peak; time is that of the processor with one thread, for
-preparing, training and two evaluations.
+4,096 byte pairs, pretrained on wiki-summaries with AdamW. WHAT: `table` compares ranks and quantized weights at width
+128 over three seeds; `rates` sweeps the learning rate over widths, for all weights and for rank 16; `updates` sweeps
+rows in a batch and passes over the data, on bases of either optimizer. Every run is a process of its own: memory is its
+peak; time is that of the processor with one thread, for preparing, training and two evaluations.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import json
 import statistics
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import common
 
-WIDTHS = {64: 400, 128: 400}  # and the updates that pretrain the base
+WIDTHS = (64, 128)
+STEPS = 400  # updates that pretrain a base
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"lora": "off"},
     **{f"LoRA rank {rank}": {"lora": "on", "lora.rank": rank} for rank in (1, 4, 16, 64)},
@@ -28,6 +28,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA int4": {"lora": "on", "lora.quantize": "int4"},
 }
 RATES = {"full": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA rank 16": (3e-3, 1e-2, 3e-2)}
+BEST = {"full": 3e-3, "LoRA": 1e-2}  # rates at width 128, of `rates`: the best, or as good and forgetting less
+UPDATES: dict[str, tuple[str, dict[str, Any]]] = {  # base and options
+    "LoRA, AdamW": ("adamw-128", METHODS["LoRA rank 16"] | {"optim": {"name": "adamw", "lr": 1e-2}}),
+    "full, Muon": ("muon-128", METHODS["full"] | {"optim": {"name": "muon", "lr": 6e-3, "embedding_lr": 3e-3}}),
+}
 ROWS = 400  # of the demo set
 
 
@@ -61,59 +66,50 @@ def work(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def rates(models: Path, jobs: int) -> dict[str, Any]:
+def rates(models: Path) -> dict[str, Any]:
     """name -> width -> rate -> loss, one seed."""
-    wanted = [(name, width, rate) for name in RATES for width in WIDTHS for rate in RATES[name]]
-
-    def one(job: tuple[str, int, float]) -> dict[str, Any]:
-        name, width, rate = job
-        return work(models / f"adamw-{width}", METHODS[name] | {"optim": {"name": "adamw", "lr": rate}})
-
-    with ThreadPoolExecutor(jobs) as pool:
-        done = dict(zip(wanted, pool.map(one, wanted), strict=True))
     made: dict[str, Any] = {}
-    for (name, width, rate), found in done.items():
-        losses = made.setdefault(name, {}).setdefault(str(width), {"start": found["start"]})
-        losses[f"{rate:g}"] = found["loss"]
+    for name, chosen in RATES.items():
+        for width in WIDTHS:
+            found = {
+                rate: work(models / f"adamw-{width}", METHODS[name] | {"optim": {"name": "adamw", "lr": rate}})
+                for rate in chosen
+            }
+            made.setdefault(name, {})[str(width)] = {f"{rate:g}": each for rate, each in found.items()}
     return made
 
 
-def table(models: Path, jobs: int, seeds: int, full_rate: float, lora_rate: float) -> dict[str, Any]:
-    """Method -> means over the seeds."""
-
-    def one(job: tuple[str, int]) -> dict[str, Any]:
-        name, seed = job
-        optim = {"name": "adamw", "lr": full_rate if name == "full" else lora_rate}
-        return work(models / "adamw-128", METHODS[name] | {"seed": 1337 + seed, "optim": optim})
-
-    wanted = [(name, seed) for seed in range(seeds) for name in METHODS]
-    with ThreadPoolExecutor(jobs) as pool:
-        results = dict(zip(wanted, pool.map(one, wanted), strict=True))
+def table(models: Path, seeds: int) -> dict[str, Any]:
+    """Method -> means over the seeds. The seed draws the order and an adapter's first weights."""
     made = {}
-    for name in METHODS:
-        found = [results[name, seed] for seed in range(seeds)]
+    for name, options in METHODS.items():
+        optim = {"name": "adamw", "lr": BEST["full" if name == "full" else "LoRA"]}
+        found = [work(models / "adamw-128", options | {"seed": 1337 + seed, "optim": optim}) for seed in range(seeds)]
         made[name] = {
-            "rate": full_rate if name == "full" else lora_rate,
+            "rate": optim["lr"],
             "losses": [each["loss"] for each in found],
-            "start": found[0]["start"],
-            "loss": round(statistics.mean(each["loss"] for each in found), 4),
-            "text": round(statistics.mean(each["text"] for each in found), 4),
-            "peak_mb": statistics.median(each["peak_mb"] for each in found),
-            "imported_mb": found[0]["imported_mb"],
-            "seconds": statistics.median(each["seconds"] for each in found),
+            **{key: round(statistics.mean(each[key] for each in found), 4) for key in ("start", "loss", "text")},
+            **{key: statistics.median(each[key] for each in found) for key in ("peak_mb", "imported_mb", "seconds")},
         }
+    return made
+
+
+def updates(models: Path) -> dict[str, Any]:
+    """Method -> rows in a batch, or passes over the data -> loss, one seed."""
+    made: dict[str, Any] = {}
+    for name, (base, options) in UPDATES.items():
+        for what, values in {"batch_size": (2, 4, 8, 16), "epochs": (2, 4, 8)}.items():
+            found = {value: work(models / base, options | {what: value}) for value in values}
+            made.setdefault(name, {})[what] = {str(value): each for value, each in found.items()}
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("bases", "rates", "table", "work"))
+    parser.add_argument("what", choices=("rates", "table", "updates", "work"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/tuning_adapters_WHAT.json")
     parser.add_argument("--models", type=Path, default=common.MODELS, help="where base models are kept")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--full-rate", type=float, default=1e-3)
-    parser.add_argument("--lora-rate", type=float, default=1e-2)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.what == "work":
@@ -121,13 +117,15 @@ def main() -> None:
         return
     import machine
 
-    for width, steps in WIDTHS.items():
-        common.small_model(a.models / f"adamw-{width}", width, 4, steps=steps, optimizer="adamw")
-    if a.what == "bases":
-        return
-    both = a.full_rate, a.lora_rate
-    found = rates(a.models, a.jobs) if a.what == "rates" else table(a.models, a.jobs, a.seeds, *both)
-    result = {"pretraining_steps": WIDTHS, a.what: found}
+    bases = {"rates": ("adamw-64", "adamw-128"), "table": ("adamw-128",), "updates": ("adamw-128", "muon-128")}
+    for base in bases[a.what]:
+        optimizer, width = base.split("-")
+        common.small_model(a.models / base, int(width), 4, steps=STEPS, optimizer=optimizer)
+    if a.what == "table":
+        found = table(a.models, a.seeds)
+    else:
+        found = rates(a.models) if a.what == "rates" else updates(a.models)
+    result = {"pretraining_steps": STEPS, a.what: found}
     print(json.dumps(result, indent=1))
     if a.save:
         print(machine.save(f"tuning_adapters_{a.what}", result))
