@@ -33,6 +33,8 @@ class EvalOptions:
     """Also score the choices with the question removed."""
     chat: Literal["task", "on", "off"] = "task"
     """Whether prompts are written by the model's chat template. task: as the task says."""
+    allow_code_execution: bool = False
+    """Run programs that the model writes, in a sandbox, for tasks such as humaneval."""
     text: Annotated[TextEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=TextEvaluation)
     """texts"""
     json: Path | None = None
@@ -116,6 +118,7 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
             chat={"task": None, "on": True, "off": False}[chosen.chat],
             log=cache_directory() / "evaluations" if chosen.resume else None,
             name=model_name,
+            allow_code_execution=chosen.allow_code_execution,
         )
         record = results.to_json()
         print(results.table())

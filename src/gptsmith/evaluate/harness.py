@@ -220,6 +220,7 @@ def run_tasks(
     params: SamplingParams | None = None,
     log: Path | None = None,
     name: str = "",
+    allow_code_execution: bool = False,
 ) -> Results:
     """Return a model's scores on tasks, with the outcome of each example.
 
@@ -228,7 +229,8 @@ def run_tasks(
     shots come from examples that are not graded. controls: also score the choices with the question removed. chat:
     write prompts by the tokenizer's chat template; None: as the task says. params: how to generate, instead of greedily
     with the task's own stop strings and length. log: a directory in which outcomes are kept as they come, so that an
-    interrupted evaluation continues. name: of the model, for the results.
+    interrupted evaluation continues. name: of the model, for the results. allow_code_execution: run programs that the
+    model writes, in a sandbox (`tasks.sandbox`), for the tasks that are scored so.
     Raises UsageError for an unknown task, or what does not fit it; DataError for examples that are at fault;
     TokenizerError for characters that the tokenizer lacks.
     """
@@ -250,7 +252,7 @@ def run_tasks(
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"the task {twice} is given twice.")
     measured_with = environment(model, tokenizer, name)
-    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with)
+    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with, allow_code_execution)
     jobs: list[_Job] = []
     for (_, task), each in zip(found, names, strict=True):
         jobs += evaluation.jobs(task, each, shots, seeds, limit)
@@ -343,16 +345,14 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
             pool[group] = [item for item in given if item.group in (group, "")]
     elif shots is not None:
         graded = items
-        taken = {item.content_hash for item in items}
-        candidates = _without_copies(shots, taken)
-        has_groups = any(item.group for item in candidates)
-        for group in {item.group for item in items}:
-            pool[group] = [item for item in candidates if not has_groups or item.group == group]
+        has_groups = any(item.group for item in shots)
+        for group, members in _by_group(
+            items
+        ).items():  # a shot of one group may be graded in another, whose shots are others
+            own = [item for item in shots if not has_groups or item.group == group]
+            pool[group] = _without_copies(own, {item.content_hash for item in members})
     else:
-        by_group: dict[str, list[Item]] = defaultdict(list)
-        for item in items:
-            by_group[item.group].append(item)
-        for group, members in by_group.items():
+        for group, members in _by_group(items).items():
             candidates = sorted(_without_copies(members, set()), key=lambda item: item.content_hash)
             size = max(most_shots, int(_KEPT_FOR_SHOTS * len(candidates)))
             if size > len(candidates) // 2:
@@ -371,6 +371,13 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
     for group in {item.group for item in split.graded}:
         split.shots(group, most_shots, 0, task.name)  # raises if there are too few
     return split
+
+
+def _by_group(items: Iterable[Item]) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.group].append(item)
+    return groups
 
 
 def _without_copies(items: Iterable[Item], taken: set[str]) -> list[Item]:
@@ -427,9 +434,11 @@ class _Evaluation:
         params: SamplingParams | None,
         log: Path | None,
         environment: dict[str, Any],
+        allow_code_execution: bool,
     ) -> None:
         self.model, self.tokenizer, self.controls, self.chat = model, tokenizer, controls, chat
         self.params, self.log, self.environment = params, log, environment
+        self.allow_code_execution = allow_code_execution
         self.context = model.config.max_position_embeddings
         self.template = ChatTemplate(tokenizer)
         self.scorer = Scorer(model)
@@ -456,6 +465,8 @@ class _Evaluation:
             raise UsageError(f"{name} is to be written by a chat template, and the model has none.")
         if self.uses_chat(task) and task.kind == "cloze":
             raise UsageError(f"{name}: the last word of a text cannot be asked for in a chat.")
+        if task.kind == "generation":
+            self.text_scorer(task)  # raises before anything is generated
         numbers = (task.shots.count,) if shots is None else shots
         split = split_items(task, max(numbers), limit)
         digest = hashlib.sha256()
@@ -469,6 +480,13 @@ class _Evaluation:
             for count in numbers
             for seed in (seeds if count and task.shots.is_drawn else seeds[:1])
         ]
+
+    def text_scorer(self, task: Definition) -> Callable[[str, Item], float]:
+        from gptsmith.tasks.scorers import find_scorer
+
+        assert task.metric is not None
+        metric = _absolute(task.metric, task.directory)
+        return find_scorer(metric, allow_code_execution=self.allow_code_execution)
 
     def uses_chat(self, task: Definition) -> bool:
         return task.chat if self.chat is None else self.chat
@@ -636,10 +654,7 @@ class _Evaluation:
     # Generated answers ------------------------------------------------------------------------------------------------
 
     def _generated(self, task: Definition, items: Sequence[Item], shots: list[list[Item]]) -> list[Outcome]:
-        from gptsmith.tasks.scorers import find_scorer
-
-        assert task.metric is not None
-        scorer = find_scorer(_absolute(task.metric, task.directory))
+        scorer = self.text_scorer(task)
         params = self.params or SamplingParams(temperature=0.0, max_tokens=task.max_tokens, stop=task.stop)
         chat = self.uses_chat(task)
         prompts = []

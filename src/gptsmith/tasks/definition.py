@@ -237,7 +237,7 @@ class Definition:
     def _render(self, key: str, template: str, record: Mapping[str, Any], where: str) -> str:
         if "{" not in template:
             return template
-        return str(self._evaluate(key, where, record, _template, template))
+        return str(self._evaluate(key, where, record, compile_template, template))
 
     def _value(self, key: str, template: str, record: Mapping[str, Any], where: str) -> Any:
         """Return the value of an expression, or of a template that is one, or the text of another template."""
@@ -301,7 +301,8 @@ def _environment() -> jinja2.Environment:
 
 
 @functools.cache
-def _template(text: str) -> Callable[..., str]:
+def compile_template(text: str) -> Callable[..., str]:
+    """Return a function that renders a template. It raises what Jinja raises."""
     return _environment().from_string(text).render
 
 
