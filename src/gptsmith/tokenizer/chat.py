@@ -286,6 +286,14 @@ class ChatTemplate:
             mask[start:end] = [True] * (end - start)
         return ids, mask
 
+    def render_open(self, messages: Sequence[Message], **variables: Any) -> str:
+        """Return the conversation as text up to the end of the last message's text, so that a model continues it.
+
+        Raises TokenizerError as `render` does, and if the template leaves the text out.
+        """
+        marks = _Marks.absent_from(json.dumps([messages, variables, self._sources], ensure_ascii=False, default=str))
+        return self._render_open(messages, marks.end, variables)
+
     def _render_open(self, messages: Sequence[Message], end_mark: str, variables: Mapping[str, Any]) -> str:
         """Return the conversation as text up to the end of the last message's text, as transformers does.
 
