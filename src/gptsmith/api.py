@@ -47,7 +47,7 @@ def fit(
     resume: str | Path | Run | None = None,
     callbacks: Sequence[Callback] = (),
     objective: str | ObjectiveFactory | None = None,
-    model: ModelConfig | ModelFactory | None = None,
+    model: ModelConfig | ModelFactory | Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     verbose: bool = False,
     **options: Any,
@@ -64,7 +64,8 @@ def fit(
     objective: a registered name, `module:name`, or a function that makes an `Objective` of an `ObjectiveContext`
         (default: pretraining, or that of the resumed run).
     Under torchrun, its processes share the run: every one calls `fit` with the same arguments.
-    model: the model's configuration, or a function `(ModelConfig, dropout) -> Transformer`.
+    model: the model's configuration, a function `(ModelConfig, dropout) -> Transformer`, or a dictionary of options
+        (`{"hidden_size": 64}`).
     Raises GptsmithError (UsageError, DataError, DivergedError, …), or KeyboardInterrupt after saving on Ctrl-C.
     """
     settings = dict(options)
@@ -72,6 +73,8 @@ def fit(
         settings = {**config, **settings}
     if init is not None:
         settings["init"] = os.fspath(init)
+    if isinstance(model, Mapping):
+        settings["model"], model = dict(model), None
     _, method = find_method(objective or "pretrain")
     base = config if isinstance(config, RunConfig) else default_config(method.options)
     text, batches = _text_or_batches(data)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from gptsmith.engine.cpu_runner import CpuRunner
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.formats.peft import adapter_layout
+from gptsmith.kernels.threads import kernels_available
 from gptsmith.model.config import LoraConfig
 from gptsmith.model.lora import adapter_off, add_lora
 from gptsmith.model.loss import token_logprobs
@@ -44,17 +46,21 @@ def test_they_sum_to_one_over_what_can_be_drawn(family: str, options: dict[str, 
                 assert int(every.isfinite().sum()) == 3
 
 
+@pytest.mark.parametrize("kernels", ["never", "always"])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_they_equal_the_trainers(temperature: float) -> None:
+def test_they_equal_the_trainers(temperature: float, kernels: Any) -> None:
     """With a vocabulary that has rows in reserve, whose logits count on neither side."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", hidden_size=64, num_attention_heads=2, intermediate_size=96)
     params = SamplingParams(max_tokens=9, seed=5, temperature=temperature, logprobs=0, sampled_logprobs=True, n=4)
-    result = Engine(model, vocab_size=21, compiled=False).generate([[4, 5, 6, 7]], params)[0]
+    engine = Engine(model, vocab_size=21, kernels=kernels)
+    if kernels == "always" and kernels_available():
+        assert isinstance(engine.executor.runner, CpuRunner)
+    result = engine.generate([[4, 5, 6, 7]], params)[0]
     for completion in result.completions:
         whole = torch.tensor([[4, 5, 6, 7, *completion.ids]])
         trainer = token_logprobs(model, whole[:, :-1], whole[:, 1:], temperature=temperature, tokens=21)[0, 3:]
-        engine = torch.tensor([token.logprob for token in completion.logprobs or () if token is not None])
-        torch.testing.assert_close(engine, trainer.detach(), rtol=0, atol=1e-5)
+        sampler = torch.tensor([token.logprob for token in completion.logprobs or () if token is not None])
+        torch.testing.assert_close(sampler, trainer.detach(), rtol=0, atol=1e-5 if kernels == "never" else 5e-5)
         assert max(completion.ids) < 21
 
 

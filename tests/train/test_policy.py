@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import gptsmith
 from gptsmith.errors import TrainingError, UsageError
+from gptsmith.kernels.threads import kernels_available
 from gptsmith.model.lora import adapter_off
 from gptsmith.run_directory import Run, read_run
 from gptsmith.train.forecast import memory
@@ -147,17 +148,27 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_anywhere_it_ends_in_the_same_bits(method: str, place: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {**FEW, **METHODS[method], "minibatches": 2, "save_every": 1, "batch_size": 4}
+    kill_and_resume(method, place, tmp_path, {"backward": 2, "reward": 2, "rollout": 9, "save": 7})
+
+
+@pytest.mark.skipif(os.name == "nt" or not kernels_available(), reason="no SIGKILL, or no kernels here")
+def test_killed_with_fast_rollouts_it_ends_in_the_same_bits(place: Path, tmp_path: Path) -> None:
+    kill_and_resume("grpo", place, tmp_path, {"reward": 2}, lora="off", fast_rollouts=True)
+
+
+def kill_and_resume(method: str, place: Path, tmp_path: Path, kills: dict[str, int], **more: Any) -> None:
+    """Compare a run that is killed at these places with one that is not. kills: at which call of each."""
+    options: dict[str, Any] = {**FEW, **METHODS[method], "minibatches": 2, "save_every": 1, "batch_size": 4, **more}
     whole = train(method, place, tmp_path / "whole", **options)
     out = tmp_path / "run"
     start = [method, place / "base", place / "prompts.jsonl", "--reward", f"{place / 'rewards.py'}:likes_e"]
     start += ["--out", out]
     for name, value in options.items():
-        start += [f"--{name.replace('_', '-')}", value]
+        start += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     killed = 0
     command: list[Any] = start
-    for where, number in (("backward", 2), ("reward", 2), ("rollout", 9), ("save", 7), ("none", 1)):
+    for where, number in (*kills.items(), ("none", 1)):
         process = subprocess.run(
             [sys.executable, "-c", KILLER, where, str(number), *map(str, command)],
             env=environment,
@@ -169,10 +180,11 @@ def test_killed_anywhere_it_ends_in_the_same_bits(method: str, place: Path, tmp_
         killed += process.returncode == -signal.SIGKILL
         assert process.returncode == (0 if where == "none" else -signal.SIGKILL), (where, process.stderr[-2000:])
         command = ["train", "--resume", out]
-    assert killed == 4
+    assert killed == len(kills)
     again = read_run(out)
     assert trace(again) == trace(whole)
-    for file in ("adapter_model.safetensors", "train/state.safetensors"):
+    weights = "model.safetensors" if more.get("lora") == "off" else "adapter_model.safetensors"
+    for file in (weights, "train/state.safetensors"):
         ours, theirs = (load_file(run.directory / "last" / file) for run in (again, whole))
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -155,6 +155,8 @@ class BlockManager:
         """Take the blocks for `count` tokens after those that are computed. Return False, and take none, if too few are
         available."""
         total = -(-(sequence.computed + count) // self.block_size)
+        if all(len(table) >= total for table in sequence.tables):
+            return True
         missing = [total - len(table) for table in sequence.tables]
         if any(n > pool.available for n, pool in zip(missing, self.pools, strict=True)):
             return False

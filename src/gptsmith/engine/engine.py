@@ -23,7 +23,7 @@ from gptsmith.engine.block_manager import BlockManager
 from gptsmith.engine.cache_size import default_cache_tokens, pool_sizes
 from gptsmith.engine.lifecycle import Lifecycle, as_error
 from gptsmith.engine.limits import Limits
-from gptsmith.engine.make_runner import make_runner
+from gptsmith.engine.make_runner import Kernels, make_runner
 from gptsmith.engine.output import EventQueue, new_events
 from gptsmith.engine.sampler import SamplerState
 from gptsmith.engine.sampling import SamplingParams
@@ -85,8 +85,8 @@ class Engine:
     a quarter of the memory on a CPU and four fifths on a GPU).
     block_size: tokens per block of the cache.
     prefix_caching: share the blocks of common prefixes.
-    compiled: use kernels of the engine where they are faster. False: run the model's own forward, as training does, so
-    that log-probabilities agree with training's up to rounding, and are the same in every process.
+    kernels: whether to use the engine's own kernels; "never" runs the model's own forward, as training does. The two
+    agree up to rounding.
     speculator: proposes tokens where that is faster (`engine.speculative`); what is generated stays the same.
     Raise UsageError for sizes that contradict each other.
 
@@ -103,7 +103,7 @@ class Engine:
         cache_tokens: int | None = None,
         block_size: int = 16,
         prefix_caching: bool = True,
-        compiled: bool = True,
+        kernels: Kernels = "auto",
         speculator: Speculator | None = None,
     ) -> None:
         config = model.config
@@ -133,7 +133,7 @@ class Engine:
         )
         self._beam_search = BeamSearch(self._lifecycle, vocab_size=self.vocab_size)
         self.executor = StepExecutor(
-            make_runner(model, cache, self.vocab_size, compiled=compiled),
+            make_runner(model, cache, self.vocab_size, kernels=kernels),
             self._lifecycle,
             TokenSampler(self._lifecycle, self._beam_search, speculator),
             speculator,

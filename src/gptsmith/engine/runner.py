@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,56 @@ from gptsmith.model.lora import Adapter, applied
 from gptsmith.model.transformer import Transformer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """Rows of the logits (N, V) of a step: those from `start` up to `stop`.
+
+    Numbers, not a tensor for each sequence: with small models, slicing and joining tensors takes longer than the model.
+    """
+
+    logits: Tensor
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def tensor(self) -> Tensor:
+        """Return the rows: (R, V)."""
+        return self.logits[self.start : self.stop]
+
+    def first(self) -> LogitRows:
+        """Return the first row."""
+        return LogitRows(self.logits, self.start, self.start + 1)
+
+    def last(self, count: int) -> LogitRows:
+        """Return the last `count` rows."""
+        return LogitRows(self.logits, self.stop - count, self.stop)
+
+
+def joined(parts: Items[LogitRows]) -> Tensor:
+    """Return all rows of all parts, in order: (R, V)."""
+    logits = parts[0].logits
+    if len(parts) == 1:
+        return parts[0].tensor()
+    if any(part.logits is not logits for part in parts):
+        return torch.cat([part.tensor() for part in parts])
+    rows = [row for part in parts for row in range(part.start, part.stop)]
+    if rows == list(range(len(logits))):
+        return logits
+    return logits[torch.tensor(rows, device=logits.device)]
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceLogits:
-    """The logits of a scheduled sequence: (R, V) float32, after each of the last R tokens that were computed.
+    """The logits of a scheduled sequence: R rows, float32, after each of the last R tokens that were computed.
 
     R is 0 while the prompt is not computed to its end, unless the prompt's log-probabilities are asked for.
     finite: whether all logits are.
     """
 
     scheduled: Scheduled
-    logits: Tensor
+    logits: LogitRows
     finite: bool
 
 
@@ -49,14 +90,21 @@ class Runner:
         for each in batch:
             s = each.sequence
             first = s.start + s.computed
-            ids += [*s.tokens[first : first + each.count], *s.drafts][: each.count]
+            if each.count == 1:
+                ids.append(s.tokens[first])
+            else:
+                ids += [*s.tokens[first : first + each.count], *s.drafts][: each.count]
             chunks.append(Chunk(s.computed, each.count, s.tables))
             if s.request.reads_prompt:
                 count = each.count
             else:
-                count = 1 + len(s.drafts) if each.count == s.remaining + len(s.drafts) else 0
+                drafts = len(s.drafts)
+                count = 1 + drafts if each.count == s.remaining + drafts else 0
             num_rows.append(count)
-            rows += range(len(ids) - count, len(ids))
+            if count == 1:
+                rows.append(len(ids) - 1)
+            else:
+                rows += range(len(ids) - count, len(ids))
             adapter = s.request.adapter
             if adapter is not None:
                 adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
@@ -65,9 +113,14 @@ class Runner:
                 logits = Runner._logits(self, ids, chunks, rows)
         else:
             logits = self._logits(ids, chunks, rows)
-        finite = torch.split(logits.sum(dim=-1).isfinite(), num_rows)  # a sum is finite only if all its terms are
-        parts = zip(batch, torch.split(logits, num_rows), finite, strict=True)
-        return [SequenceLogits(each, part, bool(are_finite.all())) for each, part, are_finite in parts]
+        finite: list[bool] = logits.sum(dim=-1).isfinite().tolist()  # a sum is finite only if all its terms are
+        all_finite, outputs, start = all(finite), [], 0
+        for each, count in zip(batch, num_rows, strict=True):
+            stop = start + count
+            are_finite = all_finite or all(finite[start:stop])
+            outputs.append(SequenceLogits(each, LogitRows(logits, start, stop), are_finite))
+            start = stop
+        return outputs
 
     def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
         """Return the logits (R, V) float32 after the ids at these positions (`rows`)."""

@@ -213,11 +213,13 @@ def choose(logits: Tensor, states: Items[SamplerState], ahead: Items[int] | None
 
     ahead: for each row, how many positions after its state's next token it is (default 0).
     """
-    chosen = logits.argmax(dim=-1)
     rows = [i for i, s in enumerate(states) if s.params.temperature > 0]
+    if len(rows) == len(states):
+        filtered = filter_logits(logits, [s.params for s in states])
+        return draw(filtered, [s.uniform(ahead[i] if ahead is not None else 0) for i, s in enumerate(states)])
+    chosen = logits.argmax(dim=-1)
     if rows:
         index = torch.tensor(rows, device=logits.device)
-        some = logits if len(rows) == len(states) else logits[index]
-        filtered = filter_logits(some, [states[i].params for i in rows])
+        filtered = filter_logits(logits[index], [states[i].params for i in rows])
         chosen[index] = draw(filtered, [states[i].uniform(ahead[i] if ahead is not None else 0) for i in rows])
     return chosen

@@ -81,12 +81,15 @@ class Scheduler:
         budget = self.max_batch_tokens
         decoding = [s for s in self.running if s.remaining == 1]
         crowded = len(self.waiting) > 0 or len(decoding) < len(self.running)  # prompts can use the budget
+        preempted = self.preemptions
         for i, sequence in enumerate(decoding):
-            if sequence not in self.running:  # preempted for an older one
+            if self.preemptions > preempted and sequence not in self.running:  # preempted for an older one
                 continue
-            if crowded or len(decoding) - i + len(sequence.drafts) > budget:
-                sequence.drafts = []
-            count = 1 + len(sequence.drafts)
+            count = 1
+            if sequence.drafts:
+                if crowded or len(decoding) - i + len(sequence.drafts) > budget:
+                    sequence.drafts = []
+                count += len(sequence.drafts)
             if self._make_room(sequence, count, chosen):
                 chosen[sequence] = count
                 budget -= count

@@ -156,7 +156,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """The number of tokens that are not computed yet; 1 when decoding."""
-        return self.length - self.computed
+        return len(self.tokens) - self.start - self.computed
 
     @property
     def generated(self) -> list[int]:

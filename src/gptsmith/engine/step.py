@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptsmith.engine.lifecycle import Lifecycle
 from gptsmith.engine.output import token_logprobs
-from gptsmith.engine.runner import Runner, SequenceLogits
+from gptsmith.engine.runner import LogitRows, Runner, SequenceLogits
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.engine.sequence import Request, Sequence
 from gptsmith.engine.speculative import Speculator
@@ -63,7 +63,7 @@ class StepExecutor:
         if not batch:
             return []
         self.num_steps += 1
-        ready: list[tuple[Sequence, Tensor]] = []
+        ready: list[tuple[Sequence, LogitRows]] = []
         changed: dict[Request, None] = {}
         for output in self._run_model(batch):
             sequence, count = output.scheduled.sequence, output.scheduled.count
@@ -78,9 +78,9 @@ class StepExecutor:
             first = sequence.start + sequence.computed
             sequence.computed += count - len(sequence.drafts)
             if request.reads_prompt:
-                _add_prompt_logprobs(request, first, output.logits)
+                _add_prompt_logprobs(request, first, output.logits.tensor())
             if sequence.remaining == 0:
-                ready.append((sequence, output.logits[-1 - len(sequence.drafts) :]))
+                ready.append((sequence, output.logits.last(1 + len(sequence.drafts))))
             else:
                 self._lifecycle.blocks.commit(sequence)
         self._sampler.sample(ready)

@@ -8,6 +8,7 @@ from torch import Tensor
 from gptsmith.engine.beam import BeamSearch
 from gptsmith.engine.lifecycle import Lifecycle
 from gptsmith.engine.output import token_logprobs
+from gptsmith.engine.runner import LogitRows, joined
 from gptsmith.engine.sampler import NO_TOKEN_ALLOWED, adjust, choose, filter_logits
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import FinishReason, Request, Sequence, TokenLogprob
@@ -21,21 +22,23 @@ class TokenSampler:
     def __init__(self, lifecycle: Lifecycle, beam_search: BeamSearch, speculator: Speculator | None) -> None:
         self._lifecycle, self._beam_search, self._speculator = lifecycle, beam_search, speculator
 
-    def sample(self, ready: list[tuple[Sequence, Tensor]]) -> None:
-        """Choose and append the next tokens of these sequences. logits: (1 + drafts, V) each, which predict the first
-        draft, ..., and the token after the last draft. A failure ends the request that caused it."""
+    def sample(self, ready: list[tuple[Sequence, LogitRows]]) -> None:
+        """Choose and append the next tokens of these sequences. Each has 1 + drafts rows of logits, which predict the
+        first draft, ..., and the token after the last draft. A failure ends the request that caused it."""
         beams: dict[Request, list[tuple[Sequence, Tensor]]] = {}
-        sampled: list[tuple[Sequence, Tensor]] = []
+        sampled: list[tuple[Sequence, LogitRows]] = []
         for sequence, logits in ready:
             request = sequence.request
             if request.params.prompt_only:
                 self._finish_empty(sequence)
                 continue
             if request.params.beams > 1:
-                beams.setdefault(request, []).append((sequence, logits))
+                beams.setdefault(request, []).append((sequence, logits.tensor()))
                 continue
             try:  # the drafts are the parent's: siblings take only its first row
-                sampled += [(sequence, logits), *((child, logits[:1]) for child in self._fork_samples(sequence))]
+                sampled.append((sequence, logits))
+                if not request.forked and request.params.samples > 1:
+                    sampled += [(child, logits.first()) for child in self._fork_samples(sequence)]
             except Exception as failure:  # out of memory, or a grammar that cannot be copied
                 self._lifecycle.fail(request, failure)
         for request, beams_of_request in beams.items():
@@ -59,23 +62,21 @@ class TokenSampler:
     def _fork_samples(self, sequence: Sequence) -> list[Sequence]:
         """Return the other samples of a prompt that has just been computed; they share its blocks."""
         request = sequence.request
-        if request.forked or request.params.samples == 1:
-            return []
         request.forked = True
         children = [sequence.fork(i, request.seed + i) for i in range(1, request.params.samples)]
         for child in children:
             self._lifecycle.admit_fork(sequence, child)
         return children
 
-    def _sample_batch(self, batch: list[tuple[Sequence, Tensor]]) -> None:
+    def _sample_batch(self, batch: list[tuple[Sequence, LogitRows]]) -> None:
         """Sample all together. If that fails, retry one by one to isolate the failing sequence."""
         positions = [(sequence, ahead) for sequence, logits in batch for ahead in range(len(logits))]
-        raw = batch[0][1] if len(batch) == 1 else torch.cat([logits for _, logits in batch])
+        raw = joined([logits for _, logits in batch])
         try:
-            adjusted = adjust(raw, [sequence.sampler for sequence, _ in positions])
+            states = [sequence.sampler for sequence, _ in positions]
+            adjusted = adjust(raw, states)
             _check_tokens_left(adjusted, [sequence for sequence, _ in positions])
-            ahead_of = [ahead for _, ahead in positions]
-            chosen = choose(adjusted, [sequence.sampler for sequence, _ in positions], ahead_of).tolist()
+            chosen = choose(adjusted, states, [ahead for _, ahead in positions]).tolist()
         except Exception as failure:
             if len(batch) == 1:
                 self._lifecycle.fail(batch[0][0].request, failure)
@@ -89,9 +90,10 @@ class TokenSampler:
         logprobs: list[TokenLogprob | None] = [None] * len(chosen)
         if any(count is not None for count in top):
             logprobs = token_logprobs(_scored(raw, adjusted, all_params), chosen, top)
-        tokens = iter(list(zip(chosen, logprobs, strict=True)))
+        tokens, start = list(zip(chosen, logprobs, strict=True)), 0
         for sequence, logits in batch:
-            its_tokens = [next(tokens) for _ in range(len(logits))]
+            its_tokens = tokens[start : start + len(logits)]
+            start += len(logits)
             if sequence.finish_reason is None:
                 try:
                     self._append(sequence, its_tokens)

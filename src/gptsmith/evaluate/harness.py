@@ -644,7 +644,8 @@ class _Evaluation:
                 try:
                     encode_pairs(self.tokenizer, group)
                 except GptsmithError as own:
-                    raise type(own)(f"{task.name}: example {items[i].index}: {own}") from None
+                    own.args = (f"{task.name}: example {items[i].index}: {own}",)
+                    raise
             raise error
         at = 0
         for group in pairs:

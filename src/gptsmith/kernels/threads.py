@@ -29,12 +29,17 @@ def kernels_available() -> bool:
     return kernels.available()
 
 
+def are_compiled() -> bool:
+    """Return whether the kernels lie compiled in this machine's cache."""
+    from gptsmith.kernels import cpu_decode as kernels
+
+    return any(Path(str(kernels.forward.stats.cache_path)).glob("cpu_decode.forward*.nbi"))
+
+
 @functools.cache
 def announce_compiling() -> None:
     """Print a note if the kernels have not been compiled on this machine yet, since that takes a while."""
-    from gptsmith.kernels import cpu_decode as kernels
-
-    if not any(Path(str(kernels.forward.stats.cache_path)).glob("cpu_decode.forward*.nbi")):
+    if not are_compiled():
         note("compiling kernels for this processor (only once; takes half a minute) ...")
 
 

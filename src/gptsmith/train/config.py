@@ -497,6 +497,9 @@ class PolicyConfig(PromptConfig):
     """How far above 1 it counts."""
     kl: float = 0.0
     """Weight of the KL divergence from the model that training starts from."""
+    fast_rollouts: bool = False
+    """Sample with the engine's compiled CPU kernels, where they can run the model: faster, but log-probabilities then
+    equal the trainer's to a few 1e-5 instead of 1e-5."""
     unended_penalty: float = 0.0
     """Subtracted from the reward of answers that reach --answer-tokens without an end."""
     epochs: float = 1.0

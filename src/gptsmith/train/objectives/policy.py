@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptsmith.checkpoint import TrainState
 from gptsmith.distributed.context import ALONE, DistributedContext
+from gptsmith.engine.warm_up import kernels_ready
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
 from gptsmith.log import JsonLines, note
@@ -90,6 +91,7 @@ class PolicyObjective(Objective[RolloutBatch]):
         self.number = 0  # of the rollout that is learned from, from 1
         self.buffer: RolloutBatch | None = None
         self.taken = 0  # batches of it
+        self.kernels = None if method.fast_rollouts else False  # of the engine; None: not known yet
         if reference is not None:
             reference.requires_grad_(False).eval()
 
@@ -196,6 +198,10 @@ class PolicyObjective(Objective[RolloutBatch]):
     def _answers(
         self, policy: Transformer, prompts: Sequence[Any], per_prompt: int, number: int, first_group: int
     ) -> list[Rollout] | None:
+        if self.kernels is None:
+            self.kernels = kernels_ready(policy)
+            if not self.kernels:
+                note("note: the engine has no kernels for this model on this machine: --fast-rollouts changes nothing.")
         return sample_answers(
             policy,
             self.tokenizer,
@@ -206,6 +212,7 @@ class PolicyObjective(Objective[RolloutBatch]):
             temperature=self.method.temperature,
             stop=self.method.stop,
             seed=self.seed,
+            kernels=self.kernels,
             number=number,
             first_group=first_group,
             should_stop=self.should_stop,

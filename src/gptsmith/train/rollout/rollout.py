@@ -1,8 +1,8 @@
 """Answers that the policy samples to learn from.
 
 They come from the engine that serves the model, on the policy's own weights: token ids in, token ids out, with the
-log-probability of each token under the distribution that it was drawn from. The engine runs the model's own forward, so
-that these log-probabilities equal the trainer's up to rounding, and are the same in every process.
+log-probability of each token under the distribution that it was drawn from, which equals the trainer's up to rounding.
+Whether the engine uses its own kernels is decided once in a run, since they round differently.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def sample_answers(
     temperature: float,
     stop: Sequence[str] = (),
     seed: int,
+    kernels: bool = False,
     number: int = 0,
     first_group: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
@@ -76,8 +77,9 @@ def sample_answers(
 
     answer_tokens: at most so many tokens each; context: prompt and answer together. temperature: above 0; there are no
     other sampling options, since training would have to correct for them. stop: texts that end an answer, too.
-    seed, number: of the run, and of this rollout: the same ones give the same answers to the same prompts. first_group:
-    the number of the first prompt.
+    kernels: whether the engine uses its own.
+    seed, number: of the run, and of this rollout: the same ones give the same answers to the same prompts.
+    first_group: the number of the first prompt.
     """
     if not prompts:
         return []
@@ -86,7 +88,7 @@ def sample_answers(
         vocab_size=tokenizer.vocab_size,
         max_batch=min(MAX_BATCH, len(prompts) * per_prompt),
         max_batch_tokens=MAX_BATCH_TOKENS,
-        compiled=False,
+        kernels="always" if kernels else "never",
     )
     requests = {}
     for group, prompt in enumerate(prompts, first_group):

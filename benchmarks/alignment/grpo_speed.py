@@ -1,0 +1,202 @@
+"""How fast is GRPO from end to end (rollout, reward, update), compared with TRL's GRPOTrainer?
+
+    python benchmarks/alignment/grpo_speed.py                # writes benchmarks/results/grpo_speed.json
+
+Both train all weights of the same small random Llama by AdamW on the same prompts, eight answers to each, with the same
+reward function, without a KL term, evaluations and checkpoints, on the same number of threads. A random model nearly
+never ends an answer, so that all answers have the same length. The repeats alternate; the ratio is that of the medians
+of answers per second, each the median over the updates of a run. TRL has no PPO any more to compare ours with: its
+figure stands alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gptsmith
+from gptsmith.formats.hf import save_model
+from gptsmith.model.families import FAMILIES
+from gptsmith.model.transformer import Transformer
+from gptsmith.train.objectives import policy
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import itertools
+
+from dpo_speed import text
+
+from gptsmith.tokenizer import train_bpe
+
+GROUP = 8
+
+
+def vowels(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+    """Return the share of vowels in each answer."""
+    return [sum(letter in "aeiou" for letter in each) / max(1, len(each)) for each in completions]
+
+
+def make_model(place: Path, width: int, layers: int, vocabulary: int) -> Path:
+    """Save a random Llama with a tokenizer that has an end-of-text token."""
+    tokenizer = train_bpe([text(random.Random(1), 20_000)], vocabulary)
+    torch.manual_seed(0)
+    config = FAMILIES["llama"](
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=256,
+    )
+    place.mkdir()
+    save_model(Transformer(config), place, end_ids=tokenizer.end_ids)
+    tokenizer.save(place)
+    return place
+
+
+def ours(method: str, model: Path, data: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Return answers per second, the seconds of a rollout, and the mean length of the last answers."""
+    rollouts: list[float] = []
+    sample = policy.sample_answers
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        answers = sample(*arguments, **named)
+        rollouts.append(time.perf_counter() - began)
+        return answers
+
+    policy.sample_answers = timed
+    try:
+        run = getattr(gptsmith, method)(
+            model,
+            data,
+            reward=vowels,
+            out=out,
+            steps=options.steps,
+            batch_size=options.batch,
+            answer_tokens=options.tokens,
+            context=64 + options.tokens,
+            val_fraction=0.0,
+            check_rewards=False,
+            lora="off",
+            optim={"name": "adamw", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"},
+            sample_tokens=0,
+            eval_every=options.steps,
+            device="cpu",
+            **({"group_size": GROUP} if method == "grpo" else {}),
+        )
+    finally:
+        policy.sample_answers = sample
+    rows = [row for row in run.metrics if "loss" in row]
+    seconds = [b["time"] - a["time"] for a, b in itertools.pairwise(rows)]
+    return {
+        "answers per second": options.batch / statistics.mean(seconds),
+        "rollout seconds": statistics.median(rollouts),
+        "length": next(row["length"] for row in reversed(rows) if "length" in row),
+    }
+
+
+def theirs(model: Path, rows: list[dict[str, str]], out: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Return the same of TRL."""
+    import datasets
+    import transformers
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    ends: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    lengths: list[float] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths.append(statistics.mean(map(len, completion_ids)))
+        return vowels([], completions)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    trainer = GRPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=str(out),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            num_generations=GROUP,
+            max_completion_length=options.tokens,
+            beta=0.0,
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            fp16=False,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    seconds = [b - a for a, b in itertools.pairwise(ends)]
+    return {"answers per second": options.batch / statistics.mean(seconds), "length": lengths[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64, help="answers in an update")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-save", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    found: dict[str, list[dict[str, float]]] = {"grpo": [], "ppo": [], "trl grpo": []}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        model = make_model(place / "model", options.width, options.layers, options.vocabulary)
+        rng = random.Random(0)
+        rows = [{"prompt": f"{text(rng, rng.randint(4, 12))}?"} for _ in range(options.batch * options.steps)]
+        data = place / "prompts.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        for repeat in range(options.repeats):
+            for method in ("grpo", "ppo"):
+                found[method].append(ours(method, model, data, place / f"{method}-{repeat}", options))
+            found["trl grpo"].append(theirs(model, rows, place / f"trl-{repeat}", options))
+            print({name: {k: round(v, 3) for k, v in values[-1].items()} for name, values in found.items()}, flush=True)
+    medians = {name: statistics.median(v["answers per second"] for v in values) for name, values in found.items()}
+    result: dict[str, Any] = {
+        "options": vars(options),
+        "runs": found,
+        "medians": medians,
+        "ratio": medians["grpo"] / medians["trl grpo"],
+    }
+    print(medians, f"ratio {result['ratio']:.2f}")
+    if not options.no_save:
+        from machine import save
+
+        print(save("grpo_speed", result))
+
+
+if __name__ == "__main__":
+    main()
