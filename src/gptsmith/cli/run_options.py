@@ -23,6 +23,7 @@ from gptsmith.train.config import (
     AdapterConfig,
     AutoConfig,
     DataConfig,
+    EvalConfig,
     InitConfig,
     LoopConfig,
     LoraOptions,
@@ -67,6 +68,8 @@ class RunOptions:
     """optimizer"""
     loop: Annotated[LoopConfig, _FLAT] = field(default_factory=LoopConfig)
     """training loop"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """tasks during training"""
     parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
@@ -81,6 +84,7 @@ class RunOptions:
             method=self.method,
             optim=self.optim,
             loop=self.loop,
+            eval=self.eval,
             parallel=self.parallel,
         )
 

@@ -18,6 +18,7 @@ from gptsmith.train.config import (
     AdapterConfig,
     AutoConfig,
     DataConfig,
+    EvalConfig,
     InitConfig,
     LoopConfig,
     LoraOptions,
@@ -98,6 +99,8 @@ class TuneOptions:
     """optimizer"""
     loop: Annotated[TuneLoop, _FLAT] = field(default_factory=TuneLoop)
     """training loop"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """tasks during training"""
     parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
@@ -116,6 +119,7 @@ class TuneOptions:
             method=self.method,
             optim=OptimConfig(**vars(self.optim)),
             loop=LoopConfig(**vars(self.loop)),
+            eval=self.eval,
             parallel=self.parallel,
         )
 
@@ -134,6 +138,7 @@ def parse_tune(
         "warm_start": base.init.warm_start,
         "optim": TuneOptim(**vars(base.optim)) if whole else TuneOptim(),
         "loop": TuneLoop(**vars(base.loop)),
+        "eval": base.eval,
         "parallel": base.parallel,
     }
     options = parse(command, f"gptsmith {name}", arguments, default=command(**defaults))

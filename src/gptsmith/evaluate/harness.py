@@ -234,6 +234,36 @@ def run_tasks(
     Raises UsageError for an unknown task, or what does not fit it; DataError for examples that are at fault;
     TokenizerError for characters that the tokenizer lacks.
     """
+    measured_with = environment(model, tokenizer, name)
+    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with, allow_code_execution)
+    jobs = _jobs(evaluation, tasks, shots, seeds, limit)
+    with progress(sum(len(job.indices) for job in jobs), "Evaluating") as bar:
+        results = [evaluation.run(job, bar) for job in jobs]
+    return Results(tuple(results), measured_with)
+
+
+def check_tasks(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: Sequence[TaskSpec],
+    *,
+    shots: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> None:
+    """Raise what `run_tasks` raises for tasks that do not fit the model, without measuring anything."""
+    evaluation = _Evaluation(model, tokenizer, False, None, None, None, {}, False)
+    for job in _jobs(evaluation, tasks, shots, (0,), limit):
+        evaluation.check(job)
+
+
+def _jobs(
+    evaluation: _Evaluation,
+    tasks: Sequence[TaskSpec],
+    shots: Sequence[int] | None,
+    seeds: Sequence[int],
+    limit: int | None,
+) -> list[_Job]:
+    """Return what there is to do. Raises UsageError as `run_tasks` does."""
     if not tasks:
         raise UsageError("no task is given.")
     for number in shots or ():
@@ -245,20 +275,17 @@ def run_tasks(
         raise UsageError("the seeds of the draws must be different numbers, at least one.")
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}.")
-    if params is not None and params.n != 1:
+    if (params := evaluation.params) is not None and params.n != 1:
         raise UsageError(f"a task takes one answer to each example, so n must be 1, not {params.n}.")
     found = [(spec, resolve_task(spec)) for spec in tasks]
     names = [task_name(spec, task) for spec, task in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"the task {twice} is given twice.")
-    measured_with = environment(model, tokenizer, name)
-    evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with, allow_code_execution)
-    jobs: list[_Job] = []
-    for (_, task), each in zip(found, names, strict=True):
-        jobs += evaluation.jobs(task, each, shots, seeds, limit)
-    with progress(sum(len(job.indices) for job in jobs), "Evaluating") as bar:
-        results = [evaluation.run(job, bar) for job in jobs]
-    return Results(tuple(results), measured_with)
+    return [
+        job
+        for (_, task), each in zip(found, names, strict=True)
+        for job in evaluation.jobs(task, each, shots, seeds, limit)
+    ]
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, tasks: TaskSpec | Sequence[TaskSpec], **options: Any) -> Results:
@@ -524,18 +551,32 @@ class _Evaluation:
         values[0] = {key: value for key, value in self.environment.items() if key != "model"}
         return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
+    def check(self, job: _Job) -> None:
+        """Write all prompts of a job."""
+        if isinstance(job.task, Definition):
+            items, shots = self._items_and_shots(job, range(len(job.indices)))
+            if job.task.kind == "generation":
+                self.text_scorer(job.task)
+                self._generation_prompts(job.task, items, shots, self._generation_params(job.task))
+            else:
+                self._fitted(job.task, items, shots)
+
     def _outcomes(self, job: _Job, part: Sequence[int]) -> list[Outcome]:
         if not isinstance(job.task, Definition):
             return self._answers_to_task(job.task, part)
+        items, shots = self._items_and_shots(job, part)
+        if job.task.kind == "generation":
+            return self._generated(job.task, items, shots)
+        return self._scored(job.task, items, shots)
+
+    def _items_and_shots(self, job: _Job, part: Sequence[int]) -> tuple[list[Item], list[list[Item]]]:
+        """Return some of the graded items, and the shots of each."""
         assert job.split is not None
         items = [job.split.graded[i] for i in part]
         of_group = {
             group: job.split.shots(group, job.count, job.seed, job.name) for group in {item.group for item in items}
         }
-        shots = [of_group[item.group] for item in items]
-        if job.task.kind == "generation":
-            return self._generated(job.task, items, shots)
-        return self._scored(job.task, items, shots)
+        return items, [of_group[item.group] for item in items]
 
     # Scored answers ---------------------------------------------------------------------------------------------------
 
@@ -656,7 +697,32 @@ class _Evaluation:
 
     def _generated(self, task: Definition, items: Sequence[Item], shots: list[list[Item]]) -> list[Outcome]:
         scorer = self.text_scorer(task)
-        params = self.params or SamplingParams(temperature=0.0, max_tokens=task.max_tokens, stop=task.stop)
+        params = self._generation_params(task)
+        prompts = self._generation_prompts(task, items, shots, params)
+        chat = self.uses_chat(task)
+        if chat:
+            params = replace(params, stop_ids=(*params.stop_ids, *self.template.end_ids()))
+        answers = generate_texts(self.engine, self.tokenizer, prompts, params, continues_prompt=not chat)
+        return [
+            Outcome(
+                item.index,
+                _sha256(prompt_text(task, item, own)),
+                answer,
+                float(scorer(answer, item)),
+                item.answer_text,
+                shots=len(own),
+                group=item.group,
+            )
+            for item, own, (answer,) in zip(items, shots, answers, strict=True)
+        ]
+
+    def _generation_params(self, task: Definition) -> SamplingParams:
+        return self.params or SamplingParams(temperature=0.0, max_tokens=task.max_tokens, stop=task.stop)
+
+    def _generation_prompts(
+        self, task: Definition, items: Sequence[Item], shots: list[list[Item]], params: SamplingParams
+    ) -> list[Sequence[int]]:
+        """Return the ids of prompts. Shots are removed, the first ones first, where there is no room for the answer."""
         chat = self.uses_chat(task)
         prompts = []
         for i, item in enumerate(items):
@@ -673,21 +739,7 @@ class _Evaluation:
                     )
                 shots[i] = shots[i][1:]
             prompts.append(ids)
-        if chat:
-            params = replace(params, stop_ids=(*params.stop_ids, *self.template.end_ids()))
-        answers = generate_texts(self.engine, self.tokenizer, prompts, params, continues_prompt=not chat)
-        return [
-            Outcome(
-                item.index,
-                _sha256(prompt_text(task, item, own)),
-                answer,
-                float(scorer(answer, item)),
-                item.answer_text,
-                shots=len(own),
-                group=item.group,
-            )
-            for item, own, (answer,) in zip(items, shots, answers, strict=True)
-        ]
+        return prompts
 
     def _prompt_ids(self, text: str, chat: bool) -> Sequence[int]:
         """Return the ids of a prompt: a message of the user, or the text as it is."""

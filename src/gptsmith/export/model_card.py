@@ -18,6 +18,7 @@ from gptsmith import __version__
 from gptsmith.errors import GptsmithError
 from gptsmith.log import duration
 from gptsmith.model.config import ModelConfig
+from gptsmith.report.tasks import task_scores
 from gptsmith.run_directory import Run, last_number, number, read_run
 
 _MAX_SAMPLE = 1500  # characters
@@ -164,6 +165,13 @@ def _results(run: Run) -> list[tuple[str, str]]:
         else:
             rows.append((f"best {metric}", f"{value:.4f}"))
         rows.append(("at step", f"{number(best['step']):,.0f}"))
+    for label, measured in task_scores(run).items():
+        _, last = measured[-1]
+        chance = number(last.get("chance"))
+        about = f"; chance {chance:.3f}" if math.isfinite(chance) else ""
+        interval = f"{number(last.get('low')):.3f} to {number(last.get('high')):.3f}"
+        about = f"95% interval {interval}, {number(last.get('examples')):,.0f} examples{about}"
+        rows.append((label, f"{number(last['score']):.3f} ({about})"))
     for name, key, form in (("tokens seen", "tokens", "{:,.0f}"), ("training loss at the end", "loss", "{:.4f}")):
         value = last_number(run.metrics, key)
         if math.isfinite(value):

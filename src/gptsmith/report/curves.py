@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,6 +84,21 @@ def metric_figure(metrics: Sequence[Row], key: str, *, width: float = 4.4, heigh
     else:
         _write_note(axes, "not logged")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
+    axes.set_xlabel("step", color=MUTED)
+    return figure
+
+
+def task_figure(rows: Sequence[tuple[float, Mapping[str, Any]]], *, width: float = 4.4, height: float = 2.5) -> Figure:
+    """The score of a task against the step, with its interval and the score of guessing. rows: (step, measurement)."""
+    figure, axes = _curve_axes(width, height)
+    steps = np.array([step for step, _ in rows])
+    score, low, high = (np.array([number(row.get(key)) for _, row in rows]) for key in ("score", "low", "high"))
+    axes.fill_between(steps, low, high, color=TRAIN, alpha=0.2, linewidth=0)
+    axes.plot(steps, score, color=TRAIN, linewidth=1.6, marker="o", markersize=3.5)
+    chance = number(rows[-1][1].get("chance"))
+    if math.isfinite(chance):
+        axes.axhline(chance, color=MUTED, linewidth=1.0, linestyle="--")
+    axes.set_ylim(0.0, 1.0)
     axes.set_xlabel("step", color=MUTED)
     return figure
 

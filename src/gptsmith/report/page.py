@@ -15,6 +15,7 @@ from gptsmith.report.losses import loss_section
 from gptsmith.report.predictions import predictions_section
 from gptsmith.report.results import results_section, run_status, summary
 from gptsmith.report.samples import sample_opening, samples_section
+from gptsmith.report.tasks import tasks_section
 from gptsmith.report.trained_model import FALLBACK_TEXT, TrainedModel, inspect_trained_model
 from gptsmith.run_directory import Run, read_run
 from gptsmith.storage import write_text
@@ -40,11 +41,12 @@ def write_report(run_directory: Path, *, attention_text: str | None = None) -> P
 
 
 def _page(run: Run, trained: TrainedModel, mask_text: str) -> str:
-    predictions = predictions_section(run)
+    predictions, tasks = predictions_section(run), tasks_section(run)
     sections = [
         ("results", "Results", results_section(run, trained)),
         ("reward", "Reward", reward_section(run)) if is_alignment(run) else ("loss", "Loss", loss_section(run)),
         *((("predictions", "Predictions", predictions),) if predictions else ()),
+        *((("tasks", "Tasks", tasks),) if tasks else ()),
         ("samples", "Samples", samples_section(run)),
         ("mask", "The causal mask", mask_section(mask_text)),
         ("attention", "Attention", attention_section(trained)),

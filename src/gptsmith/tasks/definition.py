@@ -133,13 +133,21 @@ class Definition:
         Raises DataError for a record that a template fails on, an answer that is not among the choices, and a source
         that cannot be read; UsageError for a template that is not Jinja.
         """
-        items = self._render_all(self._records(self.source))
-        if not items:
-            raise DataError(f"the task {self.name} has no examples.")
-        return items if limit is None else spread(items, limit)
+        return list(self._all_items) if limit is None else spread(self._all_items, limit)
 
     def shot_items(self) -> list[Item] | None:
         """Return the examples that shots are taken from; None for the task's own."""
+        return None if self._all_shots is None else list(self._all_shots)
+
+    @functools.cached_property  # examples are used for each number of shots, and in training again and again
+    def _all_items(self) -> list[Item]:
+        items = self._render_all(self._records(self.source))
+        if not items:
+            raise DataError(f"the task {self.name} has no examples.")
+        return items
+
+    @functools.cached_property
+    def _all_shots(self) -> list[Item] | None:
         if self.shots.fixed:
             return self._render_all((f"shots.fixed, {i}", record) for i, record in enumerate(self.shots.fixed))
         return None if self.shots.source is None else self._render_all(self._records(self.shots.source))

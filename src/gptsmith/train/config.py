@@ -703,6 +703,34 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Tasks that are measured during training."""
+
+    tasks: str | None = None
+    """Tasks to measure, separated by commas: names from `gptsmith tasks`, or .yaml files."""
+    every: int | None = None
+    """Steps between measurements; the last step is always measured (default: at each evaluation)."""
+    shots: str = "0"
+    """How many solved examples a prompt has, separated by commas."""
+    limit: int = 200
+    """Use only so many examples of each task, from the first."""
+
+    def __post_init__(self) -> None:
+        _at_least_one_of(self, "eval", "every")
+        _at_least_one_of(self, "eval", "limit")
+        _ = self.shot_counts
+
+    @property
+    def shot_counts(self) -> tuple[int, ...]:
+        try:
+            counts = tuple(map(int, self.shots.split(",")))
+        except ValueError:
+            counts = (-1,)
+        _check(min(counts) >= 0, "--eval.shots", self.shots, "numbers, separated by commas, such as 0,4")
+        return counts
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How a run is spread over processes."""
 
@@ -721,7 +749,7 @@ class RunConfig:
     """A whole run: the same values and the same data give the same weights.
 
     Each part is independent of the others; `method` belongs to the objective. On the command line the options of
-    `model`, `adapter` and `optim` have a prefix (`--model.hidden-size`, `--lora.rank`), all others stand alone
+    `model`, `adapter`, `optim` and `eval` have a prefix (`--model.hidden-size`, `--lora.rank`), all others stand alone
     (`--steps`, `--lora`): a *flat name* is the same with underscores (`model.hidden_size`, `steps`).
     """
 
@@ -733,6 +761,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=PretrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def replace(self, **options: Any) -> RunConfig:
@@ -851,6 +880,11 @@ def options_of(values: Mapping[str, Any], method: type[MethodConfig] = PretrainC
 def _at_least_one(config: Any, name: str) -> None:
     value = getattr(config, name)
     _check(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
+
+
+def _at_least_one_of(config: Any, prefix: str, name: str) -> None:
+    value = getattr(config, name)
+    _check(value is None or value >= 1, f"--{prefix}.{name}", value, "at least 1")
 
 
 def _check(ok: bool, option: str, value: Any, expected: str) -> None:

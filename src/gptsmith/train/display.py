@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -81,6 +81,15 @@ class Display:
         name, short = ("val loss", "val") if metric == "val_loss" else (metric.replace("_", " "),) * 2
         self.metric = f"  {short} {row[metric]:.4f}"
         self.print(f"step {step}/{self.steps}  {name} {row[metric]:.4f}  ({duration(row['time'])})")
+
+    def tasks(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the scores on tasks."""
+        scores = (
+            f"{row['task']}{f' ({shots} shots)' if (shots := row['shots']) else ''} {row['score']:.3f} "
+            f"({row['low']:.3f} to {row['high']:.3f}{'' if (c := row['chance']) is None else f', chance {c:.3f}'})"
+            for row in rows
+        )
+        self.print(f"step {step}/{self.steps}  {'  '.join(scores)}")
 
     def sample(self, text: str) -> None:
         """Show the beginning of a generated text."""

@@ -84,6 +84,7 @@ CHANGEABLE = frozenset(
         *("eval_every", "save_every", "log_every", "keep_checkpoints", "sample_tokens", "sample_prompt", "device"),
         *("steps", "val"),  # where the schedule allows, and where the text is the same: both are checked
         *("processes", "process_timeout"),
+        *("eval.tasks", "eval.every", "eval.shots", "eval.limit"),
     }
 )
 

@@ -35,6 +35,7 @@ from gptsmith.train.objectives.base import Objective
 from gptsmith.train.samples import Samples
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.step import OutOfMemoryError, TrainingStep
+from gptsmith.train.task_evaluation import TaskEvaluation
 from gptsmith.train.trainer import Outcome, Trainer
 
 
@@ -115,7 +116,18 @@ class Session:
             display=self.display,
             deadline=self._deadline(began),
             callbacks=self.callbacks,
+            task_evaluation=self._task_evaluation(),
         )
+
+    def _task_evaluation(self) -> TaskEvaluation | None:
+        """Return what measures the tasks of the configuration, in the main process."""
+        if self.config.eval.tasks is None:
+            return None
+        if self.config.eval.every is not None and self.config.auto.budget is not None:
+            raise UsageError("--eval.every: a --budget plans the evaluations, at each of which tasks are measured.")
+        made: list[TaskEvaluation] = []
+        self.ranks.on_main(lambda: made.append(TaskEvaluation(self.config, self.model, self.tokenizer)))
+        return made[0] if made else None
 
     def _saves_adapter(self) -> bool:
         return is_on(self.config.adapter) and not self.objective.restores_policy

@@ -31,6 +31,7 @@ from gptsmith.train.display import Display
 from gptsmith.train.objectives.base import LossHistory, Sum
 from gptsmith.train.signals import NOTICE
 from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
+from gptsmith.train.task_evaluation import TaskEvaluation
 
 Outcome = Literal["finished", "interrupted"]
 
@@ -55,6 +56,7 @@ class Trainer:
         display: Display,
         deadline: Deadline | None = None,
         callbacks: Sequence[Callback] = (),
+        task_evaluation: TaskEvaluation | None = None,
     ) -> None:
         self.config, self.run_files, self.training_step, self.tokenizer = config, run, training_step, tokenizer
         self.models, self.model = training_step.models, training_step.models.policy
@@ -64,6 +66,7 @@ class Trainer:
             training_step.ranks,
         )
         self.store, self.display, self.deadline, self.callbacks = store, display, deadline, callbacks
+        self.task_evaluation = task_evaluation
         self._stop_requested, self._callback_stopped, self._said_stop = should_stop, False, False
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         training_step.on_shrink = self._announce_shrink
@@ -107,6 +110,7 @@ class Trainer:
         self.started = self.last_save = time.monotonic()
         self.save_seconds = SAVE_SECONDS if self.store.steps() else FIRST_SAVE_SECONDS
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
+        self._measure_tasks_if_due()
         while self.step < self.steps:
             if self._stop_agreed():
                 self._save()
@@ -120,6 +124,7 @@ class Trainer:
             if self._save_due():
                 self._save()
             self._evaluate_if_due()
+            self._measure_tasks_if_due()
         return "interrupted" if self._stop_agreed() else "finished"
 
     def should_stop(self) -> bool:
@@ -348,13 +353,40 @@ class Trainer:
         if not self.should_stop():
             self._call("on_evaluation", row or {"step": self.step})
 
+    def _tasks_due(self) -> bool:
+        if self.config.eval.tasks is None:
+            return False
+        every = self.config.eval.every
+        return (
+            self._evaluation_due() if every is None else self.step == self.steps or self.step % every == 0 < self.step
+        )
+
+    def _measure_tasks_if_due(self) -> None:
+        """Measure the tasks, by the main process alone, unless that was done before the run was stopped."""
+        if not self._tasks_due() or self._stop_agreed():
+            return
+        began = time.monotonic()
+        self.ranks.on_main(self._measure_tasks)
+        if self.deadline is not None:  # what takes time at each evaluation is a part of it
+            self.deadline.record_evaluation(self.deadline.eval_seconds + time.monotonic() - began)
+
+    def _measure_tasks(self) -> None:
+        if self.task_evaluation is None or any(
+            row.get("step") == self.step and "tasks" in row for row in self.metrics.read()
+        ):
+            return
+        self.display.say("measuring tasks")
+        rows = self.task_evaluation.measure()
+        self.metrics.append(step=self.step, time=round(self.elapsed(), 3), tasks=rows)
+        self.display.tasks(self.step, rows)
+
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
     def _save_due(self) -> bool:
         """Return whether to save after this step: by the steps, before an evaluation, or by the time since the last."""
         by_steps = self.step % (self.config.loop.save_every or self.eval_every) == 0
         late = self.ranks.any(time.monotonic() - self.last_save > self.save_seconds)
-        return by_steps or self._evaluation_due() or late
+        return by_steps or self._evaluation_due() or self._tasks_due() or late
 
     def _save(self) -> None:
         if self.ranks.on_main(lambda: self.step in self.store.steps()):

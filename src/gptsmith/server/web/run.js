@@ -85,6 +85,11 @@ export class Run {
     return this.metrics.findLast((row) => isNumber(row[key]))?.[key];
   }
 
+  // The latest scores on tasks: [{task, shots, score, low, high, chance, examples}].
+  tasks() {
+    return this.metrics.findLast((row) => Array.isArray(row.tasks))?.tasks ?? [];
+  }
+
   // The best evaluation's row of the metrics, or null. Rows of training have a learning rate.
   best() {
     const { metric, mode } = this.selection;
@@ -110,7 +115,7 @@ export class Run {
   }
 }
 
-const isEvaluation = (row) => Object.keys(row).some((key) => key.startsWith("val_"));
+const isEvaluation = (row) => Object.keys(row).some((key) => key.startsWith("val_") || key === "tasks");
 
 // Keep every second row, and all evaluations.
 export const thin = (rows) => rows.filter((row, i) => i % 2 || isEvaluation(row));

@@ -381,6 +381,11 @@ export function mount(root) {
         shortDuration(run.last("time")),
         run.last("tokens") ? `${compactNumber(run.last("tokens"))} tokens` : "",
       ),
+      ...run.tasks().map(({ task, shots, score, low, high, chance }) => {
+        const guessing = typeof chance === "number" ? `, chance ${chance.toFixed(2)}` : "";
+        const interval = `${low.toFixed(3)} to ${high.toFixed(3)}${guessing}`;
+        return tile(shots ? `${task}, ${shots} shots` : task, score.toFixed(3), interval);
+      }),
     );
   }
 
