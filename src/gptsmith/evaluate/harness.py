@@ -373,9 +373,7 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
     elif shots is not None:
         graded = items
         has_groups = any(item.group for item in shots)
-        for group, members in _by_group(
-            items
-        ).items():  # a shot of one group may be graded in another, whose shots are others
+        for group, members in _by_group(items).items():  # a shot of one group may be graded in another
             own = [item for item in shots if not has_groups or item.group == group]
             pool[group] = _without_copies(own, {item.content_hash for item in members})
     else:
@@ -392,7 +390,10 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
         graded = [item for item in items if item.content_hash not in kept]
     if not graded:
         raise UsageError(f"{task.name}: all examples are used as shots; none is left to grade.")
-    excluded = len(items) - len(graded) if shots is None or task.shots.fixed else len(shots) - len(candidates)
+    excluded = len(items) - len(graded)
+    if shots is not None and not task.shots.fixed:
+        used = {item.content_hash for members in pool.values() for item in members}
+        excluded = len({item.content_hash for item in shots} - used)
     graded = graded if limit is None else spread(graded, limit)
     split = Split(graded, dict(pool), task.shots.is_drawn, excluded)
     for group in {item.group for item in split.graded}:
