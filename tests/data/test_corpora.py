@@ -91,7 +91,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> corpora.Corpus:
 
 def test_every_corpus_is_fully_described() -> None:
     assert [name for name, corpus in CORPORA.items() if corpus.kind == "text"] == [
-        *("tinyshakespeare", "shakespeare", "enwik8", "python-stdlib", "wiki-summaries", "c4_demo")
+        *("tinyshakespeare", "shakespeare", "enwik8", "python-stdlib", "wiki-summaries", "in-context", "c4_demo")
     ]
     assert {(name, corpus.kind, corpus.rows) for name, corpus in CORPORA.items() if corpus.kind != "text"} == {
         ("alpaca_en_demo", "conversations", 999),

