@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -13,6 +13,10 @@ from gptsmith.cli.eval_texts import TextEvaluation, measure_texts, open_texts
 from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
 from gptsmith.storage import write_text
+
+if TYPE_CHECKING:
+    from gptsmith.evaluate.contamination import Corpus
+    from gptsmith.evaluate.harness import Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,10 @@ class EvalOptions:
     """Use only so many examples of each task (default: all)."""
     controls: bool = False
     """Also score the choices with the question removed."""
+    contamination: bool = False
+    """Also look for the examples in the training text of MODEL, a run, and score those that occur in it apart."""
+    training_data: tuple[str, ...] = field(default=())
+    """Training text to look for the examples in, besides that of a run: a file, a folder, rows, a named corpus."""
     chat: Literal["task", "on", "off"] = "task"
     """Whether prompts are written by the model's chat template. task: as the task says."""
     allow_code_execution: bool = False
@@ -83,9 +91,9 @@ def check(chosen: EvalOptions) -> None:
     _shots(chosen)
     if chosen.draws < 1:
         raise UsageError(f"--draws must be at least 1, not {chosen.draws}.")
-    for option in ("shots", "limit", "controls"):
-        if not names and getattr(chosen, option) not in (None, False):
-            raise UsageError(f"--{option} has no effect without --tasks: leave it out.")
+    for option in ("shots", "limit", "controls", "contamination", "training_data"):
+        if not names and getattr(chosen, option) not in (None, False, ()):
+            raise UsageError(f"--{option.replace('_', '-')} has no effect without --tasks: leave it out.")
     if chosen.json is not None:
         refuse_unwritable(chosen.json)
 
@@ -101,6 +109,7 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
     for name in names:
         resolve_task(name)  # raises before the model is loaded
     sources = open_texts(chosen.text)
+    corpora = _corpora(model_name, chosen)
     adapter = None if chosen.adapter is None else resolve_adapter(chosen.adapter)
     model, tokenizer = load_model(
         model_name, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
@@ -122,9 +131,29 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
         )
         record = results.to_json()
         print(results.table())
+        if corpora:
+            record["contamination"] = _check_contamination(results, names, corpora)
     else:
         record = environment(model, tokenizer, model_name)
     return record | measure_texts(model, tokenizer, sources, chosen.text)
+
+
+def _corpora(model_name: str, chosen: EvalOptions) -> list[Corpus]:
+    """Return the training text to look for examples in."""
+    from gptsmith.evaluate.contamination import corpora_of, corpus_of_data
+
+    found = corpora_of(model_name) if chosen.contamination else []
+    return found + [corpus_of_data(text) for text in chosen.training_data]
+
+
+def _check_contamination(results: Results, names: list[str], corpora: list[Corpus]) -> list[dict[str, Any]]:
+    from gptsmith.evaluate.contamination import check_results
+
+    record = []
+    for (task, shots), checked in check_results(results, names, corpora).items():
+        print(f"{task}, {shots} shots: {checked.describe()}.")
+        record.append({"task": task, "shots": shots, **checked.to_json()})
+    return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -71,13 +71,18 @@ def prepare(
     if val is None and not 0 <= val_fraction <= 0.5:
         raise UsageError(f"the fraction for validation must be between 0 and 0.5, not {val_fraction}. 0.1 is usual.")
     job = _Job(train, val, tokenizer, val_fraction, workers or min(available_cores(), MAX_WORKERS))
-    dataset = _prepared(job, cache_directory() / "prepared" / job.key[:40])
+    dataset = _prepared(job, prepared_directory(job.key))
     for source, name in zip(job.sources, ("train", "val"), strict=False):
         if skipped := dataset.skipped_rows.get(name):
             note(f"{source.spec}: {skipped}")
         if (unknown := dataset.unknown.get(name)) is not None and unknown.count:
             _report_unknown(source, unknown, allow_unknown)
     return dataset
+
+
+def prepared_directory(fingerprint: str) -> Path:
+    """Return where the dataset with this fingerprint is kept, whether it is there or not."""
+    return cache_directory() / "prepared" / fingerprint[:40]
 
 
 def _prepared(job: _Job, directory: Path) -> Dataset:
