@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ SECTIONS = [
     "A model family",
     "An objective",
     "A task",
+    "A reward",
     "A corpus",
     "A command",
     "An endpoint",
@@ -123,7 +125,7 @@ def of(title: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("example", [title], indirect=True, ids=[title])
 
 
-KINDS = ("A model family", "An objective", "A task", "A corpus", "A command", "An endpoint")
+KINDS = ("A model family", "An objective", "A task", "A reward", "A corpus", "A command", "An endpoint")
 
 
 def test_every_section_with_an_example_is_tested() -> None:
@@ -165,6 +167,13 @@ def test_task(example: Example) -> None:
     assert example.out.startswith("0% of 4 words; the first answer: ")
     task = example.variables["spelling"].Spelling()
     assert [task.score(i, " revir\n") for i in range(2)] == [1.0, 0.0]
+
+
+@of("A reward")
+def test_reward(example: Example) -> None:
+    rows = [json.loads(line) for line in Path("best.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2
+    assert all(row["reward"] == sum(c in "aei" for c in row["completion"]) for row in rows)
 
 
 @of("A corpus")

@@ -12,6 +12,8 @@ figure stands alone.
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import json
 import random
 import statistics
@@ -28,12 +30,9 @@ import gptsmith
 from gptsmith.formats.hf import save_model
 from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
-from gptsmith.train.objectives import policy
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import itertools
-
 from dpo_speed import text
 
 from gptsmith.tokenizer import train_bpe
@@ -67,6 +66,7 @@ def make_model(place: Path, width: int, layers: int, vocabulary: int) -> Path:
 def ours(method: str, model: Path, data: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return answers per second, the seconds of a rollout, and the mean length of the last answers."""
     rollouts: list[float] = []
+    policy: Any = importlib.import_module("gptsmith.train.objectives.policy")
     sample = policy.sample_answers
 
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -121,9 +121,9 @@ def theirs(model: Path, rows: list[dict[str, str]], out: Path, options: argparse
 
     lengths: list[float] = []
 
-    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         lengths.append(statistics.mean(map(len, completion_ids)))
-        return vowels([], completions)
+        return [*vowels([], completions)]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
