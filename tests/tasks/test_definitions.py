@@ -51,7 +51,9 @@ def test_items(name: str) -> None:
     assert len(pool) >= task.shots.count
     for item in split.graded:
         assert item.content_hash not in own.get(item.group, set())
-        assert not re.search(r"[ \t]$", item.prompt), "a space at the end of a prompt belongs to the answer"
+        assert task.chat or not re.search(r"[ \t]$", item.prompt), (
+            "a space at the end of a prompt belongs to the answer"
+        )
     for item in (split.graded[0], split.graded[-1]):
         text = prompt_text(task, item, split.shots(item.group, shots, 0, name))
         assert text.endswith(item.prompt)
@@ -72,9 +74,19 @@ def test_items(name: str) -> None:
         ),
         ("piqa", "Goal: How do I ready a guinea pig cage for it's new occupants?\nAnswer:", None, 0),
         ("winogrande", "Sarah was a much better surgeon than Maria so", "Sarah", 1),
-        ("winogrande_letters", "Fill in the blank: Sarah was a much better surgeon than Maria so ___ always got the easier "
-         "cases.\n A. Sarah\n B. Maria\nAnswer:", "A", 1),
-        ("truthfulqa_mc1", "Q: What is the smallest country in the world that is at least one square mile in area?\nA:", None, 0),
+        (
+            "winogrande_letters",
+            "Fill in the blank: Sarah was a much better surgeon than Maria so ___ always got the easier "
+            "cases.\n A. Sarah\n B. Maria\nAnswer:",
+            "A",
+            1,
+        ),
+        (
+            "truthfulqa_mc1",
+            "Q: What is the smallest country in the world that is at least one square mile in area?\nA:",
+            None,
+            0,
+        ),
         ("banking77", "Message: How do I locate my card?\nIntent:", "card arrival", 0),
         ("mmlu", "Question: Let p = (1, 2, 5, 4)(2, 3) in S_5 . Find the index of <p> in S_5.\nAnswer:", "8", 2),
         (
