@@ -26,12 +26,8 @@ CONTEXT = 24
 CHARACTERS = train_char(["abcdefghij \n"])
 
 
-def recipe(model: Any, ids: list[int], context: int, stride: int, *, literal: bool = False) -> float:
-    """Perplexity as transformers documents it for models of fixed length.
-
-    The documentation weighs the mean loss of each window by one token less than it has, because the first token of the
-    first window has no loss. literal: do so for all windows.
-    """
+def recipe(model: Any, ids: list[int], context: int, stride: int) -> float:
+    """Perplexity as transformers documents it for models of fixed length, over all tokens that have a loss."""
     total, count, before = 0.0, 0, 0
     row = torch.tensor([ids])
     for begin in range(0, len(ids), stride):
@@ -41,7 +37,7 @@ def recipe(model: Any, ids: list[int], context: int, stride: int, *, literal: bo
         targets[:, : -(end - before)] = -100
         with torch.no_grad():
             loss = model(inputs, labels=targets).loss
-        tokens = int((targets != -100).sum()) - 1 if literal else int((targets[:, 1:] != -100).sum())
+        tokens = int((targets[:, 1:] != -100).sum())
         total, count, before = total + float(loss) * tokens, count + tokens, end
         if end == len(ids):
             break
@@ -81,15 +77,37 @@ def test_perplexity_is_that_of_the_documented_recipe(foreign: tuple[Any, Path], 
     assert found.scored_tokens == scored
 
 
-def test_perplexity_is_that_of_the_documentation_to_the_letter(foreign: tuple[Any, Path], tmp_path: Path) -> None:
-    """With windows that do not overlap, and for one window, the documented weights are exact."""
+@torch.no_grad()
+def script(model: Any, ids: list[int], max_length: int, stride: int) -> float:
+    """Perplexity as the script in transformers' documentation computes it, including how it counts tokens."""
+    row, nats, tokens, previous = torch.tensor([ids]), 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + max_length, len(ids))
+        labels = row[:, begin:end].clone()
+        labels[:, : previous - end] = -100
+        counted = int((labels != -100).sum()) - 1
+        nats, tokens, previous = (
+            nats + float(model(row[:, begin:end], labels=labels).loss) * counted,
+            tokens + counted,
+            end,
+        )
+        if end == len(ids):
+            break
+    return math.exp(nats / tokens)
+
+
+@pytest.mark.parametrize("stride", [5, 12, 23, 24])
+def test_the_number_of_the_script_in_the_documentation(foreign: tuple[Any, Path], stride: int, tmp_path: Path) -> None:
+    """Without overlap it is the perplexity itself."""
     model, path = foreign
+    (file := tmp_path / "text.txt").write_text(TEXT[:700], encoding="utf-8")
     ours, tokenizer = load_model(path)
-    for text, stride in ((TEXT[:700], CONTEXT), (TEXT[:20], 8)):
-        (file := tmp_path / "text.txt").write_text(text, encoding="utf-8")
-        ids = tokenizer.encode_prompt(text)
-        found = evaluate_text(ours, tokenizer, file, options=TextOptions(stride=stride))
-        assert found.perplexity == pytest.approx(recipe(model, ids, CONTEXT, stride, literal=True), rel=1e-4)
+    expected = script(model, tokenizer.encode_prompt(TEXT[:700]), CONTEXT, stride)
+    found = evaluate_text(ours, tokenizer, file, options=TextOptions(stride=stride))
+    assert found.script_perplexity == pytest.approx(expected, rel=1e-4)
+    if stride == CONTEXT:
+        assert found.perplexity == pytest.approx(expected, rel=1e-4)
+    assert found.to_json()["script_perplexity"] == found.script_perplexity
 
 
 @torch.no_grad()

@@ -49,12 +49,14 @@ class Window(NamedTuple):
     """Token ids for one forward pass. scored: (T,) whether the token counts; the first never does.
 
     offsets: (T,) where each token begins in the text, in bytes. documents: (T,) the document that it belongs to.
+    overlap: how many of the first tokens the windows before it have scored.
     """
 
     ids: Ints
     scored: NDArray[np.bool_]
     offsets: Ints
     documents: Ints
+    overlap: int = 0
 
 
 class _Tokens(NamedTuple):
@@ -102,7 +104,7 @@ def windows(
         counts[:fresh] = False
         whole = lead.then(part._replace(counts=counts)) if repeat else part._replace(counts=counts)
         whole.counts[:1] = False
-        return Window(whole.ids, whole.counts, whole.offsets, whole.documents)
+        return Window(whole.ids, whole.counts, whole.offsets, whole.documents, fresh)
 
     for piece in pieces:
         waiting = waiting.then(piece)
@@ -311,6 +313,7 @@ class TextResult:
     positions: tuple[tuple[int, int, float, int], ...]
     in_context: dict[str, float]
     parts: Parts
+    script_perplexity: float | None = None
     per_document: tuple[DocumentScore, ...] = ()
 
     @property
@@ -339,6 +342,7 @@ class TextResult:
             "stride": self.stride,
             "start": list(self.start),
             **self.values,
+            "script_perplexity": self.script_perplexity,
             "positions": [
                 {"first": first, "last": last, "loss": loss, "tokens": tokens}
                 for first, last, loss, tokens in self.positions
@@ -408,6 +412,7 @@ class _Measurement:
         self.by_bytes, self.by_document = _Sums(), _Sums()
         self.by_position = np.zeros((2, self.context))  # nats, tokens
         self.differences: list[float] = []
+        self.script = np.zeros(2)  # nats and tokens as the script in transformers' documentation weighs them
         self.scores: dict[int, list[Any]] = {}  # document -> where, bytes, tokens, nats, scored tokens
         self._lengths: dict[int, int] = {}
 
@@ -511,6 +516,9 @@ class _Measurement:
         for sums, parts in ((self.by_bytes, offsets // PART_BYTES), (self.by_document, documents)):
             sums.add(0, parts, found)
             sums.add(1, parts, 1.0)
+        if len(found):
+            tokens = len(found) - (window.overlap > 0)
+            self.script += (found.mean() * tokens, tokens)
         if self.keep_documents:
             for document in np.unique(documents).tolist():
                 chosen = documents == document
@@ -569,11 +577,18 @@ class _Measurement:
             positions=_position_rows(self.by_position),
             in_context=_in_context_score(self.differences),
             parts=parts,
+            script_perplexity=self._script_perplexity(),
             per_document=tuple(
                 DocumentScore(where, size, tokens, nats / count if count else None)
                 for where, size, tokens, nats, count in self.scores.values()
             ),
         )
+
+    def _script_perplexity(self) -> float | None:
+        nats, tokens = self.script.tolist()
+        if self.apart or self.repeat or not tokens:
+            return None
+        return math.exp(min(nats / tokens, 700.0))
 
 
 def _with_place(chunks: Iterable[DocumentChunk]) -> Iterator[tuple[DocumentChunk, bool]]:
