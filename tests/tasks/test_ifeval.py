@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,12 @@ CASES: list[
         {"letter": "q", "let_frequency": 2, "let_relation": "at least"},
         ["Quite quiet"],
         ["quiet"],
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "#", "let_frequency": 2, "let_relation": "at least"},
+        ["#one #two"],
+        ["#one and many letters of all kinds"],
     ),
     ("language:response_language", {"language": "de"}, ["Das ist ein schöner Tag und ich bin froh."], ["A fine day."]),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, ["One. Two"], ["One, two."]),
@@ -228,10 +236,17 @@ def test_the_same_as_lm_evaluation_harness(monkeypatch: pytest.MonkeyPatch) -> N
 
     Languages and sentences are told by the same means in both, since those differ on purpose.
     """
-    pytest.importorskip("langdetect")
-    pytest.importorskip("immutabledict")
     import nltk
 
+    # Of the two packages that its module needs besides, nothing that matters here is used.
+    stand_ins: dict[str, dict[str, Any]] = {
+        "langdetect": {"LangDetectException": type("LangDetectException", (Exception,), {})},
+        "immutabledict": {"immutabledict": dict},
+    }
+    for name, contents in stand_ins.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(nltk, "download", lambda *_, **__: True)
     monkeypatch.setattr(nltk.data, "find", lambda *_, **__: "")
     instructions = pytest.importorskip("lm_eval.tasks.ifeval.instructions")
@@ -243,10 +258,10 @@ def test_the_same_as_lm_evaluation_harness(monkeypatch: pytest.MonkeyPatch) -> N
     def detect(text: str) -> str:
         found = detect_language(text)
         if found is None:
-            raise instructions.langdetect.LangDetectException(0, "no letters")
+            raise instructions.langdetect.LangDetectException("no letters")
         return found
 
-    monkeypatch.setattr(instructions.langdetect, "detect", detect)
+    monkeypatch.setattr(instructions.langdetect, "detect", detect, raising=False)
     rng = random.Random(0)
     compared = 0
     from gptsmith.tasks.definition import load_definition

@@ -307,6 +307,11 @@ def test_the_program_dies_with_the_evaluation(box: Sandbox, tmp_path: Path) -> N
     assert not _processes() - before
 
 
+def test_the_same_each_time(box: Sandbox) -> None:
+    errors = {box.run("raise ValueError(list({'a', 'b', 'c', 'd', 'e', 'f'}))").error for _ in range(4)}
+    assert len(errors) == 1
+
+
 def test_side_by_side(box: Sandbox) -> None:
     results = box.run_all([f"assert {i} % 2 == 0" for i in range(6)], workers=3)
     assert [result.passed for result in results] == [True, False] * 3

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: a script of its own, started as `python -I -S sandbox_child.py FD < job.json`.
+"""What runs inside the sandbox: a script of its own, started as `python -P -S sandbox_child.py FD < job.json`.
 
 It gives up all that a program must not have, runs the program, and writes one line to the file descriptor FD:
 `setup …` if a protection could not be had, `passed` and a secret word if the program reached its end, or `failed` and
