@@ -149,6 +149,17 @@ def test_fixed_shots_keep_their_order_and_are_not_graded() -> None:
     assert len(run_tasks(model(), BPE, [mine], shots=(2,), seeds=(0, 1)).tasks) == 1  # nothing is drawn
 
 
+def test_shots_that_are_not_drawn_are_all_used() -> None:
+    """A shot of MMLU's college_physics is one of its questions."""
+    rows = [{**row, "subject": "ab"[i % 2]} for i, row in enumerate(records(8))]
+    source = {"rows": [rows[4], {**rows[0], "q": "other"}, {**rows[1], "subject": "a"}, rows[3]]}
+    mine = task(rows=rows, group="{{ subject }}", shots={"source": source, "draw": False})
+    split = split_items(mine, 1)
+    assert [shot.record for shot in split.shots("a", 3, 0, "mine")] == [rows[4], source["rows"][1], source["rows"][2]]
+    assert [item.index for item in split.graded] == [0, 1, 2, 5, 6, 7]  # 1 is a question of b, and a shot of a
+    assert split.excluded == 2
+
+
 def test_shots_come_from_the_same_group() -> None:
     rows = [{**row, "subject": "ab"[i % 2]} for i, row in enumerate(records(40))]
     split = split_items(task(rows=rows, group="{{ subject }}"), 3)

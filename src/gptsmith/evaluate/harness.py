@@ -354,7 +354,8 @@ class Split:
 def split_items(task: Definition, most_shots: int, limit: int | None = None) -> Split:
     """Divide the examples of a task.
 
-    Shots come from the task's source of shots, without those that equal a graded example. A task without such a source
+    Shots are drawn from the task's source of shots, without those that equal a graded example. Shots that are not drawn
+    are all used, and it is the examples that equal one which are not graded. A task without a source of shots
     keeps a tenth of its own examples for them, those with the smallest hashes of their content, or more if so many
     shots are asked for. Raises UsageError where the examples do not suffice.
     """
@@ -363,19 +364,13 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
         return Split(items if limit is None else spread(items, limit), {})
     shots = task.shot_items()
     pool: dict[str, list[Item]] = defaultdict(list)
-    if task.shots.fixed:
-        given = shots or []
-        used = {item.content_hash for item in given}
-        graded = [item for item in items if item.content_hash not in used]
-        groups = {item.group for item in items}
-        for group in groups:
-            pool[group] = [item for item in given if item.group in (group, "")]
-    elif shots is not None:
-        graded = items
+    if shots is not None:
         has_groups = any(item.group for item in shots)
         for group, members in _by_group(items).items():  # a shot of one group may be graded in another
-            own = [item for item in shots if not has_groups or item.group == group]
-            pool[group] = _without_copies(own, {item.content_hash for item in members})
+            own = [item for item in shots if item.group in (group, "")] if has_groups else list(shots)
+            if task.shots.is_drawn:
+                own = _without_copies(own, {item.content_hash for item in members})
+            pool[group] = own
     else:
         for group, members in _by_group(items).items():
             candidates = sorted(_without_copies(members, set()), key=lambda item: item.content_hash)
@@ -386,14 +381,13 @@ def split_items(task: Definition, most_shots: int, limit: int | None = None) -> 
                     f"for {most_shots} shots: half of them at most are kept for shots."
                 )
             pool[group] = candidates[:size]
-        kept = {item.content_hash for members in pool.values() for item in members}
-        graded = [item for item in items if item.content_hash not in kept]
+    in_pool = {(group, item.content_hash) for group, members in pool.items() for item in members}
+    graded = [item for item in items if (item.group, item.content_hash) not in in_pool]
     if not graded:
         raise UsageError(f"{task.name}: all examples are used as shots; none is left to grade.")
     excluded = len(items) - len(graded)
-    if shots is not None and not task.shots.fixed:
-        used = {item.content_hash for members in pool.values() for item in members}
-        excluded = len({item.content_hash for item in shots} - used)
+    if shots is not None and task.shots.is_drawn:
+        excluded = len({item.content_hash for item in shots} - {digest for _, digest in in_pool})
     graded = graded if limit is None else spread(graded, limit)
     split = Split(graded, dict(pool), task.shots.is_drawn, excluded)
     for group in {item.group for item in split.graded}:
@@ -432,6 +426,14 @@ def solved(task: Definition, item: Item) -> str:
 def prompt_text(task: Definition, item: Item, shots: Sequence[Item]) -> str:
     """Return what comes before the answer: the header, the shots and the question."""
     return task.header(item) + task.shots.separator.join([*(solved(task, shot) for shot in shots), item.prompt])
+
+
+def pairs_of(task: Definition, item: Item, prompt: str) -> list[tuple[str, str]]:
+    """Return the contexts and continuations that are scored of an item. prompt: with its shots."""
+    ends = [_join(item.prompt, task.separator, text)[len(item.prompt) :] for text in _texts(item)]
+    if item.continuation:
+        return [(prompt + end, task.separator + item.continuation) for end in ends]
+    return [(prompt, end) for end in ends]
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -501,8 +503,8 @@ class _Evaluation:
         for item in split.graded:
             digest.update(f"{item.index} {item.content_hash} {item.answer!r}\n".encode("utf-8", "surrogatepass"))
         indices = range(len(split.graded))
-        if split.excluded and task.shots.source is None:
-            note(f"{name}: {split.excluded:,} examples are kept for shots and not graded.")
+        if split.excluded and (task.shots.source is None or not task.shots.draw):
+            note(f"{name}: {split.excluded:,} examples are shots, or equal one, and are not graded.")
         return [
             _Job(task, name, count, seed, indices, split, digest.hexdigest())
             for count in numbers
@@ -588,7 +590,7 @@ class _Evaluation:
         control_pairs = [
             (task.unconditional, _join(task.unconditional, task.separator, text)[len(task.unconditional) :])
             for item in items
-            for text in _texts(task, item)
+            for text in _texts(item)
         ]
         plain = encode_pairs(self.tokenizer, control_pairs) if needs_control and not items[0].continuation else []
         scores = self.scorer.score([each for group in requests for each in group] + plain)
@@ -609,7 +611,7 @@ class _Evaluation:
         scores: Sequence[ContinuationScore],
         alone: Sequence[ContinuationScore],
     ) -> Outcome:
-        texts = _texts(task, item)
+        texts = _texts(item)
         totals = [score.total for score in scores]
         tokens = tuple(len(score.logprobs) for score in scores)
         unconditional = tuple(score.total for score in alone)
@@ -662,15 +664,7 @@ class _Evaluation:
         self, task: Definition, items: Sequence[Item], shots: list[list[Item]], which: Sequence[int]
     ) -> Iterator[list[Continuation]]:
         """Yield the requests of some items."""
-        pairs: list[list[tuple[str, str]]] = []
-        for i in which:
-            item, text = items[i], prompt_text(task, items[i], shots[i])
-            if item.continuation:
-                contexts = [text + _join(item.prompt, task.separator, c)[len(item.prompt) :] for c in item.choices]
-                pairs.append([(context, task.separator + item.continuation) for context in contexts])
-            else:
-                ends = [_join(item.prompt, task.separator, c)[len(item.prompt) :] for c in _texts(task, item)]
-                pairs.append([(text, end) for end in ends])
+        pairs = [pairs_of(task, items[i], prompt_text(task, items[i], shots[i])) for i in which]
         if self.uses_chat(task):
             for i, group in zip(which, pairs, strict=True):
                 if items[i].continuation:
@@ -814,7 +808,7 @@ def _metric_name(task: Definition) -> str:
     return task.metric if isinstance(task.metric, str) else next(iter(task.metric or {"score": ""}))
 
 
-def _texts(task: Definition, item: Item) -> tuple[str, ...]:
+def _texts(item: Item) -> tuple[str, ...]:
     """Return the texts whose log-probabilities are compared."""
     return item.choices if isinstance(item.answer, int) else item.answer
 
