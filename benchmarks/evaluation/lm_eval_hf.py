@@ -17,14 +17,17 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine
 
+if TYPE_CHECKING:
+    from gptsmith.tasks.definition import Item
+
 MODEL = "smollm2-135m"
 TASKS = ("arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande")
-CASES = (("arc_challenge", 0), ("arc_challenge", 4), ("mmlu_letters", 5))
+CASES = (("arc_challenge", 0, 1), ("arc_challenge", 4, 1), ("mmlu_letters", 5, 4))  # task, shots, times --limit
 BATCH_SIZES = (1, 8)
 
 
@@ -38,7 +41,7 @@ class Requests:
         self.task = load_definition(name)
         split = split_items(self.task, shots)
         groups: dict[str, int] = defaultdict(int)
-        self.items = []
+        self.items: list[Item] = []
         for item in split.graded:  # of groups such as subjects, the first ones: shots are shared within a group
             if len(self.items) < limit and (item.group in groups or len(groups) < 2) and groups[item.group] < limit / 2:
                 self.items.append(item)
@@ -84,7 +87,8 @@ class Sides:
         import gptsmith
         from gptsmith.formats.hf import save_model
 
-        transformers.logging.set_verbosity_error()
+        quiet: Any = transformers.logging.set_verbosity_error
+        quiet()
         self.model, self.tokenizer = gptsmith.load(MODEL, quantize="none")
         save_model(self.model, directory)
         self.tokenizer.save(directory)
@@ -129,8 +133,8 @@ def scores(sides: Sides, limit: int) -> dict[str, Any]:
 
 def speed(sides: Sides, limit: int) -> dict[str, Any]:
     rows = {}
-    for name, shots in CASES:
-        requests = Requests(name, shots, limit)
+    for name, shots, times in CASES:
+        requests = Requests(name, shots, times * limit)
         mine, seconds, tokens = sides.ours(requests)
         timed = {size: sides.theirs(requests, size) for size in BATCH_SIZES}
         size = min(timed, key=lambda size: timed[size][1])

@@ -258,6 +258,32 @@ def test_generated_answers() -> None:
         run_tasks(model(16), BPE, [mine])
 
 
+def test_several_answers_give_pass_at_k(tmp_path: Path) -> None:
+    (tmp_path / "scorer.py").write_text("def vowels(text, item):\n    return float('r' in text)\n")
+    values = {
+        "source": {"rows": records(6)},
+        "kind": "generation",
+        "prompt": "{{ q }}",
+        "metric": {"python": "scorer.py:vowels"},
+        "max_tokens": 4,
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(values))
+    results = run_tasks(model(), BPE, [tmp_path / "mine.yaml"], samples=4, temperature=1.5)
+    first, second = results.summary()
+    outcomes = results.tasks[0].outcomes
+    counts = [sum("r" in text for text in outcome.texts) for outcome in outcomes]
+    assert [outcome.samples for outcome in outcomes] == [tuple(float("r" in t) for t in o.texts) for o in outcomes]
+    assert 0 < sum(counts) < 24
+    assert (first.metric, second.metric) == ("pass@1", "pass@4")
+    assert first.score == pytest.approx(sum(counts) / 24)
+    assert second.score == pytest.approx(sum(count > 0 for count in counts) / 6)
+    again = run_tasks(model(), BPE, [tmp_path / "mine.yaml"], samples=4, temperature=1.5)
+    assert again.tasks[0].outcomes == outcomes
+    for options, message in (({"samples": 0}, "at least 1"), ({"samples": 2, "temperature": 0.0}, "the same answer")):
+        with pytest.raises(UsageError, match=message):
+            run_tasks(model(), BPE, [tmp_path / "mine.yaml"], **options)
+
+
 def test_a_python_scorer_beside_the_task(tmp_path: Path) -> None:
     (tmp_path / "scorer.py").write_text("def half(text, item):\n    return 0.5 if item.record['q'] else 0\n")
     text = json.dumps(
@@ -395,6 +421,9 @@ def test_evaluate_is_part_of_the_package() -> None:
         ({"shots": ()}, "different numbers, not none"),
         ({"seeds": ()}, "at least one"),
         ({"limit": 0}, "limit must be at least 1"),
+        ({"samples": 2}, "none of the tasks has any"),
+        ({"temperature": 0.5}, "none of the tasks has any"),
+        ({"tasks": ["arithmetic"], "controls": True}, "none of the tasks has choices"),
         ({"shots": (16,)}, "has 30 examples, which are too few for 16 shots"),
     ],
 )

@@ -19,7 +19,7 @@ def test_definition_prompts_are_written_as_training_text(name: str) -> None:
     split = split_items(definition, 64)
     assert len(split.graded) == definition.size
     for item in random.Random(0).sample(split.graded, 5):
-        shots = split.shots(item, 64, 0, name)
+        shots = split.shots(item.group, 64, 0, name)
         document = [Example(shot.record["question"], shot.record["answer"]) for shot in [*shots, item]]
         text = prompt_text(definition, item, shots) + definition.separator + item.answer_text
         assert text == FAMILIES[name].text(document)

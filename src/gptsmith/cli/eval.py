@@ -41,6 +41,10 @@ class EvalOptions:
     """Training text to look for the examples in, besides that of a run: a file, a folder, rows, a named corpus."""
     chat: Literal["task", "on", "off"] = "task"
     """Whether prompts are written by the model's chat template. task: as the task says."""
+    samples: int = 1
+    """How many answers are generated to each example; several give pass@k."""
+    temperature: float | None = None
+    """Sampling temperature of generated answers (default: 0 for one answer, 0.8 for several)."""
     allow_code_execution: bool = False
     """Run programs that the model writes, in a sandbox, for tasks such as humaneval."""
     text: Annotated[TextEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=TextEvaluation)
@@ -91,8 +95,9 @@ def check(chosen: EvalOptions) -> None:
     _shots(chosen)
     if chosen.draws < 1:
         raise UsageError(f"--draws must be at least 1, not {chosen.draws}.")
-    for option in ("shots", "limit", "controls", "contamination", "training_data"):
-        if not names and getattr(chosen, option) not in (None, False, ()):
+    defaults = EvalOptions()
+    for option in ("shots", "draws", "limit", "controls", "contamination", "training_data", "samples", "temperature"):
+        if not names and getattr(chosen, option) != getattr(defaults, option):
             raise UsageError(f"--{option.replace('_', '-')} has no effect without --tasks: leave it out.")
     if chosen.json is not None:
         refuse_unwritable(chosen.json)
@@ -127,6 +132,8 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
             chat={"task": None, "on": True, "off": False}[chosen.chat],
             log=cache_directory() / "evaluations" if chosen.resume else None,
             name=model_name,
+            samples=chosen.samples,
+            temperature=chosen.temperature,
             allow_code_execution=chosen.allow_code_execution,
         )
         record = results.to_json()

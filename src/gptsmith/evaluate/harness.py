@@ -36,6 +36,7 @@ from gptsmith.storage import explain_os_errors
 from gptsmith.tasks import Conversation, Task
 from gptsmith.tasks.definition import Definition, Item, definition_names, is_definition_file, load_definition, spread
 from gptsmith.tasks.registry import TASKS, make_task
+from gptsmith.tasks.scorers import find_scorer, pass_at_k
 from gptsmith.tasks.specs import is_task, open_task
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -56,6 +57,7 @@ class Outcome:
     or "" if the model would have written another. score: 1 is right, 0 wrong. logprobs: of each choice, in nats, and
     tokens: how many each has. unconditional: log-probabilities of the choices without the question. shots: how many the
     prompt has, fewer than asked for if the context is too short. control: the score with the question removed.
+    samples, texts: the scores of several answers, whose mean is `score`, and these answers; the first one is `answer`.
     """
 
     index: int
@@ -69,6 +71,8 @@ class Outcome:
     shots: int = 0
     group: str = ""
     control: float | None = None
+    samples: tuple[float, ...] = ()
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Outcome:
@@ -137,21 +141,20 @@ class Results:
             values = np.mean([[outcome.score for outcome in draw.outcomes] for draw in draws], axis=0)
             interval = mean_with_interval("score", values)
             controls = [o.control for draw in draws for o in draw.outcomes if o.control is not None]
-            rows.append(
-                Summary(
-                    task,
-                    shots,
-                    draws[0].metric,
-                    interval["score"],
-                    interval["score_low"],
-                    interval["score_high"],
-                    draws[0].chance,
-                    math.fsum(controls) / len(controls) if controls else None,
-                    len(values),
-                    len(draws),
-                    sum(draw.fewer_shots for draw in draws),
-                )
+            row = Summary(
+                task,
+                shots,
+                draws[0].metric,
+                interval["score"],
+                interval["score_low"],
+                interval["score_high"],
+                draws[0].chance,
+                math.fsum(controls) / len(controls) if controls else None,
+                len(values),
+                len(draws),
+                sum(draw.fewer_shots for draw in draws),
             )
+            rows += [row] if not draws[0].outcomes[0].samples else _pass_rows(row, draws)
         return rows
 
     def table(self) -> str:
@@ -207,6 +210,20 @@ class Results:
         }
 
 
+def _pass_rows(row: Summary, draws: Sequence[TaskResult]) -> list[Summary]:
+    """Return a row for each pass@k, the chance that one of k answers is right, estimated from all samples."""
+    samples = len(draws[0].outcomes[0].samples)
+    rows = []
+    for k in sorted({1, 10, 100, samples}):
+        if k <= samples:
+            passed = [[sum(score >= 1 for score in o.samples) for o in draw.outcomes] for draw in draws]
+            values = np.mean([[pass_at_k(samples, count, k) for count in counts] for counts in passed], axis=0)
+            found = mean_with_interval("score", values)
+            low, high = found["score_low"], found["score_high"]
+            rows.append(replace(row, metric=f"pass@{k}", score=found["score"], low=low, high=high))
+    return rows
+
+
 def run_tasks(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -218,6 +235,8 @@ def run_tasks(
     controls: bool = False,
     chat: bool | None = None,
     params: SamplingParams | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
     log: Path | None = None,
     name: str = "",
     allow_code_execution: bool = False,
@@ -228,14 +247,16 @@ def run_tasks(
     draws of shots; without shots there is one. limit: use only so many examples, from the first (of each group). The
     shots come from examples that are not graded. controls: also score the choices with the question removed. chat:
     write prompts by the tokenizer's chat template; None: as the task says. params: how to generate, instead of greedily
-    with the task's own stop strings and length. log: a directory in which outcomes are kept as they come, so that an
-    interrupted evaluation continues. name: of the model, for the results. allow_code_execution: run programs that the
-    model writes, in a sandbox (`tasks.sandbox`), for the tasks that are scored so.
+    with the task's own stop strings and length. samples: how many answers are generated to each example, for pass@k.
+    temperature: of the answers; None: 0 for one, 0.8 for several. log: a directory in which outcomes are kept as they
+    come, so that an interrupted evaluation continues. name: of the model, for the results. allow_code_execution: run
+    programs that the model writes, in a sandbox, for tasks that are scored so.
     Raises UsageError for an unknown task, or what does not fit it; DataError for examples that are at fault;
     TokenizerError for characters that the tokenizer lacks.
     """
     measured_with = environment(model, tokenizer, name)
     evaluation = _Evaluation(model, tokenizer, controls, chat, params, log, measured_with, allow_code_execution)
+    evaluation.set_samples(samples, temperature, seeds)
     jobs = _jobs(evaluation, tasks, shots, seeds, limit)
     with progress(sum(len(job.indices) for job in jobs), "Evaluating") as bar:
         results = [evaluation.run(job, bar) for job in jobs]
@@ -281,6 +302,11 @@ def _jobs(
     names = [task_name(spec, task) for spec, task in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"the task {twice} is given twice.")
+    kinds = {task.kind if isinstance(task, Definition) else "generation" for _, task in found}
+    if evaluation.is_sampled and "generation" not in kinds:
+        raise UsageError("samples and temperature are of generated answers, and none of the tasks has any.")
+    if evaluation.controls and "choices" not in kinds:
+        raise UsageError("controls score choices without the question, and none of the tasks has choices.")
     return [
         job
         for (_, task), each in zip(found, names, strict=True)
@@ -472,7 +498,25 @@ class _Evaluation:
         self.context = model.config.max_position_embeddings
         self.template = ChatTemplate(tokenizer)
         self.scorer = Scorer(model)
+        self.samples, self.temperature, self.seed, self.is_sampled = 1, 0.0, 0, False
         self._engine: Engine | None = None
+
+    def set_samples(self, samples: int, temperature: float | None, seeds: Sequence[int]) -> None:
+        """Generate several answers to each example."""
+        if samples < 1:
+            raise UsageError(f"samples must be at least 1, not {samples}.")
+        chosen = (0.0 if samples == 1 else 0.8) if temperature is None else temperature
+        if samples > 1 and chosen == 0:
+            raise UsageError("several samples at temperature 0 would be the same answer: set a temperature above 0.")
+        self.samples, self.temperature, self.seed = samples, chosen, seeds[0] if seeds else 0
+        self.is_sampled = samples > 1 or temperature is not None
+
+    def sampling(self, max_tokens: int, stop: tuple[str, ...]) -> SamplingParams:
+        """Return how answers are generated. params: as `run_tasks` was given it."""
+        if self.params is not None:
+            return self.params
+        seed = None if self.temperature == 0 else self.seed
+        return SamplingParams(temperature=self.temperature, max_tokens=max_tokens, stop=stop, n=self.samples, seed=seed)
 
     @property
     def engine(self) -> Engine:
@@ -512,8 +556,6 @@ class _Evaluation:
         ]
 
     def text_scorer(self, task: Definition) -> Callable[[str, Item], float]:
-        from gptsmith.tasks.scorers import find_scorer
-
         assert task.metric is not None
         metric = _absolute(task.metric, task.directory)
         return find_scorer(metric, allow_code_execution=self.allow_code_execution)
@@ -549,6 +591,7 @@ class _Evaluation:
         task = job.task
         described = task.sha256 if isinstance(task, Definition) else f"{type(task).__qualname__} {job.name}"
         settings = [job.count, job.seed if job.count else 0, self.controls, repr(self.params), self.chat]
+        settings += [self.samples, self.temperature, self.seed if self.temperature else 0]
         pool = sorted((g, [i.content_hash for i in items]) for g, items in job.split.pool.items()) if job.split else ""
         values = [self.environment, described, settings, pool, job.name]
         values[0] = {key: value for key, value in self.environment.items() if key != "model"}
@@ -699,20 +742,20 @@ class _Evaluation:
             params = replace(params, stop_ids=(*params.stop_ids, *self.template.end_ids()))
         answers = generate_texts(self.engine, self.tokenizer, prompts, params, continues_prompt=not chat)
         return [
-            Outcome(
+            _generated_outcome(
                 item.index,
-                _sha256(prompt_text(task, item, own)),
-                answer,
-                float(scorer(answer, item)),
-                item.answer_text,
+                prompt_text(task, item, own),
+                texts,
+                [float(scorer(text, item)) for text in texts],
+                right=item.answer_text,
                 shots=len(own),
                 group=item.group,
             )
-            for item, own, (answer,) in zip(items, shots, answers, strict=True)
+            for item, own, texts in zip(items, shots, answers, strict=True)
         ]
 
     def _generation_params(self, task: Definition) -> SamplingParams:
-        return self.params or SamplingParams(temperature=0.0, max_tokens=task.max_tokens, stop=task.stop)
+        return self.sampling(task.max_tokens, task.stop)
 
     def _generation_prompts(
         self, task: Definition, items: Sequence[Item], shots: list[list[Item]], params: SamplingParams
@@ -746,7 +789,7 @@ class _Evaluation:
     def _answers_to_task(self, task: Task, part: Sequence[int]) -> list[Outcome]:
         """Return the outcomes of a registered task, whose examples are conversations."""
         plain = self.template.plain
-        params = self.params or SamplingParams(temperature=0.0, max_tokens=128)
+        params = self.sampling(128, ())
         if plain:
             params = replace(params, stop=params.stop or ("\n",))
         else:
@@ -756,8 +799,8 @@ class _Evaluation:
         prompts: list[str | Sequence[int]] = list(texts) if plain else [self._chat_ids(each) for each in conversations]
         answers = generate_texts(self.engine, self.tokenizer, prompts, params, continues_prompt=plain)
         return [
-            Outcome(i, _sha256(text), answer, task.score(i, answer))
-            for i, text, (answer,) in zip(part, texts, answers, strict=True)
+            _generated_outcome(i, text, found, [task.score(i, answer) for answer in found])
+            for i, text, found in zip(part, texts, answers, strict=True)
         ]
 
     # Results ----------------------------------------------------------------------------------------------------------
@@ -802,6 +845,15 @@ def _absolute(metric: str | dict[str, str], directory: Path) -> str | dict[str, 
     if isinstance(metric, dict) and ".py:" in metric.get("python", ""):
         return {"python": str((directory / metric["python"]).absolute())}
     return metric
+
+
+def _generated_outcome(
+    index: int, prompt: str, texts: Sequence[str], scores: Sequence[float], **values: Any
+) -> Outcome:
+    """Return the outcome of an example from the answers that were generated, one or several."""
+    several: dict[str, Any] = {"samples": tuple(scores), "texts": tuple(texts)} if len(texts) > 1 else {}
+    score = scores[0] if len(texts) == 1 else math.fsum(scores) / len(scores)
+    return Outcome(index, _sha256(prompt), texts[0], score, **values, **several)
 
 
 def _metric_name(task: Definition) -> str:
