@@ -160,6 +160,7 @@ def test_what_is_not_the_same_is_said_or_refused() -> None:
         ({"tasks": [task([1], outcomes=[])]}, "no example in common"),
         ({"tasks": [{"task": "quiz"}]}, "the results of b are damaged"),
         ({"texts": [{}]}, "the results of b are damaged"),
+        ({"texts": [text([math.nan] * 9)]}, "the results of b are damaged"),
     ):
         with pytest.raises(DataError, match=message):
             compare({"a": a, "b": other})

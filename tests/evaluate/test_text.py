@@ -387,3 +387,16 @@ def test_a_damaged_model_is_refused(model: Transformer, tmp_path: Path) -> None:
     (file := tmp_path / "text.txt").write_text("abc def")
     with pytest.raises(GptsmithError, match="not a number"):
         evaluate_text(model, CHARACTERS, file)
+
+
+def test_a_separator_that_the_model_lacks_is_not_used(tmp_path: Path) -> None:
+    """The end-of-text token was added to the tokenizer, without an embedding in the model."""
+    tokenizer = train_char(["abc "])
+    assert tokenizer.eos_id is not None
+    lacking = tokenizer.limited_to(tokenizer.vocab_size)
+    lacking.vocab_size = lacking.eos_id = tokenizer.vocab_size - 1
+    model = tiny_model(vocab_size=lacking.vocab_size)
+    rows = rows_file(tmp_path / "rows.jsonl", ["aba", "ab a"])
+    for join, scored in ((False, 5), (True, 6)):
+        found = evaluate_text(model, lacking, rows, options=TextOptions(join=join))
+        assert (found.start, found.scored_tokens) == ((), scored)

@@ -107,6 +107,8 @@ def compare(records: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
     for name, record in records.items():
         try:
             measured[name] = {each.subject: each for each in measures(record)}
+            if not all(np.isfinite(each.numerators).all() for each in measured[name].values()):
+                raise ValueError("a score that is not a number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"the results of {name} are damaged or of another version ({error!r}).") from None
     found: list[tuple[str, Comparison]] = []

@@ -124,7 +124,7 @@ class GptsmithLM(TemplateLM):  # type: ignore[misc]  # the harness is not typed
         return self._token("beginning or the end", chosen)
 
     def _token(self, what: str, id: int | None) -> int:
-        if id is None:
+        if id is None or id >= self.own_tokenizer.vocab_size:  # the model may lack it
             raise UsageError(f"the tokenizer has no token for the {what} of a text: name one with prefix_token_id=ID.")
         return id
 
@@ -140,9 +140,10 @@ class GptsmithLM(TemplateLM):  # type: ignore[misc]  # the harness is not typed
             ids = self._encode_special(string)
         else:
             ids = own.encode(string)
-        first = own.token_bytes(self.prefix_token_id).decode("utf-8", "replace")
         if add_special_tokens is None:
-            add_special_tokens = False if first and string.startswith(first) else self.add_bos_token
+            first = own.bos_id if own.bos_id is not None else own.eos_id
+            begun = first is not None and string.startswith(own.special_tokens().get(first) or "\0")
+            add_special_tokens = False if begun else self.add_bos_token
         if add_special_tokens is False:
             return ids
         before = own.prefix_ids

@@ -402,9 +402,9 @@ class _Measurement:
     ) -> None:
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self.apart = not (isinstance(source, TextSource) and not source.is_document) and not options.join
-        self.prefix = tuple(tokenizer.prefix_ids)
-        if not self.prefix and self.apart and tokenizer.eos_id is not None:
-            self.prefix = (tokenizer.eos_id,)
+        end = tokenizer.eos_id  # which the model may lack
+        self.separator = () if end is None or end >= tokenizer.vocab_size else (end,)
+        self.prefix = tuple(tokenizer.prefix_ids) or (self.separator if self.apart else ())
         self.repeat = options.prefix == "every"
         self.context, self.stride = options.sizes(model, len(self.prefix) if self.repeat else 0)
         self.keep_documents = per_document
@@ -488,8 +488,8 @@ class _Measurement:
             score[2] += len(ids)
         if chunk.ends_document:
             self.documents += 1
-            if not self.apart and self.tokenizer.eos_id is not None:
-                tokens = tokens.then(_Tokens.of([self.tokenizer.eos_id], False, self.bytes, self.documents - 1))
+            if not self.apart:
+                tokens = tokens.then(_Tokens.of(self.separator, False, self.bytes, self.documents - 1))
         return tokens
 
     def _length(self, id: int) -> int:
