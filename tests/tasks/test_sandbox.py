@@ -132,7 +132,7 @@ def test_time(box: Sandbox, program: str) -> None:
     ],
 )
 def test_memory(box: Sandbox, program: str) -> None:
-    result = box.run(program)
+    result = box.run(program, Limits(seconds=30.0, memory=512 << 20))
     assert result.error.startswith(("MemoryError", "OSError: [Errno 12]"))
 
 

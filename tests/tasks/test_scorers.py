@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ def test_answers_of_math() -> None:
     assert latex("The final answer is: $\\boxed{1/2}$. I hope", right) == 1
     assert latex("The answer is 2", right) == 0
     assert latex("1/2", right) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_code() -> None:
+    template = "{{ prompt }}{{ completion }}\n{{ test }}\ncheck({{ entry_point }})\n"
+    score = find_scorer({"code": template}, allow_code_execution=True)
+    item = _item(
+        prompt="def double(x):\n",
+        entry_point="double",
+        test="def check(candidate):\n    assert candidate(2) == 4",
+    )
+    assert score("    return 2 * x", item) == 1
+    assert score("    return x", item) == 0
+    assert score("    return (", item) == 0
+    assert (
+        score("Sure!\n```python\ndef double(x):\n    return x + x\n```", item) == 0
+    )  # the prompt's function has no body
+    item.record["prompt"] += '    """Return twice x."""\n'
+    assert score("Sure!\n```python\ndef double(x):\n    return x + x\n```", item) == 1
+    with pytest.raises(UsageError, match="not Jinja"):
+        find_scorer({"code": "{{ completion"}, allow_code_execution=True)
+    with pytest.raises(DataError, match="'entry' is undefined"):
+        find_scorer({"code": "{{ entry }}"}, allow_code_execution=True)("x", item)
 
 
 def test_extract_code() -> None:

@@ -255,17 +255,26 @@ def extract_code(text: str) -> str:
 
 
 def _code(template: str, allowed: bool) -> ItemScorer:
+    import jinja2
+
     if not allowed:
         raise UsageError(
             "this task runs code that the model writes. If you accept that, add --allow-code-execution: it runs in a "
             "sandbox without network, home and environment."
         )
     sandbox = find_sandbox()
-    render = compile_template(template)
+    try:
+        render = compile_template(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(f"the template of the metric code is not Jinja: {error.message}: {template!r}.") from None
 
     def code(text: str, item: Item) -> float:
-        """Return 1.0 if the program ends without an error."""
-        program = render(**{**item.record, "completion": extract_code(text)})
+        """Return 1.0 if the program reaches its end."""
+        try:
+            program = render(**{**item.record, "completion": extract_code(text)})
+        except Exception as error:  # filters and methods raise whatever they like
+            reason = " ".join(str(error).split())
+            raise DataError(f"example {item.index}: the template of the metric code fails: {reason}.") from None
         return float(sandbox.run(program).passed)
 
     return code
