@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from gptsmith.errors import DataError, UsageError
+from gptsmith.tasks import scorers
 from gptsmith.tasks.definition import Item
+from gptsmith.tasks.sandbox import Sandbox
 from gptsmith.tasks.scorers import (
     chrf_score,
     extract_code,
@@ -189,6 +191,23 @@ def test_code() -> None:
         find_scorer({"code": "{{ completion"}, allow_code_execution=True)
     with pytest.raises(DataError, match="'entry' is undefined"):
         find_scorer({"code": "{{ entry }}"}, allow_code_execution=True)("x", item)
+
+
+def test_an_incomplete_sandbox_is_used_only_by_those_who_insist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def incomplete(*, insist: bool = False) -> Sandbox:
+        if not insist:
+            raise UsageError("code cannot be contained")
+        return Sandbox((), open="the network")
+
+    monkeypatch.setattr(scorers, "find_sandbox", incomplete)
+    with pytest.raises(UsageError, match="cannot be contained"):
+        find_scorer({"code": "{{ completion }}"}, allow_code_execution=True)
+    score = find_scorer({"code": "{{ completion }}"}, allow_code_execution="unprotected")
+    assert "It leaves open: the network." in capsys.readouterr().err
+    if sys.platform == "linux":
+        assert score("assert True", _item()) == 1
 
 
 def test_extract_code() -> None:

@@ -47,6 +47,8 @@ class EvalOptions:
     """Sampling temperature of generated answers (default: 0 for one answer, 0.8 for several)."""
     allow_code_execution: bool = False
     """Run programs that the model writes, in a sandbox, for tasks such as humaneval."""
+    allow_unprotected: bool = False
+    """Run these programs even where the sandbox leaves something open on this machine."""
     text: Annotated[TextEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=TextEvaluation)
     """texts"""
     json: Path | None = None
@@ -99,6 +101,8 @@ def check(chosen: EvalOptions) -> None:
     for option in ("shots", "draws", "limit", "controls", "contamination", "training_data", "samples", "temperature"):
         if not names and getattr(chosen, option) != getattr(defaults, option):
             raise UsageError(f"--{option.replace('_', '-')} has no effect without --tasks: leave it out.")
+    if chosen.allow_unprotected and not chosen.allow_code_execution:
+        raise UsageError("--allow-unprotected has no effect without --allow-code-execution: add that, or leave it out.")
     if chosen.json is not None:
         refuse_unwritable(chosen.json)
 
@@ -134,7 +138,7 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
             name=model_name,
             samples=chosen.samples,
             temperature=chosen.temperature,
-            allow_code_execution=chosen.allow_code_execution,
+            allow_code_execution="unprotected" if chosen.allow_unprotected else chosen.allow_code_execution,
         )
         record = results.to_json()
         print(results.table())

@@ -36,7 +36,7 @@ from gptsmith.storage import explain_os_errors
 from gptsmith.tasks import Conversation, Task
 from gptsmith.tasks.definition import Definition, Item, definition_names, is_definition_file, load_definition, spread
 from gptsmith.tasks.registry import TASKS, make_task
-from gptsmith.tasks.scorers import find_scorer, pass_at_k
+from gptsmith.tasks.scorers import AllowCode, find_scorer, pass_at_k
 from gptsmith.tasks.specs import is_task, open_task
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
@@ -239,7 +239,7 @@ def run_tasks(
     temperature: float | None = None,
     log: Path | None = None,
     name: str = "",
-    allow_code_execution: bool = False,
+    allow_code_execution: AllowCode = False,
 ) -> Results:
     """Return a model's scores on tasks, with the outcome of each example.
 
@@ -250,7 +250,8 @@ def run_tasks(
     with the task's own stop strings and length. samples: how many answers are generated to each example, for pass@k.
     temperature: of the answers; None: 0 for one, 0.8 for several. log: a directory in which outcomes are kept as they
     come, so that an interrupted evaluation continues. name: of the model, for the results. allow_code_execution: run
-    programs that the model writes, in a sandbox, for tasks that are scored so.
+    programs that the model writes, in a sandbox, for tasks that are scored so; "unprotected": even where the sandbox
+    leaves something open.
     Raises UsageError for an unknown task, or what does not fit it; DataError for examples that are at fault;
     TokenizerError for characters that the tokenizer lacks.
     """
@@ -490,7 +491,7 @@ class _Evaluation:
         params: SamplingParams | None,
         log: Path | None,
         environment: dict[str, Any],
-        allow_code_execution: bool,
+        allow_code_execution: AllowCode,
     ) -> None:
         self.model, self.tokenizer, self.controls, self.chat = model, tokenizer, controls, chat
         self.params, self.log, self.environment = params, log, environment

@@ -247,7 +247,8 @@ def find_sandbox(*, insist: bool = False) -> Sandbox:
                 return Sandbox(protections, open=(problem or "").removeprefix("it leaves open: "))
     raise UsageError(
         f"code that a model wrote cannot be contained on this machine ({'; '.join(problems)}). Run the evaluation on "
-        "Linux 6.2 or newer, outside of containers that forbid Landlock and namespaces."
+        "Linux 6.2 or newer, outside of containers that forbid Landlock and namespaces; or, where nothing can be "
+        "harmed, insist with --allow-unprotected."
     )
 
 

@@ -13,9 +13,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from gptsmith.errors import DataError, UsageError, nearest
+from gptsmith.log import note
 from gptsmith.tasks.answers import boxed_answer, find_answer, same_answer
 from gptsmith.tasks.definition import Item, compile_template, load_function
 from gptsmith.tasks.sandbox import find_sandbox
@@ -24,11 +25,15 @@ ItemScorer = Callable[[str, Item], float]
 """Takes a generated answer and its item; returns 1 for right, 0 for wrong, or something in between."""
 
 
-def find_scorer(metric: str | Mapping[str, Any], *, allow_code_execution: bool = False) -> ItemScorer:
+AllowCode = bool | Literal["unprotected"]
+"""Whether programs that a model writes may run: in a sandbox, or even where it leaves something open."""
+
+
+def find_scorer(metric: str | Mapping[str, Any], *, allow_code_execution: AllowCode = False) -> ItemScorer:
     """Return the scorer that a task's `metric` names: a name, or a name with a value such as `{regex: "is (.*)"}`.
 
     Raises UsageError for an unknown metric, a value that does not fit it, a function that cannot be imported, and for
-    `code` without `allow_code_execution` or where programs cannot be contained.
+    `code` without `allow_code_execution` or where programs cannot be contained (unless it is "unprotected").
     """
     name, value = (metric, None) if isinstance(metric, str) else next(iter(metric.items()), ("", None))
     if not isinstance(metric, str) and len(metric) != 1:
@@ -254,7 +259,7 @@ def extract_code(text: str) -> str:
     return text if found is None else found[1]
 
 
-def _code(template: str, allowed: bool) -> ItemScorer:
+def _code(template: str, allowed: AllowCode) -> ItemScorer:
     import jinja2
 
     if not allowed:
@@ -262,7 +267,9 @@ def _code(template: str, allowed: bool) -> ItemScorer:
             "this task runs code that the model writes. If you accept that, add --allow-code-execution: it runs in a "
             "sandbox without network, home and environment."
         )
-    sandbox = find_sandbox()
+    sandbox = find_sandbox(insist=allowed == "unprotected")
+    if sandbox.open:
+        note(f"The sandbox for the model's programs is incomplete on this machine. It leaves open: {sandbox.open}.")
     try:
         render = compile_template(template)
     except jinja2.TemplateSyntaxError as error:
