@@ -15,7 +15,7 @@ import torch
 from gptsmith.data import sources
 from gptsmith.errors import DataError, GptsmithError, TokenizerError, UsageError
 from gptsmith.evaluate import text as measured
-from gptsmith.evaluate.text import TextOptions, TextResult, evaluate_text, induction
+from gptsmith.evaluate.text import TextOptions, TextResult, evaluate_text, evaluate_texts, induction
 from gptsmith.loading import load_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_char
@@ -400,3 +400,14 @@ def test_a_separator_that_the_model_lacks_is_not_used(tmp_path: Path) -> None:
     for join, scored in ((False, 5), (True, 6)):
         found = evaluate_text(model, lacking, rows, options=TextOptions(join=join))
         assert (found.start, found.scored_tokens) == ((), scored)
+
+
+def test_options_are_checked_before_anything_is_measured(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document has a separator before it, which leaves less room than a text has."""
+    (text := tmp_path / "text.txt").write_text("abc def")
+    rows = rows_file(tmp_path / "rows.jsonl", ["abc", "ab c"])
+    monkeypatch.setattr(measured, "window_losses", None)
+    with pytest.raises(UsageError, match="--stride"):
+        evaluate_texts(model, CHARACTERS, [text, rows], options=TextOptions(stride=CONTEXT, prefix="every"))

@@ -60,12 +60,10 @@ def measure_texts(
     model: Transformer, tokenizer: Tokenizer, sources: Sequence[Source], chosen: TextEvaluation
 ) -> dict[str, Any]:
     """Measure the texts, print a table, and return the results as plain data."""
-    from gptsmith.evaluate.text import TextOptions, evaluate_text, induction
+    from gptsmith.evaluate.text import TextOptions, evaluate_texts, induction
 
     options = TextOptions(chosen.context, chosen.stride, chosen.prefix, chosen.join)
-    results = [
-        evaluate_text(model, tokenizer, source, options=options, per_document=chosen.per_document) for source in sources
-    ]
+    results = evaluate_texts(model, tokenizer, sources, options=options, per_document=chosen.per_document)
     if results:
         show_texts(results, chosen)
     record: dict[str, Any] = {}

@@ -30,6 +30,7 @@ from gptsmith.model.loss import token_logprobs
 from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import out_of_memory
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.ids import IdTokenizer
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -389,9 +390,28 @@ def evaluate_text(
     Raises UsageError for a text of fewer than two tokens and impossible options, DataError for what is not text,
     TokenizerError for characters that the tokenizer lacks, naming them and the place.
     """
-    source = text if isinstance(text, Source) else open_source(text, field=field)
-    refuse_useless_field(field, source)
-    return _Measurement(model, tokenizer, source, options or TextOptions(), per_document).run()
+    return evaluate_texts(model, tokenizer, [text], field=field, options=options, per_document=per_document)[0]
+
+
+def evaluate_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str | Path | Source],
+    *,
+    field: str = DEFAULT_FIELD,
+    options: TextOptions | None = None,
+    per_document: bool = False,
+) -> list[TextResult]:
+    """Return the result of `evaluate_text` for each text. Options are checked for all before any is measured."""
+    sources = [text if isinstance(text, Source) else open_source(text, field=field) for text in texts]
+    if sources:
+        refuse_useless_field(field, *sources)
+    if isinstance(tokenizer, IdTokenizer):
+        note("note: the model has no tokenizer: bits per byte are those of numbers, and comparable with nothing.")
+    measurements = [
+        _Measurement(model, tokenizer, source, options or TextOptions(), per_document) for source in sources
+    ]
+    return [each.run() for each in measurements]
 
 
 class _Measurement:
