@@ -31,8 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -107,12 +105,6 @@ class Sandbox:
         if kind == "killed":
             return Execution(False, text, seconds)
         return Execution(False, _ending(code), seconds)
-
-    def run_all(self, programs: Iterable[str], *, workers: int | None = None) -> list[Execution]:
-        """Run programs side by side, as many at a time as there are processors, and return how each ended, in order."""
-        workers = len(os.sched_getaffinity(0)) if workers is None else workers
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(self.run, programs))
 
 
 def _run(job: dict[str, object], directory: str, limits: Limits, *, watch: bool) -> tuple[str, int, float]:
