@@ -258,6 +258,19 @@ def test_generated_answers() -> None:
         run_tasks(model(16), BPE, [mine])
 
 
+def test_stop_strings_end_each_answer_and_no_other() -> None:
+    network = model()
+    keys: dict[str, Any] = {"kind": "generation", "choices": None, "max_tokens": 24, "metric": "exact_match"}
+    rows = [{"q": word, "right": "x"} for word in WORDS]
+    whole = [o.answer for o in run_tasks(network, BPE, [task(rows=rows, stop=[], **keys)]).tasks[0].outcomes]
+    stops = [whole[0][3:5], whole[1][5:7]]
+    found = run_tasks(network, BPE, [task(rows=rows, stop=stops, **keys)]).tasks[0].outcomes
+    for text, outcome in zip(whole, found, strict=True):
+        ends = [text.index(stop) for stop in stops if stop in text]
+        assert outcome.answer == (text[: min(ends)] if ends else text)
+    assert {len(outcome.answer) for outcome in found} != {len(text) for text in whole}
+
+
 def test_several_answers_give_pass_at_k(tmp_path: Path) -> None:
     (tmp_path / "scorer.py").write_text("def vowels(text, item):\n    return float('r' in text)\n")
     values = {

@@ -260,7 +260,12 @@ def run_tasks(
     evaluation.set_samples(samples, temperature, seeds)
     jobs = _jobs(evaluation, tasks, shots, seeds, limit)
     with progress(sum(len(job.indices) for job in jobs), "Evaluating") as bar:
-        results = [evaluation.run(job, bar) for job in jobs]
+        try:
+            results = [evaluation.run(job, bar) for job in jobs]
+        except KeyboardInterrupt:
+            if log is not None:
+                note("The outcomes so far are kept: the same command continues.")
+            raise
     return Results(tuple(results), measured_with)
 
 
@@ -636,7 +641,12 @@ class _Evaluation:
             for item in items
             for text in _texts(item)
         ]
-        plain = encode_pairs(self.tokenizer, control_pairs) if needs_control and not items[0].continuation else []
+        plain: list[Continuation] = []
+        if needs_control and not items[0].continuation:
+            try:
+                plain = encode_pairs(self.tokenizer, control_pairs)
+            except GptsmithError as error:
+                raise type(error)(f"{task.name}: unconditional ({task.unconditional!r}): {error}") from None
         scores = self.scorer.score([each for group in requests for each in group] + plain)
         outcomes = []
         at, control_at = 0, sum(map(len, requests))
