@@ -93,6 +93,15 @@ def test_the_best_of_k_is_the_mean_over_all_choices(seed: int) -> None:
         assert best_of_k(rewards, k) == pytest.approx(statistics.fmean(best))
 
 
+def test_another_measure_of_the_best_of_k() -> None:
+    rng = random.Random(0)
+    rewards, lengths = [rng.random() for _ in range(6)], [float(rng.randint(1, 9)) for _ in range(6)]
+    for k in range(1, 7):
+        best = [max(chosen, key=rewards.__getitem__) for chosen in itertools.combinations(range(6), k)]
+        wanted = statistics.fmean(lengths[i] for i in best)
+        assert best_of_k(rewards, k, lengths) == pytest.approx(wanted)
+
+
 def test_it_goes_on_where_it_stopped(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers come out, whether the reward failed, the last row was cut short, or nothing happened."""
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"

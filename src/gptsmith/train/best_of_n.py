@@ -334,10 +334,12 @@ def _kept(row: Mapping[str, Any], options: BestOfNOptions) -> Iterator[int]:
             return
 
 
-def best_of_k(rewards: Sequence[float], k: int) -> float:
+def best_of_k(rewards: Sequence[float], k: int, values: Sequence[float] | None = None) -> float:
     """Return the expected reward of the best of `k` of the answers, drawn without replacement.
 
+    values: another number for each answer, whose expectation is returned instead (the best is still that by reward).
     It estimates the best of k answers without bias (as pass@k does: Chen et al. 2021, 2107.03374).
     """
-    n = len(rewards)
-    return math.fsum(reward * math.comb(i, k - 1) for i, reward in enumerate(sorted(rewards))) / math.comb(n, k)
+    n, found = len(rewards), rewards if values is None else values
+    ranked = sorted(range(n), key=rewards.__getitem__)
+    return math.fsum(found[i] * math.comb(rank, k - 1) for rank, i in enumerate(ranked)) / math.comb(n, k)
