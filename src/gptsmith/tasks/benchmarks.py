@@ -7,6 +7,7 @@ functions take these apart, so that the number of shots can be chosen.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -36,41 +37,41 @@ _MMLU_SHOT = re.compile(rf"(?:Q:\s+)?(.+?)\s*{_CHOICES}\s*\n{re.escape(_THINK)}(
 def mmlu(subjects: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the questions of some subjects, or all: subject, question, choices, answer (a letter)."""
     for subject in _files("mmlu", subjects):
-        rows, _, questions = _split(f"{_FOLDER}/mmlu/{subject}.jsonl")
-        for row, question in zip(rows, questions, strict=True):
-            found = _MMLU_QUESTION.fullmatch(question)
-            assert found is not None, question
-            yield {
-                "subject": subject,
-                "question": found[1].strip(),
-                "choices": [found[i].strip() for i in range(2, 6)],
-                "answer": row["label"].strip("()"),
-            }
+        yield from _mmlu_subject(subject)[0]
 
 
 def mmlu_shots(subjects: Sequence[str] = ()) -> Iterator[Record]:
     """Yield five solved examples of each subject, as `mmlu` does, with `solution`: the reasoning and the answer."""
     for subject in _files("mmlu", subjects):
-        shots = _mmlu_shots(subject)
+        shots = _mmlu_subject(subject)[1]
         if subject in _FIFTH:
-            shots += _mmlu_shots(_FIFTH[subject])[:1]
+            shots = [*shots, _mmlu_subject(_FIFTH[subject])[1][0]]
         yield from ({**shot, "subject": subject} for shot in shots)
 
 
-def _mmlu_shots(subject: str) -> list[Record]:
-    _, header, _ = _split(f"{_FOLDER}/mmlu/{subject}.jsonl")
+@functools.lru_cache(maxsize=64)
+def _mmlu_subject(subject: str) -> tuple[list[Record], list[Record]]:
+    """Return the questions and the different solved examples of a subject."""
+    rows, header, texts = _split(f"{_FOLDER}/mmlu/{subject}.jsonl")
+    questions: list[Record] = []
+    for row, text in zip(rows, texts, strict=True):
+        found = _MMLU_QUESTION.fullmatch(text)
+        assert found is not None, text
+        choices = [found[i].strip() for i in range(2, 6)]
+        answer = row["label"].strip("()")
+        questions.append({"subject": subject, "question": found[1].strip(), "choices": choices, "answer": answer})
     shots: list[Record] = []
     block = ""
     for part in header.strip().split("\n\n")[1:]:  # a question may have empty lines: add parts until it is complete
         block = f"{block}\n\n{part}" if block else part
         if found := _MMLU_SHOT.fullmatch(block.strip()):
             choices = [found[i].strip() for i in range(2, 7) if found[i]]
-            shots.append(
-                {"question": found[1].strip(), "choices": choices, "answer": found[8], "solution": found[7].strip()}
-            )
+            shot = {"question": found[1].strip(), "choices": choices, "answer": found[8], "solution": found[7].strip()}
+            if shot not in shots:  # college_physics has one twice
+                shots.append(shot)
             block = ""
     assert not block, f"{subject}: {block}"
-    return [shot for i, shot in enumerate(shots) if shot not in shots[:i]]  # college_physics has one twice
+    return questions, shots
 
 
 def bbh(tasks: Sequence[str] = ()) -> Iterator[Record]:
