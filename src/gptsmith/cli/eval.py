@@ -12,6 +12,7 @@ import tyro
 from gptsmith.cli.eval_texts import TextEvaluation, measure_texts, open_texts
 from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
+from gptsmith.log import note
 from gptsmith.storage import write_text
 
 if TYPE_CHECKING:
@@ -70,17 +71,50 @@ class Eval(EvalOptions):
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
+    report: bool = False
+    """Write a page about the model, evaluation.html, into its directory, or here if it is not a directory. Without
+    --tasks and --data: measure texts of several domains and a choice of tasks."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write a picture of each task into this folder: the score against the number of shots."""
+    beside: tuple[Path, ...] = ()
+    """Results of other models (files of --json), whose curves are drawn in the same pictures."""
 
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Eval, "gptsmith eval", arguments)
     check(chosen)
-    if not has_measures(chosen):
-        raise UsageError("nothing to measure: give --tasks or --data. `gptsmith tasks` lists the tasks.")
-    record = measure(chosen.model, chosen)
+    if not has_measures(chosen) and not chosen.report:
+        raise UsageError("nothing to measure: give --tasks, --data or --report. `gptsmith tasks` lists the tasks.")
+    others = _other_records(chosen)
+    record = measure(chosen.model, chosen, for_report=chosen.report)
     if chosen.json is not None:
         write_record(chosen.json, record)
+    if chosen.plot is not None:
+        from gptsmith.report.evaluation import save_shot_figures
+
+        for path in save_shot_figures([record, *others], chosen.plot):
+            note(f"Wrote {path}")
+    if chosen.report:
+        from gptsmith.report.evaluation import report_evaluation
+
+        note(f"Wrote {report_evaluation(chosen.model, record, others)}")
     return 0
+
+
+def _other_records(chosen: Eval) -> list[dict[str, Any]]:
+    """Return the results of --beside, and raise UsageError for options of pictures that do not go together."""
+    if chosen.beside and chosen.plot is None and not chosen.report:
+        raise UsageError("--beside has no effect without --plot or --report: leave it out.")
+    if chosen.plot is not None:
+        if not task_names(chosen) or len(_shots(chosen) or ()) < 2:
+            raise UsageError("--plot draws curves: give --tasks and at least two numbers of --shots, such as 0,1,4,16.")
+        if chosen.plot.exists() and not chosen.plot.is_dir():
+            raise UsageError(f"--plot {chosen.plot}: this is a file, and a folder is needed.")
+    if not chosen.beside:
+        return []
+    from gptsmith.report.evaluation import read_record
+
+    return [read_record(path) for path in chosen.beside]
 
 
 def has_measures(chosen: EvalOptions) -> bool:
@@ -107,8 +141,11 @@ def check(chosen: EvalOptions) -> None:
         refuse_unwritable(chosen.json)
 
 
-def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
-    """Load a model, measure it, print the tables, and return the results as plain data."""
+def measure(model_name: str, chosen: EvalOptions, *, for_report: bool = False) -> dict[str, Any]:
+    """Load a model, measure it, print the tables, and return the results as plain data.
+
+    for_report: add samples, and measure a choice of texts and tasks if none is given.
+    """
     from gptsmith.evaluate.harness import resolve_task, run_tasks
     from gptsmith.evaluate.provenance import environment
     from gptsmith.loading import load_model, resolve_adapter
@@ -124,17 +161,24 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
         model_name, device=choose_device(chosen.device), quantize=chosen.quantize, adapter=adapter
     )
     record: dict[str, Any]
+    log = cache_directory() / "evaluations" if chosen.resume else None
+    seeds = range(chosen.seed, chosen.seed + chosen.draws)
+    if for_report and not has_measures(chosen):
+        from gptsmith.cli.eval_report import overview, write_samples
+
+        record = overview(model, tokenizer, seeds=seeds, name=model_name, log=log)
+        return record | {"samples": write_samples(model, tokenizer, seed=chosen.seed)}
     if names:
         results = run_tasks(
             model,
             tokenizer,
             names,
             shots=_shots(chosen),
-            seeds=range(chosen.seed, chosen.seed + chosen.draws),
+            seeds=seeds,
             limit=chosen.limit,
             controls=chosen.controls,
             chat={"task": None, "on": True, "off": False}[chosen.chat],
-            log=cache_directory() / "evaluations" if chosen.resume else None,
+            log=log,
             name=model_name,
             samples=chosen.samples,
             temperature=chosen.temperature,
@@ -146,7 +190,12 @@ def measure(model_name: str, chosen: EvalOptions) -> dict[str, Any]:
             record["contamination"] = _check_contamination(results, names, corpora)
     else:
         record = environment(model, tokenizer, model_name)
-    return record | measure_texts(model, tokenizer, sources, chosen.text)
+    record |= measure_texts(model, tokenizer, sources, chosen.text)
+    if for_report:
+        from gptsmith.cli.eval_report import write_samples
+
+        record["samples"] = write_samples(model, tokenizer, seed=chosen.seed)
+    return record
 
 
 def _corpora(model_name: str, chosen: EvalOptions) -> list[Corpus]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
 from gptsmith.report.attention_maps import printable_label
@@ -61,3 +63,53 @@ def format_duration(seconds: float) -> str:
 def missing_note(text: str) -> str:
     """Return a paragraph that says what is missing and why."""
     return f'\n<p class="missing">{escape(text)}</p>'
+
+
+def html_page(
+    *,
+    title: str,
+    eyebrow: str,
+    heading: str,
+    lead: str,
+    sections: Sequence[tuple[str, str, str]],
+    footer: str,
+    version: str,
+) -> str:
+    """Return a page that loads nothing. title, eyebrow, version: texts. heading, lead, footer: HTML.
+
+    sections: the id, the title and the HTML of each.
+    """
+    links = "".join(f'<li><a href="#{id}">{escape(name)}</a></li>' for id, name, _ in sections)
+    body = "\n".join(
+        f'<section id="{id}" aria-labelledby="{id}-title">\n'
+        f'<h2 id="{id}-title">{escape(name)}</h2>\n{content}\n</section>'
+        for id, name, content in sections
+    )
+    css = files("gptsmith.report").joinpath("page.css").read_text(encoding="utf-8")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="gptsmith {escape(version)}">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{css}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">{escape(eyebrow)}</p>
+<h1>{heading}</h1>
+<p class="summary">{lead}</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{body}
+</main>
+<footer>
+<p>{footer}</p>
+</footer>
+</body>
+</html>
+"""

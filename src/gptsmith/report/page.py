@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from gptsmith.report.alignment import is_alignment, reward_section
 from gptsmith.report.attention import attention_section, mask_section
 from gptsmith.report.configuration import configuration_section
-from gptsmith.report.html import escape
+from gptsmith.report.evaluation import evaluation_sections
+from gptsmith.report.html import escape, html_page
 from gptsmith.report.losses import loss_section
 from gptsmith.report.predictions import predictions_section
 from gptsmith.report.results import results_section, run_status, summary
@@ -47,46 +47,22 @@ def _page(run: Run, trained: TrainedModel, mask_text: str) -> str:
         ("reward", "Reward", reward_section(run)) if is_alignment(run) else ("loss", "Loss", loss_section(run)),
         *((("predictions", "Predictions", predictions),) if predictions else ()),
         *((("tasks", "Tasks", tasks),) if tasks else ()),
+        *evaluation_sections(run),
         ("samples", "Samples", samples_section(run)),
         ("mask", "The causal mask", mask_section(mask_text)),
         ("attention", "Attention", attention_section(trained)),
         ("configuration", "Configuration", configuration_section(run)),
     ]
-    links = "".join(f'<li><a href="#{id}">{title}</a></li>' for id, title, _ in sections)
-    body = "\n".join(
-        f'<section id="{id}" aria-labelledby="{id}-title">\n<h2 id="{id}-title">{title}</h2>\n{content}\n</section>'
-        for id, title, content in sections
-    )
     word, tone = run_status(run)
-    name = escape(run.name)
-    css = files("gptsmith.report").joinpath("page.css").read_text(encoding="utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="gptsmith {escape(run.info.get("version", ""))}">
-<title>{name} · gptsmith training report</title>
-<link rel="icon" href="data:,">
-<style>
-{css}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">gptsmith training report</p>
-<h1>{name} <span class="badge {tone}">{word}</span></h1>
-<p class="summary">{summary(run, trained)}</p>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</header>
-<main>
-{body}
-</main>
-<footer>
-<p>{_dates(run)}</p>
-</footer>
-</body>
-</html>
-"""
+    return html_page(
+        title=f"{run.name} · gptsmith training report",
+        eyebrow="gptsmith training report",
+        heading=f'{escape(run.name)} <span class="badge {tone}">{word}</span>',
+        lead=summary(run, trained),
+        sections=sections,
+        footer=_dates(run),
+        version=run.info.get("version", ""),
+    )
 
 
 def _dates(run: Run) -> str:
