@@ -2,8 +2,9 @@
 
 Four sizes are trained on the same documents, with three seeds each. A document has solved questions of one rule. A
 question is a letter of no meaning and a symbol, the answer is what the rule makes of the symbol: `Qc` → `a`. A rule
-permutes the five symbols; a tenth of the rules is held out. Then `gptsmith eval` measures each model on the held-out
-rules with 0 to 64 shots, which are never the graded questions: what a symbol becomes has to be found in the context.
+permutes six symbols, of which a document uses two or more; a tenth of the rules is held out. Then each model is
+measured on held-out rules with 0 to 64 shots, which are never the graded questions: what a symbol becomes has to be
+found in the context.
 
 Trained on answers alone, all sizes with the same number of steps and tokens and the same, automatic learning rate.
 """
@@ -27,12 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SYMBOLS, NOISE = "abcde", string.ascii_uppercase
-SIZES = ((2, 16), (2, 32), (2, 64), (3, 128))  # layers, width
+SYMBOLS, NOISE = "abcdef", string.ascii_uppercase
+SIZES = ((2, 8), (2, 16), (2, 32), (2, 64))  # layers, width
 SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (8, 16, 32, 65)  # examples in a training document
 EXAMPLES_PER_STEP = 128
-QUESTIONS = 10  # graded, of each held-out rule
+USED = (3, 4, 5, 6)  # symbols that occur in a prompt of a held-out rule
+RULES_EACH, QUESTIONS = 5, 8  # held-out rules for each number of symbols, and graded questions of a rule
 RULES = ["".join(rule) for rule in itertools.permutations(SYMBOLS)]
 Ints = NDArray[np.int64]
 
@@ -44,9 +46,12 @@ def held_out(*parts: str) -> bool:
 def records(split: str) -> list[dict[str, str]]:
     """Return questions of the held-out rules, "graded" ones or others as "shots". The source of the task below."""
     rows = []
-    for rule in filter(held_out, RULES):
-        questions = [letter + symbol for letter in NOISE for symbol in SYMBOLS]
-        random.Random(rule).shuffle(questions)
+    rules = random.Random(0).sample(list(filter(held_out, RULES)), RULES_EACH * len(USED))
+    for i, rule in enumerate(rules):
+        rng = random.Random(rule)
+        used = rng.sample(SYMBOLS, USED[i % len(USED)])
+        questions = [letter + symbol for letter in NOISE for symbol in used]
+        rng.shuffle(questions)
         chosen = questions[:QUESTIONS] if split == "graded" else questions[QUESTIONS:]
         rows += [{"question": q, "answer": rule[SYMBOLS.index(q[1])], "rule": rule} for q in chosen]
     return rows
@@ -65,7 +70,7 @@ shots: {separator: "\\n", source: {python: "in_context.py:records", options: {sp
 
 
 def batches(tokenizer: Any, seed: int) -> Iterator[tuple[Ints, Ints]]:
-    """Yield ids and targets. A document uses 2 to 5 of the symbols, since rules of few symbols are learned first."""
+    """Yield ids and targets. A document uses 2 to 6 of the symbols, since rules of few symbols are learned first."""
     rng = np.random.default_rng(seed)
     symbols, noise = (np.array(tokenizer.encode(text)) for text in (SYMBOLS, NOISE))
     (newline,) = tokenizer.encode("\n")
@@ -92,6 +97,11 @@ def measure(layers: int, width: int, seed: int, steps: int, work: Path) -> dict[
     from gptsmith.tokenizer import train_char
 
     tokenizer = train_char([SYMBOLS + NOISE + "\n"])
+    options: dict[str, Any] = {
+        "model.num_hidden_layers": layers,
+        "model.hidden_size": width,
+        "model.num_attention_heads": max(2, width // 32),
+    }
     began, cpu = time.monotonic(), time.process_time()
     run = gptsmith.fit(
         batches(tokenizer, seed),
@@ -104,17 +114,13 @@ def measure(layers: int, width: int, seed: int, steps: int, work: Path) -> dict[
         sample_tokens=0,
         compile="off",
         out=work / f"{layers}-{width}-{seed}",
-        **{
-            "model.num_hidden_layers": layers,
-            "model.hidden_size": width,
-            "model.num_attention_heads": max(2, width // 32),
-        },
+        **options,
     )
     model, tokenizer = gptsmith.load(run)
     trained, trained_cpu = time.monotonic() - began, time.process_time() - cpu
     task = parse_definition(TASK, "held-out rules", Path(__file__).parent)
-    results = gptsmith.evaluate(model, tokenizer, task, shots=SHOTS, seeds=(0, 1, 2), name=f"{layers}-{width}-{seed}")
-    record = results.to_json()
+    results = gptsmith.evaluate(model, tokenizer, task, shots=SHOTS, seeds=(0, 1), name=f"{layers}-{width}-{seed}")
+    record: dict[str, Any] = results.to_json()
     shutil.rmtree(run.directory)
     return record | {
         "parameters": model.num_parameters(),

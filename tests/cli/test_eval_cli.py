@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gptsmith.cli import eval_report
 from gptsmith.evaluate.provenance import weights_sha256
 from gptsmith.evaluate.text import evaluate_text
 from gptsmith.loading import load_model
@@ -59,6 +61,10 @@ def test_several_texts_make_a_table(finished: Path, tmp_path: Path, run_cli: Cli
         (("--data", "{text}", "--json", "{folder}/no/out.json"), 2, "its folder does not exist"),
         (("--data", "{text}", "--json", "{folder}"), 2, "this is a folder"),
         (("--data", "{text}", "--adapter", "{run}"), 1, "not an adapter"),
+        (("--data", "{text}", "--plot", "{folder}"), 2, "--plot draws curves: give --tasks"),
+        (("--tasks", "piqa", "--shots", "3", "--plot", "{folder}"), 2, "at least two numbers of --shots"),
+        (("--data", "{text}", "--beside", "{text}"), 2, "--beside has no effect without --plot or --report"),
+        (("--data", "{text}", "--report", "--beside", "{text}"), 1, "words.txt cannot be read"),
     ],
 )
 def test_bad_input(
@@ -72,3 +78,53 @@ def test_bad_input(
     assert message in err
     assert "Traceback" not in err
     assert err.count("error:") == 1
+
+
+TASK = """
+source: {rows: [{q: ba, a: ko}, {q: ko, a: mi}, {q: mi, a: ru}, {q: ru, a: ba}, {q: ten, a: ba}, {q: ba ba, a: ko}]}
+kind: cloze
+prompt: "{{ q }}"
+answer: a
+shots: {separator: " "}
+"""
+
+
+def test_report_and_plot(finished: Path, tmp_path: Path, run_cli: Cli) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "next.yaml").write_text(TASK)
+    text, out, pictures = finished.parent / "words.txt", tmp_path / "out.json", tmp_path / "pictures"
+    measured = ("--tasks", tmp_path / "next.yaml", "--shots", "0,1,2", "--draws", 2, "--data", text)
+    code, _, err = run_cli("eval", run, *measured, "--json", out)
+    assert code == 0, err
+    code, _, err = run_cli("eval", run, *measured, "--report", "--plot", pictures, "--beside", out)
+    assert code == 0, err
+    assert [path.name for path in pictures.iterdir()] == ["next.png"]
+    page = (run / "evaluation.html").read_text()
+    assert err.count(str(run / "evaluation.html")) == 1
+    for part in (str(text), "Learning from the context", "Temperature 0.8", "next, 2 shots"):
+        assert part in page
+    record, other = json.loads((run / "evaluation.json").read_text()), json.loads(out.read_text())
+    assert record["summary"] == other["summary"]
+    assert len(record["samples"]) == 3
+    assert all(sample["text"] for sample in record["samples"])
+    assert "Learning from the context" in (run / "report.html").read_text()
+
+
+def test_report_measures_a_choice(
+    finished: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tasks and texts, those that the tokenizer cannot write are listed with the reason."""
+    (tmp_path / "next.yaml").write_text(TASK)
+    monkeypatch.setattr(eval_report, "TASKS", (str(tmp_path / "next.yaml"), "addition_2"))
+    monkeypatch.setattr(eval_report, "SHOTS", (0, 1))
+    monkeypatch.setattr(eval_report, "DOMAINS", ("code",))
+    run = shutil.copytree(finished, tmp_path / "run")
+    code, said, err = run_cli("eval", run, "--report")
+    assert code == 0, err
+    record = json.loads((run / "evaluation.json").read_text())
+    assert {row["task"] for row in record["summary"]} == {"next"}
+    assert set(record["missing"]) == {"code", "addition_2"}
+    assert "character" in record["missing"]["addition_2"]
+    assert "Not measured" in (run / "evaluation.html").read_text()
+    assert "addition_2 is not measured" in err
+    assert "next" in said

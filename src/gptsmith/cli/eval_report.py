@@ -21,6 +21,7 @@ TASKS = (
     *("arc_challenge", "piqa", "hellaswag", "openbookqa"),
     *("reversed_words", "addition_2", "reverse_letters", "shift_cipher", "substitute_symbols"),
 )
+DOMAINS = ("plays", "encyclopedia", "code")
 TEXT_BYTES = 200_000
 SAMPLE_TOKENS = 160
 TEMPERATURES = (0.2, 0.8, 1.2)
@@ -39,7 +40,7 @@ def overview(
 
     missing: dict[str, str] = {}
     texts, tasks = [], list[TaskResult]()
-    for domain in ("plays", "encyclopedia", "code"):
+    for domain in DOMAINS:
         try:
             texts.append(evaluate_text(model, tokenizer, _domain_text(domain)).to_json() | {"name": domain})
         except GptsmithError as error:
