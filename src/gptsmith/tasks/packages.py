@@ -44,6 +44,14 @@ PACKAGES = {
         size=52_282,
         license="MIT",
     ),
+    "django": PackageFile(
+        package="django",
+        version="5.2",
+        filename="Django-5.2-py3-none-any.whl",
+        sha256="91ceed4e3a6db5aedced65e3c8f963118ea9ba753fc620831c77074e620e7d83",
+        size=8_301_361,
+        license="BSD-3-Clause",
+    ),
 }
 
 
