@@ -82,10 +82,9 @@ def batches(tokenizer: Any, seed: int) -> Iterator[tuple[Ints, Ints]]:
         order = np.argsort(rng.random((rows, len(SYMBOLS))), axis=1)
         asked = np.take_along_axis(order, (rng.random((rows, length)) * used).astype(int), axis=1)
         answers = np.take_along_axis(known[rng.integers(0, len(known), rows)], asked, axis=1)
-        ids = np.empty((rows, length, 4), dtype=np.int64)
-        ids[..., 0] = noise[rng.integers(0, len(NOISE), (rows, length))]
-        ids[..., 1], ids[..., 2], ids[..., 3] = symbols[asked], symbols[answers], newline
-        ids = ids.reshape(rows, -1)
+        letters = noise[rng.integers(0, len(NOISE), (rows, length))]
+        ends = np.full_like(letters, newline)
+        ids = np.stack([letters, symbols[asked], symbols[answers], ends], axis=2).reshape(rows, -1)
         targets = np.where(np.arange(ids.shape[1]) % 4 == 2, ids, -100)
         yield ids[:, :-1], targets[:, 1:]
 
