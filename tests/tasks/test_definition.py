@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,22 @@ def test_records_of_a_function(tmp_path: Path) -> None:
     ):
         with pytest.raises((DataError, UsageError), match=message):
             parse(replaced(source=f'{{python: "{source}"}}'), tmp_path).items()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the library
+def test_records_of_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS))
+    found = parse(replaced(source=f"{{dataset: {data}, split: test}}")).items()
+    assert [item.record for item in found] == RECORDS
+    with pytest.raises(DataError, match="is not available: ValueError"):
+        parse(replaced(source=f"{{dataset: {data}, split: train}}")).items()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="needs the package datasets, which is not installed"):
+        parse(replaced(source="{dataset: org/name}")).items()
 
 
 def test_the_content_of_a_question_has_one_hash() -> None:

@@ -31,6 +31,14 @@ test("a run starts empty and grows with the events of the server", () => {
   assert.equal(run.error, "This run no longer exists.");
 });
 
+test("the latest scores on tasks, which thinning keeps", () => {
+  const scores = [{ task: "piqa", shots: 0, score: 0.6 }];
+  const rows = [{ step: 1, tasks: [] }, { step: 2, loss: 2 }, { step: 3, tasks: scores }, { step: 4, loss: 2 }];
+  assert.deepEqual(makeRun(rows).tasks(), scores);
+  assert.deepEqual(makeRun(thin(rows)).tasks(), scores);
+  assert.deepEqual(makeRun([{ step: 1, loss: 2 }]).tasks(), []);
+});
+
 test("a snapshot replaces the metrics: a resumed run repeats its last steps", () => {
   const run = makeRun([{ step: 10 }, { step: 20 }]);
   run.apply("snapshot", { record: run.record, metrics: [{ step: 10 }], samples: [] });
