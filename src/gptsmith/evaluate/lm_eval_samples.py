@@ -138,9 +138,9 @@ def _compare(result: Mapping[str, Any], samples: Samples) -> SampleComparison:
     for outcome in result["outcomes"]:
         same = by_prompt.get(outcome["prompt_sha256"], [])
         found = next((each for each in same if each.index == outcome["index"]), same[0] if len(same) == 1 else None)
-        sample = found or by_index.get(outcome["index"])
-        if sample is not None:
-            pairs.append((outcome, sample, found is not None))
+        partner = found or by_index.get(outcome["index"])
+        if partner is not None:
+            pairs.append((outcome, partner, found is not None))
     metric = _metric(result, samples)
     largest: float | None = None
     differences = []
