@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SYMBOLS, NOISE = "abcdef", string.ascii_uppercase
-SIZES = ((2, 8), (2, 16), (2, 32), (2, 64))  # layers, width
+SIZES = ((2, 16), (2, 32), (2, 48), (2, 64))  # layers, width
 SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (8, 16, 32, 65)  # examples in a training document
 EXAMPLES_PER_STEP = 128
@@ -115,6 +115,8 @@ def measure(layers: int, width: int, seed: int, steps: int, work: Path) -> dict[
         out=work / f"{layers}-{width}-{seed}",
         **options,
     )
+    if run.status != "finished":
+        raise SystemExit(f"training {run.status}")
     model, tokenizer = gptsmith.load(run)
     trained, trained_cpu = time.monotonic() - began, time.process_time() - cpu
     task = parse_definition(TASK, "held-out rules", Path(__file__).parent)
@@ -144,6 +146,7 @@ def main() -> None:
     from gptsmith.evaluate.curves import curves_of, pooled
     from gptsmith.report.evaluation import shot_figure
     from gptsmith.report.figures import save_png
+    from gptsmith.report.html import format_size
 
     known = [json.loads(line) for line in a.log.read_text().splitlines()] if a.log and a.log.exists() else []
     found = {(row["layers"], row["width"], row["seed"]): row for row in known if row["steps"] == a.steps}
@@ -165,7 +168,7 @@ def main() -> None:
     for layers, width in SIZES[: a.sizes]:
         rows = [found[layers, width, seed] for seed in range(a.seeds)]
         own = [curves_of(row)[0] for row in rows]
-        curve = pooled(own, f"{rows[0]['parameters'] / 1e6:.2g}M parameters")
+        curve = pooled(own, f"{format_size(rows[0]['parameters'])} parameters")
         curves.append(curve)
         low, high = curve.intervals()
         table.append(

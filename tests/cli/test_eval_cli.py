@@ -13,6 +13,7 @@ from gptsmith.cli import eval_report
 from gptsmith.evaluate.provenance import weights_sha256
 from gptsmith.evaluate.text import evaluate_text
 from gptsmith.loading import load_model
+from gptsmith.tasks.definition import definition_names
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -128,3 +129,7 @@ def test_report_measures_a_choice(
     assert "Not measured" in (run / "evaluation.html").read_text()
     assert "addition_2 is not measured" in err
     assert "next" in said
+
+
+def test_the_choice_exists() -> None:
+    assert set(eval_report.TASKS) <= set(definition_names())
