@@ -238,6 +238,24 @@ def test_the_runs_that_a_run_began_with(run: Path, tmp_path: Path) -> None:
     assert [each.name for each in corpora_of(child)] == ["child (training split)", "run (training split)"]
 
 
+def test_runs_on_rows_and_on_prompts_that_a_task_makes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = tmp_path / "child"
+    shutil.copytree(run, child, symlinks=True)
+    info: dict[str, Any] = json.loads((child / "run.json").read_text())
+    said = " ".join(prose(14, 1))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": said}]}) + "\n")
+    info |= {"objective": "sft", "data": {"spec": str(tmp_path / "chats.jsonl"), "val": None, "fingerprint": "f" * 64}}
+    (child / "run.json").write_text(json.dumps(info))
+    (rows,) = corpora_of(child)
+    assert list(rows.texts(lambda amount: None)) == ["user", said]
+    info |= {"objective": "grpo", "data": {"spec": "task:arithmetic", "val": None, "fingerprint": None}}
+    (child / "run.json").write_text(json.dumps(info))
+    assert corpora_of(child) == []
+    assert "was trained on prompts that task:arithmetic makes" in capsys.readouterr().err
+
+
 def test_models_that_are_no_runs(run: Path, tmp_path: Path, run_cli: Cli) -> None:
     with pytest.raises(UsageError, match="smollm2-135m is not a run.*--training-data"):
         corpora_of("smollm2-135m")

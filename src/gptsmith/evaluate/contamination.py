@@ -38,6 +38,7 @@ from gptsmith.run_directory import Run, read_run
 from gptsmith.storage import sha256_file
 from gptsmith.tasks.base import AnsweredTask, Task
 from gptsmith.tasks.definition import Definition, Item
+from gptsmith.tasks.specs import is_task
 from gptsmith.tokenizer import Tokenizer
 
 Hashes = NDArray[np.uint64]
@@ -92,7 +93,7 @@ def corpora_of(model: str | Path) -> list[Corpus]:
     while directory is not None and directory.resolve() not in seen:
         seen.add(directory.resolve())
         run = read_run(directory)
-        found.append(_corpus_of_run(run))
+        found += _corpora_of_run(run)
         init = run.options.get("init")
         directory = _run_directory(Path(init)) if isinstance(init, str) else None
         if isinstance(init, str) and directory is None:
@@ -108,7 +109,7 @@ def _run_directory(path: Path) -> Path | None:
     return next((place for place in (path, *list(path.parents)[:2]) if (place / "run.json").is_file()), None)
 
 
-def _corpus_of_run(run: Run) -> Corpus:
+def _corpora_of_run(run: Run) -> list[Corpus]:
     data = run.part("data")
     spec, fingerprint = data.get("spec"), data.get("fingerprint")
     if spec is None:
@@ -122,13 +123,16 @@ def _corpus_of_run(run: Run) -> Corpus:
         if directory.exists():
             dataset = open_dataset(directory)
             if dataset.tokenizer_fingerprint == tokenizer.fingerprint:
-                return corpus_of_split(dataset.train, tokenizer, f"{run.name} (training split)")
+                return [corpus_of_split(dataset.train, tokenizer, f"{run.name} (training split)")]
     column = str(run.options.get("field") or DEFAULT_FIELD)
     specs = spec if isinstance(spec, list) else [spec]
+    if is_task(str(specs[0])):
+        note(f"note: {run.name} was trained on prompts that {specs[0]} makes, which are not checked.")
+        return []
     try:
         if run.info.get("objective", "pretrain") == "pretrain":
-            return corpus_of_text(open_source(specs if len(specs) > 1 else specs[0], field=column))
-        return corpus_of_rows(specs, run.name, str(fingerprint))
+            return [corpus_of_text(open_source(specs if len(specs) > 1 else specs[0], field=column))]
+        return [corpus_of_rows(specs, run.name, str(fingerprint))]
     except (UsageError, DataError) as error:
         raise DataError(
             f"the training text of {run.directory} is gone: {error} Name where it is now with --training-data FILE."
@@ -248,7 +252,7 @@ class _WordHashes(dict[str, int]):
         return value
 
     def of(self, text: Sequence[str]) -> Hashes:
-        return np.fromiter((self[word] for word in text), np.uint64, len(text))
+        return np.fromiter(map(self.__getitem__, text), np.uint64, len(text))
 
 
 def ngram_hashes(hashes: Hashes, n: int) -> Hashes:
