@@ -31,7 +31,7 @@ RATES = {"full": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA rank 16": (3e-3, 1e-2, 3e-2)}
 BEST = {"full": 3e-3, "LoRA": 1e-2}  # rates at width 128, of `rates`: the best, or as good and forgetting less
 UPDATES: dict[str, tuple[str, dict[str, Any]]] = {  # base and options
     "LoRA, AdamW": ("adamw-128", METHODS["LoRA rank 16"] | {"optim": {"name": "adamw", "lr": 1e-2}}),
-    "full, Muon": ("muon-128", METHODS["full"] | {"optim": {"name": "muon", "lr": 6e-3, "embedding_lr": 3e-3}}),
+    "full, Muon": ("muon-128", METHODS["full"] | {"optim": {"name": "muon", "lr": 2e-2, "embedding_lr": 1e-2}}),
 }
 ROWS = 400  # of the demo set
 

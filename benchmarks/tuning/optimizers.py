@@ -22,10 +22,10 @@ SECOND = 0.5  # with muon: rate of embeddings, head and norms over that of the m
 ADAMW, MUON = {"lora": "off", "optim.name": "adamw"}, {"lora": "off", "optim.name": "muon"}
 LORA = {"lora": "on", "lora.rank": 16, "optim.name": "adamw"}
 PAIRS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (  # base, name, options, learning rates
-    ("muon", "Muon", MUON, (2e-3, 6e-3, 2e-2)),
-    ("muon", "AdamW", ADAMW, (1e-3, 3e-3)),
+    ("muon", "Muon", MUON, (2e-3, 6e-3, 2e-2, 4e-2)),
+    ("muon", "AdamW", ADAMW, (1e-3, 3e-3, 1e-2)),
     ("muon", "LoRA", LORA, (1e-2,)),
-    ("adamw", "Muon", MUON, (2e-3, 6e-3)),
+    ("adamw", "Muon", MUON, (6e-3, 2e-2)),
 )
 
 
@@ -35,11 +35,22 @@ def with_rate(options: dict[str, Any], rate: float, seed: int) -> dict[str, Any]
     return options | {"optim.lr": rate, "seed": seed} | second
 
 
+def once(model: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune, or return the result of an earlier call: finished runs are kept next to the bases."""
+    kept = model.parent / "optimizers.json"
+    done: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    key = f"{model.name} {json.dumps(options)}"
+    if key not in done:
+        done[key] = adapters.work(model, options)
+        kept.write_text(json.dumps(done, indent=1))
+    return done[key]
+
+
 def compare(model: Path, options: dict[str, Any], rates: tuple[float, ...], seeds: int) -> dict[str, Any]:
     """Sweep the rate with the first seed, run the best one with the others, and return losses and means."""
-    sweep = {rate: adapters.work(model, with_rate(options, rate, 1337)) for rate in rates}
+    sweep = {rate: once(model, with_rate(options, rate, 1337)) for rate in rates}
     rate = min(sweep, key=lambda rate: float(sweep[rate]["loss"]))
-    more = [adapters.work(model, with_rate(options, rate, 1337 + seed)) for seed in range(1, seeds)]
+    more = [once(model, with_rate(options, rate, 1337 + seed)) for seed in range(1, seeds)]
     runs = [sweep[rate], *more]
     return {
         "sweep": {f"{rate:g}": {"loss": each["loss"], "text": each["text"]} for rate, each in sweep.items()},

@@ -51,7 +51,7 @@ def test_a_budget_is_planned_as_the_command_does(base: Path, chats: Path, run_cl
         "plan", "sft", base, chats, "--budget", "20ktok", "--compile", "off", "--price-per-hour", 2
     )
     assert code == 0, err
-    assert "trains an adapter of rank 16" in err
+    assert "trains all weights, chosen for a model that muon pretrained" in err
     assert "steps of" in err
     assert "cost" in out
 

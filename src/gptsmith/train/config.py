@@ -215,7 +215,7 @@ class AdapterConfig(LoraOptions):
 
     lora: Literal["auto", "on", "off"] = "auto"
     """Train a low-rank adapter (LoRA) and leave the model's weights unchanged. auto: if another --lora option is set;
-    fine-tuning also does it by default."""
+    fine-tuning also does it by default, or within a budget as its rules choose."""
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,18 @@ def adapted_to_init(
     them, and with the decision whether to train an adapter. Within a budget, fine-tuning has rules of its own for them
     (`gptsmith.train.budget.tuning`), whose reasons are printed.
 
-    lora: train an adapter by default. longest: default sequence length, where the model allows more. An adapter is
-    trained by AdamW, a whole model by the optimizer that pretrained it: the other one disturbs what the model knows
-    (2605.10468).
+    lora: train an adapter by default, or as the rules decide. longest: default sequence length, where the model allows
+    more. An adapter is trained by AdamW, a whole model by the optimizer that pretrained it: the other one disturbs what
+    the model knows (2605.10468).
     Raises UsageError for a context longer than the model's.
     """
     model, most = init.config, init.config.max_position_embeddings
-    adapter = _wants_adapter(config, overrides) or (lora and config.adapter.lora == "auto")
+    adapter, choice = _wants_adapter(config, overrides), "as set"
+    if not adapter and config.adapter.lora == "auto":
+        adapter, choice = lora, "as usual for this method"
+        if lora and tuning.has_rules(config):
+            adapter = tuning.prefers_adapter(init.optimizer)
+            choice = f"chosen for a model that {init.optimizer} pretrained"
     config = config.replace(lora="on" if adapter else "off")
     if "optim.name" not in overrides:
         name = "adamw" if adapter else init.optimizer
@@ -152,7 +157,7 @@ def adapted_to_init(
         )
         raise UsageError(f"--context {config.loop.context} is longer than the model's {most}: {why}.")
     if tuning.has_rules(config):
-        config, reason = tuning.adapted(config, overrides, model)
+        config, reason = tuning.adapted(config, overrides, model, choice)
         note(reason)
         return config
     factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR

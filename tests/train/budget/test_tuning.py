@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,9 +9,12 @@ from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
 from gptsmith.model.flops import flops_per_token
+from gptsmith.tokenizer import train_char
 from gptsmith.train.budget import tuning
 from gptsmith.train.budget.recipe import Machine, Text, choose, settled
 from gptsmith.train.config import DistillConfig, PretrainConfig, RunConfig, SftConfig, default_config
+from gptsmith.train.init import Init, adapted_to_init
+from tests.factories import tiny_model
 
 SMALL = FAMILIES["llama"](vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
 LARGE = FAMILIES["llama"](  # SmolLM2-135M
@@ -54,18 +58,18 @@ def test_rates_fall_with_the_width_and_are_larger_for_an_adapter(optimizer: str)
 
 
 def test_options_that_the_user_has_set_are_kept_and_the_reason_says_so() -> None:
-    config, reason = tuning.adapted(tuned(lora="on", optim={"name": "adamw"}), (), LARGE)
+    config, reason = tuning.adapted(tuned(lora="on", optim={"name": "adamw"}), (), LARGE, "as usual")
     assert config.adapter.rank == tuning.RANK
     assert config.optim.lr == tuning.rates_for(576, "adamw", adapter=True)[0]
     assert f"rank {tuning.RANK}" in reason
     assert "as usual" in reason
 
     mine = tuned(lora="on", **{"lora.rank": 3}, optim={"name": "adamw", "lr": 0.5})
-    config, reason = tuning.adapted(mine, {"lora", "lora.rank", "optim.lr"}, LARGE)
+    config, reason = tuning.adapted(mine, {"lora", "lora.rank", "optim.lr"}, LARGE, "as set")
     assert (config.adapter.rank, config.optim.lr) == (3, 0.5)
     assert "rank 3, as set" in reason
 
-    config, reason = tuning.adapted(tuned(lora="off", optim={"name": "muon"}), (), SMALL)
+    config, reason = tuning.adapted(tuned(lora="off", optim={"name": "muon"}), (), SMALL, "as set")
     assert (config.optim.lr, config.optim.embedding_lr) == tuning.rates_for(128, "muon", adapter=False)
     assert "all weights" in reason
 
@@ -92,3 +96,32 @@ def test_on_a_slow_machine_the_batch_becomes_smaller_rather_than_the_updates_few
     assert slow.loop.steps >= tuning.LEAST_UPDATES
     with pytest.raises(UsageError, match="too short to learn anything"):  # a batch that the user has set stays
         choose(config, settled(config), replace(text, least_updates=0), machine(5e10))
+
+
+@pytest.mark.parametrize(
+    ("pretrained_by", "options", "expected"),
+    [
+        ("adamw", {}, ("on", "adamw", "an adapter of rank 16, chosen for a model that adamw pretrained")),
+        ("muon", {}, ("off", "muon", "all weights, chosen for a model that muon pretrained")),
+        ("muon", {"lora": "on"}, ("on", "adamw", "an adapter of rank 16, as set")),
+        ("muon", {"lora.rank": 3}, ("on", "adamw", "an adapter of rank 3, as set")),
+        ("adamw", {"lora": "off"}, ("off", "adamw", "all weights, as set")),
+    ],
+)
+def test_the_budget_chooses_adapter_or_all_weights_unless_the_user_has(
+    pretrained_by: str, options: dict[str, Any], expected: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = Init("org/model", tiny_model(), train_char("abc"), pretrained_by)
+    config = tuned(init="org/model", **options)
+    chosen = adapted_to_init(config, {"init", "budget", *options}, init, lora=True)
+    lora, optimizer, words = expected
+    assert (chosen.adapter.lora, chosen.optim.name) == (lora, optimizer)
+    assert f"trains {words};" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pretrained_by", ["adamw", "muon"])
+def test_without_a_budget_or_an_adapter_by_default_nothing_is_chosen(pretrained_by: str) -> None:
+    init = Init("org/model", tiny_model(), train_char("abc"), pretrained_by)
+    fixed = default_config(SftConfig).replace(init="org/model")
+    assert adapted_to_init(fixed, {"init"}, init, lora=True).adapter.lora == "on"
+    assert adapted_to_init(tuned(init="org/model"), {"init", "budget"}, init, lora=False).adapter.lora == "off"

@@ -26,11 +26,11 @@ def has_rules(config: RunConfig) -> bool:
 def rates_for(hidden_size: int, optimizer: str, *, adapter: bool) -> tuple[float, float]:
     """Return the peak learning rate, and Muon's second one, that of AdamW for embeddings, head and norms.
 
-    AdamW's falls with the width, so that 576 gets 0.001 for an adapter. Muon's does not depend on the width; it was not
-    swept.
+    AdamW's falls with the width, so that 576 gets 0.001 for an adapter. Muon's are those of pretraining and do not
+    depend on the width.
     """
     if optimizer == "muon":
-        return 0.002, 0.001
+        return 0.02, 0.01
     rate = 0.01 * min(1.0, (128 if adapter else 64) / hidden_size) ** 1.5
     return float(f"{rate:.2g}"), float(f"{rate:.2g}")
 
@@ -40,10 +40,19 @@ def batch_for(rows: int) -> int:
     return int(2 ** max(0, min(math.log2(LARGEST_BATCH), math.floor(math.log2(max(1, rows / UPDATES_PER_PASS))))))
 
 
-def adapted(config: RunConfig, overrides: Collection[str], model: ModelConfig) -> tuple[RunConfig, str]:
+def prefers_adapter(optimizer: str) -> bool:
+    """Return whether to train an adapter, where that is usual for the method and the user has not decided.
+
+    optimizer: what pretrained the model. Muon on all weights learns more than an adapter and forgets less; AdamW on all
+    weights learns less than an adapter.
+    """
+    return optimizer != "muon"
+
+
+def adapted(config: RunConfig, overrides: Collection[str], model: ModelConfig, why: str) -> tuple[RunConfig, str]:
     """Fill in the rank and the learning rates, once it is settled whether an adapter is trained.
 
-    Return the reason, too.
+    why: the reason for an adapter or all weights. Return the whole reason, too.
     """
     adapter, optim = config.adapter.lora == "on", config.optim
     if adapter and "lora.rank" not in overrides:
@@ -52,6 +61,5 @@ def adapted(config: RunConfig, overrides: Collection[str], model: ModelConfig) -
     rates = {"lr": lr} | ({"embedding_lr": embedding_lr} if optim.name == "muon" else {})
     config = config.replace(optim={name: value for name, value in rates.items() if f"optim.{name}" not in overrides})
     what = f"an adapter of rank {config.adapter.rank}" if adapter else "all weights"
-    why = "as set" if any(name.startswith("lora") for name in overrides) else "as usual for this method"
     reason = f"trains {what}, {why}; learning rate {config.optim.lr:g} for a width of {model.hidden_size}"
     return config, reason
