@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from gptsmith.tokenizer import Tokenizer
 
 SHOTS = (0, 1, 4, 16)
-LIMIT = 100  # examples of a task
+LIMIT = 50  # examples of a task
 TASKS = (
     *("arc_challenge", "piqa", "hellaswag", "openbookqa"),
     *("reversed_words", "addition_2", "reverse_letters", "shift_cipher", "substitute_symbols"),
 )
 DOMAINS = ("plays", "encyclopedia", "code")
-TEXT_BYTES = 200_000
+TEXT_BYTES = 50_000
 SAMPLE_TOKENS = 160
 TEMPERATURES = (0.2, 0.8, 1.2)
 
