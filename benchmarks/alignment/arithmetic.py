@@ -2,10 +2,11 @@
 
     python benchmarks/alignment/arithmetic.py                # writes benchmarks/results/grpo_arithmetic.json
 
-A character-level model of 0.4 million parameters reads sums of numbers below 100 until it gets about half of them
-right. GRPO then samples answers to other sums; a right one is rewarded with 1. Problems that are measured occur in
-neither text. Each variant differs from the default in one choice. pass@k: the probability that one of k samples at
-temperature 1 is right, estimated without bias from 16 samples of each problem (Chen et al. 2021, 2107.03374).
+A character-level model of 0.4 million parameters reads sums of numbers below 100, of which two in five are wrong, and
+writes answers like these. GRPO then samples answers; a right one is rewarded with 1. Problems that are measured occur
+neither in the text nor in the prompts. Each variant differs from the default in one choice. pass@k: the probability
+that one of k samples at temperature 1 is right, estimated without bias from 16 samples of each problem (Chen et al.
+2021, 2107.03374).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
 
 HELD_OUT = 400
+ERRORS = 0.4  # the share of wrong answers in the text
 SAMPLES = 16
 MODEL = {"family": "qwen3", "num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,15 +50,20 @@ def exact(prompts: list[Any], completions: list[str], answer: list[str]) -> list
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
 
 
+def written(answer: str, rng: random.Random) -> str:
+    """Return the answer, or one that is wrong by up to ten."""
+    wrong = rng.random() < ERRORS
+    return str(max(0, int(answer) + rng.choice((-1, 1)) * rng.randint(1, 10))) if wrong else answer
+
+
 def prepare(place: Path) -> list[dict[str, str]]:
     """Write the pretraining text and the prompts; return the held-out problems."""
     sums = [(a, b) for a in range(100) for b in range(100)]
     random.Random(0).shuffle(sums)
     rows = [{"prompt": f"\n{a}+{b}=", "answer": str(a + b)} for a, b in sums]
-    held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
-    learned, prompts = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    held_out, prompts = rows[:HELD_OUT], rows[HELD_OUT:]
     rng = random.Random(1)
-    text = [row["prompt"] + row["answer"] for _ in range(8) for row in rng.sample(learned, len(learned))]
+    text = [row["prompt"] + written(row["answer"], rng) for _ in range(8) for row in rng.sample(prompts, len(prompts))]
     (place / "text.txt").write_text("".join(text))
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (place / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
@@ -81,9 +88,9 @@ def measure(model: Any, problems: list[dict[str, str]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretraining", type=int, default=700, help="updates")
-    parser.add_argument("--steps", type=int, default=160, help="updates of GRPO")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--pretraining", type=int, default=1200, help="updates")
+    parser.add_argument("--steps", type=int, default=100, help="updates of GRPO")
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
