@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptsmith.train.forecast.plan import Plan as Forecast
 
 CHARACTERS = 100  # assumed vocabulary of a char tokenizer
+TUNING = ("sft", "distill", "reward", "dpo", "ppo", "grpo", "classify")  # commands with forecasts of their own
 ENDLESS = 10**15  # assumed tokens where there is no text
 
 
@@ -26,8 +27,8 @@ ENDLESS = 10**15  # assumed tokens where there is no text
 class Plan(RunOptions):
     """Forecast the parameters, memory, time and cost of a run without running it. Takes the options of train.
 
-    `gptsmith plan sft MODEL DATA` and `gptsmith plan distill STUDENT DATA --teacher MODEL` forecast tuning runs. They
-    take the options of those commands.
+    With the name of another command it forecasts that one, and takes its options: `gptsmith plan sft MODEL DATA`, and
+    likewise distill, reward, dpo, ppo, grpo and classify.
     """
 
     data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA ...]")] = ()
@@ -39,7 +40,7 @@ class Plan(RunOptions):
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("sft", "distill"):
+    if arguments and arguments[0] in TUNING:
         from gptsmith.cli import plan_tuning
 
         return plan_tuning.main(arguments[0], arguments[1:])
@@ -154,11 +155,15 @@ def describe(plan: Forecast) -> str:
         ("speed", f"{_rate(plan.tokens_per_second)} tokens/s, {_length(plan.times.update)} per update{estimate}")
     )
     t = plan.times
+    if t.rollout:
+        rows.append(("", f"{_length(t.rollout)} of it to sample and score answers of full length"))
     rows.append(("time", _length(plan.seconds) + ("" if plan.fits else ", if there were enough memory")))
     if plan.text is None:
         rows.append(("", "without evaluations, whose time depends on the text"))
     elif plan.text.val_tokens:
         rows.append(("", f"{_length(t.evaluation)} per evaluation, {_length(t.save)} per checkpoint"))
+    if t.reference:
+        rows.append(("", f"{_length(t.reference)} before the first update, for the reference"))
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f} at {plan.price_per_hour:,.2f} per hour"))
     return "\n".join(f"{name:12}{value}" for name, value in rows)

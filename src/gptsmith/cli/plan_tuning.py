@@ -1,4 +1,4 @@
-"""`gptsmith plan sft` and `gptsmith plan distill`: forecast a tuning run, its adapter and its teacher included."""
+"""`gptsmith plan sft` and its relatives: forecast a tuning run with its adapter and all models that take part."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import json
 import time
 from dataclasses import dataclass
 
+from gptsmith.cli.classify import Classify
 from gptsmith.cli.distill import Distill
 from gptsmith.cli.distill import check as check_distill
+from gptsmith.cli.dpo import Dpo
+from gptsmith.cli.grpo import Grpo
 from gptsmith.cli.plan import check_price, describe
+from gptsmith.cli.ppo import Ppo
+from gptsmith.cli.reward import Reward
 from gptsmith.cli.run_options import option_value, refuse_processes
 from gptsmith.cli.sft import Sft
 from gptsmith.cli.tune_options import TuneOptions, parse_tune
 from gptsmith.errors import UsageError
 from gptsmith.log import note
-from gptsmith.train.config import DistillConfig, MethodConfig, SftConfig
+from gptsmith.train.config import (
+    ClassifyConfig,
+    DistillConfig,
+    DpoConfig,
+    GrpoConfig,
+    MethodConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+)
 
 
 @dataclass(frozen=True)
-class PlanSft(Sft):
-    """Forecast the memory, time and cost of `gptsmith sft MODEL DATA` without running it. Takes its options."""
+class Forecast:
+    """What the commands have besides the options of the run."""
 
     price_per_hour: float | None = None
     """Price of the machine per hour, in your currency."""
@@ -28,19 +42,62 @@ class PlanSft(Sft):
 
 
 @dataclass(frozen=True)
-class PlanDistill(Distill):
+class PlanSft(Forecast, Sft):
+    """Forecast the memory, time and cost of `gptsmith sft MODEL DATA` without running it. Takes its options."""
+
+
+@dataclass(frozen=True)
+class PlanDistill(Forecast, Distill):
     """Forecast the memory, time and cost of `gptsmith distill STUDENT DATA --teacher MODEL` without running it. Takes
     its options. The teacher counts; with --on-policy the time that the student takes to answer does not."""
 
-    price_per_hour: float | None = None
-    """Price of the machine per hour, in your currency."""
-    json: bool = False
-    """Print the forecast as JSON."""
+
+@dataclass(frozen=True)
+class PlanDpo(Forecast, Dpo):
+    """Forecast the memory, time and cost of `gptsmith dpo MODEL DATA` without running it. Takes its options.
+
+    The reference counts: its memory, and the time in which it reads all answers once.
+    """
+
+
+@dataclass(frozen=True)
+class PlanReward(Forecast, Reward):
+    """Forecast the memory, time and cost of `gptsmith reward MODEL DATA` without running it. Takes its options."""
+
+
+@dataclass(frozen=True)
+class PlanPpo(Forecast, Ppo):
+    """Forecast the memory, time and cost of `gptsmith ppo MODEL PROMPTS --reward …` without running it. Takes its
+    options.
+
+    The reference, the value model, reward models and the cache of keys and values count. Answers are taken to have
+    their full length. Reward functions and judges are not called, and their time does not count.
+    """
+
+
+@dataclass(frozen=True)
+class PlanGrpo(Forecast, Grpo):
+    """Forecast the memory, time and cost of `gptsmith grpo MODEL PROMPTS --reward …` without running it. Takes its
+    options.
+
+    The reference, reward models and the cache of keys and values count. Answers are taken to have their full length.
+    Reward functions and judges are not called, and their time does not count.
+    """
+
+
+@dataclass(frozen=True)
+class PlanClassify(Forecast, Classify):
+    """Forecast the memory, time and cost of `gptsmith classify MODEL DATA` without running it. Takes its options."""
 
 
 COMMANDS: dict[str, tuple[type[TuneOptions], type[MethodConfig]]] = {
     "sft": (PlanSft, SftConfig),
     "distill": (PlanDistill, DistillConfig),
+    "reward": (PlanReward, RewardConfig),
+    "dpo": (PlanDpo, DpoConfig),
+    "ppo": (PlanPpo, PpoConfig),
+    "grpo": (PlanGrpo, GrpoConfig),
+    "classify": (PlanClassify, ClassifyConfig),
 }
 
 
@@ -50,9 +107,11 @@ def main(name: str, arguments: list[str]) -> int:
     if option_value(arguments, "--resume") is not None:
         raise UsageError("a forecast is of a new run; leave out --resume.")
     chosen, overrides = parse_tune(command, options, f"plan {name}", arguments)
-    assert isinstance(chosen, PlanSft | PlanDistill)
+    assert isinstance(chosen, Forecast)
     if isinstance(chosen, PlanDistill):
         check_distill(chosen)
+    if isinstance(chosen, PlanClassify) and chosen.predict is not None:
+        raise UsageError("a forecast is of training; leave out --predict.")
     config, began = chosen.run, time.monotonic()
     refuse_processes(config, "plan")
     check_price(chosen.price_per_hour)
@@ -63,6 +122,7 @@ def main(name: str, arguments: list[str]) -> int:
 
     from gptsmith.runtime import choose_device, choose_precision, keep_freed_memory
     from gptsmith.train.budget.recipe import Text
+    from gptsmith.train.forecast.memory import process_memory
     from gptsmith.train.forecast.plan import forecast
     from gptsmith.train.init import adapted_to_init, load_init
     from gptsmith.train.objectives.registry import METHODS, ObjectiveContext
@@ -92,13 +152,14 @@ def main(name: str, arguments: list[str]) -> int:
         config = plan.config
         for reason in plan.reasons:
             note(reason)
-    size = dataset.record()
+    size, process = dataset.record(), process_memory()  # before the objective loads its models, which are counted
     found = forecast(
         config,
         init.config,
         Text(size["train_tokens"], size["val_tokens"], init.tokenizer.vocab_size, init.config),
         device,
         objective=method.objective(ObjectiveContext(config, init.tokenizer, dataset)),
+        process=process,
         price_per_hour=chosen.price_per_hour,
     )
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else describe(found))

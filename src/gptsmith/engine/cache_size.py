@@ -33,14 +33,17 @@ def pool_sizes(
     return sizes
 
 
+def cache_bytes_per_token(config: ModelConfig, element_size: int) -> int:
+    """Return the bytes of the keys and values of one token. element_size: bytes of a number."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_size
+
+
 def default_cache_tokens(config: ModelConfig, max_batch: int, block_size: int, weight: Tensor) -> int:
     """Return how many tokens the cache holds by default: what a full batch can need, within a fraction of the memory.
 
     weight: any of the model's weights, for its device and type.
     """
-    bytes_per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-    )
+    bytes_per_token = cache_bytes_per_token(config, weight.element_size())
     if weight.device.type == "cuda":
         memory, _ = torch.cuda.mem_get_info(weight.device)
     elif hasattr(os, "sysconf"):

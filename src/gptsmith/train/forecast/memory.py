@@ -41,7 +41,7 @@ from gptsmith.train.step import TrainingStep
 
 Parts = dict[str, float]
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 SHALLOW = 2  # layers of the smaller of the two models that are run
 USABLE = 0.92  # of what is available: forecasts err, and other programs need some
 
@@ -57,11 +57,12 @@ class Memory:
     """Bytes by part at the moment of peak memory."""
 
     parts: Mapping[str, int]
-    """weights, gradients, optimizer (its state and temporary buffers), activations, logits (with their gradients) and
-    process (on a CPU Python, torch and their buffers; on a GPU the buffers of matrix products); on a CPU also heap
-    (freed, but not returned to the system)."""
+    """weights, gradients, optimizer (its state and temporary buffers), activations, logits (with their gradients),
+    cache (keys and values, while answers are sampled) and process (on a CPU Python, torch and their buffers; on a GPU
+    the buffers of matrix products); on a CPU also heap (freed, but not returned to the system)."""
     moment: str
-    """The moment: update (forward and backward pass), optimizer (its step), evaluation or save (of a checkpoint)."""
+    """The moment: update (forward and backward pass), optimizer (its step), evaluation, save (of a checkpoint), or one
+    of the objective's own, such as rollout."""
 
     @property
     def total(self) -> int:
@@ -222,6 +223,10 @@ def run_without_storage(
         copies = 0
     del peaks["start"]
     peaks["save"] = dict.fromkeys(PARTS, 0.0) | {"weights": (1 + copies) * weights, "optimizer": state}
+    for moment, others in objective.other_moments(model_config).items():
+        peaks[moment] = {part: size + others.get(part, 0.0) for part, size in peaks["evaluation"].items()}
+    for parts in peaks.values():
+        parts["weights"] += objective.held_bytes
     return peaks
 
 

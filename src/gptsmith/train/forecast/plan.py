@@ -112,17 +112,19 @@ def forecast(
     device: torch.device,
     *,
     objective: Objective[Any] | None = None,
+    process: int | None = None,
     price_per_hour: float | None = None,
 ) -> Plan:
     """Forecast a run. Takes a few seconds, and those of compiling a block where the run would compile.
 
     text: its data, or None where that is not known: then the time does not include evaluations.
-    objective: of the run (default: pretraining).
+    objective: of the run (default: pretraining). process: bytes of the process without the models of the objective
+    (default: of this process, measured now).
     """
     precision = choose_precision(config.loop.precision, device)
     asked = config.loop.micro_batch_size or config.loop.batch_size
     available = available_memory(device)
-    own = process_memory()
+    own = process_memory() if process is None else process
 
     def forecaster(compiled: bool, recompute: bool) -> Forecaster:
         return Forecaster(
@@ -151,6 +153,7 @@ def forecast(
         objective=objective,
         micro_batch_size=min(asked, largest or asked),
         activation_checkpointing=recompute,
+        train_tokens=text.train_tokens if text is not None else 0,
         val_tokens=text.val_tokens if text is not None else 0,
     )
     if times.compile:  # with `--compile auto` only the measured time decides

@@ -32,7 +32,7 @@ from gptsmith.train.budget.recipe import REPORT_SECONDS
 from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
 from gptsmith.train.config import RunConfig
 from gptsmith.train.forecast.memory import USABLE, available_memory
-from gptsmith.train.objectives.base import Objective
+from gptsmith.train.objectives.base import Objective, Rehearsal
 from gptsmith.train.objectives.pretrain import evaluation_rows
 from gptsmith.train.step import TrainingStep
 
@@ -48,6 +48,7 @@ class Times:
     """Duration of the parts of a run, in seconds."""
 
     update: float
+    """One update, with its share of the answers that are sampled and scored for it."""
     evaluation: float
     """One evaluation."""
     save: float
@@ -56,6 +57,10 @@ class Times:
     """Compiling the blocks, once; 0 where they are not compiled."""
     scale: float
     """Arithmetic of a micro-batch of the run relative to what was timed. 1: the run itself was timed."""
+    rollout: float = 0.0
+    """The share of `update` in which answers are sampled and scored, at their full length."""
+    reference: float = 0.0
+    """Before the first update: log-probabilities of the reference, once."""
 
     def training(self, config: RunConfig) -> float:
         """Return the seconds from the first step to the last evaluation, as run.json counts them."""
@@ -69,6 +74,7 @@ class Times:
         previews = (loop.steps - 1) // loop.eval_every
         return (
             self.compile
+            + self.reference
             + loop.steps * self.update
             + evaluations * self.evaluation
             + saves * self.save
@@ -90,12 +96,13 @@ def measure(
     objective: Objective[Any] | None = None,
     micro_batch_size: int | None = None,
     activation_checkpointing: bool = False,
+    train_tokens: int = 0,
     val_tokens: int = 0,
 ) -> Times:
     """Time the parts of a run on this machine. Takes a few seconds, and those of compiling where the run would compile.
 
-    objective: of the run (default: pretraining). micro_batch_size: if not the configuration's. val_tokens: length of
-    the validation split. Random numbers are left as they were.
+    objective: of the run (default: pretraining). micro_batch_size: if not the configuration's. train_tokens,
+    val_tokens: length of the two splits. Random numbers are left as they were.
     """
     loop, objective = config.loop, objective or example_objective(config, model_config)
     rows = micro_batch_size or loop.micro_batch_size or loop.batch_size
@@ -117,17 +124,26 @@ def measure(
         if alike and _would_compile(config, device, scale * forward_backward * passes):
             compiling, compiled = timer.compiled()
             update += scale * passes * (compiled - forward_backward)
-        forward = timer.evaluation() * scale * tried_rows / rows  # of one sequence of the whole model
+        forward = timer.evaluation() * scale * tried_rows / rows  # of one row of the whole model
+        per_row = objective.normalizer(objective.example_batch(1))[1]  # tokens
         evaluated = min(val_tokens, config.method.eval_tokens or val_tokens)
-        sequences = -(-evaluated // loop.context)
+        evaluation = -(-evaluated // per_row) * forward
         size = count_parameters(model_config).multiplied / count_parameters(tried).multiplied
+        reference = 0.0
+        if objective.has_reference_pass:
+            reference = -(-(train_tokens + evaluated) // per_row) * forward
+        rollout = 0.0
+        if (rehearsal := timer.rehearsal()) is not None:
+            rollout, evaluation = size * rehearsal.policy + rehearsal.others, size * rehearsal.evaluation
         return Times(
-            update=update,
-            evaluation=sequences * forward,
+            update=update + rollout,
+            evaluation=evaluation,
             save=_saving_seconds(model_config, config.optim.name),
             sampled_token=timer.sampled_token() * size,
             compile=compiling,
             scale=scale,
+            rollout=rollout,
+            reference=reference,
         )
 
 
@@ -252,6 +268,13 @@ class _Timer:
         seconds = _typical([self._timed(evaluate) for _ in _repeats()])
         self.model.train()
         return seconds / rows
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return how long the objective takes to sample and score answers, where it does."""
+        self.model.eval()
+        found = self.objective.rehearse(self.step.models, TIMED_SECONDS)
+        self.model.train()
+        return found
 
     def sampled_token(self) -> float:
         """Return the seconds per generated token."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.checkpoint import TrainState
+from gptsmith.model.config import ModelConfig
 from gptsmith.model.heads import SequenceClassifier
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Selection
 
-__all__ = ["Batch", "LossHistory", "LossOutput", "Models", "Objective", "Selection", "Sum", "TrainState"]
+__all__ = ["Batch", "LossHistory", "LossOutput", "Models", "Objective", "Rehearsal", "Selection", "Sum", "TrainState"]
 
 
 class Batch(Protocol):
@@ -95,6 +96,18 @@ class LossHistory:
         self.recent += (loss - self.recent) / 20
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """Seconds that an objective takes besides updates."""
+
+    policy: float
+    """For each batch, by the policy."""
+    others: float
+    """For each batch, by other models."""
+    evaluation: float
+    """For one evaluation, by the policy."""
+
+
 class Objective(Generic[B]):
     """A training task. Subclass it; the methods with a body have sensible defaults.
 
@@ -114,6 +127,9 @@ class Objective(Generic[B]):
     fixed_shapes: bool = True
     """Whether all batches have rows of one length. Otherwise nothing is compiled: the code would depend on the lengths
     that a process has seen, and a resumed run could differ from one that never stopped."""
+
+    has_reference_pass: bool = False
+    """Whether a reference reads all data once, before the first update."""
 
     restores_policy: bool = False
     """Whether checkpoints hold the trained parameters of all models in the training state. Needed where `saved` is
@@ -163,6 +179,24 @@ class Objective(Generic[B]):
     def example_batch(self, rows: int) -> B:
         """Return a batch of `rows` rows of the usual length and arbitrary content, for forecasts and timing."""
         raise NotImplementedError
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of models that it holds throughout besides those of `models`: reward models. For forecasts."""
+        return 0
+
+    def other_moments(self, model: ModelConfig) -> Mapping[str, Mapping[str, float]]:
+        """Return what it does besides updates and evaluations, and the bytes that each takes beyond weights, optimizer
+        state and the activations of an evaluation: cache, weights. For forecasts.
+
+        model: the configuration of the policy, which can have fewer layers than the one of the run.
+        """
+        return {}
+
+    def rehearse(self, models: Models, seconds: float) -> Rehearsal | None:
+        """Return how long `next_batch` and `evaluate` take, from a rehearsal of about `seconds`; None where that is no
+        more than a forward pass over the data. The policy can be a smaller one. For forecasts."""
+        return None
 
     def state(self) -> TrainState:
         """Return what must be saved to continue: cursors, buffers, weights of a value model."""

@@ -207,8 +207,9 @@ class Classify(Objective[LabelledBatch]):
         sequences = max(1, int(np.diff(self.loader.examples.rows).max()))
         vocab_size = min(self.tokenizer.vocab_size, LARGEST_EXAMPLE_ID)
         labels = torch.zeros(rows) if self.has_numbers else torch.zeros(rows, dtype=torch.int64)
-        ids = torch.randint(vocab_size, (rows, sequences, self.seq_len))
-        return LabelledBatch(ids, torch.full((rows, sequences), self.seq_len), labels)
+        length = min(self.seq_len, self.loader.examples.longest)
+        ids = torch.randint(vocab_size, (rows, sequences, length))
+        return LabelledBatch(ids, torch.full((rows, sequences), length), labels)
 
 
 def _head_of(models: Models) -> SequenceClassifier:

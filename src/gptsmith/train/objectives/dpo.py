@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,8 +28,9 @@ from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
 from gptsmith.loading import load_model, source_of
 from gptsmith.log import note, progress
-from gptsmith.model.config import IGNORED
+from gptsmith.model.config import IGNORED, ModelConfig
 from gptsmith.model.documents import is_fake
+from gptsmith.model.flops import count_parameters
 from gptsmith.model.loss import head_logprobs
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import PLAIN_TEXT_METRIC, Selection
@@ -320,6 +321,10 @@ class Dpo(Objective[PreferenceBatch]):
         return self.method.loss not in WITHOUT_REFERENCE
 
     @property
+    def has_reference_pass(self) -> bool:  # type: ignore[override]
+        return self.has_reference
+
+    @property
     def per_row(self) -> int:
         return 2 if self.is_paired else 1
 
@@ -503,10 +508,18 @@ class Dpo(Objective[PreferenceBatch]):
 
     def example_batch(self, rows: int) -> PreferenceBatch:
         count = rows * self.per_row
-        ids = torch.randint(min(self.tokenizer.vocab_size, LARGEST_EXAMPLE_ID), (count, self.context))
+        longest = np.sort(self.train.examples.lengths)[-count:]  # together: the most tokens of a batch
+        length = max(2, min(self.context, int(np.ceil(longest.mean()))))
+        ids = torch.randint(min(self.tokenizer.vocab_size, LARGEST_EXAMPLE_ID), (count, length))
         if self.is_paired:
             return PreferenceBatch(ids, torch.zeros(count))
         return PreferenceBatch(ids, torch.zeros(rows), torch.ones(rows, dtype=torch.bool), torch.zeros(rows))
+
+    def other_moments(self, model: ModelConfig) -> Mapping[str, Mapping[str, float]]:
+        """The model of --reference is there until it has read all answers; it is taken to be as large as the policy."""
+        if self.make_reference is None or not self.has_reference:
+            return {}
+        return {"reference": {"weights": 4.0 * count_parameters(model).total}}
 
     # Saving ----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import abc
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from gptsmith.checkpoint import TrainState
 from gptsmith.distributed.context import ALONE, DistributedContext
+from gptsmith.engine.cache_size import cache_bytes_per_token
 from gptsmith.engine.warm_up import kernels_ready
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
 from gptsmith.log import JsonLines, note
+from gptsmith.model.config import ModelConfig
 from gptsmith.model.documents import is_fake
 from gptsmith.model.lora import adapter_off
 from gptsmith.model.loss import head_logprobs
@@ -34,12 +37,12 @@ from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import is_on
 from gptsmith.train.config import PolicyConfig, RunConfig
 from gptsmith.train.init import absolute_spec, load_init, with_tokens
-from gptsmith.train.objectives.base import LossHistory, Models, Objective, Selection, Sum
+from gptsmith.train.objectives.base import LossHistory, Models, Objective, Rehearsal, Selection, Sum
 from gptsmith.train.prompts import Prompts
 from gptsmith.train.rollout.batch import RolloutBatch, Stats, joined, padded
 from gptsmith.train.rollout.checks import GoodhartAlarm, try_rewards
-from gptsmith.train.rollout.rewards import Rewards, Sample, Scores, changes, open_rewards
-from gptsmith.train.rollout.rollout import PromptLoader, Rollout, sample_answers, weights_hash
+from gptsmith.train.rollout.rewards import RewardModel, Rewards, Sample, Scores, changes, open_rewards
+from gptsmith.train.rollout.rollout import MAX_BATCH, PromptLoader, Rollout, sample_answers, weights_hash
 
 MAX_TOKENS = 8192  # of answers in one forward pass without gradients
 MOST_DEAD = 10  # rollouts in a row without anything to learn from
@@ -196,7 +199,13 @@ class PolicyObjective(Objective[RolloutBatch]):
         return [rollout for each in everyone for rollout in each]
 
     def _answers(
-        self, policy: Transformer, prompts: Sequence[Any], per_prompt: int, number: int, first_group: int
+        self,
+        policy: Transformer,
+        prompts: Sequence[Any],
+        per_prompt: int,
+        number: int,
+        first_group: int,
+        answer_tokens: int | None = None,
     ) -> list[Rollout] | None:
         if self.kernels is None:
             self.kernels = kernels_ready(policy)
@@ -207,7 +216,7 @@ class PolicyObjective(Objective[RolloutBatch]):
             self.tokenizer,
             prompts,
             per_prompt=per_prompt,
-            answer_tokens=self.method.answer_tokens,
+            answer_tokens=answer_tokens or self.method.answer_tokens,
             context=self.context,
             temperature=self.method.temperature,
             stop=self.method.stop,
@@ -373,6 +382,46 @@ class PolicyObjective(Objective[RolloutBatch]):
         return RolloutBatch(
             ids, ids, zeros, zeros, ones, float(ones.sum()), values=zeros, returns=zeros, reference=zeros
         )
+
+    @property
+    def held_bytes(self) -> int:
+        rewards = [*self.rewards.rewards, *([] if self.gold is None else self.gold.rewards)]
+        models = [each.classifier for each in rewards if isinstance(each, RewardModel)]
+        return sum(p.nbytes for model in models for p in model.parameters())
+
+    def other_moments(self, model: ModelConfig) -> Mapping[str, Mapping[str, float]]:
+        answers = min(MAX_BATCH, self.loader.batch_size * self.method.per_prompt)
+        tokens = answers * min(self.context, self.prompts.longest + self.method.answer_tokens)
+        return {"rollout": {"cache": float(tokens * cache_bytes_per_token(model, 4))}}
+
+    def rehearse(self, models: Models, seconds: float) -> Rehearsal:
+        """Answers are taken to have their full length. The time of reward functions and judges is not known."""
+        per_prompt, full = self.method.per_prompt, self.method.answer_tokens
+        prompts = self.loader.batch_at(0)[: max(1, MAX_BATCH // per_prompt)]
+        timed: list[tuple[int, float]] = []
+        rollouts: list[Rollout] = []
+        for tokens in (min(4, full), min(16, full)):
+            began = time.perf_counter()
+            rollouts = self._answers(models.policy, prompts, per_prompt, EVALUATION, 0, answer_tokens=tokens) or []
+            timed.append((tokens, time.perf_counter() - began))
+            if timed[-1][1] > seconds:
+                break
+        per_token = timed[-1][1] / timed[-1][0]
+        if len(timed) > 1 and timed[1][0] > timed[0][0]:
+            per_token = max(0.0, timed[1][1] - timed[0][1]) / (timed[1][0] - timed[0][0])
+        sampling = timed[-1][1] + per_token * (full - timed[-1][0])
+        began = time.perf_counter()
+        self.batch_of(models, rollouts, torch.arange(len(rollouts), dtype=torch.float32))
+        for reward in self.rewards.rewards:
+            if isinstance(reward, RewardModel):
+                reward.score([_sample_of(each) for each in rollouts])
+        read = sum(len(each.prompt.ids) + len(each.ids) for each in rollouts)
+        whole = read + sum(full - len(each.ids) for each in rollouts)
+        reading = (time.perf_counter() - began) * whole / read
+        batches = self.method.minibatches * self.method.passes
+        share = self.loader.batch_size / len(prompts) / batches
+        held_out = min(self.method.eval_prompts, len(self.prompts.val)) / len(rollouts)
+        return Rehearsal(sampling * share, reading * share, (sampling + reading) * held_out)
 
     def state(self) -> TrainState:
         values: dict[str, Any] = {

@@ -218,8 +218,9 @@ class Reward(Objective[PairBatch]):
         return []
 
     def example_batch(self, rows: int) -> PairBatch:
-        ids = torch.zeros(rows, self.context, dtype=torch.int64)
-        return PairBatch(ids, ids, torch.full((rows, 2), self.context), torch.zeros(rows))
+        length = min(self.context, max(self.pairs.lengths()))
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return PairBatch(ids, ids, torch.full((rows, 2), length), torch.zeros(rows))
 
     def state(self) -> TrainState:
         return TrainState({"loader": self.loader.state_dict()}, {})

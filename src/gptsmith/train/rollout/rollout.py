@@ -24,6 +24,7 @@ from gptsmith.train.prompts import Prompt
 
 MAX_BATCH = 64  # answers that the engine writes at once
 MAX_BATCH_TOKENS = 1024
+BLOCK_SIZE = 16  # tokens in a block of the cache
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,14 @@ def sample_answers(
     """
     if not prompts:
         return []
+    together = min(MAX_BATCH, len(prompts) * per_prompt)
+    longest = max(len(prompt.ids) for prompt in prompts) + answer_tokens
     engine = Engine(
         policy,
         vocab_size=tokenizer.vocab_size,
-        max_batch=min(MAX_BATCH, len(prompts) * per_prompt),
+        max_batch=together,
+        cache_tokens=together * (min(context, longest) + BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
         max_batch_tokens=MAX_BATCH_TOKENS,
         kernels="always" if kernels else "never",
     )
