@@ -81,9 +81,10 @@ def restored_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     from gptsmith.model.families import FAMILIES
     from gptsmith.server import app
     from gptsmith.tasks.registry import TASKS
+    from gptsmith.tasks.text_rewards import REWARDS
     from gptsmith.train.objectives.registry import METHODS
 
-    registries: tuple[dict[str, Any], ...] = (cli.COMMANDS, cli._modules, CORPORA, FAMILIES, METHODS, TASKS)
+    registries: tuple[dict[str, Any], ...] = (cli.COMMANDS, cli._modules, CORPORA, FAMILIES, METHODS, REWARDS, TASKS)
     before = [dict(registry) for registry in registries]
     monkeypatch.setattr(app, "ROUTERS", list(app.ROUTERS))
     yield

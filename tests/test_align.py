@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import gptsmith
 from gptsmith.align import LEAST, QUESTIONS, align_demo
-from gptsmith.errors import UsageError
+from gptsmith.errors import BudgetError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,32 @@ def test_from_text_to_an_aligned_model_within_the_budget(tmp_path: Path) -> None
     assert {run.directory.name: run.status for run in gptsmith.runs(out)} == dict.fromkeys(
         ("base", "chat", "reward", "aligned"), "finished"
     )
+
+
+def test_a_busy_machine_makes_fewer_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage without the time for what is sensible makes what there is time for, and one at least."""
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def stage(name: str, steps: int) -> Any:
+        def train(*arguments: Any, **options: Any) -> SimpleNamespace:
+            if "steps" not in options:
+                raise BudgetError("too short", steps=steps)
+            made.append((name, options))
+            return SimpleNamespace(directory=tmp_path)
+
+        return train
+
+    for name, steps in (("pretrain", 7), ("sft", 0), ("reward", 3), ("ppo", 0)):
+        monkeypatch.setattr(f"gptsmith.align.{name}", stage(name, steps))
+    monkeypatch.setattr("gptsmith.align.write_data", lambda folder, seed, characters: folder)
+    monkeypatch.setattr("gptsmith.align.write_comparison", lambda *arguments: None)
+    align_demo(tmp_path / "out", budget=f"{LEAST:.0f}s")
+    assert [(name, options["steps"], "budget" in options) for name, options in made] == [
+        ("pretrain", 7, True),
+        ("sft", 1, False),
+        ("reward", 3, True),
+        ("ppo", 1, False),
+    ]
+    assert "time for about 7 updates" in capsys.readouterr().err

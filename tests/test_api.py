@@ -168,3 +168,13 @@ def test_a_model_from_its_configuration(text_file: Path, tmp_path: Path) -> None
     config = dataclasses.replace(tiny_config("llama", vocab_size=40, max_position_embeddings=32), rope_theta=123.0)
     run = gptsmith.fit(text_file, QUICK, out=tmp_path / "run", model=config)
     assert gptsmith.load(run)[0].config == config
+
+
+def test_the_name_of_a_tokenizer(tmp_path: Path, text_file: Path) -> None:
+    run = gptsmith.fit(text_file, QUICK, out=tmp_path / "run", tokenizer="bpe", vocab_size=300)
+    assert run.config["init"]["tokenizer"] == "bpe"
+    wrong: Any = 5
+    with pytest.raises(UsageError, match="must be a Tokenizer, or a name such as 'bpe', not 5"):
+        gptsmith.fit(text_file, QUICK, out=tmp_path / "other", tokenizer=wrong)
+    with pytest.raises(UsageError, match="--tokenizer bpee: use char, bpe"):
+        gptsmith.fit(text_file, QUICK, out=tmp_path / "other", tokenizer="bpee")

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptsmith.api import fit as pretrain
 from gptsmith.api import ppo, reward, sft
 from gptsmith.data.corpora import corpus_path
 from gptsmith.data.rows import read_rows
-from gptsmith.errors import UsageError
+from gptsmith.errors import BudgetError, UsageError
 from gptsmith.loading import load_model
 from gptsmith.log import duration, note
 from gptsmith.report.html import escape
@@ -68,22 +68,33 @@ def align_demo(out: str | Path = "runs/align", *, budget: str = "30m", seed: int
         out.mkdir(parents=True, exist_ok=True)
     data = write_data(out / "data", seed, CHARACTERS * total.amount)
 
-    def stage(name: str, what: str) -> dict[str, Any]:
+    def stage(name: str, what: str, method: Callable[..., Run], *arguments: Any, **options: Any) -> Run:
+        """Train within the stage's share of the budget, with fewer updates than are sensible if need be."""
         spent = time.monotonic() - began
         seconds = total.amount * SHARES[name] if name in SHARES else total.amount * (1 - LAST_SHARE) - spent
+        seconds = max(1.0, seconds)
         note(f"\n== {what}: {duration(seconds)} of {duration(total.amount)} ==")
-        return {"budget": f"{seconds:.0f}s", "out": out / name, "seed": seed, "verbose": True}
+        options |= {"out": out / name, "seed": seed, "verbose": True}
+        try:
+            return method(*arguments, budget=f"{seconds:.0f}s", **options)
+        except BudgetError as error:
+            steps = max(1, error.steps)
+            note(f"note: this machine has time for about {steps} updates, so {out / name} will have learned little.")
+            within = {"budget": f"{seconds:.0f}s"} if error.steps else {"eval_every": 1}
+            return method(*arguments, steps=steps, **within, **options)
 
-    base = pretrain(data / "reviews.txt", **stage("base", "pretraining on reviews"))
-    chat = sft(base, data / "chats.jsonl", lora="off", **stage("chat", "fine-tuning on questions and answers"))
-    judge = reward(chat, data / "preferences.jsonl", **stage("reward", "reward model from preferences"))
-    aligned = ppo(
+    base = stage("base", "pretraining on reviews", pretrain, data / "reviews.txt")
+    chat = stage("chat", "fine-tuning on questions and answers", sft, base, data / "chats.jsonl", lora="off")
+    judge = stage("reward", "reward model from preferences", reward, chat, data / "preferences.jsonl")
+    aligned = stage(
+        "aligned",
+        "PPO on the reward model",
+        ppo,
         chat,
         data / "prompts.jsonl",
         reward=judge.directory,
         answer_tokens=ANSWER_TOKENS,
         eval_prompts=32,
-        **stage("aligned", "PPO on the reward model"),
     )
     write_comparison(out, {"base": base, "chat": chat, "aligned": aligned}, judge, seed)
     note(f"\n{out}/report.html compares the answers. Talk to the model: gptsmith chat {out}/aligned")

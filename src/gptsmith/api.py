@@ -48,7 +48,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     objective: str | ObjectiveFactory | None = None,
     model: ModelConfig | ModelFactory | Mapping[str, Any] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | str | None = None,
     verbose: bool = False,
     **options: Any,
 ) -> Run:
@@ -66,6 +66,7 @@ def fit(
     Under torchrun, its processes share the run: every one calls `fit` with the same arguments.
     model: the model's configuration, a function `(ModelConfig, dropout) -> Transformer`, or a dictionary of options
         (`{"hidden_size": 64}`).
+    tokenizer: a tokenizer, or a name as of the option `--tokenizer` ("bpe", "gpt2", a path).
     Raises GptsmithError (UsageError, DataError, DivergedError, …), or KeyboardInterrupt after saving on Ctrl-C.
     """
     settings = dict(options)
@@ -75,6 +76,10 @@ def fit(
         settings["init"] = os.fspath(init)
     if isinstance(model, Mapping):
         settings["model"], model = dict(model), None
+    if isinstance(tokenizer, str | Path):
+        settings["tokenizer"], tokenizer = str(tokenizer), None
+    elif not isinstance(tokenizer, Tokenizer | None):
+        raise UsageError(f"tokenizer must be a Tokenizer, or a name such as 'bpe', not {tokenizer!r}.")
     _, method = find_method(objective or "pretrain")
     base = config if isinstance(config, RunConfig) else default_config(method.options)
     text, batches = _text_or_batches(data)

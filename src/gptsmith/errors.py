@@ -22,6 +22,14 @@ class UsageError(GptsmithError):
     exit_code = 2
 
 
+class BudgetError(UsageError):
+    """A budget of time is too short to learn anything: there is time for `steps` updates."""
+
+    def __init__(self, message: str, steps: int) -> None:
+        super().__init__(message)
+        self.steps = steps
+
+
 class DataError(GptsmithError):
     """A text, corpus or prepared dataset cannot be used."""
 

@@ -694,3 +694,15 @@ def test_in_a_new_process(arguments: list[str], code: int, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: " if arguments else "usage: ")
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_run_is_not_resumed_by_the_command_of_another_method(
+    rejected: Callable[..., str], run_cli: Cli, text_file: Path, tmp_path: Path
+) -> None:
+    size = ("--model.num-hidden-layers", 1, "--model.hidden-size", 16, "--model.num-attention-heads", 2)
+    loop = ("--context", 16, "--batch-size", 4, "--steps", 2, "--sample-tokens", 0, "--device", "cpu")
+    run = tmp_path / "run"
+    assert run_cli("train", text_file, "--out", run, "--compile", "off", *size, *loop)[0] == 0
+    for command in ("sft", "distill", "dpo", "reward", "ppo", "grpo", "classify"):
+        message = rejected(command, "--resume", run, code=2)
+        assert f"is no run of gptsmith {command}. Continue it with: gptsmith train --resume" in message

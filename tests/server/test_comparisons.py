@@ -248,8 +248,11 @@ def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(file: Path) -> None:
 
 
 def test_the_file_is_checked_when_the_server_starts(tmp_path: Path, file: Path) -> None:
-    check_file(tmp_path / "new" / file.name)
-    assert (tmp_path / "new" / file.name).read_text() == ""
+    check_file(tmp_path / "new.jsonl")
+    assert (tmp_path / "new.jsonl").read_text() == ""
+    with pytest.raises(UsageError, match="there is no folder"):
+        check_file(tmp_path / "nodir" / file.name)
+    assert not (tmp_path / "nodir").exists()
     file.write_text(json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}) + '\n{"prompt": "to')
     check_file(file)  # a torn line is repaired later
     for name, content, message in (

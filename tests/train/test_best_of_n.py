@@ -183,7 +183,7 @@ def test_columns_and_unfinished_answers(place: Path, tmp_path: Path) -> None:
         ({"n": 0}, "--n must be at least 1"),
         ({"keep": 5}, "--keep 5 is more than --n 4"),
         ({"temperature": 0.0}, "--temperature must be above 0"),
-        ({"answer_tokens": 64}, "leaves no room for a prompt in the model's context of 64"),
+        ({"answer_tokens": 64}, "leaves no room for a prompt in the context of 64"),
         ({"reward_weights": "a"}, "write numbers with commas"),
         ({"reward_weights": "1,2"}, "has 2 numbers for 1 rewards"),
         ({"best": 2}, "unknown"),

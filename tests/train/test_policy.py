@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import gptsmith
+from gptsmith.checkpoint import load_train_state
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.kernels.threads import kernels_available
 from gptsmith.model.lora import adapter_off
@@ -320,6 +321,47 @@ def test_bad_options(method: str, options: dict[str, Any], message: str, place: 
     with pytest.raises(UsageError, match=message):
         train(method, place, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_reward_model_with_a_short_context_is_refused_at_the_start(place: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "e", "rejected": "a"}\n' * 4)
+    short = gptsmith.fit(place / "text.txt", tiny_run_config(steps=1, context=12), out=tmp_path / "short")
+    judge = gptsmith.reward(short, pairs, out=tmp_path / "judge", steps=1, batch_size=2, device="cpu", compile="off")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\ne\n" * 8)
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "compile": "off",
+        "batch_size": 4,
+        "group_size": 2,
+        "steps": 1,
+        "context": 20,
+    }
+    longer = gptsmith.fit(place / "text.txt", tiny_run_config(steps=1, context=24), out=tmp_path / "longer")
+    with pytest.raises(UsageError, match=r"--context 20 is longer than a reward model can read: 12 tokens"):
+        gptsmith.grpo(longer, prompts, reward=str(judge.directory), answer_tokens=8, out=tmp_path / "run", **options)
+
+
+def test_an_untied_value_model_has_no_output_matrix_in_checkpoints(place: Path, tmp_path: Path) -> None:
+    config = tiny_run_config(steps=1, context=48, model={"tie_word_embeddings": False})
+    base = gptsmith.fit(place / "text.txt", config, out=tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("a\ne\n" * 8)
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "compile": "off",
+        "batch_size": 4,
+        "answer_tokens": 4,
+        "lora": "off",
+        "eval_every": 1,
+    }
+    spec = f"{place / 'rewards.py'}:likes_e"
+    run = gptsmith.ppo(base, tmp_path / "prompts.txt", reward=spec, out=tmp_path / "run", steps=2, **options)
+    names = list(load_train_state(run.directory / "last").tensors)
+    assert any(name.startswith("value/transformer.embed_tokens") for name in names)
+    assert not [name for name in names if name.startswith("value/") and "lm_head" in name]
+    resumed = gptsmith.fit(resume=run, steps=3)
+    assert resumed.status == "finished"
 
 
 def test_ppo_with_plain_text_and_a_target_for_the_divergence(place: Path, tmp_path: Path) -> None:

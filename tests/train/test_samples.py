@@ -48,6 +48,31 @@ def test_a_directory_without_an_end_token_in_its_configuration(run_cli: Any, tex
     assert JsonLines(run / "samples.jsonl").read()
 
 
+def test_answers_in_previews_end_where_training_ends_them(
+    run_cli: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model has no end token in its answers: --stop is what ends them."""
+    code, _, err = run_cli(*command(text_file, tmp_path / "base"))
+    assert code == 0, err
+    (tmp_path / "prompts.txt").write_text("\n".join(text_file.read_text().split()[:12]))
+    (tmp_path / "rewards.py").write_text(
+        "def r(prompts, completions, **c):\n    return [len(t) for t in completions]\n"
+    )
+    found = {}
+    for name, stop in (("plain", ()), ("stopped", ("--stop", " "))):
+        code, _, err = run_cli(
+            *("grpo", tmp_path / "base", tmp_path / "prompts.txt", "--reward", f"{tmp_path / 'rewards.py'}:r"),
+            *("--out", tmp_path / name, "--answer-tokens", 4, "--group-size", 2, "--batch-size", 4, "--steps", 1),
+            *("--sample-tokens", 40, "--device", "cpu", "--compile", "off", *stop),
+        )
+        assert code == 0, err
+        rows = JsonLines(tmp_path / name / "samples.jsonl").read()
+        found[name] = [row["text"] for row in rows if row["final"]]
+    assert any(" " in text for text in found["plain"])
+    assert found["stopped"]
+    assert found["stopped"] == [text.split(" ")[0] for text in found["plain"]]
+
+
 def command(text: Path, run: Path) -> list[Any]:
     model = ["--model.num-hidden-layers", 1, "--model.hidden-size", 16, "--model.num-attention-heads", 2]
     loop = [

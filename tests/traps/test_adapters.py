@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import gptsmith
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
+from gptsmith.evaluate.classifier import Classifier
 from gptsmith.formats.hf import load_model_weights, save_model
 from gptsmith.formats.peft import adapter_layout
 from gptsmith.model.config import LoraConfig
@@ -99,6 +101,30 @@ def test_D2_merging_leaves_tied_embeddings_alone(tmp_path: Path) -> None:
     again = tiny_model("llama", seed=5, tie_word_embeddings=True)
     load_model_weights(again, tmp_path)
     assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_D3_the_head_of_a_task_is_trained_and_saved_with_an_adapter(quantize: str, base: Path, tmp_path: Path) -> None:
+    """peft #310, #577, #876, #1070: the head that was trained with an adapter is not saved, and a random one is loaded.
+    peft #2027: an adapter is put on the new head."""
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": "ab"[i % 2]} for i in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    options = {**QUIET, "lora": "on", "lora.rank": 2, "lora.quantize": quantize, "context": 32, "val": str(data)}
+    del options["sample_tokens"]
+    short, long = (
+        gptsmith.classify(base, data, out=tmp_path / str(steps), steps=steps, **options) for steps in (1, 12)
+    )
+    heads = [load_file(run.directory / "last" / "model.safetensors")["score.weight"] for run in (short, long)]
+    assert heads[0].shape == (2, 32)
+    assert not torch.equal(*heads)
+    found = Classifier.load(str(long.directory / "last")).label([(row["text"],) for row in rows])
+    right = [
+        each["probability"] if each["label"] == row["label"] else 1 - each["probability"]
+        for each, row in zip(found, rows, strict=True)
+    ]
+    loss = -sum(map(math.log, right)) / len(right)
+    assert loss == pytest.approx([row["val_loss"] for row in long.metrics if "val_loss" in row][-1], abs=2e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

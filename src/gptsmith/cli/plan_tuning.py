@@ -107,7 +107,7 @@ def main(name: str, arguments: list[str]) -> int:
     if option_value(arguments, "--resume") is not None:
         raise UsageError("a forecast is of a new run; leave out --resume.")
     chosen, overrides = parse_tune(command, options, f"plan {name}", arguments)
-    assert isinstance(chosen, Forecast)
+    assert isinstance(chosen, PlanSft | PlanDistill | PlanReward | PlanDpo | PlanPpo | PlanGrpo | PlanClassify)
     if isinstance(chosen, PlanDistill):
         check_distill(chosen)
     if isinstance(chosen, PlanClassify) and chosen.predict is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.cli.run_options import ParsedRun, base_config, explicit_options
+from gptsmith.cli.run_options import ParsedRun, base_config, explicit_options, option_value
 from gptsmith.errors import UsageError
 from gptsmith.train.budget.recipe import settled
 from gptsmith.train.config import (
@@ -129,6 +129,11 @@ def parse_tune(
 ) -> ParsedRun:
     """Parse the arguments of a command over its base configuration: a run's own, a file, or the default."""
     base, whole = base_config(arguments, method)
+    if type(base.method) is not method:
+        directory = option_value(arguments, "--resume")
+        raise UsageError(
+            f"{directory} is no run of gptsmith {name}. Continue it with: gptsmith train --resume {directory}"
+        )
     defaults: dict[str, Any] = {
         "budget": base.auto.budget,
         "text": TuneData(base.data.val, base.data.val_fraction),

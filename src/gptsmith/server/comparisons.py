@@ -154,7 +154,8 @@ def check_file(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise UsageError(f"--collect {path}: not a file.")
         lines = path.read_bytes() if path.exists() else b""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            raise UsageError(f"--collect {path}: there is no folder {path.parent}. Make it first, or check the name.")
         path.open("ab").close()
     except OSError as error:
         raise UsageError(f"--collect {path}: cannot be written ({error.strerror}).") from None

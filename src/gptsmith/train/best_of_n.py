@@ -145,10 +145,11 @@ def best_of_n(
     policy, tokenizer = load_model(model, device=device)
     log = JsonLines(samples_path(out))
     rewards = open_rewards(specs, weights, tokenizer=tokenizer, device=device)
-    context = policy.config.max_position_embeddings
+    context = min(policy.config.max_position_embeddings, rewards.longest or 1 << 62)
     if options.answer_tokens >= context:
         raise UsageError(
-            f"--answer-tokens {options.answer_tokens} leaves no room for a prompt in the model's context of {context}."
+            f"--answer-tokens {options.answer_tokens} leaves no room for a prompt in the context of {context} tokens "
+            "that the model and the rewards can read."
         )
     found = files.prepare(config, tokenizer).within(
         context, answer_tokens=options.answer_tokens, on_long=options.too_long

@@ -29,7 +29,7 @@ class Samples(Callback):
 
     should_stop: where it returns True, generation ends and the unfinished text is not kept. prompts: what is continued,
     as text and as ids (default: the text of `loop.sample_prompt`): all of them before training and at its end, the
-    first one in between.
+    first one in between. stop: texts that end an answer, besides the model's end tokens.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Samples(Callback):
         display: Display,
         should_stop: Callable[[], bool],
         prompts: Sequence[Prompt] | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
-        self.prompts = prompts
+        self.prompts, self.stop = prompts, tuple(stop)
         self.loop, self.model, self.tokenizer = loop, model, tokenizer
         self.display, self.should_stop = display, should_stop
         self._failed = ""  # why the last sample failed
@@ -97,7 +98,9 @@ class Samples(Callback):
             return None
 
     def _generate(self, prompt: str | list[int], length: int, temperature: float) -> str:
-        params = SamplingParams(max_tokens=length, temperature=temperature, seed=self.loop.seed, overflow="shift")
+        params = SamplingParams(
+            max_tokens=length, temperature=temperature, stop=self.stop, seed=self.loop.seed, overflow="shift"
+        )
         text = ""
         for chunk in stream(engine_for(self.model, self.tokenizer, params), self.tokenizer, prompt, params):
             if self.should_stop():

@@ -28,7 +28,7 @@ from gptsmith.train.budget.deadline import Deadline
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import PolicyConfig, RunConfig
 from gptsmith.train.display import Display
 from gptsmith.train.forecast.memory import fit_into_memory
 from gptsmith.train.objectives.base import Objective
@@ -104,7 +104,8 @@ class Session:
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
         prompts = objective.sample_prompts(self.training_step.models)
-        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts)
+        texts = config.method.stop if isinstance(config.method, PolicyConfig) else ()
+        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts, texts)
         self.callbacks = [self.samples, *callbacks] if ranks.is_main else []
         self.trainer = Trainer(
             config=config,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptsmith.errors import UsageError
+from gptsmith.errors import BudgetError, UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.train.budget.parse import Budget
-from gptsmith.train.budget.recipe import Machine, Text, choose, settled, tokenizer_for, weight_decay_for
+from gptsmith.train.budget.recipe import FEWEST_STEPS, Machine, Text, choose, settled, tokenizer_for, weight_decay_for
 from gptsmith.train.config import ModelOptions, RunConfig, run_config
 
 TEXT = Text(train_tokens=1_000_000, val_tokens=110_000, vocab_size=65)
@@ -150,8 +150,18 @@ def test_weight_decay_follows_the_passes_that_are_made(minutes: int) -> None:
 
 @pytest.mark.parametrize("budget", ["1s", "4s"])
 def test_too_little_time_says_how_much_is_needed(budget: str) -> None:
-    with pytest.raises(UsageError, match=r"too short to learn anything.*Give at least \d+s"):
+    with pytest.raises(BudgetError, match=r"too short to learn anything.*Give at least \d+s") as refused:
         choose(run_config(budget=budget), (), TEXT, machine())
+    assert 0 <= refused.value.steps < FEWEST_STEPS
+
+
+def test_steps_that_are_set_may_be_few() -> None:
+    """A short budget with fewer steps than it takes to learn anything is what was asked for."""
+    config = run_config(budget="12s", depth=6, steps=3)
+    with pytest.raises(BudgetError) as refused:
+        choose(config, (), TEXT, machine())
+    assert refused.value.steps >= 3
+    assert choose(config, {"steps"}, TEXT, machine()).config.loop.steps == 3
 
 
 @pytest.mark.parametrize("budget", ["10tok", "5flop"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gptsmith.errors import UsageError
+from gptsmith.errors import BudgetError, UsageError
 from gptsmith.log import duration
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import DEPTH_SCALED, by_depth
@@ -223,12 +223,14 @@ def _by_time(
         rate, usable = rate / (1 - machine.compile_saves), usable - machine.compile_seconds
     per_update = loop.batch_size * loop.context * flops_per_token(model, loop.context) / rate
     steps = int(usable / per_update)
-    if steps < FEWEST_STEPS:
+    fewest = min(FEWEST_STEPS, config.loop.steps) if "steps" in overrides else FEWEST_STEPS
+    if steps < fewest:
         need = budget.amount - usable + FEWEST_STEPS * per_update
-        raise UsageError(
+        raise BudgetError(
             f"--budget {config.auto.budget} is too short to learn anything: {FEWEST_STEPS} updates take "
             f"{FEWEST_STEPS * per_update:.0f} s here, and starting, evaluating and reporting "
-            f"{budget.amount - usable:.0f} s. Give at least {math.ceil(need)}s."
+            f"{budget.amount - usable:.0f} s. Give at least {math.ceil(need)}s.",
+            steps=max(0, steps),
         )
     most = max(1, int(text.most_passes * text.train_tokens / (loop.batch_size * loop.context)))
     early = ""

@@ -551,6 +551,12 @@ def policy_arguments(context: Any, name: str, *, needs_reference: bool) -> dict[
     }
     rewards = open_rewards(method.reward, method.weights(), **opening)
     gold = None if method.gold is None else open_rewards([method.gold], **opening)
+    for models in (rewards, *([] if gold is None else [gold])):
+        if models.longest is not None and config.loop.context > models.longest:
+            raise UsageError(
+                f"--context {config.loop.context} is longer than a reward model can read: {models.longest} tokens. Set "
+                f"--context {models.longest}."
+            )
     if config.loop.context <= method.answer_tokens:
         raise UsageError(
             f"--answer-tokens {method.answer_tokens} leaves no room for prompts in --context {config.loop.context}."

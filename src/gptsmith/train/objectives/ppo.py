@@ -34,6 +34,8 @@ VALUE_HEAD = HeadConfig(("value",), "regression")
 
 def value_model(trunk: Transformer) -> SequenceClassifier:
     """Return a value model on `trunk`, whose values are 0 at first."""
+    if not trunk.config.tie_word_embeddings:
+        trunk.lm_head.requires_grad_(False)  # no part of a value
     model = SequenceClassifier(trunk, VALUE_HEAD)
     torch.nn.init.zeros_(model.score.weight)
     return model
@@ -124,7 +126,7 @@ class Ppo(PolicyObjective):
         values = state.values | {"kl_weight": self.kl.weight}
         if self.text is not None:
             values["text"] = self.text[0].state_dict()
-        weights = {f"value/{name}": p for name, p in self.value.named_parameters()}
+        weights = {f"value/{name}": p for name, p in self.value.named_parameters() if p.requires_grad}
         return TrainState(values, state.tensors | weights)
 
     def load_state(self, state: TrainState) -> None:
@@ -134,7 +136,8 @@ class Ppo(PolicyObjective):
             self.text[0].load_state_dict(state.values["text"])
         with torch.no_grad():
             for name, p in self.value.named_parameters():
-                p.copy_(state.tensors[f"value/{name}"])
+                if p.requires_grad:
+                    p.copy_(state.tensors[f"value/{name}"])
 
 
 def ppo(context: Any) -> Ppo:
