@@ -71,6 +71,16 @@ def test_choices_become_lines(http: httpx.Client, file: Path) -> None:
     assert counted["file"] == "preferences.jsonl"
 
 
+def test_two_models_are_recorded(http: httpx.Client, file: Path) -> None:
+    answer = http.post("/api/comparisons", json=BODY | {"models": ["tiny", "plain"]})
+    assert answer.status_code == 200, answer.text
+    (row,) = rows(file)
+    assert (row["model"], row["models"]) == ("tiny", ["tiny", "plain"])
+    assert http.post("/api/comparisons", json=BODY | {"models": ["tiny", "none"]}).status_code == 404
+    assert http.post("/api/comparisons", json=BODY | {"models": ["tiny"]}).status_code == 400
+    assert len(rows(file)) == 1
+
+
 def test_an_edited_answer_is_chosen_over_the_other_one(http: httpx.Client, file: Path) -> None:
     answer = http.post("/api/comparisons", json=BODY | {"choice": "right", "edited": "a mat, of course"})
     assert answer.json()["edited"] == 1

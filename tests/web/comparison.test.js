@@ -6,6 +6,7 @@ import {
   answerOf,
   describeRewardModel,
   describeStatus,
+  drawModels,
   drawSeeds,
   problemOf,
   requestOf,
@@ -13,7 +14,7 @@ import {
 } from "../../src/gptsmith/server/web/comparison.js";
 
 const ROUND = {
-  model: "m",
+  models: ["m", "m"],
   prompt: [{ role: "user", content: "hi" }],
   options: { temperature: 1 },
   answers: [
@@ -107,4 +108,19 @@ test("the reward model's agreement is a share with its count", () => {
   assert.match(describeRewardModel({ ...judge, pending: 12 }), /\(75%\); 12 to go\.$/);
   assert.match(describeRewardModel({ ...judge, scored: 0 }), /nothing to predict yet/);
   assert.match(describeRewardModel({ ...judge, skipped: 2 }), /\(75%\)\. 2 it cannot read\.$/);
+});
+
+test("two models write the answers in both orders, and the request says which", () => {
+  assert.deepEqual(
+    drawModels("a", "b", () => 0.4),
+    ["a", "b"],
+  );
+  assert.deepEqual(
+    drawModels("a", "b", () => 0.6),
+    ["b", "a"],
+  );
+  const body = requestOf({ ...ROUND, models: ["b", "a"] }, "left");
+  assert.equal(body.model, "b");
+  assert.deepEqual(body.models, ["b", "a"]);
+  assert.equal("models" in requestOf(ROUND, "left"), false);
 });

@@ -7,7 +7,8 @@
 | `chosen`, `rejected` | the two answers, if one was chosen |
 | `completions` | the left and the right answer, if none was |
 | `edited` | whether `chosen` is what the person made of the answer; then `unedited` is the model's text |
-| `model`, `options` | what wrote the answers |
+| `model`, `options` | what wrote the answers; of two models, that of the left one |
+| `models` | what wrote the left answer and the right one, if these are two models |
 | `seeds`, `finish_reasons` | the left answer's and the right one's |
 | `time` | when it was chosen, in UTC |
 """
@@ -60,6 +61,9 @@ class ComparisonRequest(Request):
     edited: str | None = Field(None, description="What the person made of the chosen answer.")
     options: dict[str, Scalar | list[Scalar]] = Field(
         default={}, description="The sampling options that the answers were generated with."
+    )
+    models: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="What wrote the left answer and the right one, where these are two models."
     )
     seeds: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     finish_reasons: Annotated[list[Literal["stop", "length", "stopped"]], Field(min_length=2, max_length=2)] | None = (
@@ -186,7 +190,7 @@ def row_of(request: ComparisonRequest) -> Row:
     else:
         row |= {"completions": request.completions, "edited": False}
     row |= {"choice": request.choice, "model": request.model, "options": request.options}
-    row |= request.model_dump(include={"seeds", "finish_reasons"}, exclude_none=True)
+    row |= request.model_dump(include={"models", "seeds", "finish_reasons"}, exclude_none=True)
     return row | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
@@ -221,10 +225,9 @@ def comparison_routes(path: Path, reward_model: str | None = None) -> APIRouter:
     def add_comparison(body: ComparisonRequest, request: HttpRequest) -> CollectionStatus:
         """Append a person's choice between two answers to the file, and count what it has then."""
         models = service_of(request).models
-        if body.model not in models:
-            raise ApiError(
-                404, f"The model {body.model[:100]!r} does not exist.", param="model", code="model_not_found"
-            )
+        for name in [body.model, *(body.models or [])]:
+            if name not in models:
+                raise ApiError(404, f"The model {name[:100]!r} does not exist.", param="model", code="model_not_found")
         context_of(request).log_fields["model"] = body.model
         row = row_of(body)
         try:

@@ -294,7 +294,7 @@ def planned(
         text = replace(text, most_passes=tuning.MOST_PASSES, least_updates=least)
     machine = this_machine(device, precision, config.loop.compile)
     # Of a method with rules of its own (`settle`), a budget chooses the steps alone.
-    fixed = overrides if method.settle is as_configured else settled(config) | ({"steps"} & {*overrides})
+    fixed = overrides if method.settle is as_configured else settled(config)
     return choose(config, fixed, text, machine, spent=spent)
 
 

@@ -6,6 +6,7 @@ import {
   answerOf,
   describeRewardModel,
   describeStatus,
+  drawModels,
   drawSeeds,
   problemOf,
   requestOf,
@@ -27,7 +28,7 @@ const ENDS = { length: "cut off at the maximum length", stopped: "stopped" };
 
 export function mount(root) {
   let turns = []; // the conversation so far: messages
-  let round = null; // {model, chat, question, prompt, options, answers: [{text, seed, finish, error}]}
+  let round = null; // {models, chat, question, prompt, options, answers: [{text, seed, finish, error}]}
   let state = "asking"; // then "answering", "choosing", "saving"
   let shown = false; // whether the view is
   let poll = null;
@@ -69,6 +70,7 @@ export function mount(root) {
     value: load("compare.system", ""),
     oninput: () => save("compare.system", system.value),
   });
+  const second = h("select", { id: "compare-second", onchange: () => save("compare.second", second.value) });
   const newButton = h(
     "button.button",
     { type: "button", hidden: true, onclick: startOver },
@@ -99,6 +101,7 @@ export function mount(root) {
         "div.controls",
         {},
         h("div.control", {}, h("label", { htmlFor: "compare-system" }, "System prompt"), system),
+        h("div.control", { hidden: true }, h("label", { htmlFor: "compare-second" }, "Second model"), second),
         sampling.element,
       ),
     ),
@@ -116,7 +119,7 @@ export function mount(root) {
   );
   const lead =
     "Write a prompt, and say which of two answers is better. The answers come from the same model with different " +
-    "random seeds. Your choices are stored in a file on the server, and nowhere else.";
+    "random seeds, or from two models in random order. Your choices are stored in a file on the server, and nowhere else.";
   root.append(
     h("div.view-head", {}, h("h1", {}, "Compare"), h("p.lead", {}, lead), counter, judge),
     log,
@@ -124,6 +127,15 @@ export function mount(root) {
     form,
     keys,
   );
+
+  models.onSelect((name) => {
+    const others = models.names().filter((other) => other !== name);
+    const previous = second.value || load("compare.second", "");
+    const options = others.map((other) => h("option", { value: other }, other));
+    second.replaceChildren(h("option", { value: "" }, "the same model"), ...options);
+    second.value = others.includes(previous) ? previous : "";
+    second.closest(".control").hidden = !others.length;
+  });
 
   models.onSelect(async (name) => {
     try {
@@ -186,6 +198,12 @@ export function mount(root) {
   async function prepare(text) {
     const model = await models.waitForSelection();
     const { chat } = await models.describe(model);
+    const both = drawModels(model, second.value || model);
+    for (const other of new Set(both)) {
+      if ((await models.describe(other)).chat !== chat) {
+        throw new Error("A chat model and a base model are asked in different ways: choose two of one kind.");
+      }
+    }
     const fields = sampling.requestFields();
     if (turns.length && chat !== turns[0].chat) turns = [];
     let prompt = text;
@@ -193,15 +211,24 @@ export function mount(root) {
       const instructions = system.value.trim() ? [{ role: "system", content: system.value.trim() }] : [];
       const said = turns.map(({ role, content }) => ({ role, content }));
       const messages = [...instructions, ...said, { role: "user", content: text.trim() }];
-      const fitting = await fit(messages, fields.max_tokens, (some) => countTokens(model, some));
+      const count = async (some) => {
+        const counts = await Promise.all([...new Set(both)].map((each) => countTokens(each, some)));
+        return {
+          count: Math.max(...counts.map((each) => each.count)),
+          max_model_len: Math.min(...counts.map((each) => each.max_model_len)),
+        };
+      };
+      const fitting = await fit(messages, fields.max_tokens, count);
       prompt = fitting.messages;
       fields.max_tokens = Math.min(fields.max_tokens, fitting.room);
     } else {
-      const { count, max_model_len: context } = await request("tokenize", { body: { model, prompt: text } });
-      if (count >= context) throw new Error(`The text is too long: ${count} tokens for a context of ${context}.`);
-      fields.max_tokens = Math.min(fields.max_tokens, context - count);
+      for (const each of new Set(both)) {
+        const { count, max_model_len: context } = await request("tokenize", { body: { model: each, prompt: text } });
+        if (count >= context) throw new Error(`The text is too long: ${count} tokens for a context of ${context}.`);
+        fields.max_tokens = Math.min(fields.max_tokens, context - count);
+      }
     }
-    Object.assign(round, { model, chat, prompt, options: fields });
+    Object.assign(round, { models: both, chat, prompt, options: fields });
   }
 
   async function answer() {
@@ -224,7 +251,8 @@ export function mount(root) {
   }
 
   async function generate(index, signal) {
-    const { model, chat, prompt, options, answers } = round;
+    const { chat, prompt, options, answers } = round;
+    const model = round.models[index];
     const target = answers[index];
     const view = views[index];
     const path = chat ? "v1/chat/completions" : "v1/completions";

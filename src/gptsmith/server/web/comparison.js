@@ -9,6 +9,11 @@ export function drawSeeds(random = Math.random) {
   return random() < 0.5 ? [first, second] : [second, first];
 }
 
+// Which model writes the left answer and which the right one.
+export function drawModels(first, second, random = Math.random) {
+  return random() < 0.5 ? [first, second] : [second, first];
+}
+
 const ACTIONS = {
   ArrowLeft: "left",
   1: "left",
@@ -40,12 +45,14 @@ export function toReplace([left, right], random = Math.random) {
   return random() < 0.5 ? 0 : 1;
 }
 
-// The body of the request that stores a choice. round: {model, prompt, options, answers: [{text, seed, finish}]}.
+// The body of the request that stores a choice. round: {models: [left, right], prompt, options, answers: [{text, seed,
+// finish}]}.
 // edited: what the person made of the chosen answer.
 export function requestOf(round, choice, edited) {
-  const { model, prompt, options, answers } = round;
+  const { models, prompt, options, answers } = round;
   const body = {
-    model,
+    model: models[0],
+    ...(models[0] === models[1] ? {} : { models }),
     prompt,
     completions: answers.map(({ text }) => text),
     choice,

@@ -10,6 +10,7 @@ const listeners = new Set();
 const menu = () => document.getElementById("model");
 
 export const selected = () => menu().value;
+export const names = () => [...menu().options].map((option) => option.value);
 export const onSelect = (listener) => listeners.add(listener);
 
 // Resolve to the name of the selected model, as soon as the list of models is known.

@@ -223,8 +223,7 @@ def _by_time(
         rate, usable = rate / (1 - machine.compile_saves), usable - machine.compile_seconds
     per_update = loop.batch_size * loop.context * flops_per_token(model, loop.context) / rate
     steps = int(usable / per_update)
-    fewest = min(FEWEST_STEPS, config.loop.steps) if "steps" in overrides else FEWEST_STEPS
-    if steps < fewest:
+    if steps < FEWEST_STEPS:
         need = budget.amount - usable + FEWEST_STEPS * per_update
         raise BudgetError(
             f"--budget {config.auto.budget} is too short to learn anything: {FEWEST_STEPS} updates take "
