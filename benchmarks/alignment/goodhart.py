@@ -179,6 +179,7 @@ def summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             best = max(range(len(means)), key=means.__getitem__)
             last = [each[kind][-1] for each in of]
             rows[kind] = fit(kind, seeds, name) | {
+                "by_seed": [fit(kind, [seed], name) for seed in seeds],
                 "gold_start": round(means[0], 4),
                 "gold_best": round(means[best], 4),
                 "d_best": round(statistics.fmean(math.sqrt(max(0, each[kind][best]["kl"])) for each in of), 2),
