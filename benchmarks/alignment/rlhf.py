@@ -216,7 +216,7 @@ def rates() -> dict[str, Any]:
             optim = {"name": "adamw", "lr": lr, "schedule": "constant"}
 
             def curve(name: str = name, options: dict[str, Any] = options | {"optim": optim}) -> dict[str, Any]:
-                measured = train(name, start, judge, reward, out / "rates", 0, RATE_ANSWERS, 2, **options)
+                measured = train(name, start, judge, reward, out / "rates", 0, RATE_ANSWERS, 1, **options)
                 return {"curve": [each.record() for each in measured.curve]}
 
             print(name, what, lr, flush=True)
