@@ -50,16 +50,16 @@ function fetchNames() {
 }
 
 async function loadNames() {
-  let names;
+  let found;
   try {
-    names = (await request("v1/models")).data.map((card) => card.id);
+    found = (await request("v1/models")).data.map((card) => card.id);
   } catch (error) {
     toast(error.message, "error");
     return;
   }
   const previous = selected() || load("model", "");
-  menu().replaceChildren(...names.map((name) => h("option", { value: name }, name)));
-  if (names.includes(previous)) menu().value = previous;
+  menu().replaceChildren(...found.map((name) => h("option", { value: name }, name)));
+  if (found.includes(previous)) menu().value = previous;
   notify();
 }
 
