@@ -33,7 +33,12 @@ test("a run starts empty and grows with the events of the server", () => {
 
 test("the latest scores on tasks, which thinning keeps", () => {
   const scores = [{ task: "piqa", shots: 0, score: 0.6 }];
-  const rows = [{ step: 1, tasks: [] }, { step: 2, loss: 2 }, { step: 3, tasks: scores }, { step: 4, loss: 2 }];
+  const rows = [
+    { step: 1, tasks: [] },
+    { step: 2, loss: 2 },
+    { step: 3, tasks: scores },
+    { step: 4, loss: 2 },
+  ];
   assert.deepEqual(makeRun(rows).tasks(), scores);
   assert.deepEqual(makeRun(thin(rows)).tasks(), scores);
   assert.deepEqual(makeRun([{ step: 1, loss: 2 }]).tasks(), []);
