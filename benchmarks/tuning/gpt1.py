@@ -129,6 +129,8 @@ class Task:
                 compile="off",
                 **QUIET,
             )
+            if run.status != "finished":
+                raise SystemExit(f"a run of {kind} is {run.status}")
             found: dict[str, Any] = {
                 "kind": kind,
                 "labels": labels,
