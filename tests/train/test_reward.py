@@ -58,6 +58,18 @@ def test_it_learns_what_is_preferred(trained: Run) -> None:
         assert name in last
 
 
+def test_default_rates(place: Path, tmp_path: Path) -> None:
+    """Muon trains all weights at the rates of a new model, AdamW at those of other methods."""
+    for name, rates in (("muon", (0.02, 0.01)), ("adamw", (1e-4, None))):
+        run = gptsmith.reward(
+            place / "base", place / "pairs.jsonl", out=tmp_path / name, steps=1, device="cpu", optim={"name": name}
+        )
+        optim = run.options["optim"]
+        assert optim["name"] == name
+        assert optim["lr"] == pytest.approx(rates[0])
+        assert rates[1] is None or optim["embedding_lr"] == pytest.approx(rates[1])
+
+
 def test_transformers_reads_it_with_equal_scores(trained: Run) -> None:
     transformers = pytest.importorskip("transformers")
     directory = resolve_model(trained.directory)

@@ -22,6 +22,8 @@ from gptsmith.run_directory import PREFIXES
 from gptsmith.runtime import Precision
 from gptsmith.train.budget.parse import Budget
 
+INIT_LR_FACTOR = 0.1  # peak learning rates with --init, relative to training from new weights
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -228,6 +230,9 @@ class MethodConfig:
     loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "eval_every": 100, "steps": 1000}
     """Options of the loop that differ from pretraining's."""
 
+    muon_factor: ClassVar[float] = INIT_LR_FACTOR
+    """Default learning rates of Muon on all weights of a pretrained model, relative to training from new weights."""
+
     def __post_init__(self) -> None:
         _at_least_one(self, "eval_tokens")
 
@@ -327,6 +332,9 @@ class PreferenceConfig(MethodConfig):
 @dataclass(frozen=True)
 class RewardConfig(PreferenceConfig):
     """Reward models: learn from pairs which answers people prefer."""
+
+    # At a tenth of it a small model learns nothing from 2,000 pairs: docs/alignment-benchmarks.md
+    muon_factor: ClassVar[float] = 1.0
 
     centering: float = 0.01
     """Weight of the squared sum of the two scores of a pair, which keeps their mean near 0."""

@@ -20,8 +20,7 @@ from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget import tuning
-from gptsmith.train.budget.recipe import INIT_LR_FACTOR
-from gptsmith.train.config import AdapterConfig, OptimConfig, RunConfig
+from gptsmith.train.config import INIT_LR_FACTOR, AdapterConfig, OptimConfig, RunConfig
 from gptsmith.train.variation import ModelFactory
 
 LORA_LR_FACTOR = 10  # learning rate of an adapter, relative to that of the whole model
@@ -160,7 +159,7 @@ def adapted_to_init(
         config, reason = tuning.adapted(config, overrides, model, choice)
         note(reason)
         return config
-    factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else INIT_LR_FACTOR
+    factor = INIT_LR_FACTOR / 20 if config.optim.name == "adamw" else config.method.muon_factor
     if is_on(config.adapter):
         factor *= LORA_LR_FACTOR
     usual = OptimConfig()

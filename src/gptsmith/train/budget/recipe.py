@@ -16,7 +16,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import DEPTH_SCALED, by_depth
 from gptsmith.model.flops import count_parameters, flops_per_token
 from gptsmith.train.budget.parse import Budget
-from gptsmith.train.config import AdapterConfig, RunConfig, option_places
+from gptsmith.train.config import INIT_LR_FACTOR, AdapterConfig, RunConfig, option_places
 
 SHALLOWEST, DEEPEST = 2, 35  # range of --depth: 0.4M to 8B parameters
 FEWEST_STEPS = 30  # fewer updates learn nothing
@@ -264,7 +264,6 @@ REPORT_SECONDS = 3.0
 SAMPLE_SECONDS = 0.0005  # per layer and token of a preview, besides its arithmetic
 EVAL_SHARE = 0.03  # largest share of the time for one evaluation
 MOST_EVALUATIONS = 5
-INIT_LR_FACTOR = 0.1  # peak learning rates with --init, relative to training from new weights
 
 
 def _best(
