@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -54,6 +55,16 @@ def text_file(tmp_path: Path, words: str) -> Path:
     path = tmp_path / "words.txt"
     path.write_text(words, encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def restored_log_handlers() -> Iterator[None]:
+    """Remove the handlers that a test (of lm_eval, above all) adds to the root logger: they write to a captured stream
+    that is closed after the test."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in [each for each in logging.root.handlers if each not in before]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture
