@@ -33,7 +33,7 @@ RATES: dict[str, dict[str, Any]] = {
 def main() -> None:
     start = reviews.base()
     model, tokenizer = gptsmith.load(start)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             pairs = reviews.preferences(model, tokenizer, 2000, 50 + seed)
