@@ -49,7 +49,7 @@ def test_a_near_match_is_suggested(name: str, choices: tuple[str, ...], suggesti
         ("fine-tune", COMMANDS),
         ("lora", COMMANDS),
         ("help", COMMANDS),
-        ("eval", COMMANDS),
+        ("evolve", COMMANDS),
         ("run", COMMANDS),
         ("ls", COMMANDS),
         ("", COMMANDS),
