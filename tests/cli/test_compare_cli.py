@@ -93,3 +93,10 @@ def test_bad_input(
     assert found == code
     assert message.format(**places) in err
     assert "Traceback" not in err
+
+
+def test_a_missing_model_is_found_before_the_first_is_measured(finished: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, said, err = run_cli("compare", finished, tmp_path / "missing", "--data", finished.parent / "words.txt")
+    assert code == 1
+    assert "there is no model at" in err
+    assert said == ""

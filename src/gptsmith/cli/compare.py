@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gptsmith.cli.eval import EvalOptions, check, has_measures, measure, write_record
-from gptsmith.cli.eval_texts import print_table
+from gptsmith.cli.eval_texts import open_texts, print_table
 from gptsmith.cli.parser import parse
 from gptsmith.errors import UsageError
 
@@ -53,14 +53,19 @@ def main(arguments: list[str]) -> int:
 
     from gptsmith.evaluate.compare import compare, read_results, to_json
     from gptsmith.evaluate.lm_eval_samples import compare_samples, read_samples
+    from gptsmith.loading import resolve_model
 
     read = [read_samples(Path(name)) for name in samples]
     records: dict[str, Mapping[str, Any]] = {name: read_results(Path(name)) for name in saved}
-    for name in chosen.models:
-        if name not in (*saved, *samples):
-            print(f"{name}:")
-            records[name] = measure(name, chosen)
-            print()
+    measured = [name for name in chosen.models if name not in (*saved, *samples)]
+    if measured:
+        open_texts(chosen.text)
+    for name in measured:
+        resolve_model(name)  # all must be there before the first is measured
+    for name in measured:
+        print(f"{name}:")
+        records[name] = measure(name, chosen)
+        print()
     if samples:
         ((model, record),) = records.items()
         found = [compare_samples(record, each) for each in read]
