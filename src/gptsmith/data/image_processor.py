@@ -10,6 +10,7 @@ import numpy as np
 
 from gptsmith.data.images import DecodedImage
 from gptsmith.errors import UsageError
+from gptsmith.model.config import VisionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ class ImageProcessor:
     The whole picture is seen: one that is not square is stretched, as SigLIP's processor does.
     patch: side of the patches that the tower cuts the picture into. pixel_shuffle: that many patches per side become
     one token. crop: keep the proportions, and cut off what is outside the square in the middle (CLIP's way).
+    extra_tokens: of a tower that has more (or fewer) outputs than patches.
     """
 
     size: int
@@ -35,6 +37,21 @@ class ImageProcessor:
     resample: Resample = "bicubic"
     pixel_shuffle: int = 1
     crop: bool = False
+    extra_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: VisionConfig) -> ImageProcessor:
+        """Return the processor of a model."""
+        return cls(
+            config.image_size,
+            config.patch_size,
+            config.image_mean,
+            config.image_std,
+            config.resample,
+            config.pixel_shuffle,
+            config.center_crop,
+            config.class_token - config.drop_first,
+        )
 
     def __post_init__(self) -> None:
         if not 1 <= self.patch <= self.size:
@@ -45,7 +62,7 @@ class ImageProcessor:
     @property
     def tokens(self) -> int:
         """Number of tokens that a picture becomes."""
-        return (self.size // self.patch // self.pixel_shuffle) ** 2
+        return self.grid**2 + self.extra_tokens
 
     @property
     def grid(self) -> int:

@@ -28,6 +28,7 @@ from gptsmith.formats.hf import (
     GENERATION_FILE,
     WEIGHTS_FILE,
     config_to_hf,
+    save_preprocessor,
     token_ids,
     weights_to_hf,
 )
@@ -153,6 +154,7 @@ def write_directory(
     with atomic_directory(out) as directory, explain_full_disk(out):
         _write_json(directory / CONFIG_FILE, _configuration(model.config, tokenizer, dtype, source))
         _write_json(directory / GENERATION_FILE, _generation(tokenizer, source))
+        save_preprocessor(model.config, directory)
         _write_weights(directory, weights, shard_bytes)
         tokenizer.save(directory)
         if source is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, UsageError, first_few
-from gptsmith.formats import hf_config, hf_weights
+from gptsmith.formats import hf_config, hf_vision, hf_weights
 from gptsmith.formats.hf_weights import WeightMapping
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import bits_of, quantization_config, quantized_state
@@ -98,13 +98,17 @@ def config_to_hf(
         raise CheckpointError(f"the {config.model_type} layout supports no attention_scale but 1/sqrt(head_dim).")
     if config.scale_attn_by_inverse_layer_idx and config.model_type != "gpt2":
         raise CheckpointError(f"the {config.model_type} layout has no scale_attn_by_inverse_layer_idx.")
-    return {
+    ids = token_ids(bos_token_id, end_ids)
+    values = {
         **LAYOUTS[config.model_type].config_to_hf(config),
         "model_type": config.model_type,
         "tie_word_embeddings": config.tie_word_embeddings,
-        **token_ids(bos_token_id, end_ids),
+        **ids,
         "dtype": "float32",
     }
+    if config.vision is not None:
+        values = {**hf_vision.config_to_hf(config, values, ids), "dtype": "float32"}
+    return values
 
 
 def token_ids(bos_token_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -119,16 +123,23 @@ def token_ids(bos_token_id: int | None, end_ids: Sequence[int]) -> dict[str, Any
     }
 
 
-def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(
+    values: Mapping[str, Any], where: str, *, preprocessor: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """Return the model configuration for the contents of a `config.json`.
 
-    where: the file, for messages. Raises CheckpointError for an unknown `model_type`, a bad value, or a setting that
-    is not supported.
+    where: the file, for messages. preprocessor: the contents of preprocessor_config.json, for a model that reads
+    pictures. Raises CheckpointError for an unknown `model_type`, a bad value, or a setting that is not supported.
     """
     model_type = hf_config.model_type_of(values)
     try:
+        if model_type in hf_vision.MODEL_TYPES:
+            text = hf_vision.text_values(values)
+            if text["model_type"] in hf_vision.MODEL_TYPES:
+                raise CheckpointError(f"{where}: a text_config of model_type {text['model_type']!r}.")
+            return hf_vision.config_from_hf(values, config_from_hf(text, where), preprocessor or {})
         if model_type not in LAYOUTS:
-            supported = ", ".join(sorted(LAYOUTS))
+            supported = ", ".join(sorted([*LAYOUTS, *hf_vision.MODEL_TYPES]))
             raise CheckpointError(f"{where}: unknown model_type {model_type!r}. Supported: {supported}.")
         return LAYOUTS[model_type].config_from_hf(hf_config.settings(values, model_type))
     except CheckpointError as error:
@@ -146,7 +157,13 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Read the model configuration from a directory's `config.json`. Raise CheckpointError as `config_from_hf` does."""
-    return config_from_hf(read_config_file(directory), str(Path(directory) / CONFIG_FILE))
+    where = str(Path(directory) / CONFIG_FILE)
+    return config_from_hf(read_config_file(directory), where, preprocessor=read_preprocessor(directory))
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any]:
+    """Return how a model directory says that pictures are prepared; {} where it does not."""
+    return hf_vision.merged_preprocessor([read_json(path) for path in hf_vision.processor_files(directory)])
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -179,7 +196,16 @@ def weight_mappings(config: ModelConfig) -> list[WeightMapping]:
     mappings = LAYOUTS[config.model_type].weight_mappings(config)
     if not config.tie_word_embeddings:
         mappings.append(WeightMapping("lm_head.weight", (HEAD,)))
+    if config.vision is not None:
+        mappings += hf_vision.vision_mappings(config.vision)
     return mappings
+
+
+def module_name(config: ModelConfig, name: str) -> str:
+    """Return the name in transformers' class of a tensor or module that `weight_mappings` names."""
+    if config.vision is None:
+        return name
+    return hf_vision.module_name(name, config.vision, LAYOUTS[config.model_type].prefix)
 
 
 class _RenamedTensors(Mapping[str, Tensor]):
@@ -209,6 +235,8 @@ def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping
     """
     prefix = LAYOUTS[config.model_type].prefix
     names = {name: name for name in tensors}
+    if config.vision is not None:
+        names = {hf_vision.from_disk(name, config.vision, prefix): name for name in tensors}
     if not any(name.startswith(prefix) for name in names):
         names = {name if name == HEAD else prefix + name: name for name in names}
     embeddings = embeddings_name(config)
@@ -228,7 +256,7 @@ def embeddings_name(config: ModelConfig) -> str:
 
 
 def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
-    """Return the model's weights by their Hugging Face names, contiguous, on the CPU."""
+    """Return the model's weights by the names that they have on disk, contiguous, on the CPU."""
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     for mapping in weight_mappings(model.config):
@@ -237,6 +265,12 @@ def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
             result[name] = part.contiguous()
         if mapping.scale != 1:
             result[mapping.hf[0]] = result[mapping.hf[0]] / mapping.scale
+    vision = model.config.vision
+    if vision is not None:
+        prefix = LAYOUTS[model.config.model_type].prefix
+        result = {hf_vision.to_disk(name, vision, prefix): tensor for name, tensor in result.items()}
+        for name, (value, size) in hf_vision.constant_tensors(vision).items():
+            result[name] = torch.full((size,), value)
     return result
 
 
@@ -249,7 +283,7 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
     mappings = weight_mappings(model.config)
     expected = {name for mapping in mappings for name in mapping.hf}
     missing = sorted(expected - tensors.keys())
-    ignored = re.compile(LAYOUTS[model.config.model_type].ignored_tensors)
+    ignored = re.compile(_ignored_tensors(model.config))
     unexpected = sorted(name for name in tensors.keys() - expected if not ignored.fullmatch(name))
     if model.config.tie_word_embeddings and HEAD in unexpected:
         unexpected.remove(HEAD)  # some writers store a tied head twice
@@ -274,6 +308,11 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
                     target.copy_(source)
     if problems := describe_mismatch(missing, unexpected, wrong_shapes):
         raise CheckpointError(f"{where} does not fit its config.json; {problems}.")
+
+
+def _ignored_tensors(config: ModelConfig) -> str:
+    text = LAYOUTS[config.model_type].ignored_tensors
+    return text if config.vision is None else f"{text}|{hf_vision.ignored_tensors(config.vision)}"
 
 
 def describe_mismatch(missing: Sequence[str], unexpected: Sequence[str], wrong_shapes: Sequence[str]) -> str:
@@ -313,6 +352,7 @@ def save_model(
         config["quantization_config"] = quantization_config(bits)
     write_json(directory / CONFIG_FILE, config)
     save_generation_config(model, directory, bos_token_id=bos_token_id, end_ids=end_ids)
+    save_preprocessor(model.config, directory)
     with atomic_file(directory / WEIGHTS_FILE) as file:
         file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
 
@@ -325,6 +365,13 @@ def save_generation_config(
     ids = token_ids(bos_token_id, end_ids)
     generation = {**generation, **{key: id for key, id in ids.items() if id is not None or key not in generation}}
     write_json(Path(directory) / GENERATION_FILE, generation)
+
+
+def save_preprocessor(config: ModelConfig, directory: Path) -> None:
+    """Write how pictures are prepared into an existing directory, for a model that reads them."""
+    if config.vision is not None:
+        write_json(Path(directory) / hf_vision.PREPROCESSOR_FILE, hf_vision.preprocessor_to_hf(config.vision))
+        write_json(Path(directory) / hf_vision.PROCESSOR_FILE, hf_vision.processor_to_hf(config.vision))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -649,5 +649,5 @@ def _rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScal
 def _choice(value: Any, table: Mapping[Any, T], key: str) -> T:
     """Return what `value` maps to. Raise CheckpointError, naming `key`, if it is not supported."""
     if value not in table:
-        raise CheckpointError(f"config.json has {key}={value!r}; supported: {', '.join(table)}.")
+        raise CheckpointError(f"config.json has {key}={value!r}; supported: {', '.join(map(str, table))}.")
     return table[value]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf import HEAD, embeddings_name, read_json, weight_mappings
+from gptsmith.formats.hf import HEAD, embeddings_name, module_name, read_json, weight_mappings
 from gptsmith.model.lora import (
     AdaptedPart,
     Adapter,
@@ -51,7 +51,8 @@ def adapter_layout(model: Transformer) -> dict[str, list[AdaptedPart]]:
             rows = sizes or (columns_and_rows(model.get_submodule(module))[1],)
             first, parts = 0, []
             for i, (name, size) in enumerate(zip(mapping.hf, rows, strict=True)):
-                parts.append(AdaptedPart(name.removesuffix(".weight"), first, size, mapping.scale if i == 0 else 1.0))
+                hf_module = module_name(model.config, name.removesuffix(".weight"))
+                parts.append(AdaptedPart(hf_module, first, size, mapping.scale if i == 0 else 1.0))
                 first += size
             layout[module] = parts
     return layout
@@ -86,11 +87,12 @@ def save_adapter(model: Transformer, directory: Path, base: str) -> None:
             if value is not None:
                 key = key.removesuffix(".weight") if letter == "magnitude" else key
                 tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
-    whole = _whole_modules(model)
+    whole = {name: p for name, p in _whole_tensors(model).items() if p.requires_grad}
     for name, parameter in whole.items():
-        tensors[f"{_PREFIX}{name}.weight"] = parameter.detach().cpu().contiguous()
-    if whole and model.config.tie_word_embeddings:  # PEFT ties them again, but wants to read both
-        tensors[f"{_PREFIX}{HEAD}"] = next(iter(whole.values())).detach().cpu().clone()
+        tensors[f"{_PREFIX}{name}"] = parameter.detach().cpu().contiguous()
+    embeddings = whole.get(module_name(model.config, embeddings_name(model.config)))
+    if embeddings is not None and model.config.tie_word_embeddings:  # PEFT ties them again, but wants to read both
+        tensors[f"{_PREFIX}{HEAD}"] = embeddings.detach().cpu().clone()
     with atomic_file(Path(directory) / ADAPTER_CONFIG, "w") as file:
         json.dump(_config(model, parts, list(whole), base), file, indent=2)
         file.write("\n")
@@ -98,15 +100,15 @@ def save_adapter(model: Transformer, directory: Path, base: str) -> None:
         file.write(save(tensors, metadata={"format": "pt"}))
 
 
-def _whole_modules(model: Transformer) -> dict[str, Tensor]:
-    """Return the trained embeddings and output matrix, by the names of their Hugging Face modules."""
-    found: dict[str, Tensor] = {}
-    embeddings: Any = model.embed_tokens.weight
-    if isinstance(embeddings, Tensor) and embeddings.requires_grad:
-        found[embeddings_name(model.config).removesuffix(".weight")] = embeddings
-    head: Any = model.lm_head.weight
-    if isinstance(head, Tensor) and head.requires_grad and not model.config.tie_word_embeddings:
-        found[HEAD.removesuffix(".weight")] = head
+def _whole_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Return what can be trained whole beside an adapter, by the names in transformers' class: the embeddings, an
+    output matrix that is not tied to them, and the projector of a model that reads pictures."""
+    state = dict(model.named_parameters())
+    found = {}
+    for mapping in weight_mappings(model.config):
+        whole = mapping.local in ("embed_tokens.weight", "lm_head.weight") or mapping.local.startswith("projector.")
+        if whole and mapping.local in state:  # not quantized
+            found[module_name(model.config, mapping.hf[0])] = state[mapping.local]
     return found
 
 
@@ -120,6 +122,7 @@ def _config(model: Transformer, parts: Mapping[str, LoraPart], whole: list[str],
     everywhere = {part.name for each in adapter_layout(model).values() for part in each}
     leaves = sorted({part.part.leaf for part in parts.values()})
     is_all = {name for name in everywhere if name.rpartition(".")[2] in leaves} == set(parts)
+    is_all = is_all and model.config.vision is None  # a vision tower has layers of the same names
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,11 +137,17 @@ def _config(model: Transformer, parts: Mapping[str, LoraPart], whole: list[str],
         "target_modules": leaves if is_all else sorted(parts),
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
-        "modules_to_save": whole or None,
+        "modules_to_save": sorted({_saved_module(name) for name in whole}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
         "ensure_weight_tying": bool(whole) and model.config.tie_word_embeddings,
     }
+
+
+def _saved_module(name: str) -> str:
+    """Return the module that PEFT saves for a tensor: its own, or the whole projector."""
+    module = name.rpartition(".")[0]
+    return module.rpartition(".")[0] if "projector" in module else module
 
 
 def _alpha(part: LoraPart, *, rslora: bool) -> float:
@@ -234,9 +243,10 @@ def load_adapter(directory: Path, model: Transformer) -> None:
                         )
                     if value is not None:
                         target.copy_(value)
+        known = _whole_tensors(model)
         for name, value in stored.whole.items():
-            weight: Any = (model.lm_head if name == HEAD else model.embed_tokens).weight
-            if not isinstance(weight, Tensor) or weight.shape != value.shape:
+            weight = known.get(name)
+            if weight is None or weight.shape != value.shape:
                 raise CheckpointError(
                     f"the adapter in {directory} is for another model: its {name} is {list(value.shape)}."
                 )
@@ -340,14 +350,15 @@ def _assigned(
                 _StoredPart(part, scaling, A, B, None if length is None else length.float())
             )
     whole = {}
-    for name in (embeddings_name(model.config), HEAD):
+    embeddings = module_name(model.config, embeddings_name(model.config))
+    for name in dict.fromkeys([embeddings, HEAD, *_whole_tensors(model)]):
         for stored in (f"{_PREFIX}{name}", f"{_PREFIX}{name.replace('.weight', '.base_layer.weight')}"):
             if stored in tensors:
                 whole[name] = tensors[stored].float()
                 unused.discard(stored)
     if model.config.tie_word_embeddings and HEAD in whole:  # stored twice
         head = whole.pop(HEAD)
-        if not torch.equal(whole.setdefault(embeddings_name(model.config), head), head):
+        if not torch.equal(whole.setdefault(embeddings, head), head):
             raise CheckpointError(
                 f"the adapter in {where} has an output matrix that differs from its embeddings, which this model ties. "
                 "It cannot be used with this model."

@@ -32,6 +32,7 @@ from gptsmith.formats.hf import (
     named_tensors,
     read_config_file,
     read_generation_config,
+    read_preprocessor,
     weight_mappings,
 )
 from gptsmith.formats.hf_weights import WeightMapping
@@ -197,7 +198,7 @@ def open_model(path: Path) -> ModelSource:
     if path.is_file():
         return _open_gguf(path)
     values = read_config_file(path)
-    config = _checked_config(values, str(path / CONFIG_FILE))
+    config = _checked_config(values, str(path / CONFIG_FILE), read_preprocessor(path))
     if config.max_position_embeddings < values.get("max_position_embeddings", 0):
         note(
             f"note: {path} has other rotary positions for more than {config.max_position_embeddings:,} tokens. Its "
@@ -327,7 +328,9 @@ def _open_gguf(path: Path) -> ModelSource:
     )
 
 
-def _checked_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+def _checked_config(
+    values: Mapping[str, Any], where: str, preprocessor: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """Return the configuration. Raise CheckpointError for quantized weights of others and for implausible values."""
     quantized = values.get("quantization_config")
     if quantized and bits_of_config(quantized) is None:
@@ -336,7 +339,7 @@ def _checked_config(values: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: this quantization_config ({method or 'without a quant_method'}) is not supported. "
             "Use the model's full-precision weights, or a GGUF file of it."
         )
-    config = config_from_hf(values, where)
+    config = config_from_hf(values, where, preprocessor=preprocessor)
     for name, limit in _LIMITS.items():
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value > limit):

@@ -77,6 +77,84 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The eyes of a model: a vision transformer (`gptsmith.model.vision`), a projector, and how pictures are prepared.
+
+    The defaults are SigLIP's tower in LLaVA's layout.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    """Pixels per side of the square that every picture becomes."""
+    patch_size: int
+    """Pixels per side of a patch."""
+    activation: str = "gelu_tanh"
+    """Of the feed-forward layers, one of `ACTIVATIONS`."""
+    norm_eps: float = 1e-6
+    class_token: bool = False
+    """CLIP's tower: a token before the patches, a norm before the first block, and patches without a bias."""
+    drop_first: bool = False
+    """Leave out the tower's first output, which is that of the class token (`vision_feature_select_strategy`)."""
+    post_norm: bool = False
+    """Whether the output goes through a norm, as in Idefics3; LLaVA takes it before."""
+    pixel_shuffle: int = 1
+    """So many patches per side become one token."""
+    projector: Literal["mlp", "linear"] = "mlp"
+    projector_activation: str = "gelu_tanh"
+    projector_bias: bool = True
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    center_crop: bool = False
+    """Keep the proportions of a picture, and cut off what is outside the square in the middle. Otherwise stretch it."""
+    image_token: str = "<image>"
+    """What stands for a picture in a text."""
+    model_type: Literal["llava", "idefics3", "smolvlm"] = "llava"
+    """The Hugging Face layout of the whole."""
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Patches, and the class token."""
+        return self.grid**2 + self.class_token
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that a picture becomes."""
+        return (self.num_positions - self.drop_first) // self.pixel_shuffle**2
+
+    def __post_init__(self) -> None:
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
+        for name in (*names, "patch_size", "pixel_shuffle"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"vision.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.patch_size > self.image_size:
+            raise UsageError(f"a patch of {self.patch_size} pixels is larger than a picture of {self.image_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"vision.hidden_size ({self.hidden_size}) must be a multiple of vision.num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.grid % self.pixel_shuffle or (self.pixel_shuffle > 1 and (self.class_token or self.drop_first)):
+            raise UsageError(
+                f"{self.grid}×{self.grid} patches cannot be joined in squares of "
+                f"{self.pixel_shuffle}×{self.pixel_shuffle}."
+            )
+        for name in ("activation", "projector_activation"):
+            if getattr(self, name) not in ACTIVATIONS:
+                raise UsageError(f"unknown vision.{name} {getattr(self, name)!r}. Known: {', '.join(ACTIVATIONS)}.")
+        if any(not value > 0 for value in self.image_std):
+            raise UsageError(f"image_std must be above 0, not {self.image_std}.")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything in which one GPT differs from another.
 
@@ -134,6 +212,10 @@ class ModelConfig:
     """Weight of the load-balancing loss in training."""
     router_z_loss_coef: float = 0.0
     """Weight of the router z-loss in training."""
+    vision: VisionConfig | None = None
+    """The eyes of a model that reads pictures; None: it reads text alone."""
+    image_token_id: int | None = None
+    """The token in whose places pictures stand."""
 
     @property
     def gated_mlp(self) -> bool:
@@ -199,6 +281,10 @@ class ModelConfig:
                         f"rope scaling 'longrope' needs a {name} of {self.head_dim // 2} numbers, one per pair of a "
                         f"head, not {len(getattr(self.rope_scaling, name))}."
                     )
+        if (self.vision is None) is not (self.image_token_id is None):
+            raise UsageError("a model that reads pictures needs both vision and image_token_id.")
+        if self.image_token_id is not None and not 0 <= self.image_token_id < self.vocab_size:
+            raise UsageError(f"image_token_id ({self.image_token_id}) must be below vocab_size ({self.vocab_size}).")
         if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
             raise UsageError(f"rotary positions need an even head_dim (here {self.head_dim}) and a rope_theta.")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptsmith.model.config import ModelConfig
+from gptsmith.model.config import ModelConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,21 @@ def count_parameters(config: ModelConfig) -> Size:
     outside = table * (1 if c.tie_word_embeddings else 2)
     outside += c.max_position_embeddings * c.hidden_size * (c.position == "learned")
     outside += norm * c.hidden_size * (c.norm_position == "pre")
+    if c.vision is not None:
+        outside += vision_parameters(c.vision, c.hidden_size)
     layers = c.num_hidden_layers
     return Size(layers * layer_stored + outside, layers * layer_used + table)
+
+
+def vision_parameters(c: VisionConfig, hidden_size: int) -> int:
+    """Return the number of parameters of a vision tower and of the projector to a text model of `hidden_size`."""
+    width, norm = c.hidden_size, 2 * c.hidden_size
+    block = 4 * width * (width + 1) + 2 * norm + (width + 1) * c.intermediate_size + (c.intermediate_size + 1) * width
+    patches = 3 * c.patch_size**2 * width + width * (not c.class_token) + c.num_positions * width
+    tower = patches + (width + norm) * c.class_token + c.num_hidden_layers * block + norm * c.post_norm
+    bias = int(c.projector_bias)
+    projector = (width * c.pixel_shuffle**2 + bias) * hidden_size
+    return tower + projector + (hidden_size + bias) * hidden_size * (c.projector == "mlp")
 
 
 def attended(config: ModelConfig, layer: int, context: int) -> float:

@@ -28,6 +28,7 @@ from gptsmith.model.dropout import dropout
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.parameters import annotate, parameter_info
 from gptsmith.model.rope import extend_context, rope_tables
+from gptsmith.model.vision import Projector, VisionTower, replace_placeholders
 
 
 class RMSNorm(nn.Module):
@@ -220,6 +221,8 @@ class Transformer(nn.Module):
         annotate(self, "lm_head.weight", kind="head")
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        if config.vision is not None:  # a model that reads pictures
+            self.vision, self.projector = VisionTower(config.vision), Projector(config.vision, config.hidden_size)
         if config.position == "rope":
             self.rope_cos: Tensor
             self.rope_sin: Tensor
@@ -245,12 +248,15 @@ class Transformer(nn.Module):
             elif isinstance(module, MixtureOfExperts):
                 module.up_proj.normal_(0.0, std)
                 module.down_proj.normal_(0.0, residual_std)
+        if self.config.vision is not None:
+            self.vision.initialize(std)
 
     def forward(
         self,
         ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        pixels: Tensor | None = None,
         cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
@@ -260,6 +266,8 @@ class Transformer(nn.Module):
         """Return the logits (B, T, V) of the token after each of ids: (B, T) int64.
 
         inputs_embeds: (B, T, C), token embeddings in place of ids. Positions are added to them, too.
+        pixels: (N, 3, S, S), pictures in the order in which their image tokens stand in ids, row by row; of a model
+            that reads pictures. Raises ValueError where the number of image tokens does not fit.
         cache: keys and values of the tokens before these; it is extended. Without document_ids and weights.
         document_ids: (B, T) int; a document is a run of equal numbers. Tokens attend only within their own document,
             and learned positions start at 0 in each (rotary positions are relative: they need not). Padding, left or
@@ -275,6 +283,7 @@ class Transformer(nn.Module):
             self.hidden_states(
                 ids,
                 inputs_embeds=inputs_embeds,
+                pixels=pixels,
                 cache=cache,
                 document_ids=document_ids,
                 weights=weights,
@@ -289,6 +298,7 @@ class Transformer(nn.Module):
         ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        pixels: Tensor | None = None,
         cache: Cache | None = None,
         document_ids: Tensor | None = None,
         weights: list[Tensor] | None = None,
@@ -299,6 +309,10 @@ class Transformer(nn.Module):
         if (ids is None) == (inputs_embeds is None):
             raise ValueError("the model takes either token ids or inputs_embeds: exactly one of them.")
         x: Tensor = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        if pixels is not None:
+            if ids is None or self.config.image_token_id is None:
+                raise ValueError("pictures need token ids, and a model that reads pictures.")
+            x = replace_placeholders(x, ids, self.image_features(pixels), self.config.image_token_id)
         T = x.shape[1]
         if self.config.max_position_embeddings < T and cache is None:
             raise IndexError(f"{T} tokens are more than the context of {self.config.max_position_embeddings}")
@@ -328,6 +342,14 @@ class Transformer(nn.Module):
             cache.advance(T)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return what stands for the embeddings of pictures' tokens: (N, 3, S, S) -> (N, tokens, C).
+
+        pixels: as `gptsmith.data.image_processor.ImageProcessor` makes them. Of a model that reads pictures.
+        """
+        features: Tensor = self.projector(self.vision(pixels))
+        return features
 
     def extend_context(self, context: int, method: Literal["linear", "ntk", "yarn", "llama3"] | None = None) -> None:
         """Extend the context to `context` tokens without changing the weights; see `rope.extend_context`."""

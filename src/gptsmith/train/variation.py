@@ -9,6 +9,7 @@ import torch
 
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.formats.hf import config_from_hf, config_to_hf, weights_to_hf
+from gptsmith.formats.hf_vision import preprocessor_to_hf
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 
@@ -27,7 +28,8 @@ def check_saveable(model: Transformer) -> None:
     """
     config = model.config
     try:
-        read_back = config_from_hf(config_to_hf(config), "the model's configuration")
+        preprocessor = None if config.vision is None else preprocessor_to_hf(config.vision)
+        read_back = config_from_hf(config_to_hf(config), "the model's configuration", preprocessor=preprocessor)
         weights_to_hf(Transformer(config, initialize=False) if type(model) is not Transformer else model)
     except (GptsmithError, KeyError) as error:
         raise UsageError(f"this model cannot be saved: {error} Choose a model_type that has what it uses.") from None
