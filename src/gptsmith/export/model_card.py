@@ -40,11 +40,14 @@ class About:
 
 def model_card(about: About, config: ModelConfig, parameters: int, run: Run | None = None) -> str:
     """Return the text of README.md. run: the run that trained the model, if known."""
+    loader, loaded = ("AutoModelForCausalLM", "AutoTokenizer")
+    if config.vision is not None:
+        loader, loaded = ("AutoModelForImageTextToText", "AutoProcessor")
     front = {
         "license": about.license,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [*_TAGS, config.model_type],
+        "pipeline_tag": "text-generation" if config.vision is None else "image-text-to-text",
+        "tags": [*_TAGS, config.model_type if config.vision is None else config.vision.model_type],
     }
     matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())  # JSON is YAML
     sections = [
@@ -57,9 +60,9 @@ def model_card(about: About, config: ModelConfig, parameters: int, run: Run | No
     sections += [
         "## Use",
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("DIR")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n'
+        f"from transformers import {loader}, {loaded}\n\n"
+        f'model = {loader}.from_pretrained("DIR")\n'
+        f'{loaded.removeprefix("Auto").lower()} = {loaded}.from_pretrained("DIR")\n'
         "```",
         'or `gptsmith generate DIR --prompt "..."`, where DIR is this directory.',
         "## Limits",

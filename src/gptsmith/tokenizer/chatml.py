@@ -52,6 +52,39 @@ ROLES = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
 
 
+IMAGE_TOKEN = "<image>"
+WITH_PICTURES = """\
+{%- set pictures = namespace(messages=[]) %}\
+{%- for message in messages %}\
+{%- if message['content'] is string or not message['content'] %}\
+{%- set pictures.messages = pictures.messages + [message] %}\
+{%- else %}\
+{%- set parts = namespace(text='') %}\
+{%- for part in message['content'] %}\
+{%- if part['type'] in ('image', 'image_url') %}{%- set parts.text = parts.text + '<image>' %}\
+{%- else %}{%- set parts.text = parts.text + part['text'] %}{%- endif %}\
+{%- endfor %}\
+{%- set pictures.messages = pictures.messages + [dict(message, content=parts.text)] %}\
+{%- endif %}\
+{%- endfor %}\
+{%- set messages = pictures.messages %}"""
+"""What goes before a template that knows texts alone: contents in parts become texts with a token for each picture."""
+
+
+def with_image_token(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[int, ...]]:
+    """Return the tokenizer with the token that stands for a picture and a chat template that writes it, and the ids of
+    tokens that are new. A tokenizer without a template gets `with_chat_template`'s.
+    """
+    template = tokenizer.config().get("chat_template")
+    new: tuple[int, ...] = ()
+    if not isinstance(template, str) or not template.strip():
+        tokenizer, new = with_chat_template(tokenizer)
+        template = tokenizer.config()["chat_template"]
+    config = {"chat_template": WITH_PICTURES + template, "processor_class": "LlavaProcessor"}
+    tokenizer, more = with_special_tokens(tokenizer, (IMAGE_TOKEN,), config)
+    return tokenizer, new + more
+
+
 def with_chat_template(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[int, ...]]:
     """Return the tokenizer with a chat template and its special tokens, and the ids of tokens that are new.
 
