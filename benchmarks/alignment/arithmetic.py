@@ -2,7 +2,7 @@
 
     python benchmarks/alignment/arithmetic.py                # writes benchmarks/results/grpo_arithmetic.json
 
-A character-level model of 0.4 million parameters reads sums of numbers below 100, of which two in five are wrong, and
+A character-level model of 0.4 million parameters reads sums of numbers below 100, of which half are wrong, and
 writes answers like these. GRPO then samples answers; a right one is rewarded with 1. Problems that are measured occur
 neither in the text nor in the prompts. Each variant differs from the default in one choice. pass@k: the probability
 that one of k samples at temperature 1 is right, estimated without bias from 16 samples of each problem (Chen et al.
@@ -30,7 +30,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
 
 HELD_OUT = 400
-ERRORS = 0.4  # the share of wrong answers in the text
+ERRORS = 0.5  # the share of wrong answers in the text
 SAMPLES = 16
 MODEL = {"family": "qwen3", "num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -89,8 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretraining", type=int, default=1200, help="updates")
-    parser.add_argument("--steps", type=int, default=100, help="updates of GRPO")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=150, help="updates of GRPO")
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         problems = prepare(place)
-        for seed in range(options.seeds):
+        for seed in range(1, options.seeds + 1):  # 0 was for choosing rate and batch
             base = gptsmith.fit(
                 place / "text.txt",
                 out=place / f"base-{seed}",
@@ -122,11 +122,9 @@ def main() -> None:
                     reward=exact,
                     out=place / f"grpo-{seed}-{name}",
                     steps=options.steps,
-                    eval_every=20,
+                    eval_every=30,
                     eval_prompts=200,
-                    batch_size=64,
-                    minibatches=2,
-                    passes=2,
+                    batch_size=128,
                     answer_tokens=5,
                     stop=("\n",),
                     lora="off",
