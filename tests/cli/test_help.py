@@ -23,7 +23,7 @@ from gptsmith.cli.parser import Option, command_help, options_of, parse
 from tests.surface.test_surface import parser_of
 
 Cli = Callable[..., tuple[int, str, str]]
-WITH_SUBCOMMANDS = {"data": ["list", "get"], "tokenizer": ["train"]}
+WITH_SUBCOMMANDS = {"data": ["list", "get"], "tokenizer": ["train"], "launch": ["torchrun", "slurm", "sky", "k8s"]}
 HELPS = [[], *([name] for name in COMMANDS), *([name, sub] for name, subs in WITH_SUBCOMMANDS.items() for sub in subs)]
 
 

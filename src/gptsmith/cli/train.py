@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,25 @@ def main(arguments: list[str]) -> int:
     return train_or_resume(chosen, overrides, ["train", *arguments], began=BEGAN)
 
 
+_parsing_only: ContextVar[list[Any] | None] = ContextVar("_parsing_only", default=None)
+
+
+def parsed_only(command: str, arguments: list[str], processes: int) -> Any:
+    """Return the options of a training command as it parses and checks them itself, without starting the run.
+
+    processes: how many will share the run.
+    """
+    found: list[Any] = []
+    token = _parsing_only.set(found)
+    try:
+        importlib.import_module(f"gptsmith.cli.{command}").main(arguments)
+    finally:
+        _parsing_only.reset(token)
+    config: RunConfig = found[0].run
+    config.replace(processes=processes).check_processes()
+    return found[0]
+
+
 def _command_of(arguments: list[str]) -> str:
     """Return the command whose run `--resume` continues."""
     directory = option_value(arguments, "--resume")
@@ -71,6 +91,9 @@ def train_or_resume(
     """
     config: RunConfig = chosen.run
     config.check_processes()
+    if (parsed := _parsing_only.get()) is not None:
+        parsed.append(chosen)
+        return 0
     started = environment_world_size()
     if started is None and config.parallel.processes > 1:
         from gptsmith.distributed.launch import launch
