@@ -78,8 +78,10 @@ class Recorder(Callback):
 def test_callbacks_see_the_run_and_can_stop_it(text_file: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     run = gptsmith.fit(text_file, QUICK, out=tmp_path / "run", callbacks=[recorder])
-    expected = [("log", 1), ("log", 2), ("log", 3), ("save", 3), ("evaluation", 3), ("end", "interrupted")]
-    assert recorder.seen == expected
+    saved = recorder.seen.index(("save", 3))  # while the run goes on, so before or after the evaluation
+    assert recorder.seen.index(("log", 3)) < saved
+    del recorder.seen[saved]
+    assert recorder.seen == [("log", 1), ("log", 2), ("log", 3), ("evaluation", 3), ("end", "interrupted")]
     assert run.status == "interrupted"
     done = gptsmith.fit(resume=run)
     whole = gptsmith.fit(text_file, QUICK, out=tmp_path / "whole")

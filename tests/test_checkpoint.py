@@ -55,7 +55,7 @@ def test_only_the_documented_files_are_written(model: Transformer, tokenizer: To
     ]
 
 
-@pytest.mark.parametrize("fails_at", ["save_model", "save_file", "fsync_tree"])
+@pytest.mark.parametrize("fails_at", ["save_model", "write_tensors", "fsync_tree"])
 def test_a_failed_save_leaves_nothing_behind(
     fails_at: str, model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_failed_save_leaves_nothing_behind(
 
     where = {
         "save_model": "gptsmith.checkpoint.save_model",
-        "save_file": "safetensors.torch.save_file",
+        "write_tensors": "gptsmith.checkpoint.write_tensors",
         "fsync_tree": "gptsmith.storage.fsync_tree",
     }[fails_at]
     monkeypatch.setattr(where, full)

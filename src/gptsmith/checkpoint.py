@@ -6,6 +6,9 @@
         train/state.safetensors    optimizer state, random-number state
         manifest.json              size and sha256 of every file above
 
+Of a model that is spread over processes, the tensors are in several files, with an index; see
+`gptsmith.distributed.checkpoint`, which writes them.
+
 A checkpoint is complete or absent: it is written to a temporary directory, fsynced and renamed. One that is truncated
 or changed later no longer matches its manifest; it is reported, and the one before it is used.
 """
@@ -16,26 +19,36 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch  # imported before training, so that a run short of memory can still save
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, GptsmithError
-from gptsmith.formats.hf import CONFIG_FILE, WEIGHTS_FILE, save_generation_config, save_model
+from gptsmith.formats.hf import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    save_configs,
+    save_generation_config,
+    save_model,
+)
 from gptsmith.formats.hf_heads import save_classifier
 from gptsmith.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from gptsmith.formats.safetensors import INDEX_FILE, SafetensorsFiles
+from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.log import note
 from gptsmith.model.heads import SequenceClassifier
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import DEFAULT_SELECTION, best_evaluation, read_info, read_metrics, selection_of
-from gptsmith.storage import atomic_directory, remove_temporaries, sha256_file, write_text
+from gptsmith.storage import atomic_directory, atomic_file, remove_temporaries, sha256_file, write_text
 from gptsmith.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+STATE_FILE = "state.safetensors"
+STATE_INDEX = STATE_FILE + ".index.json"
 
 
 @dataclass(frozen=True)
@@ -53,40 +66,55 @@ def save_checkpoint(
     state: TrainState | None = None,
     *,
     base: str | None = None,
+    after_reading: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a model directory with its manifest, atomically. `directory` must not exist yet.
 
     state: written to `train/`. base: the model whose weights `model` has; its adapter alone is written then, as PEFT
-    does. Raises GptsmithError if the disk is full.
+    does. after_reading: called when the tensors of model and state have been read, long before all is on the disk.
+    Raises GptsmithError if the disk is full.
     """
     with atomic_directory(directory) as temporary:
-        with explain_full_disk(directory):
-            bos, ends = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.end_ids)
-            if isinstance(model, SequenceClassifier):
-                save_classifier(
-                    model,
-                    temporary,
-                    pad_token_id=_padding(tokenizer) if model.pad_id is None else model.pad_id,
-                    bos_token_id=bos,
-                    end_ids=ends,
-                    scale=model.scale,
-                )
-            elif base is None:
-                save_model(model, temporary, bos_token_id=bos, end_ids=ends)
-            else:
-                save_adapter(model, temporary, base)
-                save_generation_config(model, temporary, bos_token_id=bos, end_ids=ends)
-            if tokenizer is not None:
-                tokenizer.save(temporary)
-            if state is not None:
-                (temporary / "train").mkdir()
-                write_text(temporary / "train" / "state.json", json.dumps(state.values, indent=1) + "\n")
-                safetensors.torch.save_file(state.tensors, temporary / "train" / "state.safetensors")
+        bos, ends = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.end_ids)
+        if isinstance(model, SequenceClassifier):
+            save_classifier(
+                model,
+                temporary,
+                pad_token_id=_padding(tokenizer) if model.pad_id is None else model.pad_id,
+                bos_token_id=bos,
+                end_ids=ends,
+                scale=model.scale,
+            )
+        elif base is None:
+            save_model(model, temporary, bos_token_id=bos, end_ids=ends)
+        else:
+            save_adapter(model, temporary, base)
+            save_generation_config(model, temporary, bos_token_id=bos, end_ids=ends)
+        if state is not None:
+            (temporary / "train").mkdir()
+            with atomic_file(temporary / "train" / STATE_FILE) as file:
+                write_tensors(file, state.tensors)
+        after_reading()
+        if state is not None:
+            write_state_values(temporary, state.values)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
         }
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def write_companions(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Write the configurations of `model` and its tokenizer into an existing directory."""
+    save_configs(model, directory, bos_token_id=tokenizer.bos_id, end_ids=tokenizer.end_ids)
+    tokenizer.save(directory)
+
+
+def write_state_values(directory: Path, values: Mapping[str, Any]) -> None:
+    """Write the values of a `TrainState` into the train/ folder of a directory."""
+    write_text(directory / "train" / "state.json", json.dumps(values, indent=1) + "\n")
 
 
 def _padding(tokenizer: Tokenizer | None) -> int | None:
@@ -126,8 +154,8 @@ def verify(directory: Path) -> None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
-    adapter = ADAPTER_CONFIG in expected
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if adapter else (CONFIG_FILE, WEIGHTS_FILE):
+    weights = INDEX_FILE if INDEX_FILE in expected else WEIGHTS_FILE
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if ADAPTER_CONFIG in expected else (CONFIG_FILE, weights):
         if name not in expected:
             raise CheckpointError(f"{path} is damaged: it does not list {name}.")
     for name, (size, digest) in expected.items():
@@ -178,16 +206,32 @@ class CheckpointStore:
         self, step: int, model: Transformer | SequenceClassifier, tokenizer: Tokenizer, state: TrainState, *, keep: int
     ) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep` and the best."""
+        path = self.write(step, model, tokenizer, state)
+        self.rotate(keep)
+        return path
+
+    def write(
+        self,
+        step: int,
+        model: Transformer | SequenceClassifier,
+        tokenizer: Tokenizer,
+        state: TrainState,
+        after_reading: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Write the checkpoint of `step`, as `save_checkpoint` does, and return its directory."""
         path = self.path(step)
         if path.exists():  # left from before a resume from an earlier step
             shutil.rmtree(path)
-        save_checkpoint(path, model, tokenizer, state, base=self.base)
+        save_checkpoint(path, model, tokenizer, state, base=self.base, after_reading=after_reading)
+        return path
+
+    def rotate(self, keep: int) -> None:
+        """Delete all checkpoints but the last `keep` and the best, and update the links."""
         best = self.best_step()
         for old in self.steps()[: -max(1, keep)]:
             if old != best:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.update_links()
-        return path
 
     def update_links(self) -> None:
         """Update the links `best` and `last`. They are for the user; this package does not read them."""
@@ -230,15 +274,21 @@ class CheckpointStore:
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """Read a checkpoint's `train/` directory. Raise CheckpointError if it is missing or damaged."""
+    """Read the `train/` folder of a checkpoint: one file of tensors, or several of a model that processes share.
+
+    Raises CheckpointError if it is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(directory) / "train"
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return TrainState(values, load_file(folder / "state.safetensors"))
+        if (folder / STATE_INDEX).exists():
+            files = sorted(set(read_json(folder / STATE_INDEX)["weight_map"].values()))
+            return TrainState(values, dict(SafetensorsFiles([folder / str(name) for name in files], quantized=True)))
+        return TrainState(values, load_file(folder / STATE_FILE))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} cannot be resumed: {error.filename} is missing.") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}.") from None

@@ -54,12 +54,19 @@ class RewardError(GptsmithError):
     """A reward fails, or gives something that is no score. Names the reward and the sample."""
 
 
-class ProcessError(TrainingError):
-    """Another process of the run, number `rank`, has failed and told the user why."""
+class LostProcessError(TrainingError):
+    """A process of the run has ended without a message, or does not answer: the run can go on from its checkpoint."""
 
-    def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(rank, message, exit_code)
-        self.rank, self.message, self.exit_code = rank, message, exit_code
+
+class ProcessError(TrainingError):
+    """Another process of the run, number `rank`, has failed and told the user why.
+
+    lost: it has failed because it lost one itself; see `LostProcessError`.
+    """
+
+    def __init__(self, rank: int, message: str, exit_code: int, lost: bool = False) -> None:
+        super().__init__(rank, message, exit_code, lost)
+        self.rank, self.message, self.exit_code, self.lost = rank, message, exit_code, lost
 
     def __str__(self) -> str:
         return self.message

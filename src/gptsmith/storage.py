@@ -65,6 +65,7 @@ def atomic_file(path: Path, mode: str = "wb", **open_options: Any) -> Iterator[I
     """Open a temporary file for writing that replaces `path` when the block ends without an exception.
 
     Missing parent directories are created. On an exception the temporary is deleted and `path` is left as it was.
+    Within `atomic_directory` the file is synced with the whole directory.
     open_options: as for `open`; text is UTF-8 by default.
     Raises GptsmithError if the disk is full or `path` cannot be written.
     """
@@ -84,14 +85,21 @@ def atomic_file(path: Path, mode: str = "wb", **open_options: Any) -> Iterator[I
             with os.fdopen(fd, mode, **open_options) as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if not _is_unfinished(path.parent):
+                    os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
-        fsync_directory(path.parent)
+        if not _is_unfinished(path.parent):
+            fsync_directory(path.parent)
+
+
+def _is_unfinished(directory: Path) -> bool:
+    """Return whether a directory is a part of one that `atomic_directory` will sync and rename."""
+    return any(part.startswith(TEMPORARY_PREFIX) for part in directory.parts)
 
 
 def write_text(path: Path, text: str) -> None:

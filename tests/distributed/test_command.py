@@ -172,6 +172,51 @@ def test_torchrun(start: Start, text_file: Path, tmp_path: Path) -> None:
     assert "exitcode  : 2" in err
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_killed_processes_again(rank: int, start: Start, text_file: Path, tmp_path: Path) -> None:
+    """The same command goes on from the last checkpoint, and ends as the run that was never disturbed."""
+    command = ("-m", "gptsmith", "train", text_file, *TINY, "--steps", 60, "--eval-every", 60, "--save-every", 5)
+    run = tmp_path / "run"
+    process = start(*TORCHRUN, "--max-restarts", 3, *command, "--out", run)
+    wait_for((run / "checkpoints" / "step-00000010").exists, process)
+    process_of_rank(process, rank).kill()
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert f"resuming {run} at step " in err
+    assert out.count("best validation loss") == 1
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], "lost_process" in record, "error" in record) == ("finished", False, False)
+    process = start(*TORCHRUN, *command, "--out", tmp_path / "whole")
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert losses(run) == losses(tmp_path / "whole")
+    for name in ("model.safetensors", "train/state.safetensors"):
+        assert (run / "last" / name).read_bytes() == (tmp_path / "whole" / "last" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_would_fail_again_is_not_tried_again(start: Start, text_file: Path, tmp_path: Path) -> None:
+    """A run that diverges is not trained a second time. Without --out it is found by its launch."""
+    optim = ("--optim.lr", "1e38", "--optim.name", "adamw", "--optim.clip", 0, "--optim.warmup-steps", 0)
+    command = (*TORCHRUN, "--max-restarts", 1, "-m", "gptsmith", "train", text_file, *TINY, *optim)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert err.count("error: training diverged at step ") == 2  # by each start
+    assert "resuming" not in err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [text_file.stem]
+
+
 @pytest.mark.slow
 def test_the_second_ctrl_c_quits_at_once(start: Start, text_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

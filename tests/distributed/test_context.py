@@ -13,7 +13,7 @@ import torch
 
 from gptsmith.distributed import context
 from gptsmith.distributed.context import ALONE, DistributedContext, join_processes, seed_of_rank
-from gptsmith.errors import DataError, GptsmithError, ProcessError, UsageError
+from gptsmith.errors import DataError, GptsmithError, LostProcessError, ProcessError, UsageError
 from tests.distributed.processes import ends_of, results, run_processes, started
 
 pytestmark = [
@@ -183,7 +183,7 @@ def ends_or_hangs(how: str, timeout: float) -> None:
 def test_a_process_that_does_not_answer_is_named(how: str, message: str, tmp_path: Path) -> None:
     with started(2, tmp_path, ends_or_hangs, how, 2.0) as processes:
         (ended,) = ends_of(processes[:1], tmp_path)
-    assert type(ended.error) is GptsmithError
+    assert type(ended.error) is LostProcessError
     assert str(ended.error).startswith(message)
 
 

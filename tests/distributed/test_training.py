@@ -354,7 +354,7 @@ def save_fails(data: str, out: Path) -> None:
         raise GptsmithError(f"no space left on the disk that holds {self.directory}.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", full)
+        patch.setattr(CheckpointStore, "write", full)
         fit(data, CONFIG, out)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import to_dict
-from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.errors import CheckpointError, TrainingError, UsageError
 from gptsmith.log import JsonLines
 from gptsmith.run_directory import read_run
 from gptsmith.train import trainer
@@ -437,3 +437,70 @@ def test_without_a_working_compiler_training_goes_on(
     assert json.loads((tmp_path / "auto" / "run.json").read_text())["compile"] is False
     with pytest.raises(GptsmithError, match="--compile on failed: the compiler has no header"):
         start(str(text), config.replace(compile="on"), tmp_path / "on")
+
+
+# -- processes that TorchElastic has started again ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that torchrun has started a second time."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+SHORT = CONFIG.replace(steps=6, eval_every=3, save_every=3)
+
+
+def begun(text: Path, out: Path | None, monkeypatch: pytest.MonkeyPatch, **record: Any) -> Path:
+    """Return a run that torchrun started the first time, as one that was killed after step 3 leaves it."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RUN_ID", "launch-7")
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        run = start(str(text), SHORT, out).run
+    CheckpointStore(run.directory).delete_after(3)
+    run.update(status="running", **record)
+    return run.directory
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_same_command_goes_on_after_a_restart(
+    named: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run" if named else None
+    directory = begun(text, out, monkeypatch)
+    expected = trace(directory)
+    result = start(str(text), SHORT, out)
+    assert (result.outcome, result.run.directory.resolve()) == ("finished", directory.resolve())
+    assert trace(directory) == expected
+    assert start(str(text), SHORT, out).outcome == "finished"  # and a process was killed after that
+    assert resume(directory).outcome == "finished"
+
+
+def test_a_run_that_lost_a_process_goes_on_and_one_that_failed_does_not(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: None
+) -> None:
+    lost = begun(text, tmp_path / "lost", monkeypatch, lost_process=True, error="process 1 of 2 ended")
+    run = read_run(lost)
+    run.update(status="failed")
+    assert start(str(text), SHORT, lost).outcome == "finished"
+    assert not {"lost_process", "error"} & read_run(lost).info.keys()
+
+    run.update(status="diverged", error="training diverged at step 4.", lost_process=False)
+    for again in (lambda: start(str(text), SHORT, lost), lambda: resume(lost)):
+        with pytest.raises(TrainingError, match=r"^training diverged at step 4\.$"):
+            again()
+    run.update(status="interrupted")
+    assert resume(lost).outcome == "interrupted"
+    run.update(status="failed", launch="another")  # in an earlier launch, which this one is to continue
+    assert resume(lost).outcome == "finished"
+
+
+def test_a_restart_before_there_was_a_run(text: Path, tmp_path: Path, restarted: None) -> None:
+    out = tmp_path / "run"
+    (out / "tokenizer").mkdir(parents=True)
+    (out / "tokenizer" / "tokenizer.json").write_text("{")
+    (out / ".lock").touch()
+    assert start(str(text), SHORT, out).outcome == "finished"
+    assert read_run(out).info["launch"] == "launch-7"

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gptsmith.errors import GptsmithError, ProcessError, UsageError
+from gptsmith.errors import GptsmithError, LostProcessError, ProcessError, UsageError
 from gptsmith.log import quiet
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ class DistributedContext:
     def check_same(self, facts: Mapping[str, str]) -> None:
         """Raise UsageError unless all processes have the same facts. facts: what it is -> its value or fingerprint."""
 
+    def explained(self) -> contextlib.AbstractContextManager[None]:
+        """Within, errors of a connection to another process become a LostProcessError that names it."""
+        return contextlib.nullcontext()
+
     def fail(self, error: BaseException) -> bool:
         """Tell the other processes that this one fails. Return whether it is the first, which tells the user."""
         return True
@@ -107,6 +111,19 @@ ALONE = DistributedContext()
 def started_by_torchrun() -> bool:
     """Return whether the environment says which of several processes this is."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def restarts() -> int:
+    """Return how often TorchElastic has started this process again, after one of the run had ended: mostly 0."""
+    return _number("TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0
+
+
+def launch_name() -> str | None:
+    """Return a name of the torchrun that has started this process, which stays over restarts; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
+        return None
+    return f"{name} {os.getppid()}" if name in ("", "none") else name  # which is torchrun's default
 
 
 def environment_world_size() -> int | None:
@@ -123,7 +140,13 @@ def join_processes(timeout: float = 120.0) -> Iterator[DistributedContext]:
     the first that fails raises its error, the others ProcessError. All but the main one are quiet meanwhile.
     """
     if environment_world_size() in (None, 1):
-        yield ALONE
+        left = threading.Event()
+        if started_by_torchrun():
+            threading.Thread(target=_end_with, args=(os.getppid(), left), daemon=True).start()
+        try:
+            yield ALONE
+        finally:
+            left.set()
         return
     ranks = ProcessGroup(_number("RANK"), _number("WORLD_SIZE"), timeout)
     with contextlib.ExitStack() as stack:
@@ -184,8 +207,7 @@ class ProcessGroup(DistributedContext):
             else:
                 what = f"no answer within {self.timeout:.0f} s. Check that process 0 has started, and MASTER_ADDR"
             raise GptsmithError(f"process {self.rank} cannot connect to {host}:{port}: {what}.") from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefix = f"gptsmith/{attempt}/{self.joined}"
+        prefix = f"gptsmith/{restarts()}/{self.joined}"
         self.store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
         self.store.set(f"here/{self.rank}", f"{os.getpid()} {_machine()}")
         missing = list(range(self.world_size))
@@ -201,7 +223,7 @@ class ProcessGroup(DistributedContext):
         if torch.cuda.is_available():
             self.backend = "cpu:gloo,cuda:nccl"  # flags and objects are on the CPU, and go through gloo
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        with self._explained():
+        with self.explained():
             dist.init_process_group(
                 self.backend,
                 store=dist.PrefixStore(prefix + "/group", store),  # type: ignore[attr-defined]
@@ -216,18 +238,27 @@ class ProcessGroup(DistributedContext):
 
         if self.first_to_fail is not None and self.store is not None and self.hosts_store:
             time.sleep(1.0)
+        elif self.first_to_fail is None and self.store is not None:
+            self._leave_together()
         self.closed.set()
         if dist.is_initialized() and (self.first_to_fail is None or self.backend == "gloo"):  # NCCL may hang then
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def _leave_together(self) -> None:
+        """Keep the store until the others have left as well: they may still be reading that all have come so far."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", b"1")
+            everyone, end = [f"left/{rank}" for rank in range(self.world_size)], time.monotonic() + SILENT_SECONDS
+            while self.hosts_store and time.monotonic() < end and not self.store.check(everyone):
+                time.sleep(LONGEST_POLL)
 
     def _beat(self, parent: int) -> None:
         """Show the others that this process is alive. End it if the program that started it has ended."""
         count = 0
         while not self.closed.wait(BEAT_SECONDS):
             count += 1
-            if os.name != "nt" and os.getppid() != parent:
-                os._exit(1)  # saving is atomic: no checkpoint is lost
+            _end_without(parent)
             with contextlib.suppress(Exception):
                 self.store.set(f"beat/{self.rank}", str(count))
 
@@ -237,7 +268,7 @@ class ProcessGroup(DistributedContext):
         import torch
         import torch.distributed as dist
 
-        with self._explained(), torch.no_grad():
+        with self.explained(), torch.no_grad():
             for bucket in _buckets(tensors):
                 if len(bucket) == 1 and bucket[0].is_contiguous():
                     dist.all_reduce(bucket[0])
@@ -253,7 +284,7 @@ class ProcessGroup(DistributedContext):
         import torch.distributed as dist
 
         number = torch.tensor([int(flag)])
-        with self._explained():
+        with self.explained():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return bool(number)
 
@@ -262,7 +293,7 @@ class ProcessGroup(DistributedContext):
         import torch.distributed as dist
 
         values = [value]
-        with self._explained():  # as bytes: a value may be of any kind
+        with self.explained():  # as bytes: a value may be of any kind
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
@@ -270,7 +301,7 @@ class ProcessGroup(DistributedContext):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world_size
-        with self._explained():
+        with self.explained():
             dist.all_gather_object(values, value)
         return values
 
@@ -333,7 +364,12 @@ class ProcessGroup(DistributedContext):
         if self.first_to_fail is None:
             self.first_to_fail = True
             code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-            failure = {"rank": self.rank, "code": code, "message": str(error) or type(error).__name__}
+            failure = {
+                "rank": self.rank,
+                "code": code,
+                "message": str(error) or type(error).__name__,
+                "lost": isinstance(error, LostProcessError),
+            }
             if self.store is not None:
                 with contextlib.suppress(Exception):
                     first = self.store.compare_set("failure", "", json.dumps(failure))
@@ -343,7 +379,7 @@ class ProcessGroup(DistributedContext):
     def failure(self) -> ProcessError:
         """Return the error of the process that failed first."""
         first = json.loads(self.store.get("failure"))
-        return ProcessError(first["rank"], first["message"], first["code"])
+        return ProcessError(first["rank"], first["message"], first["code"], first["lost"])
 
     def _raise_failure(self) -> None:
         if self.store.check(["failure"]):
@@ -352,20 +388,20 @@ class ProcessGroup(DistributedContext):
     def _wait(self, key: str, rank: int) -> None:
         """Wait until process `rank` has set `key`, however long that takes while it is alive."""
         poll, silent, beat, last = 0.001, 0.0, b"", time.monotonic()
-        with self._explained():
+        with self.explained():
             while not self.store.check([key]):
                 self._raise_failure()
                 time.sleep(poll)
                 poll = min(LONGEST_POLL, 1.5 * poll)
                 if self._has_ended(rank) and not self.store.check([key]):
                     self._raise_failure()
-                    raise GptsmithError(self._missing([rank], "ended without a message"))
+                    raise LostProcessError(self._missing([rank], "ended without a message"))
                 now = time.monotonic()
                 silent, last = silent + min(now - last, 1.0), now  # at most a second: all may have been suspended
                 if (seen := self._beat_of(rank)) != beat:
                     silent, beat = 0.0, seen
                 elif silent > self.timeout:
-                    raise GptsmithError(self._missing([rank], f"gives no sign of life for {self.timeout:.0f} s"))
+                    raise LostProcessError(self._missing([rank], f"gives no sign of life for {self.timeout:.0f} s"))
 
     def _beat_of(self, rank: int) -> bytes:
         key = f"beat/{rank}"
@@ -377,7 +413,7 @@ class ProcessGroup(DistributedContext):
         return machine == _machine() and not _is_running(int(pid))
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Turn the errors of a broken or timed-out connection into one that names the process at fault."""
         import torch.distributed as dist
 
@@ -401,17 +437,17 @@ class ProcessGroup(DistributedContext):
                 if self.store.check(["failure"]):  # what a process says before it ends
                     return self.failure()
                 if ended:
-                    return GptsmithError(self._missing(ended, "ended without a message"))
+                    return LostProcessError(self._missing(ended, "ended without a message"))
                 time.sleep(LONGEST_POLL)
             silent = [rank for rank in others if self._beat_of(rank) == before[rank]]
             absent = [rank for rank in others if not self.store.check([f"failed/{self.turn}/{rank}"])]
         except RuntimeError:  # also the store is gone
-            return GptsmithError("process 0, or the program that started it, has ended.")
+            return LostProcessError("process 0, or the program that started it, has ended.")
         if silent:
-            return GptsmithError(self._missing(silent, "gives no sign of life"))
+            return LostProcessError(self._missing(silent, "gives no sign of life"))
         if absent and "timed out" in reason.lower():
-            return GptsmithError(self._missing(absent, f"did not answer within {self.timeout:.0f} s"))
-        return GptsmithError(f"the connection between the processes failed: {reason}")
+            return LostProcessError(self._missing(absent, f"did not answer within {self.timeout:.0f} s"))
+        return LostProcessError(f"the connection between the processes failed: {reason}")
 
     def _missing(self, ranks: Sequence[int], what: str) -> str:
         return (
@@ -439,6 +475,17 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         open_buckets.setdefault(kind, []).append(tensor)
         sizes[kind] = sizes.get(kind, 0) + size
     yield from (bucket for bucket in open_buckets.values() if bucket)
+
+
+def _end_without(parent: int) -> None:
+    """End this process if the program that started it has ended."""
+    if os.name != "nt" and os.getppid() != parent:
+        os._exit(1)  # saving is atomic: no checkpoint is lost
+
+
+def _end_with(parent: int, left: threading.Event) -> None:
+    while not left.wait(BEAT_SECONDS):
+        _end_without(parent)
 
 
 @functools.cache

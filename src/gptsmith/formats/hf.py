@@ -20,6 +20,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, UsageError, first_few
 from gptsmith.formats import hf_config, hf_vision, hf_weights
 from gptsmith.formats.hf_weights import WeightMapping
+from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import bits_of, quantization_config, quantized_state
 from gptsmith.model.transformer import Transformer
@@ -257,21 +258,54 @@ def embeddings_name(config: ModelConfig) -> str:
 
 def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
     """Return the model's weights by the names that they have on disk, contiguous, on the CPU."""
+    return {name: tensor.cpu().contiguous() for name, tensor in weight_views(model).items()}
+
+
+def weight_views(model: Transformer) -> Mapping[str, Tensor]:
+    """Return the model's weights by the names that they have on disk: views of its parameters, where they are.
+
+    A tensor that is stored with another scale is made on access.
+    """
     state = model.state_dict()
-    result: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
     for mapping in weight_mappings(model.config):
-        parts = _split(model, mapping, state[mapping.local].detach().cpu())
-        for name, part in zip(mapping.hf, parts, strict=True):
-            result[name] = part.contiguous()
+        views.update(zip(mapping.hf, _split(model, mapping, state[mapping.local].detach()), strict=True))
         if mapping.scale != 1:
-            result[mapping.hf[0]] = result[mapping.hf[0]] / mapping.scale
-    vision = model.config.vision
-    if vision is not None:
-        prefix = LAYOUTS[model.config.model_type].prefix
-        result = {hf_vision.to_disk(name, vision, prefix): tensor for name, tensor in result.items()}
-        for name, (value, size) in hf_vision.constant_tensors(vision).items():
-            result[name] = torch.full((size,), value)
-    return result
+            scales[mapping.hf[0]] = mapping.scale
+    scales = {name_on_disk(name, model.config): scale for name, scale in scales.items()}
+    views = {name_on_disk(name, model.config): view for name, view in views.items()}
+    return _ScaledTensors({**views, **constant_tensors(model.config)}, scales)
+
+
+def name_on_disk(name: str, config: ModelConfig) -> str:
+    """Return the name on disk of a tensor of `weight_mappings`."""
+    if config.vision is None:
+        return name
+    return hf_vision.to_disk(name, config.vision, LAYOUTS[config.model_type].prefix)
+
+
+def constant_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Return tensors that transformers wants to read and does not use, by their names on disk."""
+    found = {} if config.vision is None else hf_vision.constant_tensors(config.vision)
+    return {name: torch.full((size,), value) for name, (value, size) in found.items()}
+
+
+class _ScaledTensors(Mapping[str, Tensor]):
+    """Tensors by name, some of them divided by a number on access."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+        self._tensors, self._scales = tensors, scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor / self._scales[name] if name in self._scales else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -343,18 +377,22 @@ def save_model(
     bos_token_id, end_ids: the tokenizer's. The model's `generation_config` is kept. A quantized model is stored under
     this package's own tensor names, which `quantization_config` in its config.json announces.
     """
-    from safetensors.torch import save
+    save_configs(model, directory, bos_token_id=bos_token_id, end_ids=end_ids)
+    with atomic_file(Path(directory) / WEIGHTS_FILE) as file:
+        write_tensors(file, weight_views(model) if bits_of(model) is None else quantized_state(model))
 
-    directory = Path(directory)
+
+def save_configs(
+    model: Transformer, directory: Path, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
+) -> None:
+    """Write what `save_model` writes, but for the weights."""
     config = config_to_hf(model.config, bos_token_id=bos_token_id, end_ids=end_ids)
     bits = bits_of(model)
     if bits is not None:
         config["quantization_config"] = quantization_config(bits)
-    write_json(directory / CONFIG_FILE, config)
+    write_json(Path(directory) / CONFIG_FILE, config)
     save_generation_config(model, directory, bos_token_id=bos_token_id, end_ids=end_ids)
-    save_preprocessor(model.config, directory)
-    with atomic_file(directory / WEIGHTS_FILE) as file:
-        file.write(save(weights_to_hf(model) if bits is None else quantized_state(model), metadata={"format": "pt"}))
+    save_preprocessor(model.config, Path(directory))
 
 
 def save_generation_config(
@@ -382,20 +420,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def load_model_weights(model: Transformer, directory: Path) -> None:
-    """Read `model.safetensors` and `generation_config.json` of a directory into `model`.
+    """Read the weights and `generation_config.json` of a directory into `model`.
 
     Raise CheckpointError if the weights are missing or do not fit.
     """
-    from safetensors import SafetensorError, safe_open
+    from gptsmith.formats.safetensors import open_weights
 
-    path = Path(directory) / WEIGHTS_FILE
-    if not path.exists():
-        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            load_weights(model, {name: file.get_tensor(name) for name in file.keys()}, str(path))  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from None
+    load_weights(model, open_weights(Path(directory)), str(directory))
     model.generation_config = read_generation_config(directory)
 
 

@@ -19,9 +19,10 @@ from gptsmith.formats.hf import (
     config_to_hf,
     read_config_file,
     select_tensors,
-    weights_to_hf,
+    weight_views,
     write_json,
 )
+from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.formats.source import open_model
 from gptsmith.model.heads import HeadConfig, Problem, SequenceClassifier
 from gptsmith.storage import atomic_file
@@ -49,8 +50,6 @@ def save_classifier(
     scale: of a reward model, mean and standard deviation of its scores; see `reward_scale`.
     The output matrix of the language model is not saved.
     """
-    from safetensors.torch import save
-
     model, head = classifier.transformer, classifier.head
     config = config_to_hf(model.config, bos_token_id=bos_token_id, end_ids=end_ids)
     name = re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", config["architectures"][0])
@@ -68,11 +67,11 @@ def save_classifier(
         config["problem_type"] = head.problem
     if scale is not None:
         config[_REWARD] = dict(zip(("mean", "std"), scale, strict=True))
-    weights = {key: tensor for key, tensor in weights_to_hf(model).items() if key != HEAD}
-    weights[SCORE] = classifier.score.weight.detach().cpu().contiguous()
+    weights = {key: tensor for key, tensor in weight_views(model).items() if key != HEAD}
+    weights[SCORE] = classifier.score.weight.detach()
     write_json(Path(directory) / CONFIG_FILE, config)
     with atomic_file(Path(directory) / WEIGHTS_FILE) as file:
-        file.write(save(weights, metadata={"format": "pt"}))
+        write_tensors(file, weights)
 
 
 def load_classifier(directory: Path) -> tuple[SequenceClassifier, int | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import HEAD, embeddings_name, module_name, read_json, weight_mappings
+from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.model.lora import (
     AdaptedPart,
     Adapter,
@@ -75,8 +76,6 @@ def save_adapter(model: Transformer, directory: Path, base: str) -> None:
 
     base: the model that it belongs to, as PEFT and `base_of` find it.
     """
-    from safetensors.torch import save
-
     parts = lora_parts(model)
     if not parts:
         raise CheckpointError("the model has no adapter to save.")
@@ -86,18 +85,18 @@ def save_adapter(model: Transformer, directory: Path, base: str) -> None:
             value = getattr(part, letter)
             if value is not None:
                 key = key.removesuffix(".weight") if letter == "magnitude" else key
-                tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{_PREFIX}{name}.{key}"] = value.detach()
     whole = {name: p for name, p in _whole_tensors(model).items() if p.requires_grad}
     for name, parameter in whole.items():
-        tensors[f"{_PREFIX}{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}"] = parameter.detach()
     embeddings = whole.get(module_name(model.config, embeddings_name(model.config)))
     if embeddings is not None and model.config.tie_word_embeddings:  # PEFT ties them again, but wants to read both
-        tensors[f"{_PREFIX}{HEAD}"] = embeddings.detach().cpu().clone()
+        tensors[f"{_PREFIX}{HEAD}"] = embeddings.detach()
     with atomic_file(Path(directory) / ADAPTER_CONFIG, "w") as file:
         json.dump(_config(model, parts, list(whole), base), file, indent=2)
         file.write("\n")
     with atomic_file(Path(directory) / ADAPTER_WEIGHTS) as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+        write_tensors(file, tensors)
 
 
 def _whole_tensors(model: Transformer) -> dict[str, Tensor]:

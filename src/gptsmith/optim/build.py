@@ -35,9 +35,9 @@ class Optimizers:
             optimizer.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return every state tensor, on the CPU, under the name `parameter/key`."""
+        """Return every state tensor, as it is, under the name `parameter/key`."""
         return {
-            f"{self.names[p]}/{key}": value.detach().cpu().contiguous()
+            f"{self.names[p]}/{key}": value.detach()
             for optimizer in self.optimizers
             for p, state in _parameter_states(optimizer)
             for key, value in state.items()

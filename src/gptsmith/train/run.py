@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import shutil
+import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +27,12 @@ import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.config import from_dict, to_dict
 from gptsmith.data.sources import Spec
-from gptsmith.distributed.context import ALONE, DistributedContext
-from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError, first_few
+from gptsmith.distributed.context import ALONE, DistributedContext, launch_name, restarts
+from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, TrainingError, UsageError, first_few
 from gptsmith.log import JsonLines, note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.families import FAMILIES
-from gptsmith.run_directory import SCHEMA, Run, read_run
+from gptsmith.run_directory import SCHEMA, Run, find_runs, read_run
 from gptsmith.runtime import (
     ChosenPrecision,
     choose_device,
@@ -147,6 +149,8 @@ def start(
 ) -> RunResult:
     """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
 
+    Where TorchElastic has started the processes again, because one of them had ended, the run goes on instead.
+
     overrides: flat names of options set by the user, which a budget does not change (`gptsmith.train.budget.recipe`).
     began: when a budget of time started (`time.monotonic()`); now, by default.
     ranks: the processes that train; all call this function.
@@ -156,6 +160,8 @@ def start(
     if config.auto.budget is not None:
         Budget.parse(config.auto.budget)  # before any work is done for an invalid one
     _check_processes(config, ranks)
+    if restarts() and (directory := ranks.on_main(lambda: _run_of_this_launch(out))) is not None:
+        return resume(directory, on_end=on_end, extras=extras, ranks=ranks)
     objective_name, method = find_method(extras.objective or "pretrain")
     if config.init.init is not None:
         refuse_options_of_new_models(config)
@@ -182,6 +188,31 @@ def start(
         if out is None and ranks.is_main:
             _remove_empty(directory, directory.parent)
         raise
+
+
+def _run_of_this_launch(out: Path | None) -> Path | None:
+    """Return the run that processes of the same torchrun have begun, if they have come so far."""
+    if out is not None:
+        for name in ("tokenizer", ".lock"):  # what is there before run.json
+            if not (out / "run.json").exists() and (out / name).exists():
+                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        return out if (out / "run.json").exists() else None
+    begun = [run for run in find_runs("runs") if run.info.get("launch") == launch_name()]
+    return begun[-1].directory if begun else None
+
+
+def _ended_before_restart(run: Run) -> RunResult | None:
+    """Return how a run ended whose processes have been started again, if it did; raise what it failed with, if not for
+    the loss of a process: it would fail again."""
+    if not restarts() or run.info.get("launch") != launch_name() or run.status == "running":
+        return None
+    if run.status == "finished":  # and a process ended after that
+        return RunResult(run, "finished", 0)
+    if run.status == "interrupted":
+        return RunResult(run, "interrupted", signal.SIGTERM)
+    if not run.info.get("lost_process"):
+        raise TrainingError(str(run.info.get("error")))
+    return None
 
 
 def _remove_empty(*directories: Path) -> None:
@@ -252,6 +283,8 @@ def _start_in(
         "precision": precision,
         "machine": describe_machine(),
     }
+    if launch_name() is not None:
+        info["launch"] = launch_name()
     if extras.factory is not None:
         info["model_factory"] = reference_to(extras.factory)
     if plan is not None:
@@ -360,6 +393,8 @@ def resume(
     ranks: the processes that train, as many as before or not; all call this function.
     """
     run = read_run(directory)
+    if (ended := ranks.on_main(lambda: _ended_before_restart(run))) is not None:
+        return ended
     saved = run_config_of(run)
     if config is not None:
         _refuse_changes(saved, config)
@@ -403,7 +438,9 @@ def resume(
                 JsonLines(directory / name).truncate_after(step)
         note(summary(session, config, dataset))
         note(f"resuming {directory} at step {step} of {session.trainer.steps}")
-        run.info.pop("error", None)
+        for name in ("error", "lost_process", "launch"):
+            run.info.pop(name, None)
+        run.info.update({"launch": launch_name()} if launch_name() is not None else {})
         run.update(status="running", config=to_dict(config))
         return session.train(on_end)
 

@@ -14,7 +14,15 @@ import torch
 from gptsmith.checkpoint import CheckpointStore, load_train_state
 from gptsmith.config import to_dict
 from gptsmith.distributed.context import ALONE, DistributedContext
-from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError, UsageError
+from gptsmith.errors import (
+    CheckpointError,
+    DivergedError,
+    GptsmithError,
+    LostProcessError,
+    ProcessError,
+    TrainingError,
+    UsageError,
+)
 from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.formats.peft import load_adapter
 from gptsmith.log import note
@@ -188,6 +196,8 @@ class Session:
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             with contextlib.suppress(Exception):  # the disk or the memory may be full: what matters is the message
                 self._record(status=status, ended=now(), error=_first_line(error))
+                if isinstance(error, LostProcessError) or (isinstance(error, ProcessError) and error.lost):
+                    self._record(lost_process=True)  # so that it can go on if the processes are started again
                 if isinstance(error, TrainingError) and self.ranks.is_main:
                     on_end(self.run.directory)
             for callback in self.callbacks:

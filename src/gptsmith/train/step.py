@@ -54,6 +54,7 @@ class TrainingStep(Generic[B]):
         on any process, it becomes smaller, and the batch is computed again from its beginning with the same random
         numbers: the result is that of the same batch.
     on_shrink: called with the old and the new size then.
+    before_update: called before weights and optimizer states change: a checkpoint may still be reading them.
     ranks: the processes that share each batch. All are called with the same one and return the same result.
     """
 
@@ -68,11 +69,12 @@ class TrainingStep(Generic[B]):
         batch_size: int,
         clip: float,
         on_shrink: Callable[[int, int], None] = lambda before, after: None,
+        before_update: Callable[[], None] = lambda: None,
         ranks: DistributedContext = ALONE,
     ) -> None:
         self.models, self.objective, self.optimizers, self.precision = models, objective, optimizers, precision
         self.micro_batch_size, self.batch_size = micro_batch_size, batch_size
-        self.clip, self.on_shrink, self.ranks = clip, on_shrink, ranks
+        self.clip, self.on_shrink, self.before_update, self.ranks = clip, on_shrink, before_update, ranks
         self.device = models.device
         self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -207,6 +209,7 @@ class TrainingStep(Generic[B]):
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.optimizers.set_factor(lr_factor)
+        self.before_update()
         if self.scaler.is_enabled():
             for optimizer in self.optimizers.optimizers:
                 self.scaler.step(optimizer)

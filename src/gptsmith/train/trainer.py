@@ -3,6 +3,7 @@
 It owns schedules, logging, evaluation, saving, resuming and signals; `TrainingStep` makes the updates. The order within
 a step is fixed: update, log, save, evaluate. So no evaluation can cost a checkpoint, and what a step does is a function
 of the state that a checkpoint holds: stopping anywhere and resuming gives, bit for bit, the run that never stopped.
+A checkpoint is written while the next step computes (`Saver`).
 
 Where several processes share a run, each has a trainer, and all take the same course: what depends on a clock, a signal
 or a file is agreed. The main one alone writes files, calls callbacks and shows progress.
@@ -10,16 +11,18 @@ or a file is agreed. The main one alone writes files, calls callbacks and shows 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
-from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, TrainingError
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, LostProcessError, TrainingError
 from gptsmith.log import JsonLines
 from gptsmith.run_directory import Run, evaluation_at
 from gptsmith.runtime import out_of_memory, synchronize
@@ -29,6 +32,7 @@ from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig
 from gptsmith.train.display import Display
 from gptsmith.train.objectives.base import LossHistory, Sum
+from gptsmith.train.saver import Saver
 from gptsmith.train.signals import NOTICE
 from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
 from gptsmith.train.task_evaluation import TaskEvaluation
@@ -70,7 +74,11 @@ class Trainer:
         self._stop_requested, self._callback_stopped, self._said_stop = should_stop, False, False
         self.metrics = JsonLines(store.run_directory / "metrics.jsonl")
         training_step.on_shrink = self._announce_shrink
+        training_step.before_update = self._before_update
         self.device = training_step.device
+        self.saver = Saver(self.device)
+        self.saved_step = -1  # of the last checkpoint that this process has begun; the same on all
+        self.is_read = True  # whether all processes know that it has been read
 
         self.step, self.steps = 0, config.loop.steps
         self.tokens_seen = 0.0
@@ -89,9 +97,12 @@ class Trainer:
         Raises DivergedError if the loss diverges, TrainingError if memory runs out or a checkpoint cannot be saved.
         """
         try:
-            return self._run()
+            with self._finishing():
+                return self._run()
         except OutOfMemoryError as error:
             raise TrainingError(self.out_of_memory_message(error)) from error
+        except LostProcessError as error:
+            raise LostProcessError(self._stopped(error)) from error
         except TrainingError:
             raise
         except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be repeated
@@ -100,10 +111,13 @@ class Trainer:
             reason = _first_line(str(error))
             raise TrainingError(self._out_of_memory(f"smaller micro-batches do not help here ({reason})")) from error
         except GptsmithError as error:  # a full disk, mostly
-            steps = self.store.steps()
-            kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
-            resume = f" Resume with: gptsmith train --resume {self.store.run_directory}"
-            raise TrainingError(f"stopped at step {self.step}: {error}{kept}{resume}") from error
+            raise TrainingError(self._stopped(error)) from error
+
+    def _stopped(self, error: GptsmithError) -> str:
+        steps = self.store.steps()
+        kept = f" The checkpoint of step {steps[-1]} is intact." if steps else ""
+        resume = f" Resume with: gptsmith train --resume {self.store.run_directory}"
+        return f"stopped at step {self.step}: {error}{kept}{resume}"
 
     def _run(self) -> Outcome:
         self.model.train()
@@ -112,8 +126,10 @@ class Trainer:
         self._evaluate_if_due()  # a run killed between saving and evaluating does that first
         self._measure_tasks_if_due()
         while self.step < self.steps:
+            self._note_saved()
             if self._stop_agreed():
                 self._save()
+                self._finish_save()
                 return "interrupted"
             factor = self._lr_factor()
             if not self.update(factor):
@@ -125,7 +141,22 @@ class Trainer:
                 self._save()
             self._evaluate_if_due()
             self._measure_tasks_if_due()
+        self._finish_save()
         return "interrupted" if self._stop_agreed() else "finished"
+
+    @contextlib.contextmanager
+    def _finishing(self) -> Iterator[None]:
+        """On an error in the block, let the checkpoint that is being written become complete first."""
+        try:
+            yield
+        except BaseException:
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        """Finish this process's writing; an error of its own is of no interest then."""
+        with contextlib.suppress(Exception):
+            self._complete_save()
 
     def should_stop(self) -> bool:
         return self._callback_stopped or self._stop_requested()
@@ -211,6 +242,7 @@ class Trainer:
         )
 
     def _kept(self) -> str:
+        self._settle()
         steps = self.store.steps()
         return f" The checkpoint {self.store.path(steps[-1])} is intact." if steps else " There is no checkpoint yet."
 
@@ -223,6 +255,7 @@ class Trainer:
             return
         if self.ranks.is_main:
             self.metrics.append(step=self.step, time=round(self.elapsed(), 3), loss=loss, grad_norm=norm)
+        self._settle()
         steps = self.store.steps()
         kept = (
             f"The last good checkpoint is {self.store.path(steps[-1])}."
@@ -389,8 +422,10 @@ class Trainer:
         return by_steps or self._evaluation_due() or self._tasks_due() or late
 
     def _save(self) -> None:
-        if self.ranks.on_main(lambda: self.step in self.store.steps()):
+        """Begin to write a checkpoint, unless there is one of this step."""
+        if self.saved_step == self.step or self.ranks.on_main(lambda: self.step in self.store.steps()):
             return
+        self._finish_save()
         self._wait()
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             self._check(math.nan, math.nan)
@@ -413,19 +448,43 @@ class Trainer:
             "scaler": self.training_step.scaler.state_dict(),
         }
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
-        tensors |= {f"objective/{name}": tensor.detach().cpu() for name, tensor in objective.tensors.items()}
+        for name, tensor in objective.tensors.items():  # an update changes parameters, the next batch anything else
+            tensors[f"objective/{name}"] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
         tensors |= self.training_step.random_state()
         if self.objective.restores_policy:
-            tensors |= {f"models/{self.optimizers.names[p]}": p.detach().cpu() for p in self.training_step.parameters}
+            tensors |= {f"models/{self.optimizers.names[p]}": p.detach() for p in self.training_step.parameters}
+        state = TrainState(json.loads(json.dumps(values)), tensors)  # lists and dictionaries go on changing
+        step = self.step
 
-        def write() -> None:
-            state, keep = TrainState(values, tensors), self.config.loop.keep_checkpoints
+        def begin() -> None:
             model = self.objective.saved(self.models)
-            path = self.store.save(self.step, model, self.tokenizer, state, keep=keep)
-            self._call("on_save", self.step, path)
+            self.saver.start(step, lambda read: self.store.write(step, model, self.tokenizer, state, read))
 
-        self.ranks.on_main(write)
+        self.ranks.on_main(begin)
+        self.saved_step, self.is_read = step, False
         self.last_save, self.save_seconds = time.monotonic(), SAVE_SECONDS
+
+    def _before_update(self) -> None:
+        """Wait until the checkpoint that is being written has been read, on all processes."""
+        if not self.is_read:
+            self.ranks.on_main(self.saver.wait_until_read)
+            self.is_read = True
+
+    def _note_saved(self) -> None:
+        """Do what follows a checkpoint, if one has become complete."""
+        if self.saver.done:
+            self._complete_save()
+
+    def _finish_save(self) -> None:
+        """Wait until the checkpoint that is being written is complete, on all processes."""
+        self.ranks.on_main(self._complete_save)
+        self.is_read = True
+
+    def _complete_save(self) -> None:
+        step, path = self.saver.step, self.saver.finish()
+        if path is not None:
+            self.store.rotate(self.config.loop.keep_checkpoints)
+            self._call("on_save", step, path)
 
     def restore(self, state: TrainState) -> None:
         """Continue from a checkpoint's state (the policy's weights are loaded already)."""

@@ -1,0 +1,85 @@
+"""Saving beside training: a thread writes the checkpoint while the next step computes.
+
+    read     weights and optimizer state go into files from where training has them: no copy of them is made
+    update   the next update of the weights waits for the end of that, and for nothing else
+    finish   checksums, fsync and the renaming go on beside the steps that follow
+
+Until the update comes nothing changes what is read, so what is saved is the state after the step, to the bit. Beside
+the model there is at most one tensor in memory: one that has to be laid out in another order, or comes from a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Write = Callable[[Callable[[], None]], Path]
+"""Writes a checkpoint and returns its directory; calls its argument as soon as it has read all of the state."""
+
+
+class Saver:
+    """Writes one checkpoint at a time, in a thread. Its errors are raised where one waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.step: int | None = None
+        """The step whose checkpoint is being written, until `finish`."""
+        self.stalled = 0.0
+        """Seconds that training has waited for a checkpoint to be read, over the whole run."""
+        self._thread: threading.Thread | None = None
+        self._read = threading.Event()
+        self._result: Path | None = None
+        self._error: BaseException | None = None
+
+    def start(self, step: int, write: Write) -> None:
+        """Begin to write the checkpoint of `step`. The one before must be finished."""
+        assert self._thread is None, "the checkpoint before is not finished"
+        self.step, self._result, self._error = step, None, None
+        self._read.clear()
+        ready = None
+        if self.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        self._thread = threading.Thread(target=self._run, args=(write, ready), name=f"save-{step}")
+        self._thread.start()
+
+    def _run(self, write: Write, ready: torch.cuda.Event | None) -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                if ready is not None:  # read beside the kernels of the next step, after those of the last
+                    stream = torch.cuda.Stream(self.device)
+                    stream.wait_event(ready)
+                    stack.enter_context(torch.cuda.stream(stream))
+                self._result = write(self._read.set)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._read.set()
+
+    def wait_until_read(self) -> None:
+        """Wait until the weights and optimizer states may change. Raises the error of a failed write."""
+        began = time.perf_counter()
+        self._read.wait()
+        self.stalled += time.perf_counter() - began
+        if self._error is not None:
+            self.finish()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a checkpoint to `finish` without waiting."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint, and return its directory; None if none is being written. Raises its error."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, self.step = None, None
+        if self._error is not None:
+            raise self._error
+        return self._result
