@@ -131,7 +131,6 @@ def test_what_is_wrong_is_said_before_processes_start(run_cli: RunCli, text_file
 
     train = ("train", text_file, "--out", tmp_path / "run", *TINY)
     assert "3 processes cannot share batches of 4" in message(*train, "--processes", 3)
-    assert "--budget 5m with 2 processes" in message(*train, "--processes", 2, "--budget", "5m")
     assert "--processes must be at least 1" in message(*train, "--processes", 0)
     assert "--process-timeout must be above 0" in message(*train, "--process-timeout", 0)
     for command in ("plan", "find-lr", "scale"):

@@ -21,9 +21,11 @@ from gptsmith.errors import DataError, DivergedError, GptsmithError, ProcessErro
 from gptsmith.log import JsonLines
 from gptsmith.model import loss as loss_module
 from gptsmith.run_directory import read_run
+from gptsmith.train.budget.deadline import Deadline
 from gptsmith.train.config import RunConfig
 from gptsmith.train.objectives.base import LossOutput, Models, Sum
 from gptsmith.train.objectives.pretrain import NextToken
+from gptsmith.train.session import Session
 from gptsmith.train.step import TrainingStep
 from gptsmith.train.trainer import Trainer
 from tests.distributed.processes import results, run_processes
@@ -406,12 +408,40 @@ def test_memory_that_runs_out_on_one_process(text: Path, tmp_path: Path) -> None
 # -- what cannot be shared ---------------------------------------------------------------------------------------------
 
 
+def fit_in_time(data: str, out: Path) -> list[int]:
+    """Train for two seconds, by a clock that runs faster on the second process; return the planned numbers of steps."""
+    plan, plans = Deadline.plan, []
+
+    def hurried(self: Deadline, step: int, steps: int, update: float, elapsed: float, every: int) -> int:
+        return plan(self, step, steps, update, elapsed * (1 + 3 * int(os.environ["RANK"])), every)
+
+    def noted(self: Trainer) -> None:
+        replan(self)
+        plans.append(self.steps)
+
+    replan = Trainer._plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Deadline, "plan", hurried)
+        patch.setattr(Trainer, "_plan", noted)
+        deadline = Deadline(2.0, before=0.0, eval_seconds=0.05, teardown_seconds=0.05)
+        patch.setattr(Session, "_deadline", lambda self, began: deadline)
+        gptsmith.fit(data, CONFIG.replace(steps=2000, eval_every=50, save_every=50), out=out)
+    return plans
+
+
+def test_a_budget_of_time_is_planned_by_one_clock(text: Path, tmp_path: Path) -> None:
+    first, second = results(run_processes(2, tmp_path, fit_in_time, str(text), tmp_path / "run"))
+    assert first == second
+    assert len(set(first)) > 1
+    run = read_run(tmp_path / "run")
+    assert (run.status, rows(tmp_path / "run", "step")[-1]) == ("finished", [first[-1]])
+
+
 def test_what_processes_cannot_share(tmp_path: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="2 processes cannot share batches of 7: set a --batch-size"):
         CONFIG.replace(processes=2, batch_size=7).check_processes()
-    with pytest.raises(UsageError, match="--budget 5m with 2 processes: a budget of time is for one process"):
-        CONFIG.replace(processes=2, budget="5m").check_processes()
-    CONFIG.replace(processes=2, budget="1Mtok").check_processes()
+    for budget in ("5m", "1Mtok"):
+        CONFIG.replace(processes=2, budget=budget).check_processes()
     with pytest.raises(UsageError, match="processes=2, but 1 are here"):
         gptsmith.fit(str(text), CONFIG, processes=2, out=tmp_path / "run")
     with pytest.raises(UsageError, match="--processes must be at least 1"):

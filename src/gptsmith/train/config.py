@@ -20,7 +20,6 @@ from gptsmith.model.families import FAMILIES
 from gptsmith.optim.schedule import Schedule, learning_rate_factor
 from gptsmith.run_directory import PREFIXES
 from gptsmith.runtime import Precision
-from gptsmith.train.budget.parse import Budget
 
 INIT_LR_FACTOR = 0.1  # peak learning rates with --init, relative to training from new weights
 
@@ -789,11 +788,6 @@ class RunConfig:
             raise UsageError(
                 f"{processes} processes cannot share batches of {batch_size}: set a --batch-size that is a multiple of "
                 f"{processes}, or other --processes."
-            )
-        if self.auto.budget is not None and Budget.parse(self.auto.budget).kind == "seconds":
-            raise UsageError(
-                f"--budget {self.auto.budget} with {processes} processes: a budget of time is for one process. Give a "
-                "budget of tokens or FLOP, or --steps; or leave out --processes."
             )
 
     def flat(self) -> dict[str, Any]:

@@ -257,8 +257,20 @@ def _start_in(
     if config.auto.budget is not None or config.auto.depth is not None:
         if dataset is None:
             raise UsageError("a budget or a depth needs a text, whose length its rules depend on. Set --steps instead.")
-        plan = planned(
-            config, overrides, method, dataset, tokenizer, init, device, precision, spent=time.monotonic() - began
+        text, taken = dataset, config  # for the closure
+        plan = ranks.on_main(
+            lambda: planned(
+                taken,
+                overrides,
+                method,
+                text,
+                tokenizer,
+                init,
+                device,
+                precision,
+                spent=time.monotonic() - began,
+                processes=ranks.world_size,
+            )
         )
         config = plan.config
         for reason in plan.reasons:
@@ -318,14 +330,21 @@ def planned(
     precision: ChosenPrecision,
     *,
     spent: float,
+    processes: int = 1,
 ) -> Plan:
-    """Return the plan of a run within a budget, or of a depth. spent: seconds of the budget that have passed."""
+    """Return the plan of a run within a budget, or of a depth. spent: seconds of the budget that have passed.
+
+    processes: how many will share each batch; their speed is taken to be so many times this one's.
+    """
     size = dataset.record()
     text = TextSize(size["train_tokens"], size["val_tokens"], tokenizer.vocab_size, init.config if init else None)
     if tuning.has_rules(config):
         least = 0 if {*overrides} & {"batch_size", "micro_batch_size"} else tuning.LEAST_UPDATES
         text = replace(text, most_passes=tuning.MOST_PASSES, least_updates=least)
     machine = this_machine(device, precision, config.loop.compile)
+    if processes > 1:
+        alone = machine.seconds_per_update
+        machine = replace(machine, seconds_per_update=lambda *arguments: alone(*arguments) / processes)
     # Of a method with rules of its own (`settle`), a budget chooses the steps alone.
     fixed = overrides if method.settle is as_configured else settled(config)
     return choose(config, fixed, text, machine, spent=spent)

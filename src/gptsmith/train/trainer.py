@@ -276,7 +276,8 @@ class Trainer:
         """
         if self.deadline is None or self.step == self.steps:
             return
-        self.steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), self.eval_every)
+        steps = self.deadline.plan(self.step, self.steps, self.update_seconds, self.elapsed(), self.eval_every)
+        self.steps = self.ranks.broadcast(steps)  # clocks differ
         self.display.steps = self.steps
 
     @property
