@@ -88,10 +88,10 @@ def train(options: argparse.Namespace, mode: str, place: Path) -> dict[str, floa
     def due(self: Trainer) -> bool:
         return self.step < self.steps and save_due(self)  # not the last, which nothing comes after
 
-    def update(self: Trainer, factor: float) -> bool:
+    def update(self: Trainer, lr_factor: float) -> bool:
         if self.step == 2:  # buffers are there
             found["began"], found["warm"] = time.perf_counter(), True
-        ok = updates(self, factor)
+        ok = updates(self, lr_factor)
         found["ended"], found["trainer"] = time.perf_counter(), self
         return ok
 

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from gptsmith import checkpoint
 from gptsmith.checkpoint import CheckpointStore, TrainState, save_checkpoint, verify
 from gptsmith.errors import TrainingError
-from gptsmith.formats import hf
+from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.optim.build import Optimizers
 from gptsmith.run_directory import read_run
 from gptsmith.tokenizer import train_char
@@ -99,12 +98,13 @@ def test_a_slow_writer_saves_the_same_bytes(
     config: RunConfig, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every tensor is written with a pause, in which training goes on as far as it can; or saving is waited for."""
-    written = hf.write_tensors
+    written = write_tensors
     overlapped: list[bool] = []
 
     def slowly(file: Any, tensors: Any) -> None:
         began = updates[0]
-        written(file, {name: _Slow(tensor) for name, tensor in tensors.items()})
+        slow: dict[str, Any] = {name: _Slow(tensor) for name, tensor in tensors.items()}
+        written(file, slow)
         overlapped.append(updates[0] > began)
 
     updates, step = [0], Optimizers.step
@@ -122,8 +122,8 @@ def test_a_slow_writer_saves_the_same_bytes(
         return update(self, factor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "write_tensors", slowly)
-        patch.setattr(checkpoint, "write_tensors", slowly)
+        patch.setattr("gptsmith.formats.hf.write_tensors", slowly)
+        patch.setattr("gptsmith.checkpoint.write_tensors", slowly)
         patch.setattr(Optimizers, "step", counted)
         patch.setattr(Trainer, "update", watched)
         start(str(text), config, tmp_path / "slow")
