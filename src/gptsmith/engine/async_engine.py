@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from gptsmith.engine.engine import Engine, EngineStats
 from gptsmith.engine.lifecycle import as_error
+from gptsmith.engine.prompt import Prompt
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.errors import GptsmithError
@@ -40,7 +41,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="gptsmith-engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: Items[int], params: SamplingParams) -> AsyncIterator[Event]:
+    async def stream(self, prompt: Items[int] | Prompt, params: SamplingParams) -> AsyncIterator[Event]:
         """Continue a prompt; yield its events as they come. Leaving the loop cancels the request.
 
         Raise UsageError for a prompt that cannot be served, GptsmithError if the engine has been closed.
@@ -63,7 +64,7 @@ class AsyncEngine:
         finally:
             handle.cancel()
 
-    async def generate(self, prompt: Items[int], params: SamplingParams) -> Result:
+    async def generate(self, prompt: Items[int] | Prompt, params: SamplingParams) -> Result:
         """Continue a prompt. Raise as `stream` does; a later failure is the result's `error`."""
         stream = self.stream(prompt, params)
         try:
@@ -74,7 +75,7 @@ class AsyncEngine:
             await stream.aclose()  # type: ignore[attr-defined]
         raise GptsmithError("the engine ended a request without a result.")  # pragma: no cover
 
-    def submit(self, prompt: Items[int], params: SamplingParams, callback: Callback) -> RequestHandle:
+    def submit(self, prompt: Items[int] | Prompt, params: SamplingParams, callback: Callback) -> RequestHandle:
         """Continue a prompt; call `callback(event)` in the engine's thread, where it must be quick and not raise. The
         last call has an event with a result, or an exception if the request cannot be served."""
         handle = RequestHandle(self)

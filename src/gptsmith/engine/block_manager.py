@@ -13,6 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 
+from gptsmith.engine.prompt import overlapping
 from gptsmith.engine.sequence import Sequence
 
 NO_BLOCK = -1  # table entry of a block that fell behind the window and was released
@@ -239,11 +240,15 @@ class BlockManager:
         return own
 
     def _prefix_hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Return the hashes of the first `count` blocks: of their tokens, all tokens before, and the adapter (salt)."""
+        """Return the hashes of the first `count` blocks: of their tokens and pictures, of all before, and of the
+        adapter (salt). All pictures have the same tokens, so the key and the place of a picture are hashed, too."""
         hashes, Z = sequence.block_hashes, self.block_size
         while len(hashes) < count:
             previous = hashes[-1] if hashes else sequence.salt
             begin = sequence.start + len(hashes) * Z
-            tokens = array("q", sequence.tokens[begin : begin + Z])
-            hashes.append(hashlib.blake2b(previous + tokens.tobytes(), digest_size=16).digest())
+            digest = hashlib.blake2b(previous, digest_size=16)
+            digest.update(array("q", sequence.tokens[begin : begin + Z]).tobytes())
+            for image, _, _ in overlapping(sequence.request.images, begin, begin + Z):
+                digest.update(image.key + array("q", [image.start - begin, image.tokens]).tobytes())
+            hashes.append(digest.digest())
         return hashes[:count]

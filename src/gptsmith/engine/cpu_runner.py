@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gptsmith.engine.image_features import place
 from gptsmith.engine.runner import Runner
 from gptsmith.kernels.threads import announce_compiling, kernels_available, run_in_threads
 from gptsmith.model.cache import Chunk, PagedCache
@@ -65,9 +66,11 @@ class CpuRunner(Runner):
         self._arrays: tuple[np.ndarray, ...] = ()
         self._arrays_for = (0, 0)  # tokens, threads
 
-    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
+    def _logits(
+        self, ids: list[int], chunks: list[Chunk], rows: list[int], features: list[tuple[int, Tensor]]
+    ) -> Tensor:
         if len(ids) > self.max_tokens:
-            return super()._logits(ids, chunks, rows)
+            return super()._logits(ids, chunks, rows, features)
         from gptsmith.kernels import cpu_decode as kernels
 
         self._update_addresses()
@@ -76,6 +79,8 @@ class CpuRunner(Runner):
             [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)], dtype=np.int64
         )
         x = self.model.embed_tokens(torch.tensor(ids))
+        if features:
+            x = place(x, features)
         cos = sin = np.zeros((0, 0), dtype=np.float32)
         if c.position == "learned":
             x = x + self.model.embed_positions.weight[torch.from_numpy(positions)]

@@ -88,10 +88,12 @@ class GraphRunner(Runner):
         self._weights_key: Any = None
         self._pool: Any = None
 
-    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
+    def _logits(
+        self, ids: list[int], chunks: list[Chunk], rows: list[int], features: list[tuple[int, Tensor]]
+    ) -> Tensor:
         longest = max(chunk.past + chunk.size for chunk in chunks)
-        if any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
-            return super()._logits(ids, chunks, rows)
+        if features or any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
+            return super()._logits(ids, chunks, rows, features)
         parameters = self.model.parameters()  # torchao's tensor subclasses have no address of their own
         weights_key = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
         if weights_key != self._weights_key:  # the weights have been replaced

@@ -4,8 +4,9 @@
     results = engine.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=50))     # results[0].ids
     for event in engine.stream([1, 2, 3], SamplingParams(n=2)): ...                   # event.index, event.ids
 
-Requests join and leave between steps (`add_request`, `step`, `abort`). Each step runs the model once, over tokens of as
-many requests as the scheduler chose. An error of one request does not affect the others.
+A model with a vision tower takes pictures, too: a `Prompt` in place of the ids. Requests join and leave between steps
+(`add_request`, `step`, `abort`). Each step runs the model once, over tokens of as many requests as the scheduler chose.
+An error of one request does not affect the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gptsmith.engine.lifecycle import Lifecycle, as_error
 from gptsmith.engine.limits import Limits
 from gptsmith.engine.make_runner import Kernels, make_runner
 from gptsmith.engine.output import EventQueue, new_events
+from gptsmith.engine.prompt import Prompt, as_prompt
 from gptsmith.engine.sampler import SamplerState
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.scheduler import Scheduler
@@ -127,7 +129,7 @@ class Engine:
         cache = PagedCache(config, sizes, block_size, device=weight.device, dtype=weight.dtype)
         self.blocks = BlockManager(windows, sizes, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
-        self._limits = Limits(self.vocab_size, self.context, self.blocks.capacity())
+        self._limits = Limits(self.vocab_size, self.context, self.blocks.capacity(), config.image_token_id)
         self._lifecycle = Lifecycle(
             self.scheduler, cache, context=self.context, shifted_length=self._limits.shifted_length
         )
@@ -147,22 +149,22 @@ class Engine:
 
     # requests ---------------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: Items[int], params: SamplingParams, *, offset: int = 0) -> int:
+    def add_request(self, prompt: Items[int] | Prompt, params: SamplingParams, *, offset: int = 0) -> int:
         """Queue a prompt; return the request's number. Raise UsageError for one that cannot be served.
 
         offset: the first token draws the random number that the seed's token number `offset` would.
         """
         return self._enqueue(self._prepare(prompt, params, offset))
 
-    def _prepare(self, prompt: Items[int], params: SamplingParams, offset: int = 0) -> Request:
-        prompt = self._limits.check(prompt, params, self._adapters)
+    def _prepare(self, prompt: Items[int] | Prompt, params: SamplingParams, offset: int = 0) -> Request:
+        checked = self._limits.check(as_prompt(prompt), params, self._adapters)
         seed = params.seed if params.seed is not None else secrets.randbits(48)
         salt, adapter = (b"", None) if params.adapter is None else self._adapters[params.adapter]
         if not params.cache_prompt:
             salt += f" request {self._num_requests}".encode()
-        request = Request(self._num_requests, prompt, params, seed, salt, adapter)
+        request = Request(self._num_requests, checked.ids, params, seed, salt, adapter, checked.images)
         self._num_requests += 1
-        sampler = SamplerState(params, seed, prompt, self.vocab_size, offset=offset)
+        sampler = SamplerState(params, seed, checked.ids, self.vocab_size, offset=offset)
         sequence = Sequence(request, 0, sampler, len(self.blocks.pools))
         self._lifecycle.shift_if_full(sequence)
         request.live.append(sequence)
@@ -232,6 +234,7 @@ class Engine:
         """Discard all keys and values that were computed with the old weights. Running requests continue with the new
         weights."""
         self.blocks.evict_all()
+        self.executor.runner.features.clear()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting_for_beams]:
             sequence.num_hashed_blocks = 0
             self.blocks.release(sequence)
@@ -239,7 +242,7 @@ class Engine:
     # generation -------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Items[Items[int]], params: SamplingParams | Items[SamplingParams] | None = None
+        self, prompts: Items[Items[int] | Prompt], params: SamplingParams | Items[SamplingParams] | None = None
     ) -> list[Result]:
         """Continue all prompts; return the results in their order. params: one for all prompts, or one per prompt.
 
@@ -257,7 +260,7 @@ class Engine:
             try:
                 numbers[i] = self.add_request(prompt, params_of[i])
             except Exception as failure:  # whatever is wrong with this prompt, the others are served
-                results[i] = Result(-1, list(prompt), error=as_error(failure))
+                results[i] = Result(-1, list(as_prompt(prompt).ids), error=as_error(failure))
         results |= zip(numbers, self.drain(list(numbers.values())), strict=True)
         return [results[i] for i in range(len(prompts))]
 
@@ -279,7 +282,7 @@ class Engine:
                 self._events.close_inbox(number)
         return [results[number] for number in requests]
 
-    def stream(self, prompt: Items[int], params: SamplingParams) -> Generator[Event]:
+    def stream(self, prompt: Items[int] | Prompt, params: SamplingParams) -> Generator[Event]:
         """Continue a prompt; yield its events as they come. Closing the generator cancels the request.
 
         Raise UsageError, before anything is computed, for a prompt that cannot be served.

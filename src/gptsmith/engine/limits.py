@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from gptsmith.engine.prompt import Prompt, after_image, check_images
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 
@@ -16,12 +16,14 @@ class Limits:
     """What an engine can serve.
 
     vocab_size: token ids must be below it. context: maximum number of tokens that the model attends to. capacity:
-    maximum number of tokens of one sequence that the cache can hold.
+    maximum number of tokens of one sequence that the cache can hold. image_token_id: the placeholder of pictures; None
+    for a model that reads text only.
     """
 
     vocab_size: int
     context: int
     capacity: int
+    image_token_id: int | None = None
 
     @property
     def shifted_length(self) -> int:
@@ -34,17 +36,25 @@ class Limits:
             return 0
         return max(0, length - max(self.context - params.max_tokens, self.context // 4, 1))
 
-    def check(self, prompt: Items[int], params: SamplingParams, adapters: Iterable[str]) -> list[int]:
-        """Return the prompt's ids as they will be computed. Raise UsageError if the request cannot be served."""
+    def check(self, prompt: Prompt, params: SamplingParams, adapters: Iterable[str]) -> Prompt:
+        """Return the prompt as it will be computed. Raise UsageError if the request cannot be served."""
         try:
-            ids = [operator.index(id) for id in prompt]
+            ids = [operator.index(id) for id in prompt.ids]
         except TypeError:
             raise UsageError("the prompt must be a list of token ids (integers).") from None
         if not ids:
             raise UsageError("the prompt is empty; give at least one token to continue.")
         self._check_ids("the prompt", ids)
         self._check_params(params, adapters)
-        ids = ids[self.num_truncated(len(ids), params) :]
+        check_images(Prompt(ids, prompt.images), self.image_token_id)
+        prompt = Prompt(ids, prompt.images).without_beginning(self.num_truncated(len(ids), params))
+        start = len(prompt) - self.shifted_length if len(prompt) > self.context else 0
+        if after_image(prompt.images, start) >= len(prompt):
+            raise UsageError(
+                f"the prompt of {len(ids):,} tokens ends with a picture that does not fit the context of "
+                f"{self.context:,} tokens as a whole."
+            )
+        ids = list(prompt.ids)
         if len(ids) > self.context:
             if params.overflow == "error":
                 raise UsageError(
@@ -59,7 +69,7 @@ class Limits:
                 f"the request needs room for {needed:,} tokens, and the cache holds {self.capacity:,}. "
                 "Ask for fewer tokens, or give the engine a larger cache."
             )
-        return ids
+        return prompt
 
     def _check_params(self, params: SamplingParams, adapters: Iterable[str]) -> None:
         self._check_ids("logit_bias", params.logit_bias)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptsmith.engine.image_features import ImageFeatures, place
+from gptsmith.engine.prompt import overlapping
 from gptsmith.engine.scheduler import Scheduled
 from gptsmith.model.cache import Chunk, PagedBatch, PagedCache
 from gptsmith.model.lora import Adapter, applied
@@ -78,6 +80,7 @@ class Runner:
     def __init__(self, model: Transformer, cache: PagedCache, vocab_size: int) -> None:
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
         self.context = model.config.max_position_embeddings
+        self.features = ImageFeatures(model)
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> list[SequenceLogits]:
@@ -87,9 +90,12 @@ class Runner:
         rows: list[int] = []
         num_rows: list[int] = []
         adapted: dict[int, tuple[Adapter, list[int]]] = {}
+        features: list[tuple[int, Tensor]] = []
         for each in batch:
             s = each.sequence
             first = s.start + s.computed
+            if s.request.images:
+                features += self._features_of(each, len(ids))
             if each.count == 1:
                 ids.append(s.tokens[first])
             else:
@@ -110,9 +116,9 @@ class Runner:
                 adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
         if adapted:
             with applied(self.model, list(adapted.values())):
-                logits = Runner._logits(self, ids, chunks, rows)
+                logits = Runner._logits(self, ids, chunks, rows, features)
         else:
-            logits = self._logits(ids, chunks, rows)
+            logits = self._logits(ids, chunks, rows, features)
         finite: list[bool] = logits.sum(dim=-1).isfinite().tolist()  # a sum is finite only if all its terms are
         all_finite, outputs, start = all(finite), [], 0
         for each, count in zip(batch, num_rows, strict=True):
@@ -122,12 +128,35 @@ class Runner:
             start = stop
         return outputs
 
-    def _logits(self, ids: list[int], chunks: list[Chunk], rows: list[int]) -> Tensor:
-        """Return the logits (R, V) float32 after the ids at these positions (`rows`)."""
+    def _features_of(self, scheduled: Scheduled, row: int) -> list[tuple[int, Tensor]]:
+        """Return the features of the pictures' tokens that a sequence computes, each with the row of the first.
+
+        row: of the sequence's first token in the step.
+        """
+        s, found = scheduled.sequence, []
+        first = s.start + s.computed
+        for image, start, stop in overlapping(s.request.images, first, first + scheduled.count):
+            with self._evaluating():
+                features = self.features.of(image, s.request.adapter, s.salt)
+            found.append((row + start - first, features[start - image.start : stop - image.start]))
+        return found
+
+    def _logits(
+        self, ids: list[int], chunks: list[Chunk], rows: list[int], features: list[tuple[int, Tensor]]
+    ) -> Tensor:
+        """Return the logits (R, V) float32 after the ids at these positions (`rows`).
+
+        features: what stands in place of token embeddings from a position on.
+        """
         device = self.cache.keys[0].device
         paged = PagedBatch(self.cache, chunks, self.context)
+        tokens = torch.tensor([ids], device=device)
         with self._evaluating():
-            hidden = self.model.hidden_states(torch.tensor([ids], device=device), cache=paged)[0]  # (N, C)
+            if features:
+                embeddings = place(self.model.embed_tokens(tokens)[0], features)[None]  # (1, N, C)
+                hidden = self.model.hidden_states(inputs_embeds=embeddings, cache=paged)[0]  # (N, C)
+            else:
+                hidden = self.model.hidden_states(tokens, cache=paged)[0]  # (N, C)
             if len(rows) < len(ids):
                 hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]  # (R, C)
             logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gptsmith.engine.prompt import PromptImage, after_image
 from gptsmith.engine.sampler import SamplerState
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import GptsmithError
@@ -86,7 +87,7 @@ class Request:
     """A prompt, its parameters, and the sequences that continue it.
 
     number: its position in the order of arrival. salt: only requests with the same salt share cached blocks.
-    forked: whether the samples after the first have been created.
+    forked: whether the samples after the first have been created. images: the pictures in the prompt.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class Request:
         seed: int,
         salt: bytes = b"",
         adapter: Adapter | None = None,
+        images: tuple[PromptImage, ...] = (),
     ) -> None:
         self.number, self.params, self.seed, self.salt, self.adapter = number, params, seed, salt, adapter
-        self.prompt = list(prompt)
+        self.prompt, self.images = list(prompt), images
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.forked = False
@@ -179,6 +181,7 @@ class Sequence:
         return child
 
     def shift(self, length: int) -> None:
-        """Move the context forward so that it begins with the last `length` tokens."""
-        self.start = len(self.tokens) - length
+        """Move the context forward so that it begins with the last `length` tokens, or after the picture whose tokens
+        would be cut in two."""
+        self.start = after_image(self.request.images, len(self.tokens) - length)
         self.block_hashes.clear()

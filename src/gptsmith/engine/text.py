@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
+from gptsmith.engine.prompt import Prompt, PromptImage, as_prompt, processor_of, prompt_image, with_images
 from gptsmith.engine.sampling import SamplingParams, StopCondition, model_defaults
 from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.engine.speculative import Speculator
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
+from gptsmith.tokenizer.chat import ChatTemplate
+
+if TYPE_CHECKING:
+    from gptsmith.data.images import DecodedImage
 
 
 class StopStringFilter:
@@ -262,17 +267,46 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.eos_id]
 
 
+def prepare_image(model: Transformer, image: DecodedImage) -> PromptImage:
+    """Return a picture as the model takes it. Raise UsageError for a model that reads text only."""
+    processor = processor_of(model.config)
+    if processor is None:
+        raise UsageError("this model reads text only: it takes no pictures.")
+    return prompt_image(image, processor)
+
+
+def conversation_prompt(
+    model: Transformer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], images: Sequence[PromptImage]
+) -> Prompt:
+    """Return a conversation as a prompt that ends where the assistant answers.
+
+    images: one for each part {"type": "image"} of the messages. Raise UsageError where they do not fit, TokenizerError
+    as `ChatTemplate.encode` does.
+    """
+    ids, placeholder = template.encode(messages), model.config.image_token_id
+    return Prompt(ids) if placeholder is None else with_images(ids, images, placeholder)
+
+
+def question(model: Transformer, template: ChatTemplate, text: str, images: Sequence[PromptImage]) -> Prompt:
+    """Return the prompt that asks `text` about pictures. Raise as `conversation_prompt` does."""
+    content: list[dict[str, str]] = [{"type": "image"} for _ in images]
+    if text:
+        content.append({"type": "text", "text": text})
+    return conversation_prompt(model, template, [{"role": "user", "content": content}], images)
+
+
 def stream(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Prompt,
     params: SamplingParams,
     *,
     ignore_eos: bool = False,
     continues_prompt: bool = True,
     on_shift: Callable[[], None] | None = None,
 ) -> Iterator[TextChunk]:
-    """Continue a prompt (a text, or its ids); yield the text as it is generated, in chunks of whole characters.
+    """Continue a prompt (a text, or its ids, with pictures or without); yield the text as it is generated, in chunks of
+    whole characters.
 
     ignore_eos: as `params.ignore_eos`. continues_prompt: whether the prompt and the text are one text, unlike the turns
     of a conversation.
@@ -280,17 +314,18 @@ def stream(
     Raise, before anything is computed, what `encode_prompt` and `Engine.add_request` raise, and later the error of a
     request that fails.
     """
-    ids, text = _ids_and_text(tokenizer, prompt, params)
+    encoded, text = _encoded(tokenizer, prompt, params)
     params = replace(params, ignore_eos=True) if ignore_eos else params
-    detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=ids if continues_prompt else ())
-    return _chunks(engine, engine.stream(ids, detokenizer.engine_params), detokenizer, len(ids), on_shift)
+    detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=encoded.ids if continues_prompt else ())
+    return _chunks(engine, engine.stream(encoded, detokenizer.engine_params), detokenizer, len(encoded), on_shift)
 
 
-def _ids_and_text(tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams) -> tuple[list[int], str]:
-    """Return the ids of a prompt, and its text as far as a `Detokenizer` needs it."""
+def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[int] | Prompt, params: SamplingParams) -> tuple[Prompt, str]:
+    """Return a prompt as ids, and its text as far as a `Detokenizer` needs it."""
     if isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt), prompt
-    return list(prompt), tokenizer.decode(list(prompt)) if params.echo else ""
+        return Prompt(encode_prompt(tokenizer, prompt)), prompt
+    encoded = as_prompt(prompt)
+    return encoded, tokenizer.decode(list(encoded.ids)) if params.echo else ""
 
 
 def _chunks(
@@ -322,12 +357,12 @@ def _chunks(
 def generate_texts(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int] | Prompt],
     params: SamplingParams,
     *,
     continues_prompt: bool = True,
 ) -> list[list[str]]:
-    """Continue many prompts (texts, or their ids) together; return `params.n` texts for each, without the prompt unless
+    """Continue many prompts (see `stream`) together; return `params.n` texts for each, without the prompt unless
     `echo`.
 
     continues_prompt: as for `stream`. Raise the first error of any request.
@@ -336,9 +371,9 @@ def generate_texts(
     texts: dict[int, list[str]] = {}
     try:
         for prompt in prompts:
-            ids, text = _ids_and_text(tokenizer, prompt, params)
-            detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=ids if continues_prompt else ())
-            number = engine.add_request(ids, detokenizer.engine_params)
+            encoded, text = _encoded(tokenizer, prompt, params)
+            detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=encoded.ids if continues_prompt else ())
+            number = engine.add_request(encoded, detokenizer.engine_params)
             detokenizers[number], texts[number] = detokenizer, [""] * params.n
         unfinished = set(detokenizers)
         while unfinished:

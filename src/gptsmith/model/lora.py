@@ -301,13 +301,15 @@ class Adapter:
 
 
 @contextlib.contextmanager
-def applied(model: Transformer, routes: Sequence[tuple[Adapter, Sequence[int]]]) -> Iterator[None]:
+def applied(model: Transformer, routes: Sequence[tuple[Adapter, Sequence[int] | None]]) -> Iterator[None]:
     """Within the context, apply each adapter to its tokens of the input (1, T).
 
-    routes: adapters, each with the positions of its tokens; a token has at most one adapter.
+    routes: adapters, each with the positions of its tokens (None: all); a token has at most one adapter.
     """
     device = next(model.parameters()).device
-    indices = [(adapter, torch.tensor(rows, device=device)) for adapter, rows in routes]
+    indices: list[tuple[Adapter, Tensor | slice]] = [
+        (adapter, slice(None) if rows is None else torch.tensor(rows, device=device)) for adapter, rows in routes
+    ]
 
     def hook_for(name: str) -> Any:
         def add_updates(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
