@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import threading
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
@@ -17,11 +20,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pipeline
 
+from gptsmith.data.image_processor import ImageProcessor
+from gptsmith.data.images import DecodedImage
 from gptsmith.engine.async_engine import AsyncEngine
 from gptsmith.engine.engine import Engine
+from gptsmith.engine.prompt import prompt_image, with_images
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.text import generate_texts
 from gptsmith.formats.hf import weight_mappings, weights_to_hf
+from gptsmith.model.config import VisionConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
 from gptsmith.server.models import LoadedModel, ModelRegistry
@@ -29,7 +36,7 @@ from gptsmith.server.runner import listen
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
 from gptsmith.tokenizer.chat import ChatTemplate
-from tests.factories import tiny_model
+from tests.factories import tiny_config, tiny_model
 
 CONTEXT = 512
 
@@ -48,12 +55,14 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(*, eyes: bool = False) -> Tokenizer:
     """Return a byte-level tokenizer whose chat template supports tools. As in Qwen, calls start with a
-    token that is not special."""
+    token that is not special. eyes: it has a token that stands for a picture."""
     words = '{"name": "arguments": "city": "Rome"} true false the cat sat on a mat. Tools: system user assistant \n' * 3
     pipeline = Pipeline.from_str(train_bpe([words], 320).to_json())
     pipeline.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    if eyes:
+        pipeline.add_special_tokens([AddedToken("<image>", special=True)])
     pipeline.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>")])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     return Tokenizer(pipeline.to_str(), config)
@@ -63,6 +72,50 @@ def make_model(tokenizer: Tokenizer, seed: int = 1) -> Transformer:
     return tiny_model(
         "llama", seed=seed, vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT, initializer_range=0.2
     )
+
+
+VISION = VisionConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=6
+)
+
+
+def make_seer(tokenizer: Tokenizer) -> Transformer:
+    """Return a model that reads pictures, with 16 tokens for each."""
+    config, id = make_model(tokenizer).config, tokenizer.added_tokens()["<image>"]
+    torch.manual_seed(4)
+    return Transformer(dataclasses.replace(config, vision=VISION, image_token_id=id)).eval()
+
+
+COLORS = {"red": (220, 40, 30), "green": (40, 180, 60), "blue": (40, 60, 220)}
+
+
+@functools.cache
+def trained_seer(tokenizer: Tokenizer) -> Transformer:
+    """Return a model that answers the question "What is this?" about a picture with the name of its color."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        "llama", vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT, hidden_size=32, initializer_range=0.1
+    )
+    model = Transformer(dataclasses.replace(config, vision=VISION, image_token_id=tokenizer.added_tokens()["<image>"]))
+    template, processor = ChatTemplate(tokenizer), ImageProcessor.of(VISION)
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    conversations = {name: [asked, {"role": "assistant", "content": name}] for name in COLORS}
+    rows = {name: template.encode(said, return_mask=True) for name, said in conversations.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(80):
+        loss = torch.zeros(())
+        for name, color in COLORS.items():
+            noise = np.random.default_rng(step).integers(-30, 31, (24, 24, 3)) + np.array(color)
+            picture = prompt_image(DecodedImage(noise.clip(0, 255).astype(np.uint8)), processor)
+            ids, mask = rows[name]
+            tokens = torch.tensor([with_images(ids, [picture], tokenizer.added_tokens()["<image>"]).ids])
+            answer = len(mask) - mask.index(True)  # tokens of the answer, and what follows it
+            logits = model(tokens, pixels=picture.pixels[None])[0, -answer - 1 : -1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, tokens[0, -answer:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
 
 
 def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
@@ -90,16 +143,25 @@ def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
 
 class Live:
     """A server on a loopback port, in a thread. port: 0 picks a free one. reference: separate engines of the same
-    models."""
+    models. seer: makes a model that reads pictures, which is served under this name, too."""
 
     def __init__(
-        self, settings: Settings | None = None, adapter: Path | None = None, *, port: int = 0, **engine: Any
+        self,
+        settings: Settings | None = None,
+        adapter: Path | None = None,
+        *,
+        port: int = 0,
+        seer: Callable[[Tokenizer], Transformer] | None = None,
+        **engine: Any,
     ) -> None:
         self.loads: list[str] = []
+        self._make_seer = seer
         self._engine = {"max_batch": 16, "block_size": 8} | engine
         self.tokenizers = {"tiny": make_tokenizer(), "plain": train_char(["abcdefghijklmnopqrstuvwxyzUA: .\n"])}
         adapters = {} if adapter is None else {"tuned": ("tiny", adapter)}
-        names = {"tiny": "tiny", "plain": "plain"}
+        if seer is not None:
+            self.tokenizers["seer"] = make_tokenizer(eyes=True)
+        names = {name: name for name in self.tokenizers}
         self.models = ModelRegistry(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
         self.app = create_app(self.models, settings)
         self.listening = listen("127.0.0.1", port)
@@ -113,7 +175,9 @@ class Live:
 
     def _make_engine(self, name: str) -> Engine:
         tokenizer = self.tokenizers[name]
-        return Engine(make_model(tokenizer), vocab_size=tokenizer.vocab_size, **self._engine)
+        make = self._make_seer if name == "seer" and self._make_seer is not None else make_model
+        model = make(tokenizer)
+        return Engine(model, vocab_size=tokenizer.vocab_size, **self._engine)
 
     def _load(self, spec: str) -> LoadedModel:
         self.loads.append(spec)

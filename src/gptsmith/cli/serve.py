@@ -59,6 +59,9 @@ class Serve:
     trusted_proxy: tuple[str, ...] = field(default=())
     """Address or network (10.0.0.0/8) of a reverse proxy whose X-Forwarded-For header names the client, for rate
     limits and the log; * for any."""
+    allow_media_domain: tuple[str, ...] = field(default=())
+    """Domain, such as images.example.org, from which pictures in requests are fetched. Without any, they have to be in
+    the request, as data: URLs."""
     runs: Path | None = None
     """Directory of training runs to show in the web page."""
     collect: Path | None = None
@@ -103,6 +106,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.server.access_log import announce, configure_logging
     from gptsmith.server.auth import parse_rate, read_keys
     from gptsmith.server.comparisons import check_file
+    from gptsmith.server.media import MediaFetcher, parse_domain
     from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
     from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
     from gptsmith.server.service import Settings
@@ -136,6 +140,7 @@ def main(arguments: list[str]) -> int:
         runs=chosen.runs,
         collect=chosen.collect,
         reward_model=chosen.reward_model,
+        media=MediaFetcher(tuple(parse_domain(domain) for domain in chosen.allow_media_domain)),
     )
     named = _named(chosen.models, default_name)
     for spec in named.values():  # report missing models now, not at the first request

@@ -108,6 +108,11 @@ def decode_image(
     return DecodedImage(np.ascontiguousarray(_rotated(pixels, header.orientation)))
 
 
+def media_type(source: bytes) -> str:
+    """Return the media type of a picture file, such as image/png. Raise ImageError as `decode_image` does."""
+    return f"image/{_header(source).format.lower()}"
+
+
 def _pillow() -> Any:
     try:
         from PIL import Image

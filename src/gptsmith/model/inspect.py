@@ -23,24 +23,50 @@ class Internals:
     logits: Tensor
     """(T, V)."""
     attention: list[Tensor]
-    """L tensors (H, T, T): how much token i attends to token j. Rows sum to 1."""
+    """L tensors (H, T, T): how much token i attends to token j. Rows sum to 1. Layers that were not asked for are
+    empty: (H, T, 0)."""
     residuals: list[Tensor]
     """L + 1 tensors (T, C): the embeddings, then the residual stream after each layer."""
 
 
+class _Weights(list[Tensor]):
+    """A list that keeps the attention weights of one layer."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def append(self, weights: Tensor) -> None:
+        super().append(weights if len(self) == self.layer else weights[..., :0].clone())
+
+
 @torch.inference_mode()
-def inspect(model: Transformer, ids: Sequence[int], *, attention: bool = False, residuals: bool = False) -> Internals:
+def inspect(
+    model: Transformer,
+    ids: Sequence[int],
+    *,
+    attention: bool = False,
+    layer: int | None = None,
+    residuals: bool = False,
+    embeddings: Tensor | None = None,
+) -> Internals:
     """Run the model on one text without dropout, and return what it computes inside.
 
+    layer: the one whose attention to keep; None: of all. embeddings: (T, C), in place of those of the ids.
     Raise IndexError for more tokens than the context.
     """
-    weights: list[Tensor] = []
+    weights: list[Tensor] = [] if layer is None else _Weights(layer)
     states: list[Tensor] = []
     training = model.training
     model.eval()
     try:
         batch = torch.tensor([list(ids)], dtype=torch.int64, device=next(model.parameters()).device)
-        logits = model(batch, weights=weights if attention else None, residuals=states if residuals else None)
+        logits = model(
+            batch if embeddings is None else None,
+            inputs_embeds=None if embeddings is None else embeddings[None],
+            weights=weights if attention else None,
+            residuals=states if residuals else None,
+        )
     finally:
         model.train(training)
     return Internals(logits[0], [layer[0] for layer in weights], [state[0] for state in states])

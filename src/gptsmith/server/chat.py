@@ -18,6 +18,7 @@ from gptsmith.errors import GptsmithError
 from gptsmith.server.completions import finish_reason
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Generation, Job
+from gptsmith.server.images import check_pictures, load_pictures, pictures_of, placed
 from gptsmith.server.models import ServedModel
 from gptsmith.server.request_params import check_stream, constraint_of, encode, sampling_params
 from gptsmith.server.schema import (
@@ -204,7 +205,11 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
     messages = template_messages(body.messages)
     tools = None if tool_format is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    ids = await conversation_ids(template, messages, body, tools=tools, **effort)
+    pictures = pictures_of(body.messages)
+    check_pictures(service, served, pictures)
+    written = await conversation_ids(template, messages, body, tools=tools, **effort)
+    prompt = placed(served, written, await load_pictures(service, request, served, pictures))
+    ids = prompt.ids
     starts_turn = not body.continue_final_message and body.add_generation_prompt is not False
     check_length(served, ids, body.overflow)
     response_format = None if isinstance(body.response_format, TextFormat) else body.response_format
@@ -227,7 +232,7 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
         skip_special_tokens=not marks_calls,
         prompt_ids=() if starts_turn else ids,
     )
-    generation = await service.start(request, served, [Job(ids, detokenizer)])
+    generation = await service.start(request, served, [Job(prompt, detokenizer)])
     strips = template.plain and starts_turn  # the plain template leaves the space after "Assistant:" to the model
     return Answer(served, generation, tool_format, logprobs=bool(body.logprobs), strips=strips)
 
@@ -311,14 +316,18 @@ def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages as chat templates take them: contents as one text, arguments as objects. Raise ApiError 400."""
+    """Return messages as chat templates take them: contents as one text, or as parts where there is a picture among
+    them, and arguments as objects. Raise ApiError 400."""
     return [_template_message(message, i) for i, message in enumerate(messages)]
 
 
 def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     values: dict[str, Any] = message.model_dump(exclude_none=True)
     content = values.get("content")
-    values["content"] = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    if isinstance(content, list) and any(part["type"] == "image_url" for part in content):
+        values["content"] = [{"type": "image"} if part["type"] == "image_url" else part for part in content]
+    else:
+        values["content"] = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     if values["role"] == "developer":
         values["role"] = "system"
     if isinstance(message, AssistantMessage):

@@ -55,7 +55,7 @@ async def complete(body: CompletionRequest, request: Request) -> Any:
         raise ApiError(400, "overflow cannot be combined with echo and logprobs.", param="overflow")
     jobs = []
     for prompt in split_inputs(body.prompt, "prompt", MAX_PROMPTS):
-        ids = await input_ids(tokenizer, prompt, "prompt")
+        ids = await input_ids(served, prompt, "prompt")
         check_length(served, ids, body.overflow)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         detokenizer = Detokenizer(tokenizer, text, params, prompt_length=len(ids), prompt_ids=ids)

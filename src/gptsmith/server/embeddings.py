@@ -16,6 +16,7 @@ from gptsmith.errors import GptsmithError
 from gptsmith.model.transformer import Transformer
 from gptsmith.server.chat import conversation_ids, template_messages
 from gptsmith.server.errors import ApiError, from_engine
+from gptsmith.server.images import check_pictures, expanded, pictures_of
 from gptsmith.server.request_params import encode, input_ids, split_inputs
 from gptsmith.server.schema import (
     DetokenizeRequest,
@@ -56,7 +57,7 @@ async def embed(body: EmbeddingsRequest, request: Request) -> Any:
         )
     prompts: list[list[int]] = []
     for value in split_inputs(body.input, "input", MAX_INPUTS):
-        ids = await input_ids(served.tokenizer, value, "input")
+        ids = await input_ids(served, value, "input")
         check_length(served, ids, None)
         prompts.append(ids)
     context = context_of(request)
@@ -86,7 +87,8 @@ def _base64(vector: list[float]) -> str:
 
 @router.post("/tokenize", response_model=Tokens, tags=["tokens"])
 async def tokenize(body: TokenizeRequest, request: Request) -> Any:
-    """Return the token ids of a text, or of a conversation rendered by the chat template."""
+    """Return the token ids of a text, or of a conversation rendered by the chat template. Pictures are counted, not
+    read."""
     served = await service_of(request).served(request, body.model)
     tokenizer = served.tokenizer
     if (body.prompt is None) == (body.messages is None):
@@ -98,9 +100,10 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Any:
     else:
         if body.add_special_tokens is not None:
             raise ApiError(400, "add_special_tokens is for a prompt, not for messages.", param="add_special_tokens")
+        check_pictures(service_of(request), served, pictures_of(body.messages or []))
         messages = template_messages(body.messages or [])
         tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-        ids = await conversation_ids(served.template, messages, body, tools=tools)
+        ids = expanded(served, await conversation_ids(served.template, messages, body, tools=tools))
     return Tokens(
         count=len(ids),
         max_model_len=served.loaded.context,

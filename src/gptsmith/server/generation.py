@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from gptsmith.engine.prompt import Prompt
 from gptsmith.engine.sequence import Event, Result
 from gptsmith.engine.text import Detokenizer, TextChunk
 from gptsmith.errors import GptsmithError
@@ -28,7 +29,7 @@ from gptsmith.server.models import ServedModel
 class Job:
     """A prompt, and the detokenizer of its continuations. result: set once it has finished."""
 
-    ids: Sequence[int]
+    prompt: Sequence[int] | Prompt
     detokenizer: Detokenizer
     result: Result | None = None
 
@@ -73,7 +74,7 @@ class Generation:
         self._first_chunks: list[tuple[int, TextChunk]] | None = None
         self._timer = None if deadline is None else self._loop.call_at(deadline, self._expire)
         self._handles = [
-            served.engine.submit(job.ids, job.detokenizer.engine_params, self._callback(i))
+            served.engine.submit(job.prompt, job.detokenizer.engine_params, self._callback(i))
             for i, job in enumerate(jobs)
         ]
 
@@ -144,7 +145,7 @@ class Generation:
                     raise self._failure(item, number)
                 job = self.jobs[number]
                 choice = number * self.samples + item.index
-                echoed = len(job.ids) if job.detokenizer.engine_params.echo and choice not in self._started else 0
+                echoed = len(job.prompt) if job.detokenizer.engine_params.echo and choice not in self._started else 0
                 self._started.add(choice)
                 self._record_times(choice, len(item.ids) - echoed, now)
                 chunk, stop = job.detokenizer.push(item)
@@ -180,7 +181,7 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(job.ids if job.result is None else job.result.prompt_ids) for job in self.jobs)
+        return sum(len(job.prompt if job.result is None else job.result.prompt_ids) for job in self.jobs)
 
     @property
     def cached_tokens(self) -> int:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptsmith.engine.prompt import processor_of
 from gptsmith.engine.sampling import ModelDefaults, SamplingOptions, model_defaults
 from gptsmith.errors import CheckpointError, GptsmithError, TokenizerError, UsageError, nearest
 from gptsmith.server.access_log import logger
 from gptsmith.server.errors import ApiError
 
 if TYPE_CHECKING:
+    from gptsmith.data.image_processor import ImageProcessor
     from gptsmith.engine.async_engine import AsyncEngine
     from gptsmith.loading import Quantization
     from gptsmith.model.transformer import Transformer
@@ -45,6 +47,11 @@ class LoadedModel:
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def image_processor(self) -> ImageProcessor | None:
+        """What prepares pictures for the model; None for a model that reads text only."""
+        return processor_of(self.model.config)
 
     @functools.cached_property
     def defaults(self) -> ModelDefaults:

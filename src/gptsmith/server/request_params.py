@@ -12,7 +12,6 @@ from gptsmith.errors import GptsmithError
 from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.models import SERVER_SAMPLING, ServedModel
 from gptsmith.server.schema import GenerationRequest, JsonObjectFormat, JsonSchemaFormat, ResponseFormat
-from gptsmith.tokenizer import Tokenizer
 
 SEED_LIMIT = 2**48
 _CONVERTED = ("temperature", "stop", "seed", "logit_bias")
@@ -147,8 +146,9 @@ def split_inputs(value: str | list[str] | list[int] | list[list[int]], field: st
     return list(value)
 
 
-async def input_ids(tokenizer: Tokenizer, value: str | list[int], field: str) -> list[int]:
+async def input_ids(served: ServedModel, value: str | list[int], field: str) -> list[int]:
     """Return the token ids of one input. Raise ApiError 400 for text that cannot be encoded and for invalid ids."""
+    tokenizer, placeholder = served.tokenizer, served.model.config.image_token_id
     if isinstance(value, str):
         return await encode(lambda: encode_prompt(tokenizer, value), len(value))
     if not value:
@@ -156,6 +156,9 @@ async def input_ids(tokenizer: Tokenizer, value: str | list[int], field: str) ->
     if max(value) >= tokenizer.vocab_size:
         largest = tokenizer.vocab_size - 1
         raise ApiError(400, f"{field}: {max(value)} is not a token id of this model (0 to {largest}).", param=field)
+    if placeholder in value:
+        message = f"{field}: {placeholder} stands for a picture. Send pictures in the messages of a chat completion."
+        raise ApiError(400, message, param=field)
     return value
 
 

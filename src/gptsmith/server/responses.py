@@ -6,6 +6,7 @@ Requests are translated to chat completions, and answers to output items and nam
 from __future__ import annotations
 
 import itertools
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -22,6 +23,7 @@ from gptsmith.server.schema import (
     ChatRequest,
     FunctionCall,
     FunctionCallOutput,
+    ResponseImage,
     ResponseJsonSchema,
     ResponseNamedTool,
     ResponsePart,
@@ -65,6 +67,10 @@ _CHAT_FIELDS = {
 
 def _in_fields_of(body: ResponsesRequest, error: ApiError) -> ApiError:
     """Return an error of a chat request that names the field of the response request instead."""
+    picture = re.fullmatch(r"messages\[(\d+)\](\..+)", error.param or "")
+    if picture is not None:
+        param = f"input[{_message_items(body)[int(picture[1])]}]{picture[2]}"
+        return ApiError(error.status, error.message.replace(str(error.param), param), param=param, code=error.code)
     field, dot, rest = (error.param or "").partition(".")
     if field not in _CHAT_FIELDS:
         return error
@@ -153,11 +159,24 @@ def _append(messages: list[dict[str, Any]], item: Any) -> None:
     elif isinstance(item, FunctionCallOutput):
         messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
     else:
-        messages.append({"role": item.role, "content": _text(item.content)})
+        messages.append({"role": item.role, "content": _content(item.content)})
 
 
 def _text(content: str | list[ResponsePart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _content(content: str | list[ResponsePart | ResponseImage]) -> str | list[dict[str, Any]]:
+    """Return the content of a message, as parts where there is a picture among them."""
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, ResponseImage):
+            parts.append({"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail}})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    return parts if any(part["type"] == "image_url" for part in parts) else "".join(part["text"] for part in parts)
 
 
 class _Output:

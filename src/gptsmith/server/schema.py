@@ -168,6 +168,20 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    url: str = Field(description="data:image/png;base64,…, or an address in a domain that the server fetches from.")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="Accepted; a model has one resolution, which it always uses."
+    )
+
+
+class ImagePart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class CalledFunction(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -207,7 +221,7 @@ class SystemMessage(BaseModel):
 class UserMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["user"]
-    content: Content
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
 
 
@@ -303,11 +317,23 @@ class ResponsePart(BaseModel):
     logprobs: list[Any] | None = Field(None, description="Accepted as part of an earlier answer; ignored.")
 
 
+class ResponseImage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["input_image"]
+    image_url: str = Field(
+        description="data:image/png;base64,…, or an address in a domain that the server fetches from."
+    )
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="Accepted; a model has one resolution, which it always uses."
+    )
+    file_id: None = None
+
+
 class ResponseMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[ResponsePart]
+    content: str | list[Annotated[ResponsePart | ResponseImage, Field(discriminator="type")]]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: None = None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from starlette.requests import Request
 
+from gptsmith.data.images import DEFAULT_LIMITS, ImageLimits
 from gptsmith.errors import GptsmithError
 from gptsmith.server.access_log import logger
 from gptsmith.server.auth import Keys, RateLimiter
 from gptsmith.server.concurrency import ConcurrencyLimiter
 from gptsmith.server.errors import ApiError
 from gptsmith.server.generation import Generation, Job
+from gptsmith.server.media import MediaFetcher
 from gptsmith.server.metrics import Metrics
 from gptsmith.server.models import ModelRegistry, ServedModel
 from gptsmith.server.request_context import RequestContext
@@ -51,6 +53,12 @@ class Settings:
     """A file of JSON lines to which the web page appends a person's comparisons of answers."""
     reward_model: str | None = None
     """With `collect`: a run or a directory of a reward model, whose predictions of the comparisons are counted."""
+    media: MediaFetcher = field(default_factory=MediaFetcher)
+    """Fetches pictures that requests give as addresses on the network; from no domain unless some are allowed."""
+    max_images: int = 16
+    """Most pictures in a request."""
+    image_limits: ImageLimits = DEFAULT_LIMITS
+    """Largest picture, in bytes and in pixels; checked before it is decoded."""
 
 
 class Service:
@@ -58,6 +66,8 @@ class Service:
 
     def __init__(self, models: ModelRegistry, settings: Settings) -> None:
         self.models, self.settings = models, settings
+        self.decoding = asyncio.Lock()
+        """Held while a picture is decoded."""
         self.limiter = ConcurrencyLimiter(settings.max_concurrency, settings.queue_limit)
         self.metrics = Metrics(models, self.limiter)
         self.draining = False

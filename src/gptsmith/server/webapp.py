@@ -30,14 +30,14 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Nothing from other hosts, nothing inline, no eval. Only one Trusted Types policy can turn text into HTML, and
-# web/markdown.js passes it only what the sanitizer has returned.
+# Nothing from other hosts, nothing inline but pictures that the person adds, no eval. Only one Trusted Types policy can
+# turn text into HTML, and web/markdown.js passes it only what the sanitizer has returned.
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

@@ -6,9 +6,11 @@
 
 A template may write special tokens. Texts that are given to it (messages, tools, documents) never become one: a user
 who types "<|im_end|>" gets the tokens of those ten characters. Templates that do not know tools get a generic form of
-them (`tokenizer.tools`). Where the tokenizer puts a beginning-of-sequence token before a text, a conversation whose
-template does not write it gets it, too, as in llama.cpp. A tokenizer without a template gets a plain one that names the
-speaker of each turn, or puts each turn on a line of its own where it lacks the letters of these names.
+them (`tokenizer.tools`). A picture is a part of a content, {"type": "image"}, and becomes one placeholder token.
+
+Where the tokenizer puts a beginning-of-sequence token before a text, a conversation whose template does not write it
+gets it, too, as in llama.cpp. A tokenizer without a template gets a plain one that names the speaker of each turn, or
+puts each turn on a line of its own where it lacks the letters of these names.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class ChatTemplate:
     name: whose template it is, for error messages. plain: whether the tokenizer has no template, so that the one of
     this package is used. stop: texts that end an answer (only the plain template has any). names_speakers: whether the
     plain template writes who speaks; one whose names the tokenizer cannot write puts each turn on a line of its own.
+    image_token: what stands for a picture.
     Raises TokenizerError if the template is not valid Jinja.
     """
 
@@ -72,6 +75,7 @@ class ChatTemplate:
         self._named_tokens = {
             role: token_content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
+        self.image_token = token_content(config.get("image_token")) or "<image>"
         self._special = {text: id for id, text in tokenizer.special_tokens().items()}
         self._special_ids = frozenset(self._special.values())
         self._added = {text: id for text, id in tokenizer.added_tokens().items() if text}
@@ -106,6 +110,7 @@ class ChatTemplate:
                     "this model cannot be given tools: its tokenizer lacks characters of the form in which calls are "
                     f"written ({GENERIC.texts!r})."
                 )
+            messages = [self._with_placeholders(message) for message in messages]
             messages = with_generic_tools(messages, tools, takes_system=self._takes_system)
             variables = {**variables, "tools": None}
             return self._write(messages, self._template, add_generation_prompt, variables)
@@ -165,6 +170,8 @@ class ChatTemplate:
     ) -> str:
         if self._cannot_chat:
             raise TokenizerError(self._cannot_chat)
+        if any(_has_images(message) for message in messages) and not self._takes_images:
+            messages = [self._with_placeholders(message) for message in messages]
         if self._takes_parts:
             messages = [_in_parts(message) for message in messages]
         return self._fill_in(messages, template, add_generation_prompt, variables)
@@ -182,6 +189,27 @@ class ChatTemplate:
 
         message = {"role": "user", "content": text}
         return not writes(message) and writes(_in_parts(message))
+
+    @functools.cached_property
+    def _takes_images(self) -> bool:
+        """Whether the template writes the placeholder of a picture among the parts of a content."""
+        text = "some text of the user"
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        try:
+            written = self._fill_in([message], self._template, True, {})
+        except TokenizerError:
+            return False
+        return text in written and written.count(self.image_token) == 1
+
+    def _with_placeholders(self, message: Message) -> dict[str, Any]:
+        """Return a message whose content is a text, with the placeholder in place of each picture."""
+        content = message.get("content")
+        if not _has_images(message) or not isinstance(content, list):
+            return dict(message)
+        if self.image_token not in self._special:
+            raise TokenizerError("this model reads text only: its tokenizer has no token that stands for a picture.")
+        parts = (self.image_token if part.get("type") == "image" else part.get("text", "") for part in content)
+        return {**message, "content": "".join(parts)}
 
     def _fill_in(
         self,
@@ -475,6 +503,11 @@ def _can_write(tokenizer: Tokenizer, text: str) -> bool:
         return bool(tokenizer.encode(text)) and not tokenizer.count_unknown(text)
     except TokenizerError:
         return False
+
+
+def _has_images(message: Message) -> bool:
+    content = message.get("content")
+    return isinstance(content, list) and any(part.get("type") == "image" for part in content)
 
 
 def _in_parts(message: Message) -> dict[str, Any]:
