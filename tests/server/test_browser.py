@@ -5,6 +5,8 @@ GPTSMITH_SCREENSHOTS=DIRECTORY saves screenshots there.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -19,15 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import gptsmith
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.data.conversations import Counts
+from gptsmith.data.images import decode_image
 from gptsmith.data.preferences import Preference, read_preferences
 from gptsmith.log import JsonLines
+from gptsmith.server.inspect import inspect_text
 from gptsmith.server.reward_check import RewardCheck
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer.chat import ChatTemplate
+from tests.server.conftest import COLORS, Live, trained_seer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 axe_playwright_python = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
@@ -531,6 +537,149 @@ def test_a_server_with_api_keys(
     ]
     page.locator(".turn.assistant .body:not(.plain)").wait_for()
     open_page.complaints[:] = [c for c in open_page.complaints if "401" not in c]  # type: ignore[attr-defined]
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+SEER = SHORT | {"model": "seer", "sampling.chat": {"max_tokens": 12, "temperature": 0}}
+PUT = """([selector, type, encoded, name, kind]) => {
+  const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+  const data = new DataTransfer();
+  data.items.add(new File([bytes], name, { type: kind }));
+  const options = { bubbles: true, cancelable: true };
+  const event = type === "paste"
+    ? new ClipboardEvent(type, { ...options, clipboardData: data })
+    : new DragEvent(type, { ...options, dataTransfer: data });
+  document.querySelector(selector).dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def seeing_site() -> Iterator[Live]:
+    server = Live(seer=trained_seer).start()
+    yield server
+    server.stop()
+
+
+def colored(name: str, size: tuple[int, int] = (24, 24), format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, COLORS[name]).save(file, format)
+    return file.getvalue()
+
+
+def put(page: Page, event: str, data: bytes, selector: str = ".chat-main", kind: str = "image/png") -> None:
+    """Drop a file on an element, or paste it there."""
+    page.evaluate(PUT, [selector, event, base64.b64encode(data).decode(), f"file.{kind[6:]}", kind])
+
+
+def thumbnails(page: Page, count: int) -> Any:
+    page.wait_for_function(f"document.querySelectorAll('.composer .thumbnails img').length === {count}")
+    return page.locator(".composer .thumbnails img")
+
+
+def test_a_picture_is_dropped_and_named_and_its_patches_are_shown(seeing_site: Live, open_page: Open) -> None:
+    page = open_page(seeing_site.url, SEER)
+    page.locator(".composer").get_by_label("Add a picture").wait_for()
+    page.evaluate(PUT, [".chat-main", "dragover", "", "x.png", "image/png"])
+    assert page.locator(".dropping").count() == 1
+    put(page, "drop", colored("red"))
+    assert thumbnails(page, 1).get_attribute("alt") == "Picture 1"
+    assert page.locator(".dropping").count() == 0
+    assert_accessible(page)
+    write(page, "What is this?")
+    answered(page)
+    assert turns(page)[1] == "red"
+    assert page.locator(".composer .thumbnails img").count() == 0
+    picture = page.locator(".turn.user .pictures img")
+    assert picture.evaluate("(e) => [e.alt, e.naturalWidth]") == ["Picture", 24]
+    page.locator(".context label", has_text="of 512 tokens").wait_for()
+    assert_accessible(page)
+    screenshot(page, "picture")
+    page.reload()
+    assert picture.evaluate("(e) => e.decode().then(() => e.naturalWidth)") == 24
+    put(page, "drop", colored("blue"))
+    thumbnails(page, 1)
+    write(page, "What is this?")
+    answered(page, 2)
+
+    page.locator(".turn.user").first.get_by_label("Look inside").click()
+    page.get_by_role("heading", name="Inside").wait_for()
+    page.locator(".patch-card").wait_for()
+    model, tokenizer = seeing_site.reference["seer"].model, seeing_site.tokenizers["seer"]
+    found = inspect_text(model, tokenizer, "What is this?", image=decode_image(colored("red")))
+    tokens, weights = found["tokens"], found["image"]["weights"][0][-1]
+    page.get_by_text(f"{len(tokens)} tokens · 2 layers").wait_for()
+    strongest = max(range(16), key=lambda i: weights[i])
+    place = f"row {strongest // 4 + 1}, column {strongest % 4 + 1}"
+    label = page.locator(".patches").get_attribute("aria-label")
+    assert label.startswith("The picture in 4 × 4 patches.")
+    assert place in label
+    assert page.locator(".patch-card .bars li").first.inner_text().startswith(place)
+    first = page.locator("#next-title + .bars li").first  # after the beginning of an answer comes the name
+    assert first.locator("code").inner_text() == found["next"][-1][0]["text"]
+    assert "red".startswith(found["next"][-1][0]["text"].strip("▁Ġ "))
+    bright = "(e) => { const d = e.getContext('2d').getImageData(0, 0, e.width, e.height).data;"
+    bright += " return [Math.max(...d.filter((_, i) => i % 4 === 0)), Math.min(...d.filter((_, i) => i % 4 === 0))]; }"
+    most, least = page.locator(".patches").evaluate(bright)
+    assert most > 200  # the strongest patch has no shade
+    assert least < most
+    before = page.locator(".patches").get_attribute("aria-label")
+    page.locator(".strip .token").first.click()
+    assert "does not see it" in page.locator(".patches").get_attribute("aria-label")
+    page.locator(".strip .token").last.click()
+    assert page.locator(".patches").get_attribute("aria-label") == before
+    assert_accessible(page)
+    assert_fits(page)
+    screenshot(page, "patches")
+    page.locator(".view-inside").get_by_label("Remove picture 1").click()
+    page.locator(".patch-card").wait_for(state="hidden")
+
+
+def test_pictures_on_a_phone(seeing_site: Live, open_page: Open) -> None:
+    page = open_page(seeing_site.url, SEER, **PHONE)
+    page.locator(".composer").get_by_label("Add a picture").wait_for()
+    files = [{"name": f"{name}.png", "mimeType": "image/png", "buffer": colored(name)} for name in ("green", "blue")]
+    page.locator(".composer input[type=file]").set_input_files(files[0])
+    page.locator(".composer input[type=file]").set_input_files(files[1])
+    thumbnails(page, 2)
+    assert_fits(page)
+    assert_accessible(page)
+    screenshot(page, "picture-phone")
+    page.locator(".composer").get_by_label("Remove picture 2").click()
+    thumbnails(page, 1)
+    write(page, "What is this?")
+    answered(page)
+    assert turns(page)[1] == "green"
+    assert_fits(page)
+    page.locator(".turn.user").get_by_label("Look inside").click()
+    page.locator(".patch-card").wait_for()
+    assert_fits(page)
+    assert_accessible(page)
+    screenshot(page, "patches-phone")
+
+
+def test_pasted_large_and_refused_pictures(seeing_site: Live, open_page: Open) -> None:
+    page = open_page(seeing_site.url, SEER)
+    page.locator(".composer").get_by_label("Add a picture").wait_for()
+    put(page, "paste", colored("green", (2400, 1200)), "#message")
+    thumb = thumbnails(page, 1)
+    assert thumb.evaluate("(e) => e.decode().then(() => [e.naturalWidth, e.naturalHeight])") == [768, 384]
+    assert thumb.get_attribute("src").startswith("data:image/jpeg")
+    put(page, "drop", b"no picture at all")
+    page.get_by_text("is damaged, or in a format").wait_for()
+    put(page, "drop", b"<svg/>", kind="image/svg+xml")
+    page.get_by_text("is no PNG, JPEG, WebP or GIF picture").wait_for()
+    thumbnails(page, 1)
+    page.get_by_label("Send", exact=True).click()  # a picture alone is a message
+    answered(page)
+    assert page.locator(".conversation").first.inner_text() == "Picture"
+    page.locator("#model").select_option("tiny")
+    page.locator(".composer").get_by_label("Add a picture").wait_for(state="hidden")
+    put(page, "drop", colored("red"))
+    page.get_by_text("tiny reads text only").wait_for()
+    write(page, "and now?")  # the conversation has a picture, which this model cannot see
+    page.get_by_role("alert").get_by_text("messages[0].content[0] is a picture").wait_for()
+    open_page.complaints[:] = [c for c in open_page.complaints if "400" not in c]  # type: ignore[attr-defined]
 
 
 # Playground ---------------------------------------------------------------------------------------------------------

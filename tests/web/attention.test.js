@@ -5,6 +5,7 @@ import {
   lensLevel,
   maskReason,
   maskRectangles,
+  patchAttention,
   strongestKeys,
   weightColor,
 } from "../../src/gptsmith/server/web/attention.js";
@@ -56,4 +57,18 @@ test("colors go from low to high with the square root of the weight", () => {
 
 test("the logit lens has six colors", () => {
   assert.deepEqual([0, 0.16, 0.17, 0.5, 0.99, 1].map(lensLevel), ["0", "0", "1", "3", "5", "5"]);
+});
+
+test("the patches of a picture, the strongest first", () => {
+  const { total, patches } = patchAttention([0.1, 0, 0.2, 0.05, 0, 0, 0, 0.4, 0], 3);
+  assert.ok(Math.abs(total - 0.75) < 1e-12);
+  assert.deepEqual(patches[0], { row: 2, column: 1, weight: 0.4, share: 1 });
+  assert.deepEqual(patches[1], { row: 0, column: 2, weight: 0.2, share: 0.5 });
+  assert.equal(patches.length, 9);
+});
+
+test("a token that does not see the picture", () => {
+  const { total, patches } = patchAttention([0, 0, 0, 0], 2);
+  assert.equal(total, 0);
+  assert.ok(patches.every(({ share }) => share === 0));
 });

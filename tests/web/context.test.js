@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { fit, reserve } from "../../src/gptsmith/server/web/context.js";
+import { fit, reserve, withoutPixels } from "../../src/gptsmith/server/web/context.js";
 
 // Every message has 10 tokens, unless its text says another number.
 const counter = (context, calls = []) => {
@@ -61,4 +61,15 @@ test("a message that is too long by itself is refused", async () => {
   const messages = [...conversation(4), { role: "user", content: "1200" }];
   const message = "The message is too long: 1,200 tokens for a context of 512.";
   await assert.rejects(fit(messages, 10, counter(512)), { message });
+});
+
+test("pictures are counted without their pixels", () => {
+  const text = { type: "text", text: "What?" };
+  const picture = { type: "image_url", image_url: { url: "data:image/png;base64,AAAA" } };
+  assert.deepEqual(withoutPixels({ role: "user", content: [picture, text] }), {
+    role: "user",
+    content: [{ type: "image_url", image_url: { url: "data:," } }, text],
+  });
+  assert.deepEqual(withoutPixels({ role: "user", content: "What?" }), { role: "user", content: "What?" });
+  assert.equal(picture.image_url.url, "data:image/png;base64,AAAA");
 });

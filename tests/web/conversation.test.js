@@ -143,8 +143,8 @@ test("an answer that nobody has stored for a while is interrupted", () => {
 });
 
 test("the title is one line of the first message", () => {
-  assert.equal(titleOf("  What\n is\t this?  "), "What is this?");
-  assert.equal(titleOf("a".repeat(100)).length, 60);
+  assert.equal(titleOf({ content: "  What\n is\t this?  " }), "What is this?");
+  assert.equal(titleOf({ content: "a".repeat(100) }).length, 60);
 });
 
 test("the API is sent roles and texts, the system prompt first", () => {
@@ -201,4 +201,29 @@ test("an exported file is JSON that fine-tuning reads, or Markdown", () => {
     markdown.text,
     "# Où est/la gare?\n\n**System**\n\nBe brief.\n\n**You**\n\nOù est la gare?\n\n**Assistant**\n\nLà.\n",
   );
+});
+
+test("pictures are parts of a question", () => {
+  const conversation = newConversation();
+  const images = ["data:image/png;base64,AA==", "data:image/png;base64,BB=="];
+  const question = addMessage(conversation, null, { role: "user", content: "What?", images });
+  addMessage(conversation, question.id, { role: "assistant", content: "A cat.", finish: "stop" });
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  assert.deepEqual(apiMessages(conversation), [
+    { role: "user", content: [...parts, { type: "text", text: "What?" }] },
+    { role: "assistant", content: "A cat." },
+  ]);
+  const { text } = exportFile(conversation, "markdown");
+  assert.ok(text.includes(`![picture](${images[0]})\n\n![picture](${images[1]})\n\nWhat?`));
+  assert.deepEqual(JSON.parse(exportFile(conversation, "json").text).messages, apiMessages(conversation));
+});
+
+test("a question can be a picture alone", () => {
+  const conversation = newConversation();
+  addMessage(conversation, null, { role: "user", content: "", images: ["data:image/png;base64,AA=="] });
+  assert.deepEqual(apiMessages(conversation)[0].content, [
+    { type: "image_url", image_url: { url: "data:image/png;base64,AA==" } },
+  ]);
+  assert.equal(titleOf(branch(conversation)[0]), "Picture");
+  assert.ok(isConversation(conversation));
 });

@@ -35,5 +35,18 @@ export function weightColor(weight, low, high) {
   return `rgb(${low.map((from, channel) => Math.round(from + (high[channel] - from) * t)).join(" ")})`;
 }
 
+// What a token attends to within a picture of grid × grid patches: {total, patches}. total: the weight of all patches.
+// patches: [{row, column, weight, share}], the strongest first; share: compared with the strongest, from 0 to 1.
+export function patchAttention(weights, grid) {
+  const most = Math.max(...weights);
+  const patches = weights.map((weight, i) => ({
+    row: Math.floor(i / grid),
+    column: i % grid,
+    weight,
+    share: most > 0 ? weight / most : 0,
+  }));
+  return { total: weights.reduce((sum, w) => sum + w, 0), patches: patches.sort((a, b) => b.weight - a.weight) };
+}
+
 // The color of a prediction of the logit lens: "0" (unlikely) to "5" (likely).
 export const lensLevel = (p) => String(Math.min(COLOR_LEVELS - 1, Math.floor(p * COLOR_LEVELS)));

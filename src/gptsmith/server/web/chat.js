@@ -16,6 +16,7 @@ import {
 import { ConversationStore } from "./conversations.js";
 import { announce, debounce, download, h, icon, iconButton, showDialog, toast } from "./dom.js";
 import * as models from "./models.js";
+import { PictureInput } from "./pictures.js";
 import { SamplingControls } from "./sampling.js";
 import { drawTurn, editTurn } from "./turn.js";
 
@@ -27,6 +28,7 @@ const SUGGESTIONS = [
 const MAX_INPUT_HEIGHT = 240; // pixels
 const REDRAW_INTERVAL = 5000; // milliseconds, while another tab writes an answer
 const COUNT_DELAY = 300; // milliseconds from a change to the count of tokens
+const MAX_PICTURES = 8; // of a message
 const ANNOUNCED = 400; // characters of an answer that a screen reader is given
 
 export function mount(root, { goTo }) {
@@ -67,10 +69,19 @@ export function mount(root, { goTo }) {
     if (answers.in(current)) answers.stop(current);
     else sendMessage(input.value);
   };
+  const chatMain = h("div.chat-main");
+  const pictures = new PictureInput({
+    limit: MAX_PICTURES,
+    target: chatMain,
+    refusal: () => `${models.selected()} reads text only: it takes no pictures.`,
+  });
   const composer = h(
     "form.composer",
     { onsubmit: onSubmit },
+    pictures.list,
     h("label.visually-hidden", { htmlFor: "message" }, "Message"),
+    pictures.button,
+    pictures.file,
     input,
     sendButton,
   );
@@ -128,7 +139,8 @@ export function mount(root, { goTo }) {
   const meterLine = h("div.context", { hidden: true }, meter, meterText);
   const scroller = h("div.scroller", {}, log);
   const title = h("h1.visually-hidden", {}, "Chat");
-  root.append(title, history, h("div.chat-main", {}, tools, scroller, notice, meterLine, composer), settings);
+  chatMain.append(tools, scroller, notice, meterLine, composer);
+  root.append(title, history, chatMain, settings);
   root.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     if (root.querySelector(".side.open")) ["history", "settings"].forEach((id) => showPanel(id, false));
@@ -142,6 +154,7 @@ export function mount(root, { goTo }) {
       notice.hidden = model.chat;
       composer.hidden = !model.chat;
       usable = model.chat;
+      pictures.enabled = model.chat && model.image_tokens !== null;
       if (!model.chat) {
         notice.replaceChildren(
           h(
@@ -177,7 +190,7 @@ export function mount(root, { goTo }) {
     const [first] = branch(current);
     if (!first) return;
     current.updated = Date.now();
-    current.title ||= titleOf(first.content);
+    current.title ||= titleOf(first);
     keep(current);
   }
 
@@ -257,9 +270,12 @@ export function mount(root, { goTo }) {
   // -- messages --------------------------------------------------------------------------------------------------------
 
   function sendMessage(text) {
-    if (!text.trim() || !canAnswer()) return;
-    const question = addMessage(current, current.leaf, { role: "user", content: text.trim() });
+    const images = pictures.urls;
+    if (!(text.trim() || images.length) || !canAnswer()) return;
+    const fields = { role: "user", content: text.trim(), ...(images.length && { images }) };
+    const question = addMessage(current, current.leaf, fields);
     input.value = "";
+    pictures.set([]);
     resizeInput();
     generateAnswer(question);
   }
@@ -322,7 +338,8 @@ export function mount(root, { goTo }) {
       onCancel: draw,
       onApply: (content) => {
         if (message.role === "user") {
-          if (canAnswer()) generateAnswer(addMessage(current, message.parent, { role: "user", content }));
+          const { images } = message;
+          if (canAnswer()) generateAnswer(addMessage(current, message.parent, { role: "user", content, images }));
           return;
         }
         addMessage(current, message.parent, { role: message.role, content, model: message.model, finish: "edited" });
@@ -353,6 +370,11 @@ export function mount(root, { goTo }) {
         onEdit: (element) => edit(message, element),
         onRegenerate: () => regenerate(message),
         onShow: showVersion,
+        onInspect: () => {
+          const detail = { image: message.images[0], text: message.content };
+          document.dispatchEvent(new CustomEvent("look-inside", { detail }));
+          goTo("inside");
+        },
       });
       if (message === running) growing = { message, turn };
       return turn.element;

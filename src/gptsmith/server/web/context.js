@@ -3,8 +3,17 @@
 import { request } from "./api.js";
 
 // Resolve to {count, max_model_len}: the tokens of a conversation with the beginning of an answer, and the context length.
-export const countTokens = (model, messages, signal) =>
-  request("tokenize", { body: { model, messages, add_generation_prompt: true }, signal });
+export const countTokens = (model, messages, signal) => {
+  const body = { model, messages: messages.map(withoutPixels), add_generation_prompt: true };
+  return request("tokenize", { body, signal });
+};
+
+// A message whose pictures are left empty: all have the same number of tokens.
+export function withoutPixels({ role, content }) {
+  if (!Array.isArray(content)) return { role, content };
+  const emptied = (part) => (part.type === "image_url" ? { ...part, image_url: { url: "data:," } } : part);
+  return { role, content: content.map(emptied) };
+}
 
 // The tokens that an answer should have at least: `gptsmith chat` leaves out the oldest turns by the same rule.
 export const reserve = (maxTokens, context) => Math.min(maxTokens, Math.floor(context / 4));

@@ -3,7 +3,7 @@
 // The messages form a tree: a second answer, or an edited question, is a new branch next to the old one. A conversation is
 // {id, title, updated, system, leaf, messages: {id: message}}, and leaf the id of the last message of the branch that is
 // shown. A message is {id, parent, role, content, created, updated, ...}, and parent the id of the message before it, or
-// null. Times are in milliseconds. An answer has a `finish` or an `error` once it has ended.
+// null. images: the data: URLs of the pictures in a question, if it has any. Times are in milliseconds. An answer has a `finish` or an `error` once it has ended.
 
 const TITLE_LENGTH = 60;
 const FILE_NAME_LENGTH = 40;
@@ -16,7 +16,8 @@ export function newConversation() {
   return { id: newId(), title: "", updated: Date.now(), system: "", leaf: null, messages: {} };
 }
 
-export const titleOf = (text) => text.trim().replaceAll(/\s+/g, " ").slice(0, TITLE_LENGTH);
+export const titleOf = ({ content, images }) =>
+  content.trim().replaceAll(/\s+/g, " ").slice(0, TITLE_LENGTH) || (images?.length ? "Picture" : "");
 
 // -- the tree ----------------------------------------------------------------------------------------------------------
 
@@ -107,10 +108,16 @@ export function fromList(old) {
 
 // -- answers -----------------------------------------------------------------------------------------------------------
 
+const withPictures = (text, images) => {
+  if (!images?.length) return text;
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  return text ? [...parts, { type: "text", text }] : parts;
+};
+
 // The messages as the API takes them, with the system prompt first. until: the id of the last one.
 export function apiMessages(conversation, until = conversation.leaf) {
   const shown = branch({ messages: conversation.messages, leaf: until });
-  const messages = shown.map(({ role, content }) => ({ role, content }));
+  const messages = shown.map(({ role, content, images }) => ({ role, content: withPictures(content, images) }));
   if (conversation.system?.trim()) messages.unshift({ role: "system", content: conversation.system });
   return messages;
 }
@@ -169,6 +176,8 @@ export function exportFile(conversation, format) {
     return { name: `${name}.json`, type: "application/json", text: `${JSON.stringify({ messages }, null, 1)}\n` };
   }
   const speakers = { system: "System", user: "You", assistant: "Assistant" };
-  const text = messages.map(({ role, content }) => `**${speakers[role]}**\n\n${content}\n`).join("\n");
+  const markdown = (part) => (part.type === "image_url" ? `![picture](${part.image_url.url})` : part.text);
+  const written = (content) => (Array.isArray(content) ? content.map(markdown).join("\n\n") : content);
+  const text = messages.map(({ role, content }) => `**${speakers[role]}**\n\n${written(content)}\n`).join("\n");
   return { name: `${name}.md`, type: "text/markdown", text: `# ${conversation.title}\n\n${text}` };
 }

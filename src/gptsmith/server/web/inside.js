@@ -1,15 +1,19 @@
 // The view of a model's inside for a short text: attention weights, the logit lens, the next-token distribution.
 
 import { request } from "./api.js";
-import { lensLevel, maskReason, maskRectangles, strongestKeys, weightColor } from "./attention.js";
+import { lensLevel, maskReason, maskRectangles, patchAttention, strongestKeys, weightColor } from "./attention.js";
 import { debounce, h } from "./dom.js";
 import { percent, printable } from "./format.js";
 import * as models from "./models.js";
+import { PictureInput } from "./pictures.js";
 import { load, save } from "./store.js";
 import { probabilityBar, probabilityLevel } from "./tokens.js";
 
 const NEXT_TOKENS = 12; // candidates for the next token that are shown
 const STRONGEST = 8; // attended tokens that are listed
+const STRONGEST_PATCHES = 5;
+const PATCH_VIEW = 320; // pixels of a side of the picture
+const DARKEST = 0.8; // the shade over a patch that a token does not attend to
 const LABEL_LENGTH = 9; // characters of a token beside the attention map
 const LENS_LENGTH = 10; // characters of a token in the logit lens
 const MIN_LABELED_CELL = 7; // pixels; smaller cells of the attention map have no labels
@@ -83,11 +87,29 @@ export function mount(root) {
     event.preventDefault();
     inspect();
   };
-  const form = h(
-    "form.card.stack",
-    { onsubmit: onSubmit },
-    h("label.title", { htmlFor: "inside-text" }, "Short text"),
-    h("div.row", {}, textInput, h("button.button.primary", { type: "submit" }, "Look inside")),
+  const form = h("form.card.stack", { onsubmit: onSubmit });
+  const picture = new PictureInput({
+    limit: 1,
+    target: form,
+    refusal: () => `${models.selected()} reads text only: it takes no pictures.`,
+    onChange: () => {
+      textLabel.textContent = picture.urls.length ? "Question about the picture" : "Short text";
+      if (!root.hidden) inspect();
+      else result = null;
+    },
+  });
+  const textLabel = h("label.title", { htmlFor: "inside-text" }, "Short text");
+  form.append(
+    textLabel,
+    picture.list,
+    h(
+      "div.row",
+      {},
+      picture.button,
+      picture.file,
+      textInput,
+      h("button.button.primary", { type: "submit" }, "Look inside"),
+    ),
     strip,
     status,
   );
@@ -116,6 +138,20 @@ export function mount(root) {
       h("span", {}, "masked"),
     ),
   );
+  const patchImage = h("img", { alt: "", onload: () => drawPatches() });
+  const patchCanvas = h("canvas.patches", { role: "img" });
+  const patchTitle = h("h3", { id: "patches-title" });
+  const patchList = h("ol.bars", {});
+  const patchHelp =
+    "The picture as the model sees it. Bright patches are those that the token attends to, in the chosen layer and head.";
+  const patchCard = h(
+    "section.card.patch-card",
+    { "aria-labelledby": "patches-title", hidden: true },
+    patchTitle,
+    h("p.help", {}, patchHelp),
+    patchCanvas,
+    patchList,
+  );
   const lensHelp =
     "What each layer would predict if it were the last. " +
     "Read a column from the bottom up to see the prediction take shape. Framed: correct.";
@@ -126,6 +162,7 @@ export function mount(root) {
     h(
       "div.stack",
       {},
+      patchCard,
       h("section.card", { "aria-labelledby": "attended-title" }, attendedTitle, attended),
       h("section.card", { "aria-labelledby": "next-title" }, nextTitle, next),
     ),
@@ -156,11 +193,17 @@ export function mount(root) {
       layerInput.value = layer;
       head = Math.min(head, model.heads - 1);
       layerOutput.textContent = layerLabel();
+      picture.enabled = model.image_tokens !== null;
       if (!root.hidden) inspect();
       else result = null;
     } catch (error) {
       showError(error);
     }
+  });
+
+  document.addEventListener("look-inside", ({ detail: { image, text } }) => {
+    textInput.value = text.slice(0, textInput.maxLength);
+    picture.set([image]);
   });
 
   // -- requests --------------------------------------------------------------------------------------------------------
@@ -170,14 +213,15 @@ export function mount(root) {
     const number = ++requests;
     controller?.abort();
     controller = new AbortController();
-    const body = { model: models.selected(), text: textInput.value, layer, top: NEXT_TOKENS, parts };
+    const [image = null] = picture.urls;
+    const body = { model: models.selected(), text: textInput.value, image, layer, top: NEXT_TOKENS, parts };
     const answer = await request("api/inside", { body, signal: controller.signal });
     return number === requests ? answer : null;
   }
 
   async function inspect() {
     if (!model) return;
-    if (!textInput.value) {
+    if (!textInput.value && !picture.urls.length) {
       status.textContent = "Enter a few words.";
       return;
     }
@@ -194,6 +238,8 @@ export function mount(root) {
       drawAttention();
       drawLens();
       drawNext();
+      patchCard.hidden = !result.image;
+      if (result.image) patchImage.src = result.image.url;
     } catch (error) {
       showError(error);
     } finally {
@@ -207,6 +253,7 @@ export function mount(root) {
       const answer = await fetchParts(["attention"]);
       if (!answer) return;
       result.attention = answer.attention;
+      result.image = answer.image;
       drawAttention();
     } catch (error) {
       showError(error);
@@ -233,6 +280,7 @@ export function mount(root) {
     strip.children[row].scrollIntoView({ block: "nearest", inline: "nearest" });
     drawMap();
     drawAttended();
+    drawPatches();
     drawNext();
     for (const cell of lens.querySelectorAll("[data-column]")) {
       cell.classList.toggle("chosen", Number(cell.dataset.column) === row);
@@ -276,6 +324,46 @@ export function mount(root) {
     drawHeads();
     drawMap();
     drawAttended();
+    drawPatches();
+  }
+
+  // Draw the picture, shaded where the selected token does not look.
+  function drawPatches() {
+    if (!result?.image) return;
+    const { grid, weights } = result.image;
+    const { total, patches } = patchAttention(weights[head][row], grid);
+    const ratio = devicePixelRatio || 1;
+    const cell = (PATCH_VIEW / grid) * ratio;
+    patchCanvas.width = patchCanvas.height = PATCH_VIEW * ratio;
+    const context = patchCanvas.getContext("2d");
+    context.imageSmoothingEnabled = patchImage.naturalWidth > PATCH_VIEW;
+    if (patchImage.complete) context.drawImage(patchImage, 0, 0, PATCH_VIEW * ratio, PATCH_VIEW * ratio);
+    for (const { row: y, column: x, share } of patches) {
+      context.fillStyle = `rgb(0 0 0 / ${DARKEST * (1 - Math.sqrt(share))})`;
+      context.fillRect(Math.floor(x * cell), Math.floor(y * cell), Math.ceil(cell), Math.ceil(cell));
+    }
+    const token = printable(result.tokens[row]);
+    const sees = row >= result.image.index;
+    const place = (patch) => `row ${patch.row + 1}, column ${patch.column + 1}`;
+    patchTitle.replaceChildren("Where ", h("code", {}, token), " looks in the picture");
+    patchCanvas.setAttribute(
+      "aria-label",
+      sees
+        ? `The picture in ${grid} × ${grid} patches. ${token} gives them ${percent(total)} of its attention, most to ` +
+            `the patch in ${place(patches[0])}: ${percent(patches[0].weight)}.`
+        : `The picture in ${grid} × ${grid} patches. ${token} comes before the picture and does not see it.`,
+    );
+    patchList.replaceChildren(
+      ...(sees ? patches.slice(0, STRONGEST_PATCHES) : []).map((patch) =>
+        h(
+          "li",
+          {},
+          h("span", {}, place(patch)),
+          probabilityBar(patch.weight),
+          h("span.number", {}, percent(patch.weight)),
+        ),
+      ),
+    );
   }
 
   function drawHeads() {

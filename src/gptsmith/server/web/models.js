@@ -20,7 +20,7 @@ export async function waitForSelection() {
   return selected();
 }
 
-// Resolve to {name, parameters, layers, heads, context, vocabulary, tokens, chat, adapter}. The server loads the model.
+// Resolve to {name, parameters, layers, heads, context, vocabulary, tokens, chat, image_tokens, adapter}. The server loads the model.
 export function describe(name) {
   if (!descriptions.has(name)) {
     const promise = request(`api/models/${name.split("/").map(encodeURIComponent).join("/")}`);

@@ -7,15 +7,15 @@ import { MarkdownView } from "./markdown.js";
 const MAX_EDIT_ROWS = 12;
 
 // running: this tab is generating the message. versions: the messages at its place. wrap: as of MarkdownView.
-// onEdit(element), onRegenerate(), onShow(version): what the buttons do. Return {element, markdown}; markdown renders the
+// onEdit(element), onRegenerate(), onShow(version), onInspect(): what the buttons do. Return {element, markdown}; markdown renders the
 // text of an answer.
-export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerate, onShow }) {
+export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerate, onShow, onInspect }) {
   const isUser = message.role === "user";
   const state = isUser ? "ended" : answerState(message);
   const waiting = running && !message.content;
   const body = h("div.body");
   const markdown = new MarkdownView(body, wrap);
-  if (isUser) body.textContent = message.content;
+  if (isUser) body.append(...drawPictures(message), message.content);
   else if (running && message.content) markdown.show(message.content);
   else if (message.content) markdown.finish(message.content);
   if (waiting) {
@@ -37,6 +37,7 @@ export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerat
     {},
     iconButton("copy", "Copy", () => copyText(message.content)),
     iconButton("edit", "Edit", () => onEdit(element)),
+    message.images?.length && iconButton("eye", "Look inside: where the model looks in the picture", onInspect),
     !isUser && !unfinished && iconButton("regenerate", "Answer again", onRegenerate),
   );
   const again = { type: "button", onclick: onRegenerate };
@@ -51,6 +52,18 @@ export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerat
     ),
   );
   return { element, markdown };
+}
+
+function drawPictures({ images = [] }) {
+  if (!images.length) return [];
+  const alt = (i) => (images.length > 1 ? `Picture ${i + 1} of ${images.length}` : "Picture");
+  return [
+    h(
+      "div.pictures",
+      {},
+      images.map((url, i) => h("img", { src: url, alt: alt(i) })),
+    ),
+  ];
 }
 
 // The buttons that step through the versions of a message.
@@ -76,7 +89,7 @@ export function editTurn(element, message, { hasMore, onApply, onCancel }) {
     "aria-label": isUser ? "Your message" : "Answer",
   });
   const apply = () => {
-    if (area.value.trim()) onApply(area.value.trim());
+    if (area.value.trim() || message.images?.length) onApply(area.value.trim());
   };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
