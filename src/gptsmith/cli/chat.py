@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -21,10 +22,12 @@ from gptsmith.log import note
 
 if TYPE_CHECKING:
     from gptsmith.engine.engine import Engine
+    from gptsmith.engine.prompt import Prompt, PromptImage
     from gptsmith.tokenizer import Tokenizer
 
 HELP = """\
 /system TEXT       set the system prompt (without TEXT: remove it) and start over
+/image FILE        show a picture with the next message, to a model that reads pictures
 /reset             start over
 /temperature X     0: always take the most probable token; below 1 safer, above 1 more varied
 /save FILE         save the conversation as JSON: {"messages": [...]}
@@ -115,13 +118,42 @@ class Conversation:
         self.engine, self.tokenizer, self.params = engine, tokenizer, params
         self.template = ChatTemplate(tokenizer)
         self.system, self.overflow = system, overflow
-        self.turns: list[dict[str, str]] = []
+        self.turns: list[dict[str, Any]] = []
+        self.pictures: dict[str, PromptImage] = {}
+        """The pictures of the conversation, by their data: URLs."""
+        self.next_pictures: list[str] = []
+        """Those that the next message shows."""
         self.seconds = 0.0
         """Total time of all answers."""
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def reset(self) -> None:
+        """Start over."""
+        self.turns.clear()
+        self.pictures.clear()
+        self.next_pictures.clear()
+
+    def show(self, path: Path) -> str:
+        """Show a picture with the next message. Return its size for a note.
+
+        Raise UsageError for a model that reads text only, and for a file that cannot be read.
+        """
+        from gptsmith.data.images import ImageError, decode_image, image_bytes, media_type
+        from gptsmith.engine.text import prepare_image
+
+        try:
+            data = image_bytes(path, base=Path())
+            image = decode_image(data)
+        except ImageError as error:
+            raise UsageError(f"/image {path}: {error}") from None
+        picture = prepare_image(self.engine.model, image)
+        url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+        self.pictures[url] = picture
+        self.next_pictures.append(url)
+        return f"{image.width}×{image.height}, {picture.tokens} tokens"
 
     def answer(self, text: str) -> Iterator[str]:
         """Add a turn of the user and yield the answer as it is generated. An interrupted answer is kept as it is.
@@ -131,10 +163,12 @@ class Conversation:
         """
         from gptsmith.engine.text import stream
 
-        self.turns.append({"role": "user", "content": text})
+        shown, self.next_pictures = self.next_pictures, []
+        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in shown]
+        self.turns.append({"role": "user", "content": [*parts, {"type": "text", "text": text}] if shown else text})
         generated, began = "", time.perf_counter()
         try:
-            ids, room = self._fitting()
+            prompt, room = self._fitting()
             shifts = self.overflow == "shift"
             params = replace(
                 self.params,
@@ -143,7 +177,7 @@ class Conversation:
                 stop=self.template.stop,
                 stop_ids=self.template.end_ids(),
             )
-            chunks = stream(self.engine, self.tokenizer, ids, params, continues_prompt=False, on_shift=_shifted)
+            chunks = stream(self.engine, self.tokenizer, prompt, params, continues_prompt=False, on_shift=_shifted)
             with contextlib.closing(chunks):  # type: ignore[type-var]
                 for chunk in chunks:
                     generated += chunk.text
@@ -154,6 +188,7 @@ class Conversation:
                         note(f"\n(stopped after {params.max_tokens} tokens: {limit})")
         except GptsmithError:
             self.turns.pop()
+            self.next_pictures = shown
             raise
         finally:
             self.seconds += time.perf_counter() - began
@@ -162,28 +197,42 @@ class Conversation:
                     {"role": "assistant", "content": generated.strip() if self.template.plain else generated}
                 )
 
-    def _fitting(self) -> tuple[list[int], int]:
-        """Return the ids of the conversation, without the oldest turns that do not fit, and the room for an answer."""
+    def _encode(self, messages: list[dict[str, Any]]) -> Prompt:
+        from gptsmith.engine.text import conversation_prompt
+
+        images: list[PromptImage] = []
+        written: list[dict[str, Any]] = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, list):
+                urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+                images += [self.pictures[url] for url in urls]
+                content = [{"type": "image"} if part["type"] == "image_url" else part for part in content]
+            written.append({**message, "content": content})
+        return conversation_prompt(self.engine.model, self.template, written, images)
+
+    def _fitting(self) -> tuple[Prompt, int]:
+        """Return the prompt, without the oldest turns that do not fit, and the room for an answer."""
         context = self.engine.context
         wanted = min(self.params.max_tokens, context // 4)
         turns, dropped = list(self.turns), 0
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            ids = self.template.encode(system + turns)
-            if len(ids) + wanted <= context:
+            prompt = self._encode(system + turns)
+            if len(prompt) + wanted <= context:
                 break
             if self.overflow == "error":
                 raise UsageError(
-                    f"the conversation has {len(ids):,} tokens, which leaves no room for an answer in the context of "
-                    f"{context:,}. Use /reset to start over, or --overflow truncate to drop the oldest turns."
+                    f"the conversation has {len(prompt):,} tokens, which leaves no room for an answer in the context "
+                    f"of {context:,}. Use /reset to start over, or --overflow truncate to drop the oldest turns."
                 )
             if len(turns) <= 1:
-                raise UsageError(f"the message is too long: {len(ids):,} tokens for a context of {context:,}.")
+                raise UsageError(f"the message is too long: {len(prompt):,} tokens for a context of {context:,}.")
             turns, dropped = turns[2:], dropped + 1
         if dropped:
             turns_were = f"{dropped} turns were" if dropped > 1 else "turn was"
             note(f"(the oldest {turns_were} dropped: the context is full)")
-        return ids, context - len(ids)
+        return prompt, context - len(prompt)
 
     def stats_line(self) -> str:
         """Return speed and cache use so far in a line."""
@@ -255,11 +304,16 @@ def _command(conversation: Conversation, line: str) -> bool:
     elif name == "stats":
         note(conversation.stats_line())
     elif name == "reset":
-        conversation.turns.clear()
+        conversation.reset()
         note("(new conversation)")
+    elif name == "image":
+        if not value:
+            raise UsageError("/image needs the name of a file.")
+        size = conversation.show(Path(value).expanduser())
+        note(f"(the next message shows {value}: {size})")
     elif name == "system":
         conversation.system = value
-        conversation.turns.clear()
+        conversation.reset()
         note(f"(new conversation, {'with' if value else 'without'} a system prompt)")
     elif name == "temperature":
         try:
@@ -276,7 +330,7 @@ def _command(conversation: Conversation, line: str) -> bool:
             raise UsageError(f"cannot write {value}: {error.strerror or error}.") from None
         note(f"(saved to {value})")
     else:
-        names = ("system", "reset", "temperature", "save", "stats", "help", "quit")
+        names = ("system", "image", "reset", "temperature", "save", "stats", "help", "quit")
         raise UsageError(f"unknown command /{name}.{nearest(name, names)} /help lists the commands.")
     return True
 

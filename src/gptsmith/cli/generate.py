@@ -16,6 +16,7 @@ from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import duration, note
 
 if TYPE_CHECKING:
+    from gptsmith.data.images import DecodedImage
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.sampling import Constraint
     from gptsmith.engine.speculative import Speculator
@@ -30,6 +31,9 @@ class Generate:
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
     prompt: str = "\n"
     """Text to continue; - reads it from standard input."""
+    image: tuple[Path, ...] = field(default=())
+    """Picture (PNG, JPEG, WebP, or the first frame of a GIF) to show to a model that reads pictures. The prompt is then
+    a question about it, written by the chat template, and the output is the answer."""
     sampling: tyro.conf.OmitArgPrefixes[GenerationOptions] = field(default=GenerationOptions())
     """sampling"""
     num_samples: int = 1
@@ -69,10 +73,12 @@ def main(arguments: list[str]) -> int:
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
     _params(chosen)  # raises for bad options before the model is loaded
-    from gptsmith.engine.text import engine_for, stream
+    from gptsmith.engine.text import engine_for, prepare_image, question, stream
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
+    from gptsmith.tokenizer.chat import ChatTemplate
 
+    pictures = [read_picture(path, "--image ") for path in chosen.image]
     prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
     model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
     context = model.config.max_position_embeddings
@@ -96,8 +102,17 @@ def main(arguments: list[str]) -> int:
         else:
             note(f"note: the beginning of the prompt was cut off to fit the context of {context} tokens.")
 
+    if pictures:
+        template = ChatTemplate(tokenizer)
+        text = "" if prompt == Generate.prompt else prompt
+        asked = question(model, template, text, [prepare_image(model, picture) for picture in pictures])
+        end_ids = () if params.ignore_eos else template.end_ids()
+        params = replace(params, stop=(*params.stop, *template.stop), stop_ids=(*params.stop_ids, *end_ids))
+        chunks = stream(engine, tokenizer, asked, params, continues_prompt=False, on_shift=on_shift)
+        prompt = ""
+    else:
+        chunks = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
     began, first = time.perf_counter(), 0.0
-    chunks = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
     texts, reasons = [""] * params.n, [""] * params.n
     if params.n == 1:
         _write(prompt)
@@ -119,6 +134,16 @@ def main(arguments: list[str]) -> int:
     if chosen.stats:
         note(_stats_line(engine, first, seconds))
     return 0
+
+
+def read_picture(path: Path, option: str) -> DecodedImage:
+    """Decode a picture file. Raise UsageError that begins with `option`."""
+    from gptsmith.data.images import ImageError, read_image_part
+
+    try:
+        return read_image_part(path.expanduser(), base=Path())
+    except ImageError as error:
+        raise UsageError(f"{option}{path}: {error}") from None
 
 
 def _params(chosen: Generate) -> SamplingParams:
