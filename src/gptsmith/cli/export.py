@@ -70,8 +70,11 @@ def _write_gguf(chosen: Export) -> int:
     if chosen.out.suffix.lower() != ".gguf":
         raise UsageError(f"--out {chosen.out}: the name of a GGUF file must end in .gguf.")
 
-    from gptsmith.export.export import describe, export_gguf
+    from gptsmith.export.export import describe, export_gguf, mmproj_path
 
     model = export_gguf(chosen.model, chosen.out, dtype=dtype, transform=chosen.change)
     print(describe(chosen.out, model, dtype))
+    if model.config.vision is not None:
+        eyes = mmproj_path(chosen.out)
+        print(f"{eyes}: vision tower and projector, {eyes.stat().st_size / 1e6:,.1f} MB")
     return 0

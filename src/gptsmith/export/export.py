@@ -84,17 +84,29 @@ def export_gguf(
 ) -> Transformer:
     """Write the model that `spec` refers to as one GGUF file for llama.cpp and compatible programs. Return the model.
 
+    The eyes of a model that reads pictures become a second file beside it; see `mmproj_path`.
     dtype: f32, f16, q8_0 or q4_0. transform: applied to the model before it is written.
     Raises UsageError for a family or setting that llama.cpp does not support, and as `read_verified` does.
     """
     from gptsmith.formats.gguf import write_gguf
     from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
+    from gptsmith.formats.gguf_vision import check_mmproj, text_part, write_mmproj
 
     reject_existing(out)
     model, tokenizer = read_verified(source_of(spec))
     model = transform.apply(model)
-    write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
+    if model.config.vision is not None:
+        reject_existing(mmproj_path(out))
+        check_mmproj(model.config.vision)
+    write_gguf(text_part(model), tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
+    if model.config.vision is not None:
+        write_mmproj(model, mmproj_path(out), "f32" if dtype == "f32" else "f16")
     return model
+
+
+def mmproj_path(out: Path) -> Path:
+    """Return where the eyes of a model are written whose text model is the GGUF file `out`."""
+    return out.with_name(f"{out.stem}-mmproj.gguf")
 
 
 def reject_existing(out: Path) -> None:
