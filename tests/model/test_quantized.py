@@ -18,7 +18,9 @@ from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.kernels import threads as kernel_threads
 from gptsmith.model import families, quantized
 from gptsmith.model.quantized import (
+    BITS,
     Bits,
+    Codes,
     QuantizedMatrix,
     bits_of,
     dequantize,
@@ -29,12 +31,10 @@ from gptsmith.model.quantized import (
     quantize_on_gpu,
     quantize_skeleton,
     quantized_state,
+    scales_of,
     unpack,
 )
 from tests.factories import tiny_model
-
-BITS: list[Bits] = [4, 8]
-
 
 make_model = functools.partial(
     tiny_model,
@@ -65,7 +65,7 @@ def test_rounding_error_is_small(bits: Bits) -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 128) * torch.rand(64, 1) * 3
     matrix = QuantizedMatrix.of(encode(weight, bits))
-    assert relative(matrix.dequantized(), weight) < (0.006 if bits == 8 else 0.08)
+    assert relative(matrix.dequantized(), weight) < {8: 0.006, 6: 0.02, 5: 0.04, 4: 0.08}[bits]
     rows = torch.tensor([0, 63, 17, 17])
     assert torch.equal(matrix.rows_at(rows), matrix.dequantized()[rows])
     for exact in (torch.zeros(16, 32), torch.full((16, 32), 0.5), torch.arange(16.0).repeat(16, 2) - 3):
@@ -90,7 +90,7 @@ def test_clipping_the_range_lowers_the_error_of_4_bits() -> None:
 @pytest.mark.skipif(not kernel_threads.kernels_available(), reason="needs numba and a processor with AVX-512 VNNI")
 @pytest.mark.parametrize(("bits", "threads"), list(itertools.product(BITS, (1, 2))))
 def test_kernels_equal_the_dequantized_product(bits: Bits, threads: int) -> None:
-    """Up to the rounding of inputs to 8 bits; exactly for inputs that 8 bits represent."""
+    """Up to the rounding of inputs to 8 bits (twice 8 bits in 8 bits); exactly for inputs that 8 bits represent."""
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -98,7 +98,7 @@ def test_kernels_equal_the_dequantized_product(bits: Bits, threads: int) -> None
         for rows, columns, tokens in itertools.product((16, 40, 129), (32, 160), (1, 2, 3, 7, 8, 21)):
             matrix = QuantizedMatrix.of(encode(torch.randn(rows, columns), bits))
             x = torch.randn(tokens, columns)
-            assert relative(matrix.multiply(x), x @ matrix.dequantized().T) < 0.02
+            assert relative(matrix.multiply(x), x @ matrix.dequantized().T) < (1e-4 if bits == 8 else 0.02)
             exact = torch.randint(-127, 128, (tokens, columns)).float()
             exact.view(tokens, -1, 32)[..., 0] = 127
             torch.testing.assert_close(
@@ -125,6 +125,26 @@ def test_logits_stay_nearly_the_same(family: str, bits: Bits, monkeypatch: pytes
     assert relative(after, without_kernels) < 0.05
     unquantized = [name for name, p in model.named_parameters() if p.dim() > 1]
     assert all("router" in name or "gate" in name or "position" in name for name in unquantized)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 40), groups=st.integers(1, 5), bits=st.sampled_from(BITS), seed=st.integers(0, 99))
+def test_scales_of_8_bits_are_stored_exactly(rows: int, groups: int, bits: Bits, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    units = (torch.rand(rows, 2, generator=generator) * 1e-3 + 1e-4).bfloat16()
+    scale_codes = torch.randint(0, 256, (rows, groups), generator=generator).to(torch.uint8)
+    zero_codes = torch.randint(-127, 128, (rows, groups), generator=generator).to(torch.int8) if bits < 8 else None
+    units[:, 1] = torch.maximum(units[:, 1], (scale_codes.amax(dim=1) * units[:, 0] * 2.0 ** (bits - 10)).bfloat16())
+    scales, zero_points = scales_of(scale_codes, zero_codes, units[:, :1], units[:, 1:], bits)
+    codes = torch.randint(0, 2**bits, (rows, 32 * groups), generator=generator).to(torch.uint8)
+    matrix = QuantizedMatrix.of(Codes(bits, codes, scales, zero_points, units))
+    stored = matrix.stored()
+    assert stored["scales"].dtype == torch.uint8
+    other = QuantizedMatrix(rows, 32 * groups, bits)
+    other.load(stored)
+    assert torch.equal(other.dequantized(), matrix.dequantized())
+    other.scales[0, 0, 0] = 1.5 * units[0, 0]  # no multiple of the unit
+    assert other.stored()["scales"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2_moe", "mixtral"])
@@ -162,7 +182,8 @@ def test_dequantized(family: str, bits: Bits) -> None:
     with torch.no_grad():
         packed = model(ids)
         dequantize(model)
-        assert relative(packed, model(ids)) < 0.03  # the rounding of inputs
+        # the rounding of inputs, by which a token can change its expert
+        assert relative(packed, model(ids)) < (0.1 if model.config.num_experts else 0.03)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
     assert bits_of(model) is None
     assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
@@ -242,7 +263,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_models_and_bits() -> None:
-    with pytest.raises(UsageError, match="4 or 8"):
+    with pytest.raises(UsageError, match="4, 5, 6 or 8"):
         quantize(make_model("gpt2"), 3)  # type: ignore[arg-type]
     narrow = make_model("gpt2", hidden_size=20)
     for layer in narrow.layers:

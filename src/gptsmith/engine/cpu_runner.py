@@ -1,6 +1,6 @@
 """Runs small batches on a CPU as one compiled program, since calling PyTorch's operators takes as long as computing.
 
-Supports dense pre-norm models with SwiGLU or GELU in float32, 8 or 4 bits, with any position scheme and window. All
+Supports dense pre-norm models with SwiGLU or GELU in float32 or 4 to 8 bits, with any position scheme and window. All
 else (experts, post-norm, other activations, adapters, many tokens at once) goes through `Transformer.forward`, which
 computes the same.
 
@@ -117,7 +117,7 @@ class CpuRunner(Runner):
             columns = capacity * max(c.hidden_size, E, F)
             self._arrays = (
                 np.empty((threads, columns), np.float32),
-                np.empty((threads, columns), np.int8),
+                np.empty((threads, 2 * columns), np.int8),
                 np.empty((threads, columns // 32), np.float32),
                 np.empty((threads, columns // 32), np.float32),
                 *(np.empty((capacity, width), np.float32) for width in (R, E, F, widest)),
@@ -180,7 +180,7 @@ class CpuRunner(Runner):
         """Return (bits, address of the weights, of the scales, of the zero points)."""
         if isinstance(module, QuantizedLinear):
             packed: QuantizedMatrix = module.weight
-            zero_points = packed.zero_points if packed.bits == 4 else None
+            zero_points = packed.zero_points if packed.bits < 8 else None
             return packed.bits, self._address(packed.packed), self._address(packed.scales), self._address(zero_points)
         assert isinstance(module, nn.Linear)
         return 32, self._address(module.weight), 0, 0

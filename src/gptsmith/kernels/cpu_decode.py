@@ -2,10 +2,11 @@
 no compiler has to be installed).
 
 Decoding reads every weight once per token, so weights are stored in the order in which they are read: quantized
-matrices (`model.quantized`) interleave sixteen rows, four columns of each at a time, in 4 or 8 bits, with a scale (and,
-in 4 bits, a zero point) for each row and group of 32 columns. Inputs are also rounded to 8 bits, in groups of 32, and
-multiplied by `vpdpbusd`, which computes 64 products per instruction. It is written in LLVM IR, since LLVM does not
-choose it for any loop in Python.
+matrices (`model.quantized`) interleave sixteen rows, four columns of each at a time, in 4, 5, 6 or 8 bits, with a scale
+(and, below 8 bits, a zero point) for each row and group of 32 columns. Inputs are also rounded to 8 bits, in groups of
+32, and multiplied by `vpdpbusd`, which computes 64 products per instruction. It is written in LLVM IR, since LLVM does
+not choose it for any loop in Python. For matrices of 8 bits, what this rounding leaves is rounded to 8 bits, too, and
+multiplied: otherwise the rounding of inputs would cost more than that of the weights.
 
 All threads run the same program, each for its share of the rows, and meet at about six barriers per layer (a counter on
 which they spin): a parallel loop for each step would cost as much as the work itself.
@@ -29,10 +30,12 @@ from numba.extending import intrinsic
 
 GROUP = 32  # columns that share a scale
 ROWS = 16  # rows per block
+REST = 254  # what the first 8 bits of an input leave is rounded to so many parts of their unit: from -127 to 127
 
 _i8, _i32, _i64, _f32, _f16 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.HalfType()
 _BYTES, _INTS = ir.VectorType(_i8, 64), ir.VectorType(_i32, 16)
 _FLOATS, _HALVES = ir.VectorType(_f32, 16), ir.VectorType(_f16, 16)
+_MASK = ir.VectorType(ir.IntType(1), 64)
 
 
 def available() -> bool:
@@ -97,9 +100,11 @@ def _horizontal_sums(b: Any, vectors: list[Any]) -> Any:
 def _packed_product(T: int, bits: int) -> Any:
     """Return a function that multiplies T tokens with one block of sixteen rows. Its arguments are addresses.
 
-    w, s, m: codes, scales and zero points of the block. x, xs, xsum: inputs in 8 bits, (G, T, 32), their scales, and
-    the sums of the rounded inputs, (G, T) float32: see `_round`. out: (T, 16) float32, rows ldo apart.
+    w, s, m: codes, scales and zero points of the block. x, xs, xsum: inputs in 8 bits, (G, T, 32), for a matrix of 8
+    bits (G, T, 64); their scales, and the sums of the rounded inputs, (G, T) float32: see `_round`. out: (T, 16)
+    float32, rows ldo apart.
     """
+    width = 2 * GROUP if bits == 8 else GROUP
 
     @intrinsic
     def product(ctx, w, s, m, x, xs, xsum, G, out, ldo):
@@ -115,28 +120,41 @@ def _packed_product(T: int, bits: int) -> Any:
             with cgutils.for_range(b, G) as loop:
                 g = loop.index
                 ints = [ir.Constant(_INTS, [0] * 16)] * T
-                for j in range(bits):  # 64 bytes: four columns of sixteen rows, in 4 bits eight
-                    if T == 8:  # prefetch the next block
-                        _prefetch(b, _at(b, w, (b.add(G, g), 64 * bits), 64 * j))
+                rest = [ir.Constant(_INTS, [0] * 16)] * T  # of inputs: what the first 8 bits leave
+                for j in range(bits if T == 8 else 0):  # prefetch the next block
+                    _prefetch(b, _at(b, w, (b.add(G, g), 64 * bits), 64 * j))
+                for j in range(8 if bits == 8 else 4):  # 64 bytes: four columns of sixteen rows, below 8 bits eight
                     loaded = _load(b, _at(b, w, (g, 64 * bits), 64 * j), _BYTES)
-                    if bits == 4:
+                    if bits == 8:
+                        parts = [(4 * j, loaded)]
+                    else:
                         low = b.and_(loaded, ir.Constant(_BYTES, [15] * 64))
                         parts = [(8 * j, low), (8 * j + 4, b.lshr(loaded, ir.Constant(_BYTES, [4] * 64)))]
-                    else:
-                        parts = [(4 * j, loaded)]
                     for column, weights in parts:
+                        for plane in range(bits - 4 if bits < 8 else 0):  # a mask of the codes that have this bit
+                            place = _at(b, w, (g, 64 * bits), 256 + 64 * plane + 2 * column)
+                            mask = b.bitcast(_load(b, place, _i64), _MASK)
+                            bit = ir.Constant(_BYTES, [16 << plane] * 64)
+                            weights = b.or_(weights, b.select(mask, bit, ir.Constant(_BYTES, [0] * 64)))
                         weights = b.bitcast(weights, _INTS)
                         for t in range(T):
-                            inputs = _load(b, _at(b, x, (g, GROUP * T), GROUP * t + column), _i32)
-                            ints[t] = b.call(dot, [ints[t], weights, _broadcast(b, inputs, _INTS)])
+                            place = _at(b, x, (g, width * T), width * t + column)
+                            ints[t] = b.call(dot, [ints[t], weights, _broadcast(b, _load(b, place, _i32), _INTS)])
+                            if bits == 8:
+                                inputs = _load(b, _at(b, place, GROUP), _i32)
+                                rest[t] = b.call(dot, [rest[t], weights, _broadcast(b, inputs, _INTS)])
                 scale = b.fpext(_load(b, _at(b, s, (g, 32)), _HALVES), _FLOATS)
-                zero_point = b.fpext(_load(b, _at(b, m, (g, 32)), _HALVES), _FLOATS) if bits == 4 else None
+                zero_point = b.fpext(_load(b, _at(b, m, (g, 32)), _HALVES), _FLOATS) if bits < 8 else None
                 for t in range(T):
                     input_scale = _broadcast(b, _load(b, _at(b, xs, (g, 4 * T), 4 * t), _f32), _FLOATS)
                     inputs = _broadcast(b, _load(b, _at(b, xsum, (g, 4 * T), 4 * t), _f32), _FLOATS)
-                    product_ = b.fmul(b.sitofp(ints[t], _FLOATS), input_scale)
+                    product_ = b.sitofp(ints[t], _FLOATS)
+                    if bits == 8:
+                        unit = ir.Constant(_FLOATS, [1 / REST] * 16)
+                        product_ = b.call(fma, [b.sitofp(rest[t], _FLOATS), unit, product_])
+                    product_ = b.fmul(product_, input_scale)
                     total = b.load(sums[t])
-                    if bits == 4:
+                    if bits < 8:
                         total = b.call(fma, [inputs, zero_point, b.call(fma, [product_, scale, total])])
                     else:  # codes are stored with an offset of 128
                         product_ = b.call(fma, [inputs, ir.Constant(_FLOATS, [-128.0] * 16), product_])
@@ -228,8 +246,6 @@ def _weighted_sum(T: int, width: int) -> Any:
     return product
 
 
-_q4_1, _q4_2, _q4_4, _q4_8 = (_packed_product(T, 4) for T in (1, 2, 4, 8))
-_q8_1, _q8_2, _q8_4, _q8_8 = (_packed_product(T, 8) for T in (1, 2, 4, 8))
 _f_1_4, _f_2_4, _f_3_4, _f_4_4 = (_plain_product(T, 4) for T in (1, 2, 3, 4))
 _f_1_1 = _plain_product(1, 1)
 _s_1_4, _s_2_4, _s_3_4, _s_4_4 = (_weighted_sum(T, 4) for T in (1, 2, 3, 4))
@@ -326,38 +342,56 @@ def _largest(ctx, x, n):
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def _round_group(ctx, x, xq, xs, xsum):
-    """Round 32 floats to 8 bits: store codes, their scale, and the sum of the rounded values. Arguments are addresses.
+def _rounded_group(wide: bool) -> Any:
+    """Return a function that rounds 32 floats to 8 bits: it stores codes, their scale, and the sum of the rounded
+    values. Arguments are addresses.
 
-    NaN or infinity makes the scale NaN, so that it is not lost.
+    wide: also store, after the codes, those of what they leave, in units of 1/254. NaN or infinity makes the scale NaN,
+    so that it is not lost.
     """
 
-    def codegen(context, b, signature, args):
-        x, xq, xs, xsum = args
-        absolute = _function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS)
-        larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
-        largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
-        nearest = _function(b, "llvm.rint.v16f32", _FLOATS, _FLOATS)
-        add = _function(b, "llvm.vector.reduce.add.v16i32", _i32, _INTS)
-        low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
-        most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
-        scale = b.fmul(most, ir.Constant(_f32, 1 / 127))
-        is_nan = b.or_(*(b.fcmp_unordered("uno", part, part) for part in (low, high)))  # NaN, which the maximum ignores
-        is_nan = b.icmp_signed("!=", b.bitcast(is_nan, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
-        scale = b.select(is_nan, ir.Constant(_f32, math.nan), scale)
-        none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
-        inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
-        total = ir.Constant(_i32, 0)
-        for i, part in enumerate((low, high)):
-            q = b.fptosi(b.call(nearest, [b.fmul(part, _broadcast(b, inverse, _FLOATS))]), _INTS)
-            _store(b, b.trunc(q, ir.VectorType(_i8, 16)), b.add(xq, ir.Constant(_i64, 16 * i)))
-            total = b.add(total, b.call(add, [q]))
-        _store(b, scale, xs)
-        _store(b, b.fmul(scale, b.sitofp(total, _f32)), xsum)
-        return context.get_dummy_value()
+    @intrinsic
+    def round_group(ctx, x, xq, xs, xsum):
+        def codegen(context, b, signature, args):
+            x, xq, xs, xsum = args
+            absolute = _function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS)
+            larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+            largest = _function(b, "llvm.vector.reduce.fmax.v16f32", _f32, _FLOATS)
+            nearest = _function(b, "llvm.rint.v16f32", _FLOATS, _FLOATS)
+            add = _function(b, "llvm.vector.reduce.add.v16i32", _i32, _INTS)
+            low, high = _load(b, x, _FLOATS), _load(b, b.add(x, ir.Constant(_i64, 64)), _FLOATS)
+            most = b.call(largest, [b.call(larger, [b.call(absolute, [low]), b.call(absolute, [high])])])
+            scale = b.fmul(most, ir.Constant(_f32, 1 / 127))
+            is_nan = b.or_(*(b.fcmp_unordered("uno", part, part) for part in (low, high)))  # the maximum ignores NaN
+            is_nan = b.icmp_signed("!=", b.bitcast(is_nan, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
+            scale = b.select(is_nan, ir.Constant(_f32, math.nan), scale)
+            none = b.fcmp_ordered("==", most, ir.Constant(_f32, 0.0))
+            inverse = b.select(none, ir.Constant(_f32, 0.0), b.fdiv(ir.Constant(_f32, 127.0), most))
+            totals = [ir.Constant(_i32, 0)] * 2
+            for i, part in enumerate((low, high)):
+                exact = b.fmul(part, _broadcast(b, inverse, _FLOATS))
+                rounded = b.call(nearest, [exact])
+                parts = [rounded]
+                if wide:
+                    left = b.fmul(b.fsub(exact, rounded), ir.Constant(_FLOATS, [float(REST)] * 16))
+                    parts.append(b.call(nearest, [left]))
+                for j, each in enumerate(parts):
+                    q = b.fptosi(each, _INTS)
+                    _store(b, b.trunc(q, ir.VectorType(_i8, 16)), b.add(xq, ir.Constant(_i64, GROUP * j + 16 * i)))
+                    totals[j] = b.add(totals[j], b.call(add, [q]))
+            total = b.sitofp(totals[0], _f32)
+            if wide:
+                total = b.fadd(total, b.fmul(b.sitofp(totals[1], _f32), ir.Constant(_f32, 1 / REST)))
+            _store(b, scale, xs)
+            _store(b, b.fmul(scale, total), xsum)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 4), codegen
+
+    return round_group
+
+
+_round_group, _round_group_wide = _rounded_group(False), _rounded_group(True)
 
 
 @intrinsic
@@ -437,20 +471,22 @@ def _tile(n: int, N: int) -> Any:
 
 
 @_inline
-def _round(x: Any, n: int, xq: Any, xs: Any, xsum: Any) -> None:
+def _round(x: Any, n: int, kind: int, xq: Any, xs: Any, xsum: Any) -> None:
     """Round token n of x (N, K) to 8 bits: codes xq (N · K,) int8; scales and sums of the rounded values, (N · G,).
 
-    A tile of W tokens is stored as (G, W, 32) and (G, W), in the order in which it is read.
+    kind: bits of the matrix that x is multiplied by; for 8 there are twice as many codes. A tile of W tokens is stored
+    as (G, W, 32) or (G, W, 64), and (G, W), in the order in which it is read.
     """
     N, K = x.shape
     G = K // GROUP
     begin, W = _tile(n, N)
     place = begin * G + n - begin
     for g in range(G):
-        _round_group(
-            x.ctypes.data + 4 * (n * K + g * GROUP), xq.ctypes.data + place * GROUP, xs.ctypes.data + 4 * place,
-            xsum.ctypes.data + 4 * place,
-        )  # fmt: skip
+        source, scale, total = x.ctypes.data + 4 * (n * K + g * GROUP), xs.ctypes.data, xsum.ctypes.data
+        if kind == 8:
+            _round_group_wide(source, xq.ctypes.data + 2 * place * GROUP, scale + 4 * place, total + 4 * place)
+        else:
+            _round_group(source, xq.ctypes.data + place * GROUP, scale + 4 * place, total + 4 * place)
         place += W
 
 
@@ -480,6 +516,32 @@ def _multiply_plain(
             r += 1
 
 
+def _block_product(bits: int) -> Any:
+    """Return a function that multiplies N tokens with one block of sixteen rows; see `_packed_product`."""
+    product_1, product_2, product_4, product_8 = (_packed_product(T, bits) for T in (1, 2, 4, 8))
+    width = 2 * GROUP if bits == 8 else GROUP
+
+    @_inline
+    def multiply(w: int, s: int, m: int, x: int, xs: int, xsum: int, N: int, G: int, out: int, ldo: int) -> None:
+        n = 0
+        while n + 8 <= N:
+            product_8(w, s, m, x + n * G * width, xs + 4 * n * G, xsum + 4 * n * G, G, out + 4 * n * ldo, ldo)
+            n += 8
+        if n + 4 <= N:
+            product_4(w, s, m, x + n * G * width, xs + 4 * n * G, xsum + 4 * n * G, G, out + 4 * n * ldo, ldo)
+            n += 4
+        if n + 2 <= N:
+            product_2(w, s, m, x + n * G * width, xs + 4 * n * G, xsum + 4 * n * G, G, out + 4 * n * ldo, ldo)
+            n += 2
+        if n < N:
+            product_1(w, s, m, x + n * G * width, xs + 4 * n * G, xsum + 4 * n * G, G, out + 4 * n * ldo, ldo)
+
+    return multiply
+
+
+_block_4, _block_5, _block_6, _block_8 = (_block_product(bits) for bits in (4, 5, 6, 8))
+
+
 @_inline
 def _multiply(
     kind: int, w: int, s: int, m: int, K: int, first: int, last: int, x: Any, xq: Any, xs: Any, xsum: Any, out: int,
@@ -487,7 +549,7 @@ def _multiply(
 ) -> None:  # fmt: skip
     """Multiply rows first ... last (multiples of 16, or the end) of a matrix with N tokens: out (N, R), ldo apart.
 
-    kind: 4 or 8 (bits, quantized), or 32 (float32).
+    kind: 4, 5, 6 or 8 (bits, quantized), or 32 (float32).
     """
     N = x.shape[0]
     G = K // GROUP
@@ -508,31 +570,14 @@ def _multiply(
     for block in range(first // ROWS, -(-last // ROWS)):
         wb, sb, mb = w + block * G * 64 * kind, s + block * G * 32, m + block * G * 32
         target = out + 4 * block * ROWS
-        n = 0
         if kind == 4:
-            while n + 8 <= N:
-                _q4_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 8
-            while n + 4 <= N:
-                _q4_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 4
-            while n + 2 <= N:
-                _q4_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 2
-            if n < N:
-                _q4_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
+            _block_4(wb, sb, mb, a, b, c, N, G, target, ldo)
+        elif kind == 5:
+            _block_5(wb, sb, mb, a, b, c, N, G, target, ldo)
+        elif kind == 6:
+            _block_6(wb, sb, mb, a, b, c, N, G, target, ldo)
         else:
-            while n + 8 <= N:
-                _q8_8(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 8
-            while n + 4 <= N:
-                _q8_4(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 4
-            while n + 2 <= N:
-                _q8_2(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
-                n += 2
-            if n < N:
-                _q8_1(wb, sb, mb, a + n * K, b + 4 * n * G, c + 4 * n * G, G, target + 4 * n * ldo, ldo)
+            _block_8(wb, sb, mb, a, b, c, N, G, target, ldo)
 
 
 @njit(nogil=True, cache=True)
@@ -546,7 +591,7 @@ def linear(
     """
     N, K = x.shape
     for n in range(tid, N, threads):
-        _round(x, n, xq, xs, xsum)
+        _round(x, n, kind, xq, xs, xsum)
     _meet(counter, threads)
     first, last = _share(tid, threads, R)
     _multiply(kind, w, s, m, K, first, last, x, xq, xs, xsum, out, ldo)
@@ -760,7 +805,7 @@ def forward(
     tables: (groups, N, blocks), the blocks of each token's sequence. pools: (groups,), the number of blocks of a pool.
     wanted: the tokens whose logits are to be computed.
     x: (N, C), the embedded tokens.
-    Work space: h, xq: (threads, N · largest number of columns); xs, xsum: the same divided by GROUP;
+    Work space: h: (threads, N · largest number of columns); xq: twice that; xs, xsum: the same divided by GROUP;
         qkv: (N, (H + 2J)·D); mixed: (N, H·D); wide: (N, F); product: (N, largest number of rows);
         scores: (threads, 4, context + two blocks).
     logits: (wanted, V rounded up), the result.
@@ -778,7 +823,7 @@ def forward(
         for n in range(begin, end, step):
             _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centered, hc[n])
             if a[QKV] != 32:
-                _round(hc, n, q8, s8, m8)
+                _round(hc, n, a[QKV], q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
@@ -839,7 +884,7 @@ def forward(
         # output projection, added to the residual stream
         if a[OUT] != 32:
             for n in range(begin, end, step):
-                _round(mixed, n, q8, s8, m8)
+                _round(mixed, n, a[OUT], q8, s8, m8)
             if N > 1:
                 met += threads
                 _meet(counter, met)
@@ -850,7 +895,7 @@ def forward(
         for n in range(begin, end, step):
             _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centered, hc[n])
             if a[UP] != 32:
-                _round(hc, n, q8, s8, m8)
+                _round(hc, n, a[UP], q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
@@ -881,7 +926,7 @@ def forward(
         _meet(counter, met)
         if a[DOWN] != 32:
             for n in range(begin, end, step):
-                _round(wide, n, q8, s8, m8)
+                _round(wide, n, a[DOWN], q8, s8, m8)
             if N > 1:
                 met += threads
                 _meet(counter, met)
@@ -894,7 +939,7 @@ def forward(
     for i in range(tid, M, threads):
         _norm(x[wanted[i]], head[0], head[1], eps, centered, hm[i])
         if head[2] != 32:
-            _round(hm, i, xq[0], xs[0], xsum[0])
+            _round(hm, i, head[2], xq[0], xs[0], xsum[0])
     met += threads
     _meet(counter, met)
     first, last = _share(tid, threads, V)

@@ -115,7 +115,7 @@ def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Ten
     width = -(-rows // kernels.ROWS) * kernels.ROWS
     out = torch.empty(N, width)
     if N:
-        codes, own_scales, sums = np.empty(N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
-        addresses = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr() if bits == 4 else 0)
+        codes, own_scales, sums = np.empty(2 * N * K, np.int8), np.empty(N * G, np.float32), np.empty(N * G, np.float32)
+        addresses = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr() if bits < 8 else 0)
         run_in_threads(kernels.linear, bits, *addresses, rows, inputs, codes, own_scales, sums, out.data_ptr(), width)
     return out[:, :rows].reshape(*x.shape[:-1], rows)

@@ -1,13 +1,16 @@
-"""Weight quantization to 8 or 4 bits: a quarter to an eighth of the memory, and of the time of memory-bound decoding.
+"""Weight quantization to 4 to 8 bits: a quarter to an eighth of the memory, and of the time of memory-bound decoding.
 
     quantize(model, 4)                 # in place; outputs stay nearly the same
     dequantize(model)                  # back to float32, with the rounded weights
 
-A weight is a code times the scale of its group (32 columns of a row), in 4 bits plus the group's zero point (a float):
-`w = scale · code + zero_point`. GGUF's Q4_0, Q4_1 and Q8_0 are the same numbers in another order. Codes are stored in
-the order in which `kernels.cpu_decode` reads them. Where that kernel is not available (another processor, no numba),
-PyTorch's kernel computes 4-bit products, and an 8-bit matrix is dequantized each time it is used: correct everywhere,
-but slow.
+A weight is a code times the scale of its group (32 columns of a row), below 8 bits plus the group's zero point (a
+float): `w = scale · code + zero_point`. GGUF's Q4_0, Q4_1 and Q8_0 are the same numbers in another order. Codes are
+stored in the order in which `kernels.cpu_decode` reads them. Where that kernel is not available (another processor, no
+numba), PyTorch's kernel computes 4-bit products, and any other matrix is dequantized each time it is used: correct
+everywhere, but slow.
+
+In a file, scales and zero points can take 8 bits each instead of 16: multiples of two numbers of the row, its units.
+`gptsmith.quantize` chooses such scales.
 
 Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N tokens · E experts.
 """
@@ -29,7 +32,8 @@ from gptsmith.model.documents import is_fake
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.transformer import Transformer
 
-Bits = Literal[4, 8]
+Bits = Literal[4, 5, 6, 8]
+BITS: tuple[Bits, ...] = (4, 5, 6, 8)
 GROUP, ROWS = 32, 16
 _CHUNK = 1 << 22  # weights that are rounded at once
 METHOD = "gptsmith"  # `quant_method` in config.json's quantization_config
@@ -38,27 +42,31 @@ METHOD = "gptsmith"  # `quant_method` in config.json's quantization_config
 @dataclass(frozen=True)
 class Codes:
     """A quantized (R, K) matrix. codes: (R, K) uint8, in 8 bits with an offset of 128; scales: (R, G) float16;
-    zero_points: (R, G) float16 in 4 bits, None in 8."""
+    zero_points: (R, G) float16 below 8 bits, None in 8. units: (R, 2) bfloat16 if scales and zero points are such as
+    `scales_of` computes from 8 bits; None for any others."""
 
     bits: Bits
     codes: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    units: Tensor | None = None
 
 
 def concatenate(parts: Sequence[Codes]) -> Codes:
     """Return matrices with the same number of columns and bits, stacked along their rows."""
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    units = [part.units for part in parts if part.units is not None]
     return Codes(
         parts[0].bits,
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scales for part in parts]),
         torch.cat(zero_points) if zero_points else None,
+        torch.cat(units) if len(units) == len(parts) else None,
     )
 
 
 def encode(weight: Tensor, bits: Bits) -> Codes:
-    """Return a (R, K) matrix, quantized. 8 bits: symmetric about 0. 4 bits: a few ranges are tried for each group, and
+    """Return a (R, K) matrix, quantized. 8 bits: symmetric about 0. Fewer: a few ranges are tried for each group, and
     the one with the smallest squared error is taken."""
     rows = max(1, _CHUNK // weight.shape[1])
     return concatenate([_encode(part, bits) for part in torch.split(weight, rows)])
@@ -71,41 +79,91 @@ def _encode(weight: Tensor, bits: Bits) -> Codes:
         codes = (groups / scales.float().clamp_min(1e-12)[..., None]).round().clamp(-127, 127)
         return Codes(8, (codes + 128).to(torch.uint8).flatten(1), scales, None)
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    most = 2**bits - 1
     best_error = torch.full_like(low, torch.inf)
     best = [torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)]
     for clipped in (0.0, 0.02, 0.04, 0.06, 0.09, 0.12):  # the share of the range that is cut off at either end
         zero_points = (low + clipped * (high - low)).half().float()
-        scales = ((high - low) * (1 - 2 * clipped) / 15).half().float()
-        codes = ((groups - zero_points[..., None]) / scales.clamp_min(1e-12)[..., None]).round().clamp(0, 15)
+        scales = ((high - low) * (1 - 2 * clipped) / most).half().float()
+        codes = ((groups - zero_points[..., None]) / scales.clamp_min(1e-12)[..., None]).round().clamp(0, most)
         error = (codes * scales[..., None] + zero_points[..., None] - groups).square().sum(dim=-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         for kept, new in zip(best, (codes, scales, zero_points), strict=True):
             kept.copy_(torch.where(better if new.dim() == 2 else better[..., None], new, kept))
     codes, scales, zero_points = best
-    return Codes(4, codes.to(torch.uint8).flatten(1), scales.half(), zero_points.half())
+    return Codes(bits, codes.to(torch.uint8).flatten(1), scales.half(), zero_points.half())
+
+
+def scales_of(
+    scale_codes: Tensor, zero_codes: Tensor | None, scale_units: Tensor, zero_units: Tensor | None, bits: Bits
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scales and zero points, float16, of codes of 8 bits that are multiplied by units of the row.
+
+    scale_codes: uint8; zero_codes: int8, of the middle of a group's range. Units are of a shape that broadcasts.
+    """
+    scales = (scale_codes.float() * scale_units.float()).half()
+    if zero_codes is None or zero_units is None:
+        return scales, None
+    middle = zero_codes.float() * zero_units.float()
+    return scales, (middle - scales.float() * ((2**bits - 1) / 2)).half()
+
+
+def codes_of_scales(
+    scales: Tensor, zero_points: Tensor | None, scale_units: Tensor, zero_units: Tensor | None, bits: Bits
+) -> tuple[Tensor, Tensor | None] | None:
+    """Invert `scales_of`; None if no codes give exactly these numbers."""
+    units = scale_units.float().clamp_min(1e-30)
+    scale_codes = (scales.float() / units).round().clamp(0, 255).to(torch.uint8)
+    zero_codes = None
+    if zero_points is not None and zero_units is not None:
+        middle = zero_points.float() + scales.float() * ((2**bits - 1) / 2)
+        units = zero_units.float().clamp_min(1e-30)
+        zero_codes = (middle / units).round().clamp(-127, 127).to(torch.int8)
+    again, zero_again = scales_of(scale_codes, zero_codes, scale_units, zero_units, bits)
+    same = torch.equal(again, scales) and (zero_points is None or torch.equal(zero_points, zero_again))  # type: ignore[arg-type]
+    return (scale_codes, zero_codes) if same else None
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
     """Return (R, K) codes in the order of the kernel: (R / 16, G, 64 · bits) uint8.
 
     A block has sixteen rows (the last one is padded). Within a group of a block come four columns of all rows, then the
-    next four. In 4 bits, column 8j + c is in the low half of a byte and column 8j + 4 + c in the high half.
+    next four. Below 8 bits, column 8j + c is in the low half of a byte and column 8j + 4 + c in the high half; for each
+    further bit, 64 bytes follow that have this bit of the codes, in the same order.
     """
     R, K = codes.shape
     codes = F.pad(codes, (0, 0, 0, -R % ROWS)).view(-1, ROWS, K // GROUP, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
-    if bits == 4:
-        codes = codes[:, :, ::2] | (codes[:, :, 1::2] << 4)
-    return codes.reshape(codes.shape[0], codes.shape[1], -1).contiguous()
+    if bits == 8:
+        return codes.reshape(codes.shape[0], codes.shape[1], -1).contiguous()
+    low = codes & 15
+    parts = [(low[:, :, ::2] | (low[:, :, 1::2] << 4)).flatten(2)]
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
+    for bit in range(4, bits):
+        plane = ((codes >> bit) & 1).reshape(*codes.shape[:2], -1, 8)
+        parts.append((plane * powers).sum(dim=-1, dtype=torch.uint8))
+    return torch.cat(parts, dim=2).contiguous()
 
 
 def unpack(packed: Tensor, bits: Bits, rows: int) -> Tensor:
     """Invert `pack`: return the (R, K) codes."""
-    blocks, G, _ = packed.shape
-    codes = packed.view(blocks, G, -1, ROWS, 4)
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=3).flatten(2, 3)
+    codes = _unpacked(packed, bits)
+    blocks, G = codes.shape[:2]
     return codes.permute(0, 3, 1, 2, 4).reshape(blocks * ROWS, G * GROUP)[:rows]
+
+
+def _unpacked(packed: Tensor, bits: Bits) -> Tensor:
+    """Return the codes of blocks (n, G, 64 · bits): (n, G, 8, 16, 4), the steps of four columns before the rows."""
+    n, G, _ = packed.shape
+    if bits == 8:
+        return packed.view(n, G, -1, ROWS, 4)
+    low = packed[:, :, :256].reshape(n, G, -1, ROWS, 4)
+    codes = torch.stack((low & 15, low >> 4), dim=3).flatten(2, 3)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    for bit in range(4, bits):
+        plane = packed[:, :, 64 * bit : 64 * bit + 64]
+        codes = codes | (((plane[..., None] >> shifts) & 1) << bit).view_as(codes)
+    return codes
 
 
 def _by_block(values: Tensor) -> Tensor:
@@ -115,11 +173,13 @@ def _by_block(values: Tensor) -> Tensor:
 
 
 class QuantizedMatrix(nn.Module):
-    """A quantized (R, K) matrix. packed: as from `pack`; scales, zero_points: (R / 16, G, 16) float16."""
+    """A quantized (R, K) matrix. packed: as from `pack`; scales, zero_points: (R / 16, G, 16) float16; units: of scales
+    and of zero points, (R / 16, 2, 16) bfloat16, or empty, see `Codes`."""
 
     packed: Tensor
     scales: Tensor
     zero_points: Tensor
+    units: Tensor
 
     def __init__(self, rows: int, columns: int, bits: Bits) -> None:
         super().__init__()
@@ -127,7 +187,8 @@ class QuantizedMatrix(nn.Module):
         blocks, G = -(-rows // ROWS), columns // GROUP
         self.register_buffer("packed", torch.zeros(blocks, G, 64 * bits, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(blocks, G, ROWS, dtype=torch.float16))
-        self.register_buffer("zero_points", torch.zeros(blocks if bits == 4 else 0, G, ROWS, dtype=torch.float16))
+        self.register_buffer("zero_points", torch.zeros(blocks if bits < 8 else 0, G, ROWS, dtype=torch.float16))
+        self.register_buffer("units", torch.zeros(0, 2, ROWS, dtype=torch.bfloat16))
         self._for_torch: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
@@ -136,7 +197,34 @@ class QuantizedMatrix(nn.Module):
         made.packed, made.scales = pack(matrix.codes, matrix.bits), _by_block(matrix.scales)
         if matrix.zero_points is not None:
             made.zero_points = _by_block(matrix.zero_points)
+        if matrix.units is not None:
+            made.units = _by_block(matrix.units)
         return made
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the buffers as they are stored, by name: scales and zero points in 8 bits if they are such."""
+        buffers = dict(self.named_buffers())
+        if len(self.units):
+            zero_points = self.zero_points if self.bits < 8 else None
+            codes = codes_of_scales(self.scales, zero_points, self.units[:, :1], self.units[:, 1:], self.bits)
+            if codes is None:
+                return buffers | {"units": self.units[:0]}
+            buffers["scales"], zero_codes = codes
+            buffers["zero_points"] = self.zero_points.to(torch.int8) if zero_codes is None else zero_codes
+        return buffers
+
+    def load(self, buffers: Mapping[str, Tensor]) -> None:
+        """Fill the matrix with what `stored` returned. The tensors are copied."""
+        copies = {name: tensor.clone() for name, tensor in buffers.items()}  # in memory, aligned for the kernels
+        if len(copies.get("units", ())):
+            zero_codes, units = copies["zero_points"] if self.bits < 8 else None, copies["units"]
+            copies["scales"], zero_points = scales_of(
+                copies["scales"], zero_codes, units[:, :1], units[:, 1:], self.bits
+            )
+            copies["zero_points"] = copies["zero_points"].half() if zero_points is None else zero_points
+        copies.setdefault("units", torch.zeros(0, 2, ROWS, dtype=torch.bfloat16))  # earlier versions stored none
+        for name, tensor in copies.items():
+            setattr(self, name, tensor)
 
     def dequantized(self) -> Tensor:
         """Return the matrix: (R, K) float32."""
@@ -144,11 +232,8 @@ class QuantizedMatrix(nn.Module):
 
     def rows_at(self, index: Tensor) -> Tensor:
         """Return the rows of these indices (n,): (n, K) float32."""
-        blocks = self.packed[index // ROWS]  # (n, G, 64 · bits), a sixteenth of which is the row's
-        codes = blocks.view(*blocks.shape[:2], -1, ROWS, 4)
-        codes = codes[torch.arange(len(index), device=index.device), :, :, index % ROWS]  # (n, G, steps, 4)
-        if self.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=3).flatten(2, 3)
+        codes = _unpacked(self.packed[index // ROWS], self.bits)  # a sixteenth of which are the row's
+        codes = codes[torch.arange(len(index), device=index.device), :, :, index % ROWS]  # (n, G, 8, 4)
         return self._values(codes.flatten(1), index)
 
     def _values(self, codes: Tensor, rows: Tensor | slice) -> Tensor:
@@ -257,7 +342,8 @@ def replace_matrices(model: Transformer, replacement: Callable[[str, Tensor], Qu
     """
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
-        if isinstance(module, MixtureOfExperts) and can_quantize(module.up_proj) and can_quantize(module.down_proj):
+        plain = isinstance(module, MixtureOfExperts) and not isinstance(module, QuantizedExperts)
+        if plain and can_quantize(module.up_proj) and can_quantize(module.down_proj):
             experts = {
                 name: [replacement(f"{prefix}{name}.{e}", weight) for e, weight in enumerate(getattr(module, name))]
                 for name in ("up_proj", "down_proj")
@@ -285,15 +371,15 @@ def replace_matrices(model: Transformer, replacement: Callable[[str, Tensor], Qu
 
 
 def quantize(model: Transformer, bits: Bits, *, keep: Collection[str] = ()) -> Transformer:
-    """Quantize the model's matrices to 4 or 8 bits, in place (see `replace_matrices`), and return it.
+    """Quantize the model's matrices to 4, 5, 6 or 8 bits, in place (see `replace_matrices`), and return it.
 
     keep: modules that stay as they are (`embed_tokens`, with which a tied output layer stays, too).
 
     Embeddings and output layer always have 8 bits, since 4 would cost most quality there.
     Raises UsageError for another number of bits, or if there is nothing to quantize.
     """
-    if bits not in (4, 8):
-        raise UsageError(f"--bits must be 4 or 8, not {bits}.")
+    if bits not in BITS:
+        raise UsageError(f"--bits must be 4, 5, 6 or 8, not {bits}.")
 
     def quantized(name: str, weight: Tensor) -> QuantizedMatrix | None:
         if name.removesuffix(".weight") in keep:
@@ -373,7 +459,7 @@ def bits_of_config(values: Any) -> Bits | None:
     if not isinstance(values, dict) or values.get("quant_method") != METHOD or values.get("group_size") != GROUP:
         return None
     bits = values.get("bits")
-    return bits if bits in (4, 8) else None
+    return bits if bits in BITS else None
 
 
 # the tensors of a model directory -------------------------------------------------------------------------------------
@@ -388,11 +474,15 @@ def quantized_state(model: Transformer) -> dict[str, Tensor]:
     """Return the tensors to save of a quantized model, by name; shared ones once."""
     seen: set[int] = set()
     tensors = {}
+    compact: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedMatrix):
+            compact |= {f"{path}.{name}": buffer for name, buffer in module.stored().items()}
     for name, tensor in model.state_dict().items():
         if tensor.numel() and tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        tensors[_stored_name(name)] = tensor.contiguous()
+        tensors[_stored_name(name)] = compact.get(name, tensor).contiguous()
     return tensors
 
 
@@ -411,7 +501,7 @@ def quantize_skeleton(model: Transformer, shapes: Mapping[str, tuple[int, ...]],
         if shape is None:
             return None
         R, K = weight.shape
-        for bits in (4, 8):
+        for bits in BITS:
             with torch.device("meta"):
                 matrix = QuantizedMatrix(R, K, bits)
             if shape == tuple(matrix.packed.shape):
@@ -421,13 +511,15 @@ def quantize_skeleton(model: Transformer, shapes: Mapping[str, tuple[int, ...]],
     replace_matrices(model, stored_matrix)
     tied = model.config.tie_word_embeddings
     for local_name, tensor in model.state_dict().items():
-        name = _stored_name(local_name)
+        name, shape = _stored_name(local_name), tuple(tensor.shape)
         if name not in shapes:
-            if tied and name.startswith("lm_head."):
+            if (tied and name.startswith("lm_head.")) or name.endswith(".units"):  # earlier versions had none
                 continue
             raise CheckpointError(f"{where} has no tensor {name}.")
-        if shapes[name] != tuple(tensor.shape):
-            raise misfit(name, tuple(tensor.shape))
+        if name.endswith(".units") and shapes[name][0]:
+            shape = (shapes[name.removesuffix("units") + "packed"][0], *shape[1:])
+        if shapes[name] != shape:
+            raise misfit(name, shape)
     return model
 
 
@@ -438,14 +530,23 @@ def load_quantized_state(model: Transformer, tensors: Mapping[str, Tensor], wher
     Buffers may be on the meta device; parameters need memory. Raises CheckpointError for a tensor of another dtype.
     """
     for path, module in model.named_modules():
-        for local_name, own in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            name = _stored_name(f"{path}.{local_name}" if path else local_name)
-            if name not in tensors or own is None:
+        prefix = f"{path}." if path else ""
+        for local_name, parameter in module.named_parameters(recurse=False):
+            value = tensors.get(f"{prefix}{local_name}")
+            if value is None:
                 continue
-            value = tensors[name]
-            if isinstance(own, nn.Parameter) and value.is_floating_point():
-                own.copy_(value)
-            elif value.dtype == own.dtype and not isinstance(own, nn.Parameter):
-                setattr(module, local_name, value.clone())  # a copy in memory, aligned for the kernels
-            else:
-                raise CheckpointError(f"{where}: {name} is {value.dtype}, expected {own.dtype}.")
+            if not value.is_floating_point():
+                raise CheckpointError(f"{where}: {prefix}{local_name} is {value.dtype}, expected {parameter.dtype}.")
+            parameter.copy_(value)
+        if isinstance(module, QuantizedMatrix):
+            names = {name: _stored_name(f"{prefix}{name}") for name, _ in module.named_buffers()}
+            found = {name: tensors[stored] for name, stored in names.items() if stored in tensors}
+            compact = len(found.get("units", ())) > 0
+            dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+            if compact:
+                dtypes |= {"scales": torch.uint8, "zero_points": torch.int8}
+            for name, value in found.items():
+                if value.dtype != dtypes[name]:
+                    raise CheckpointError(f"{where}: {names[name]} is {value.dtype}, expected {dtypes[name]}.")
+            if found:
+                module.load(found)
