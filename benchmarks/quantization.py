@@ -1,0 +1,165 @@
+"""What quantization costs, beside llama.cpp's: python benchmarks/quantization.py [--only smollm2 trained] [--save]
+
+smollm2  SmolLM2-135M with its hidden numbers in another order. Its file has numbers of 4 bits already, in groups of 32;
+         in another order, a new group has numbers of many of the file's groups, so that its grid is of no help.
+trained  A small model, trained on tinyshakespeare here for --steps updates.
+
+Each is rounded by this package (calibrated on the built-in text, and to the nearest), and by llama.cpp to Q4_0, Q4_K_M
+and Q8_0, if llama-cpp-python is installed. Perplexity, KL divergence and agreement on the most likely token are those
+of each program on the same 8,192 tokens of held-out text, in windows of 512. Sizes are those of the weights alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from inference import reordered
+from machine import save
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gptsmith.evaluate.text import Window
+    from gptsmith.model.quantized import Bits
+    from gptsmith.model.transformer import Transformer
+    from gptsmith.quantize.report import Comparison, Reference
+    from gptsmith.tokenizer import Tokenizer
+
+TOKENS = 8192
+LLAMA_TYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama.cpp's llama_ftype
+OURS: tuple[tuple[str, Bits, float | None], ...] = (  # bits per weight; 0: to the nearest
+    ("4 bits", 4, None),
+    ("8 bits", 8, None),
+    ("4 bits, no wider matrix", 4, 4.5),
+    ("nearest, 4 bits", 4, 0.0),
+    ("nearest, 8 bits", 8, 0.0),
+)
+
+
+def smollm2() -> tuple[Transformer, Tokenizer, str]:
+    from pydoc_data.topics import topics
+
+    from gptsmith.loading import load_model
+
+    model, tokenizer = load_model("smollm2-135m", quantize="none")
+    return reordered(model), tokenizer, "\n".join(topics.values())[: 25 * TOKENS]
+
+
+def trained(steps: int, directory: Path) -> Callable[[], tuple[Transformer, Tokenizer, str]]:
+    """Train a model, and return a function that loads it."""
+    import gptsmith
+    from gptsmith.data.sources import open_source
+    from gptsmith.loading import load_model
+
+    text = "".join(chunk.text for chunk in open_source("tinyshakespeare").chunks())
+    kept, held_out = text[:-60_000], text[-60_000:]
+    (directory / "plays.txt").write_text(kept, encoding="utf-8")
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4}
+    gptsmith.fit(directory / "plays.txt", out=directory / "run", steps=steps, context=256, batch_size=8, model=sizes)
+
+    def load() -> tuple[Transformer, Tokenizer, str]:
+        return *load_model(directory / "run", quantize="none"), held_out
+
+    return load
+
+
+def measure(load: Callable[[], tuple[Transformer, Tokenizer, str]], name: str) -> dict[str, Any]:
+    from gptsmith.model.quantized import quantize, quantized_state
+    from gptsmith.quantize.calibration import calibration_ids
+    from gptsmith.quantize.layers import open_partial, quantize_layers, round_outer
+    from gptsmith.quantize.report import Reference
+
+    model, tokenizer, text = load()
+    ids = tokenizer.encode(text)[:TOKENS]
+    reference = Reference(model, ids, prefix=tokenizer.prefix_ids)
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(program: str, size: int, result: Comparison) -> None:
+        rows[program] = {
+            "megabytes": round(size / 1e6, 2),
+            "perplexity": round(result.after, 4),
+            "change_percent": round(100 * result.change, 3),
+            "kl_divergence": round(result.divergence, 5),
+            "top1_percent": round(100 * result.agreement, 2),
+        }
+        print(f"  {program:26}", *(f"{key} {value:,.6g}" for key, value in rows[program].items()), flush=True)
+
+    print(f"\n{name}: {model.num_parameters():,} parameters, {len(ids):,} tokens", flush=True)
+    for program, bits, budget in OURS:
+        model, _, _ = load()
+        if budget == 0.0:
+            quantize(model, bits)
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                sequences = calibration_ids(model, tokenizer)
+                widths = open_partial(Path(directory) / "part", model, sequences, bits, budget)
+                quantize_layers(model, sequences, widths, Path(directory) / "part")
+            round_outer(model)
+        size = sum(tensor.nbytes for tensor in quantized_state(model).values())
+        add(f"gptsmith {program}", size, reference.compare(model))
+    if importlib.util.find_spec("llama_cpp"):
+        for program, size, result in by_llama(load()[0], tokenizer, reference):
+            add(f"llama.cpp {program}", size, result)
+    return {"tokens": len(ids), "programs": rows}
+
+
+def by_llama(model: Transformer, tokenizer: Tokenizer, reference: Reference) -> Iterator[tuple[str, int, Comparison]]:
+    """Yield type, bytes and result of each of llama.cpp's types of the same weights."""
+    import llama_cpp
+
+    from gptsmith.formats.gguf import write_gguf
+    from gptsmith.formats.gguf_file import open_gguf
+    from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
+
+    with tempfile.TemporaryDirectory() as directory:
+        full = Path(directory) / "F32.gguf"
+        write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), full, "f32")
+        for name, kind in {"F32": 0, **LLAMA_TYPES}.items():
+            path = Path(directory) / f"{name}.gguf"
+            if name != "F32":
+                options = llama_cpp.llama_model_quantize_default_params()
+                options.ftype, options.nthread = kind, torch.get_num_threads()
+                if llama_cpp.llama_model_quantize(str(full).encode(), str(path).encode(), options):
+                    raise RuntimeError(f"llama.cpp does not write {name}.")
+            threads = torch.get_num_threads()
+            llama = llama_cpp.Llama(
+                str(path), n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True,
+                verbose=False,
+            )  # fmt: skip
+
+            def logits(window: Window, llama: Any = llama) -> Iterator[Tensor]:
+                llama.reset()
+                llama.eval(window.ids[:-1].tolist())
+                scored = torch.from_numpy(window.scored[1:])
+                yield from torch.split(torch.from_numpy(llama.scores[: len(scored)])[scored], 128)
+
+            size = sum(tensor.num_bytes for tensor in open_gguf(path).tensors.values())
+            yield name, size, reference.compare_logits(logits)
+            llama.close()
+            if name != "F32":
+                path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("smollm2", "trained"), default=["smollm2", "trained"])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--save", action="store_true")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        if "trained" in arguments.only:
+            results["trained"] = measure(trained(arguments.steps, Path(directory)), "trained")
+        if "smollm2" in arguments.only:
+            results["smollm2"] = measure(smollm2, "smollm2")
+    if arguments.save:
+        print(save("quantization", results))
+
+
+if __name__ == "__main__":
+    main()
