@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,8 @@ def test_quantized_models_work_in_every_command(
 ) -> None:
     out, text = tmp_path / "small", tmp_path / "text.txt"
     text.write_text(words[:3000])
-    code, said, err = run_cli("quantize", model_directory, "--bits", bits, "--out", out, "--text", text)
+    plain = ("--calibration", "none")
+    code, said, err = run_cli("quantize", model_directory, "--bits", bits, "--out", out, "--text", text, *plain)
     assert code == 0, err
     found = re.search(r"perplexity ([\d.]+) before, ([\d.]+) after \(([+-][\d.]+)%\), on ([\d,]+) tokens", said)
     assert found is not None, said
@@ -73,6 +76,150 @@ def test_quantized_models_work_in_every_command(
     assert code == 0, err
     assert bits_of(load_model(tmp_path / "small.gguf")[0]) == bits
     assert run_cli("generate", tmp_path / "small.gguf", *greedy)[0] == 0
+
+
+def write_adapter(directory: Path) -> Path:
+    """Write a random adapter of one matrix of the models above."""
+    torch.manual_seed(1)
+    name = "base_model.model.model.layers.1.self_attn.o_proj"
+    tensors = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    return directory
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_calibrated(bits: int, model_directory: Path, tmp_path: Path, words: str, run_cli: Cli) -> None:
+    """Better than rounding to the nearest, but for 8 bits, where what is left is which expert a token chooses; the
+    report as JSON; nothing else is left behind."""
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(words[:20_000])
+    other.write_text(words[-3000:])
+    reports = {}
+    for name, calibration in (("ours", text), ("nearest", "none")):
+        out, report = tmp_path / name, tmp_path / f"{name}.json"
+        code, said, err = run_cli(
+            *("quantize", model_directory, "--bits", bits, "--out", out, "--text", other),
+            *("--calibration", calibration, "--json", report),
+        )
+        assert code == 0, err
+        reports[name] = json.loads(report.read_text())
+        assert f"KL divergence {reports[name]['kl_divergence']:.5f} nats" in said
+        assert bits_of(load_model(out)[0]) in (4, bits)
+        greedy = ("--prompt", "ba", "--max-tokens", 9, "--temperature", 0, "--device", "cpu")
+        code, plain, err = run_cli("generate", out, *greedy)
+        assert code == 0, err
+        adapter = write_adapter(tmp_path / f"{name}-adapter")
+        code, adapted, err = run_cli("generate", out, *greedy, "--adapter", adapter)
+        assert (code, adapted != plain) == (0, True), err
+        shutil.rmtree(adapter)
+    ours, nearest = reports["ours"], reports["nearest"]
+    assert ours["kl_divergence"] < (1.5 if bits == 8 else 0.5) * nearest["kl_divergence"]
+    assert ours["bytes"] < 1.15 * nearest["bytes"]
+    assert ours["bytes"] == pytest.approx((tmp_path / "ours" / "model.safetensors").stat().st_size, rel=0.2)
+    assert ours["perplexity_after"] > 1
+    assert 0.5 < ours["top1_agreement"] <= 1
+    assert set(ours["widths"].values()) <= {4, 5, 6, 8}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "nearest", "nearest.json", "other.txt", "ours", "ours.json", "text.txt",
+    ]  # fmt: skip
+
+
+def test_the_built_in_text(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, said, err = run_cli(
+        "quantize", model_directory, "--out", tmp_path / "x", "--bits", 4, "--tokens", 500, "--calibration-tokens", 2048
+    )
+    assert code == 0, err
+    assert re.search(r"matrices of the layers: \d+ in 4 bits, ", said)
+
+
+def test_a_recommendation(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, said, err = run_cli("quantize", model_directory, "--memory", "1GB", "--json", tmp_path / "x.json")
+    assert code == 0, err
+    assert re.search(r"8 bits: .* MB in memory, .* MB on disk: recommended\n6 bits: .*: fits", said)
+    sizes = {size["bits"]: size for size in json.loads((tmp_path / "x.json").read_text())["sizes"]}
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+    for bits in (4, 8):
+        memory = f"{sizes[bits]['memory'] + 1}B"
+        out = tmp_path / str(bits)
+        code, said, err = run_cli(
+            *("quantize", model_directory, "--memory", memory, "--out", out, "--tokens", 500),
+            *("--calibration-tokens", 1024, "--json", tmp_path / "y.json"),
+        )
+        assert code == 0, err
+        report = json.loads((tmp_path / "y.json").read_text())
+        assert (report["recommended"], report["bits"]) == (bits, bits)
+        assert report["bytes"] == pytest.approx(sizes[bits]["file"], rel=0.06)  # planned before the work
+        assert report["bytes_in_memory"] == pytest.approx(sizes[bits]["memory"], rel=0.06)
+    code, _, err = run_cli("quantize", model_directory, "--memory", f"{sizes[4]['memory'] - 1}B")
+    assert (code, "is too little for this model: 4 bits take" in err) == (2, True)
+    memory, out = f"{sizes[4]['memory'] + 1}B", tmp_path / "z"
+    code, _, err = run_cli("quantize", model_directory, "--memory", memory, "--bits", 8, "--out", out)
+    assert (code, "--bits 8 takes" in err, "Use --bits 4" in err) == (2, True, True)
+    for wrong in ("much", "-1GB", "0MB", "3 cows", "nanMB"):
+        code, _, err = run_cli("quantize", model_directory, f"--memory={wrong}")
+        assert (code, "--memory" in err) == (2, True), wrong
+    assert not (tmp_path / "z").exists()
+
+
+def test_calibration_texts_that_cannot_be_used(model_directory: Path, tmp_path: Path, words: str, run_cli: Cli) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "x"
+    text.write_text(words[:100])
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        (("--calibration", text), "is too short"),
+        (("--calibration", tmp_path / "missing.txt"), "cannot be read"),
+        (("--calibration-tokens", 100), "at least 1,024, not 100"),
+        (("--calibration", "none", "--calibration-tokens", 5000), "has no effect"),
+        (("--json", tmp_path), "this is a folder"),
+    ]
+    for options, message in cases:
+        code, _, err = run_cli("quantize", model_directory, "--out", out, "--tokens", 0, *options)
+        assert (code, message in err) == (2, True), err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+    code, _, err = run_cli("quantize", model_directory)
+    assert (code, "--out is missing" in err) == (2, True)
+
+
+def test_an_interrupted_command_goes_on(
+    model_directory: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C, the same command writes what it would have written; another command says what is in its way."""
+    from gptsmith.quantize import layers
+
+    command = ("quantize", model_directory, "--bits", 4, "--tokens", 0, "--calibration-tokens", 1024, "--out")
+    assert run_cli(*command, tmp_path / "whole")[0] == 0
+    write = layers._write_layer
+
+    def interrupted(path: Path, made: Any) -> None:
+        write(path, made)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_write_layer", interrupted)
+        code, _, err = run_cli(*command, tmp_path / "x")
+    assert (code, "Give the same command again to go on" in err) == (130, True), err
+    assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x.partial").is_dir()
+    code, _, err = run_cli(*command, tmp_path / "x", "--calibration-tokens", 2048)
+    assert (code, "belongs to an interrupted quantization" in err) == (1, True), err
+    code, _, err = run_cli(*command, tmp_path / "x")
+    assert (code, "Continuing an interrupted quantization: 1 of 2 layers" in err) == (0, True), err
+    assert not (tmp_path / "x.partial").exists()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("x", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_narrow_matrices_are_named(tmp_path: Path, bpe: Tokenizer, run_cli: Cli) -> None:
+    model = tiny_model("llama", vocab_size=300, hidden_size=64, intermediate_size=72)
+    save_checkpoint(tmp_path / "model", model, bpe)
+    command = ("quantize", tmp_path / "model", "--tokens", 0, "--calibration-tokens", 1024)
+    code, _, err = run_cli(*command, "--bits", 4, "--out", tmp_path / "x")
+    assert (code, "2 matrices stay in full precision" in err, "layers.0.mlp.down_proj" in err) == (0, True, True), err
+    save_checkpoint(tmp_path / "narrow", tiny_model("llama", vocab_size=300), bpe)
+    code, _, err = run_cli("quantize", tmp_path / "narrow", "--tokens", 0, "--out", tmp_path / "y")
+    assert (code, "no matrix whose width is a multiple of 32" in err) == (2, True), err
+    assert not (tmp_path / "y").exists()
 
 
 def test_wrong_options(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
@@ -110,13 +257,7 @@ def test_the_adapter_option(
     model_directory: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter changes the output of full-precision and quantized models. A wrong directory is rejected."""
-    torch.manual_seed(1)
-    name = "base_model.model.model.layers.1.self_attn.o_proj"
-    tensors = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    adapter = write_adapter(tmp_path / "adapter")
     greedy = ("--prompt", "ba", "--max-tokens", 12, "--temperature", 0, "--device", "cpu")
     for few in ((), ("--quantize", "int8")):
         code, plain, err = run_cli("generate", model_directory, *greedy, *few)

@@ -43,7 +43,7 @@ _BUILTIN = {
     "vision": "give a text model eyes, so that it can learn to read pictures",
     "import": "import a model from elsewhere: a Hugging Face directory, a hub id or a GGUF file",
     "merge": "fold adapters into a model, or average models",
-    "quantize": "quantize a model to 8 or 4 bits",
+    "quantize": "quantize a model to 4 to 8 bits",
     "export": "export a model for other programs, as a Hugging Face directory or a GGUF file",
 }
 COMMANDS: Registry[str] = Registry("command", _BUILTIN)

@@ -2,75 +2,210 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptsmith.cli.eval import refuse_unwritable, write_record
 from gptsmith.cli.parser import parse
 from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import note
 
 if TYPE_CHECKING:
+    from gptsmith.model.quantized import Bits
     from gptsmith.model.transformer import Transformer
+    from gptsmith.quantize.report import Comparison, Reference, Size
+    from gptsmith.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Quantize the weights of a model to 8 or 4 bits, and measure the perplexity before and after."""
+    """Quantize the weights of a model to 4 to 8 bits, and compare it with the full model: perplexity, KL divergence,
+    agreement on the most likely token, and size. An interrupted command goes on when it is given again."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""
-    out: Path
-    """Directory to write; must not exist."""
-    bits: Literal[8, 4] = 8
-    """8: nearly lossless. 4: half the size, with some loss."""
+    out: Path | None = None
+    """Directory to write; must not exist. Not needed to ask for a recommendation with --memory."""
+    bits: Literal[8, 6, 5, 4] | None = None
+    """8: nearly lossless (default). 4: half the size. Below 8, matrices that matter more get more bits."""
+    memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """Memory that the weights may take, such as 100MB: recommends a number of bits, and uses it if there is no
+    --bits."""
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file for whose words the rounding is chosen (default: a built-in mixture). none: round each weight to the
+    nearest, all matrices to the same width; fast."""
+    calibration_tokens: int = 16384
+    """Number of tokens of the calibration text to use."""
     text: Path | None = None
     """Text file to measure perplexity on (default: Python's documentation)."""
     tokens: int = 8192
     """Number of tokens of the text to measure on; 0: do not measure."""
+    json: Path | None = None
+    """Write the report to this file."""
 
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Quantize, "gptsmith quantize", arguments)
-    if chosen.out.exists():
-        raise UsageError(f"--out {chosen.out} already exists. Choose another directory.")
-    if chosen.tokens < 0:
-        raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
+    _check(chosen)
 
-    from gptsmith.checkpoint import save_checkpoint
     from gptsmith.loading import load_model
-    from gptsmith.model.quantized import quantize
+    from gptsmith.quantize.report import parse_bytes, planned_sizes
 
+    memory = None if chosen.memory is None else parse_bytes(chosen.memory, "--memory")
+    text = _text(chosen.text) if chosen.tokens and chosen.out is not None else ""
     model, tokenizer = load_model(chosen.model, quantize="none")
-    ids: list[int] = []
-    if chosen.tokens:
-        from gptsmith.evaluate.text import perplexity
-
-        text = _text(chosen.text)
-        try:
-            ids = tokenizer.encode(text[: 20 * chosen.tokens])[: chosen.tokens]
-        except TokenizerError:
-            if chosen.text is not None:
-                raise
-            note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
-    before = perplexity(model, ids, prefix=tokenizer.prefix_ids) if ids else None
-    size = _size(model)
-    quantize(model, chosen.bits)
-    save_checkpoint(chosen.out, model, tokenizer)
-    print(f"{chosen.out}: {chosen.bits} bits, {size / 1e6:,.1f} MB -> {_size(model) / 1e6:,.1f} MB")
-    if before is not None:
-        after = perplexity(model, ids, prefix=tokenizer.prefix_ids)
-        change = f"{100 * (after / before - 1):+.2f}%"
-        print(f"perplexity {before:.3f} before, {after:.3f} after ({change}), on {len(ids):,} tokens")
+    record: dict[str, Any] = {"model": chosen.model}
+    bits: Bits = chosen.bits or 8
+    if memory is not None:
+        sizes = planned_sizes(model, spare=0.0 if chosen.calibration == "none" else 0.5)
+        bits = _recommend(chosen, model, sizes, memory, record)
+    if chosen.out is not None:
+        record |= _quantize(chosen, chosen.out, model, tokenizer, bits, text)
+    if chosen.json is not None:
+        write_record(chosen.json, record)
     return 0
 
 
-def _size(model: Transformer) -> int:
+def _check(chosen: Quantize) -> None:
+    if chosen.out is None and chosen.memory is None:
+        raise UsageError("--out is missing: the directory to write.")
+    if chosen.out is not None and chosen.out.exists():
+        raise UsageError(f"--out {chosen.out} already exists. Choose another directory.")
+    if chosen.tokens < 0:
+        raise UsageError(f"--tokens must be 0 or more, not {chosen.tokens}.")
+    if chosen.calibration == "none" and chosen.calibration_tokens != Quantize.calibration_tokens:
+        raise UsageError("--calibration-tokens has no effect with --calibration none: leave it out.")
+    if chosen.json is not None:
+        refuse_unwritable(chosen.json)
+
+
+def _recommend(chosen: Quantize, model: Transformer, sizes: list[Size], memory: int, record: dict[str, Any]) -> Bits:
+    """Print what fits in memory, and return the number of bits to use."""
+    from gptsmith.quantize.report import recommended
+
+    best = recommended(sizes, memory)
+    for size in sizes[::-1]:
+        fits = "recommended" if size == best else "fits" if size.memory <= memory else "too large"
+        print(f"{size.bits} bits: {_mb(size.memory)} in memory, {_mb(size.file)} on disk: {fits}")
+    record |= {"sizes": [asdict(size) for size in sizes], "recommended": None if best is None else best.bits}
+    if best is None:
+        raise UsageError(f"--memory {chosen.memory} is too little for this model: 4 bits take {_mb(sizes[0].memory)}.")
+    if chosen.bits is None:
+        return best.bits
+    wanted = next(size for size in sizes if size.bits == chosen.bits)
+    if wanted.memory > memory:
+        raise UsageError(
+            f"--bits {chosen.bits} takes {_mb(wanted.memory)}, more than --memory {chosen.memory}. Use --bits "
+            f"{best.bits}."
+        )
+    return chosen.bits
+
+
+def _quantize(
+    chosen: Quantize, out: Path, model: Transformer, tokenizer: Tokenizer, bits: Bits, text: str
+) -> dict[str, Any]:
+    """Quantize the model, write it, print a report, and return it as plain data."""
+    from gptsmith.checkpoint import save_checkpoint
+    from gptsmith.model.quantized import quantize
+    from gptsmith.quantize.calibration import calibration_ids
+    from gptsmith.quantize.layers import open_partial, quantize_layers, round_outer
+    from gptsmith.quantize.widths import count_widths, left_wide, quantizable
+
+    if not quantizable(model):
+        raise UsageError("this model cannot be quantized: it has no matrix whose width is a multiple of 32.")
+    reference = _reference(chosen, model, tokenizer, text)
+    before = _stored_size(model)
+    if names := left_wide(model):
+        note(
+            f"note: {len(names)} matrices stay in full precision, since their width is no multiple of 32: "
+            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    if chosen.calibration == "none":
+        widths = dict.fromkeys(quantizable(model), bits)
+        quantize(model, bits)
+    else:
+        path = None if chosen.calibration is None else Path(chosen.calibration)
+        ids = calibration_ids(model, tokenizer, path, tokens=chosen.calibration_tokens)
+        with _kept(partial):
+            widths = open_partial(partial, model, ids, bits, None)
+            quantize_layers(model, ids, widths, partial)
+        round_outer(model)
+    comparison = None if reference is None else reference.compare(model)
+    save_checkpoint(out, model, tokenizer)
+    if chosen.calibration != "none":
+        shutil.rmtree(partial, ignore_errors=True)
+    after, in_memory = _stored_size(model), sum(tensor.nbytes for tensor in _tensors(model))
+    counts = count_widths(widths.values())
+    print(f"{out}: {bits} bits, {_mb(before)} in fp32 -> {_mb(after)}, {_mb(in_memory)} in memory")
+    if len(counts) > 1:
+        print("matrices of the layers: " + ", ".join(f"{n:,} in {width} bits" for width, n in counts.items()))
+    record = {"out": str(out), "bits": bits, "widths": widths, "bytes_fp32": before, "bytes": after}
+    record |= {"bytes_in_memory": in_memory}
+    return record | _print_comparison(comparison)
+
+
+def _print_comparison(comparison: Comparison | None) -> dict[str, Any]:
+    if comparison is None:
+        return {}
+    c = comparison
+    print(f"perplexity {c.before:.3f} before, {c.after:.3f} after ({100 * c.change:+.2f}%), on {c.tokens:,} tokens")
+    print(f"KL divergence {c.divergence:.5f} nats, the same most likely token in {100 * c.agreement:.2f}% of places")
+    return {
+        "tokens": c.tokens,
+        "perplexity_before": c.before,
+        "perplexity_after": c.after,
+        "kl_divergence": c.divergence,
+        "top1_agreement": c.agreement,
+    }
+
+
+@contextmanager
+def _kept(partial: Path) -> Iterator[None]:
+    """Tell the user where unfinished work is when the command is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"Interrupted. Give the same command again to go on, or delete {partial}.")
+        raise
+
+
+def _reference(chosen: Quantize, model: Transformer, tokenizer: Tokenizer, text: str) -> Reference | None:
+    """Return what is to be known of the full model, if anything is to be measured."""
+    from gptsmith.quantize.report import Reference
+
+    if not chosen.tokens:
+        return None
+    try:
+        ids = tokenizer.encode(text[: 20 * chosen.tokens])[: chosen.tokens]
+    except TokenizerError:
+        if chosen.text is not None:
+            raise
+        note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
+        return None
+    return Reference(model, ids, prefix=tokenizer.prefix_ids)
+
+
+def _stored_size(model: Transformer) -> int:
+    """Return the bytes of the weights in a file."""
     from gptsmith.model.quantized import quantized_state
 
-    return sum(int(tensor.nbytes) for tensor in quantized_state(model).values())
+    return sum(tensor.nbytes for tensor in quantized_state(model).values())
+
+
+def _tensors(model: Transformer) -> list[Any]:
+    """Return the tensors of a model's state, shared ones once."""
+    return list({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _text(path: Path | None) -> str:

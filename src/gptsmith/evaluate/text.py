@@ -171,6 +171,16 @@ def _batch_losses(model: Transformer, group: list[Window]) -> list[Floats]:
     return [losses[row, : len(window.ids) - 1] for row, window in enumerate(group)]
 
 
+def text_windows(model: Transformer, ids: Sequence[int], *, window: int, prefix: Sequence[int] = ()) -> list[Window]:
+    """Return windows of a text that do not overlap. Arguments as in `mean_loss`; it raises the same."""
+    width = max(len(prefix) + 1, min(window, model.config.max_position_embeddings))
+    pieces = [_Tokens.of(ids)]
+    parts = list(windows(pieces, context=width, stride=width - len(prefix), prefix=prefix, repeat=True))
+    if len(ids) < 2 or not any(part.scored.any() for part in parts):
+        raise UsageError("the text is too short to measure perplexity: it has fewer than two tokens.")
+    return parts
+
+
 def mean_loss(
     model: Transformer, ids: Sequence[int], *, window: int = 512, prefix: Sequence[int] = ()
 ) -> tuple[float, int]:
@@ -180,12 +190,8 @@ def mean_loss(
     `prefix_ids`; they are not scored. Without any, the first token of each window is not scored. The model's training
     mode is restored. Raises UsageError for a text of fewer than two tokens.
     """
-    width = max(len(prefix) + 1, min(window, model.config.max_position_embeddings))
-    pieces = [_Tokens.of(ids)]
-    parts = list(windows(pieces, context=width, stride=width - len(prefix), prefix=prefix, repeat=True))
+    parts = text_windows(model, ids, window=window, prefix=prefix)
     count = sum(int(part.scored.sum()) for part in parts)
-    if not count or len(ids) < 2:
-        raise UsageError("the text is too short to measure perplexity: it has fewer than two tokens.")
     total = 0.0
     with progress(len(parts), "Measuring perplexity") as bar:
         for part, losses in window_losses(model, parts):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -52,15 +52,21 @@ def matrices_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ObservedInputs(TorchFunctionMode):
-    """A context in which `seen(name, inputs)` is called with the inputs (n, K) of each product with a matrix.
+    """A context in which `seen(name, inputs)` is called with the inputs (n, K) of each product with a matrix, and after
+    it `multiplied(name, outputs)`.
 
     matrices: as from `matrices_of`. They must stay where they are in memory.
     """
 
-    def __init__(self, matrices: dict[str, Tensor], seen: Callable[[str, Tensor], None]) -> None:
+    def __init__(
+        self,
+        matrices: Mapping[str, Tensor],
+        seen: Callable[[str, Tensor], None],
+        multiplied: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._names = {(weight.data_ptr(), weight.shape): name for name, weight in matrices.items()}
-        self._seen = seen
+        self._seen, self._multiplied = seen, multiplied
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -72,6 +78,10 @@ class ObservedInputs(TorchFunctionMode):
             if name is not None:
                 x = arguments[0] if arguments else named["input"]
                 self._seen(name, x.detach().reshape(-1, x.shape[-1]))
+                y = function(*arguments, **named)
+                if self._multiplied is not None:
+                    self._multiplied(name, y)
+                return y
         return function(*arguments, **named)
 
 
