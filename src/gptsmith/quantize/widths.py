@@ -147,15 +147,17 @@ def loss_of_rounding(model: Transformer, ids: Tensor) -> dict[str, float]:
     model.requires_grad_(False).eval()
     model.activation_checkpointing = True
     generator = torch.Generator().manual_seed(0)
+    # The graph begins with the embeddings, since no weight needs a gradient.
+    beginning = model.embed_tokens.register_forward_hook(lambda module, ids, x: x.detach().requires_grad_())
     try:
         with progress(len(rows), "Choosing widths") as bar, ObservedInputs(matrices, seen, multiplied):
             for row in rows:
                 with torch.enable_grad():
-                    embedded = model.embed_tokens(row[None]).requires_grad_()
-                    hidden = model.hidden_states(inputs_embeds=embedded)
+                    hidden = model.hidden_states(row[None])
                     torch.autograd.backward(hidden, _gradient_of_loss(model, hidden.detach(), generator))
                 bar.advance(1)
     finally:
+        beginning.remove()
         model.activation_checkpointing = before[0]
         model.train(before[1])
         for parameter in trained:
