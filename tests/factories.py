@@ -11,12 +11,17 @@ from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.config import ModelOptions, RunConfig, run_config
 
+WITHOUT_GROUPS = ("gpt1", "gpt2", "gpt3", "gpt_neox", "opt", "deepseek_v3")
+"""Families whose queries have a key and value head each."""
+WITH_WINDOWS = ("gpt3", "mistral", "phi3", "gemma3", "gpt_oss")
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
 
 def tiny_config(family: str = "qwen3", **options: Any) -> ModelConfig:
     """Return a model configuration of `family` with two layers of width 16; `options` override any field.
 
-    As in the published models, GPT has as many key/value heads as query heads, and the others share them; gpt3 and
-    mistral have a sliding window that is shorter than the context. Weights are large, so that logits differ clearly.
+    As in the published models, GPT has as many key/value heads as query heads, and the others share them; sliding
+    windows are shorter than the context. Weights are large, so that logits differ clearly.
     """
     heads = options.get("num_attention_heads", 2)
     defaults: dict[str, Any] = {
@@ -24,16 +29,22 @@ def tiny_config(family: str = "qwen3", **options: Any) -> ModelConfig:
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "num_key_value_heads": None if family.startswith("gpt") else max(1, heads // 2),
+        "num_key_value_heads": None if family in WITHOUT_GROUPS else max(1, heads // 2),
         "head_dim": None,
         "intermediate_size": 24,
         "max_position_embeddings": 24,
         "initializer_range": 0.4,
     }
-    if family in ("gpt3", "mistral"):
+    if family in WITH_WINDOWS:
         defaults["sliding_window"] = 7
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+    if family == "gemma3":
+        defaults["window_pattern"] = (True, False)
+    if family == "smollm3":
+        defaults["rope_pattern"] = (True, False)
+    if family in WITH_EXPERTS:
         defaults |= {"num_experts": 4, "num_experts_per_tok": 2}
+    if family == "deepseek_v3":
+        defaults |= {"n_group": 2, "topk_group": 1}
     return FAMILIES[family](**defaults | options)
 
 

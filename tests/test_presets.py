@@ -60,7 +60,7 @@ def test_each_preset_is_described() -> None:
     assert [family for family, _ in describe_published()] == list(families.FAMILIES)
 
 
-@pytest.mark.parametrize("name", families.SIZES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_published_size_is_a_preset(name: str) -> None:
     """What it trains has the shape of the published model, but for what is done after training."""
     family, options = families.SIZES[name]

@@ -86,7 +86,9 @@ class Recipe:
 # GPT-1: section 4.1 of the paper; 100 epochs of BooksCorpus, which has about a billion tokens. GPT-2: the batch size is
 # from the paper, learning rates are those of GPT-3 for the same sizes, tokens those of common reproductions. GPT-3:
 # table 2.1 and appendix B of 2005.14165. Llama: 2302.13971, table 2. Llama 3.1: 2407.21783, table 3 and section 3.4.1
-# (its first stage). The others publish tokens and contexts at most; learning rates and batch sizes are Llama's.
+# (its first stage). Pythia: 2304.01373, table 1 and section 2.2. GPT-NeoX: 2204.06745, appendix. OPT: 2205.01068, table
+# 1. DeepSeek-V3: 2412.19437, section 4.2. OLMo 2: 2501.00656, table 3. SmolLM3: its report. The others publish tokens
+# and contexts at most; learning rates and batch sizes are Llama's.
 RECIPES: dict[str, Recipe] = {
     "gpt1-117m": Recipe(2.5e-4, 64, 512, 100e9, 2000),
     "gpt2-124m": Recipe(6e-4, 512, 1024, 10.5e9, 700, published=False),
@@ -117,7 +119,42 @@ RECIPES: dict[str, Recipe] = {
     "qwen1.5-moe-a2.7b": Recipe(3e-4, 512, 8192, 1e12, 2000, published=False),
     "qwen2-57b-a14b": Recipe(3e-4, 1024, 4096, 4.5e12, 2000, published=False),
     "qwen3-30b-a3b": Recipe(3e-4, 1024, 4096, 36e12, 2000, published=False),
+    "pythia-14m": Recipe(1e-3, 1024, 2048, 300e9, 1430),
+    "pythia-31m": Recipe(1e-3, 1024, 2048, 300e9, 1430),
+    "pythia-70m": Recipe(1e-3, 1024, 2048, 300e9, 1430),
+    "pythia-160m": Recipe(6e-4, 1024, 2048, 300e9, 1430),
+    "pythia-410m": Recipe(3e-4, 1024, 2048, 300e9, 1430),
+    "pythia-1b": Recipe(3e-4, 1024, 2048, 300e9, 1430),
+    "pythia-1.4b": Recipe(2e-4, 1024, 2048, 300e9, 1430),
+    "pythia-2.8b": Recipe(1.6e-4, 1024, 2048, 300e9, 1430),
+    "pythia-6.9b": Recipe(1.2e-4, 1024, 2048, 300e9, 1430),
+    "pythia-12b": Recipe(1.2e-4, 1024, 2048, 300e9, 1430),
+    "gpt-neox-20b": Recipe(0.97e-4, 1536, 2048, 472e9, 1500),
+    "opt-125m": Recipe(6e-4, 256, 2048, 300e9, 715),
+    "opt-1.3b": Recipe(2e-4, 512, 2048, 300e9, 358),
+    "opt-2.7b": Recipe(1.6e-4, 512, 2048, 300e9, 358),
+    "opt-6.7b": Recipe(1.2e-4, 1024, 2048, 300e9, 179),
+    "opt-13b": Recipe(1e-4, 2048, 2048, 300e9, 90),
+    "opt-30b": Recipe(1e-4, 2048, 2048, 300e9, 90),
+    "opt-66b": Recipe(0.8e-4, 1024, 2048, 300e9, 179),
+    "phi3-mini": Recipe(3e-4, 1024, 4096, 3.3e12, 2000, published=False),
+    "phi3-medium": Recipe(3e-4, 1024, 4096, 4.8e12, 2000, published=False),
+    "olmo2-1b": Recipe(4e-4, 512, 4096, 4e12, 2000),
+    "olmo2-7b": Recipe(3e-4, 1024, 4096, 4e12, 2000),
+    "olmo2-13b": Recipe(9e-4, 2048, 4096, 5e12, 2000),
+    "olmo2-32b": Recipe(6e-4, 2048, 4096, 6e12, 2000),
+    "stablelm2-1.6b": Recipe(1e-3, 1024, 4096, 2e12, 2000, published=False),
+    "smollm3-3b": Recipe(2e-4, 576, 4096, 11.2e12, 2000),
+    "gemma3-270m": Recipe(3e-4, 1024, 4096, 6e12, 2000, published=False),
+    "gemma3-1b": Recipe(3e-4, 1024, 4096, 2e12, 2000, published=False),
+    "gemma3-4b": Recipe(3e-4, 1024, 4096, 4e12, 2000, published=False),
+    "gemma3-12b": Recipe(3e-4, 1024, 4096, 12e12, 2000, published=False),
+    "gpt-oss-20b": Recipe(3e-4, 1024, 4096, 10e12, 2000, published=False),
+    "gpt-oss-120b": Recipe(3e-4, 1024, 4096, 10e12, 2000, published=False),
+    "deepseek-v3": Recipe(2.2e-4, 15360, 4096, 14.8e12, 2000),
 }
+"""By the name of a size. Sizes with a shape that options cannot describe (OPT-350M's narrow embeddings, for example)
+have none."""
 
 
 def published_size(name: str) -> RunConfig:

@@ -56,7 +56,7 @@ def test_greedy_equals_the_naive_loop(make_model: Any, naive: Any, family: str, 
         results = engine.generate(given, GREEDY)
         assert [r.ids for r in results] == [naive(model, p, 9) for p in given]
         assert engine.stats.blocks_used == 0
-    if room.get("cache_tokens") == 40 and family != "mistral":
+    if room.get("cache_tokens") == 40 and family not in ("mistral", "phi3"):
         assert engine.stats.preemptions > 0  # the cache was too small for all of them
 
 

@@ -18,6 +18,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Sequence
 from gptsmith.engine.speculative import Drafter, PromptLookup, Speculator
 from gptsmith.errors import UsageError
+from gptsmith.model.families import FAMILIES
 
 
 class Always(Speculator):
@@ -39,7 +40,7 @@ class Oracle:
         return proposals
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mistral", "mixtral"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_tokens_are_the_same_as_without_speculation(make_model: Any, family: str, data: st.DataObject) -> None:

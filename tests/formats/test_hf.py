@@ -19,7 +19,7 @@ from gptsmith.formats.hf import config_to_hf, load_model_weights, load_weights, 
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
 from gptsmith.model.transformer import Transformer
-from tests.factories import tiny_model
+from tests.factories import WITH_EXPERTS, WITH_WINDOWS, WITHOUT_GROUPS, tiny_model
 
 TOLERANCE = 1e-4
 transformers.utils.logging.disable_progress_bar()
@@ -38,35 +38,70 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         "tie_word_embeddings": draw(st.booleans()),
         "initializer_range": 0.2,
     }
-    if family in ("gpt1", "gpt2", "gpt3"):
+    if family in ("gpt1", "gpt2", "gpt3", "opt"):
         options["hidden_size"] = heads * draw(st.sampled_from([4, 8, 5]))
         if family != "gpt1":
             options["intermediate_size"] = draw(st.sampled_from([16, 37]))
-            options["mlp"] = draw(st.sampled_from(["gelu", "gelu_tanh"]))
+            options["mlp"] = draw(st.sampled_from(["gelu", "gelu_tanh", "relu"]))
         if family == "gpt3":
             options["sliding_window"] = draw(st.integers(1, 12))
             options["window_pattern"] = draw(st.sampled_from([(False, True), (True,), (False,), (True, False)]))
+        if family == "opt":
+            options["norm_position"] = draw(st.sampled_from(["pre", "post"]))
+            options["embedding_size"] = draw(st.sampled_from([None, 3, 7]))
+            options["attention_bias"] = options["mlp_bias"] = draw(st.booleans())
         return families.FAMILIES[family](**options)
-    options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 3, 6) if heads % k == 0]))
+    if family not in WITHOUT_GROUPS:
+        options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 3, 6) if heads % k == 0]))
     options["hidden_size"] = heads * draw(st.sampled_from([4, 6]))
-    if family not in ("qwen2", "qwen2_moe"):  # transformers' Qwen2 has no width of heads of its own
-        options["head_dim"] = draw(st.sampled_from([2, 4, 8]))
+    if family not in ("qwen2", "qwen2_moe", "gpt_neox", "stablelm"):  # these have no width of heads of its own
+        options["head_dim"] = draw(st.sampled_from([4, 8] if family == "deepseek_v3" else [2, 4, 8]))
     options["intermediate_size"] = draw(st.sampled_from([16, 37]))
     options["rope_theta"] = draw(st.sampled_from([100.0, 10000.0, 1e6]))
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+    if family in WITH_EXPERTS:
         options["num_experts"] = draw(st.integers(2, 8))
         options["num_experts_per_tok"] = draw(st.integers(1, min(4, options["num_experts"])))
         if family == "qwen2_moe":
             options["shared_expert_intermediate_size"] = draw(st.sampled_from([None, 12, 23]))
-        if family != "mixtral":
+        if family not in ("mixtral", "gpt_oss"):
             options["norm_topk_prob"] = draw(st.booleans())
-    if family in ("llama", "qwen2_moe", "qwen3", "qwen3_moe"):
+        if family == "deepseek_v3":
+            options["q_lora_rank"] = draw(st.sampled_from([None, 5]))
+            options["kv_lora_rank"] = draw(st.sampled_from([3, 8]))
+            options["v_head_dim"] = draw(st.sampled_from([3, 8]))
+            options["first_k_dense_replace"] = draw(st.integers(0, options["num_hidden_layers"]))
+            options["shared_expert_intermediate_size"] = options["intermediate_size"] * draw(st.integers(1, 2))
+            options["routed_scaling_factor"] = draw(st.sampled_from([1.0, 2.5]))
+            options["rope_scaling"] = draw(
+                st.sampled_from([None, RopeScaling("yarn", 4.0, 5, attention_factor=1.0, mscale_all_dim=0.7)])
+            )
+            if options["num_experts"] == 6:
+                options |= {"n_group": 3, "topk_group": 2}
+    if family in (
+        *("llama", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_neox", "olmo2", "stablelm", "smollm3", "gemma3", "gpt_oss"),
+        "deepseek_v3",
+    ):
         options["attention_bias"] = draw(st.booleans())
-    if family == "llama":
+    if family in ("llama", "smollm3"):
         options["mlp_bias"] = draw(st.booleans())
-    if family == "mistral":
+    if family in WITH_WINDOWS:
         options["sliding_window"] = draw(st.integers(1, 12))
-    if family in ("llama", "qwen3"):
+    patterns = st.sampled_from([(True, False), (False, True), (True, True, False), (False, True, True)])
+    if family in ("gemma3", "gpt_oss"):
+        options["window_pattern"] = draw(patterns)
+    if family == "gemma3":
+        options["local_rope_theta"] = draw(st.sampled_from([50.0, 1e4]))
+        options["attention_scale"] = draw(st.sampled_from([None, 3**-0.5]))
+    if family == "smollm3":
+        options["rope_pattern"] = draw(patterns)
+    if family == "stablelm":
+        options["qk_norm"] = draw(st.booleans())
+        options["parallel_residual"] = options["shared_norm"] = draw(st.booleans())
+    if family == "gpt_neox":
+        options["parallel_residual"] = draw(st.booleans())
+    if family == "phi3":
+        options["partial_rotary_factor"] = draw(st.sampled_from([1.0, 2 / options["head_dim"]]))
+    if family in ("llama", "qwen3", "olmo2", "gpt_oss"):
         context = options["max_position_embeddings"]
         options["rope_scaling"] = draw(
             st.sampled_from(
@@ -83,11 +118,15 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Make norms and biases random, too: at their initial values they would hide mistakes."""
+    """Make norms, biases and buffers that are saved random, too: at their initial values they would hide mistakes."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+        for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
+            p = model.get_buffer(name) if name in dict(model.named_buffers()) else None
+            if p is not None:
+                p.copy_(torch.randn_like(p) * 0.3)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -216,6 +255,45 @@ PUBLISHED = {  # parameters, and how exactly that is known
     "qwen1.5-moe-a2.7b": (14_315_784_192, 0),
     "qwen2-57b-a14b": (57.4e9, 0.001),
     "qwen3-30b-a3b": (30_532_122_624, 0),
+    "pythia-14m": (14_067_712, 0),
+    "pythia-31m": (30_494_720, 0),
+    "pythia-70m": (70_426_624, 0),
+    "pythia-160m": (162_322_944, 0),
+    "pythia-410m": (405_334_016, 0),
+    "pythia-1b": (1_011_781_632, 0),
+    "pythia-1.4b": (1_414_647_808, 0),
+    "pythia-2.8b": (2_775_208_960, 0),
+    "pythia-6.9b": (6_857_302_016, 0),
+    "pythia-12b": (11_846_072_320, 0),
+    "gpt-neox-20b": (20_554_567_680, 0),
+    "opt-125m": (125_239_296, 0),
+    "opt-350m": (331_196_416, 0),
+    "opt-1.3b": (1_315_758_080, 0),
+    "opt-2.7b": (2_651_596_800, 0),
+    "opt-6.7b": (6_658_473_984, 0),
+    "opt-13b": (12_853_473_280, 0),
+    "opt-30b": (29_974_540_288, 0),
+    "opt-66b": (66e9, 0.005),
+    "phi3-mini": (3_821_079_552, 0),
+    "phi3-medium": (13_960_238_080, 0),
+    "phi4": (14_659_507_200, 0),
+    "phi4-mini": (3_836_021_760, 0),
+    "olmo2-1b": (1_484_916_736, 0),
+    "olmo2-7b": (7_298_617_344, 0),
+    "olmo2-13b": (13_716_198_400, 0),
+    "olmo2-32b": (32_234_279_936, 0),
+    "stablelm-3b-4e1t": (2_795_443_200, 0),
+    "stablelm2-1.6b": (1_644_417_024, 1e-4),  # published without the biases of norms
+    "stablelm2-12b": (12_143_605_760, 1e-4),
+    "smollm3-3b": (3_075_098_624, 0),
+    "gemma3-270m": (268_098_176, 0),
+    "gemma3-1b": (999_885_952, 0),
+    "gemma3-4b": (3.88e9, 0.001),  # without the tower for pictures
+    "gemma3-12b": (11.77e9, 0.001),
+    "gemma3-27b": (27.01e9, 0.001),
+    "gpt-oss-20b": (20_914_757_184, 0),
+    "gpt-oss-120b": (116_829_156_672, 0),
+    "deepseek-v3": (671_026_404_352, 0),
 }
 
 

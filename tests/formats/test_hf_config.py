@@ -39,11 +39,11 @@ BASE = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_of_transformers_is_accounted_for(kind: str) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
-    own = hf_config.FIELDS[kind]
+    own = LAYOUTS[kind].fields
     assert fields.keys() == (own.keys() | hf_config.HARMLESS | hf_config.REFUSED.keys()) & fields.keys()
     assert own == {name: fields[name] for name in own}
     assert not own.keys() & hf_config.HARMLESS
-    assert hf_config.ALIASES.get(kind, {}).items() <= (
+    assert dict(LAYOUTS[kind].aliases).items() <= (
         CONFIG_MAPPING[kind].attribute_map.items() | {("num_local_experts", "num_experts")}
     )
 
@@ -56,9 +56,9 @@ def test_every_key_of_a_rope_dictionary_is_accounted_for() -> None:
 
 def test_activations_equal_transformers() -> None:
     assert FUNCTIONS.keys() == set(ACTIVATIONS)
-    assert hf_config._ACTIVATIONS.keys() == ACT2CLS.keys() - {"prelu", "xielu"}  # which have weights
+    assert hf_config.ACTIVATIONS.keys() == ACT2CLS.keys() - {"prelu", "xielu"}  # which have weights
     x = torch.linspace(-12, 12, 1001)
-    for theirs, ours in hf_config._ACTIVATIONS.items():
+    for theirs, ours in hf_config.ACTIVATIONS.items():
         torch.testing.assert_close(FUNCTIONS[ours](x), ACT2FN[theirs](x), atol=2e-6, rtol=1e-5)
 
 
@@ -119,8 +119,10 @@ def hf_configs(draw: st.DrawFn, kinds: list[str] = KINDS) -> dict[str, Any]:
     layers = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([4, 8]))
     context = draw(st.sampled_from([12, 24]))
-    activation = st.sampled_from([*hf_config._ACTIVATIONS, "silu", "silu", "silu", "prelu"])
+    activation = st.sampled_from([*hf_config.ACTIVATIONS, "silu", "silu", "silu", "prelu"])
     values: dict[str, Any] = {"model_type": kind, "vocab_size": 31, "tie_word_embeddings": draw(st.booleans())}
+    if kind in LATER:
+        return values | draw(later_configs(kind, heads, layers, head_dim, context))
     optional: dict[str, Any] = {}
     if kind in ("openai-gpt", "gpt2", "gpt_neo"):
         sizes = {
@@ -129,10 +131,10 @@ def hf_configs(draw: st.DrawFn, kinds: list[str] = KINDS) -> dict[str, Any]:
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
         }
-        names = draw(st.sampled_from([{}, hf_config.ALIASES[kind]]))
+        names = draw(st.sampled_from([{}, LAYOUTS[kind].aliases]))
         values |= {names.get(key, key): value for key, value in sizes.items()}
         if names or kind == "gpt_neo":
-            values |= {hf_config.ALIASES[kind].get(key, key): value for key, value in sizes.items()}
+            values |= {LAYOUTS[kind].aliases.get(key, key): value for key, value in sizes.items()}
         optional["layer_norm_epsilon"] = st.sampled_from([1e-5, 1e-2])
         if kind == "openai-gpt":
             optional["afn"] = st.sampled_from(["gelu", "relu", "silu", "swish", "gelu_new"])
@@ -204,7 +206,127 @@ def hf_configs(draw: st.DrawFn, kinds: list[str] = KINDS) -> dict[str, Any]:
     return values
 
 
+LATER = ("gpt_neox", "opt", "phi3", "olmo2", "stablelm", "smollm3", "gemma3_text", "gpt_oss", "deepseek_v3")
+
+
+@st.composite
+def later_configs(draw: st.DrawFn, kind: str, heads: int, layers: int, head_dim: int, context: int) -> dict[str, Any]:
+    """The contents of a config.json of a family in `formats.layouts`, but for vocabulary and tied embeddings."""
+    activation = st.sampled_from([*hf_config.ACTIVATIONS, "silu", "silu", "silu", "prelu"])
+    values: dict[str, Any] = {
+        "hidden_size": heads * head_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "pad_token_id": None,
+    }
+    optional: dict[str, Any] = {"attention_bias": st.booleans(), "hidden_act": activation}
+    layer_types = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers)
+    if kind == "opt":
+        values["ffn_dim"] = 20
+        optional = {
+            "activation_function": activation,
+            "do_layer_norm_before": st.booleans(),
+            "word_embed_proj_dim": maybe(st.sampled_from([5, heads * head_dim])),
+            "enable_bias": st.booleans(),
+            "_remove_final_layer_norm": seldom,
+            "layer_norm_elementwise_affine": st.just(True),
+        }
+    else:
+        values["intermediate_size"] = 20
+        if kind not in ("gpt_neox", "deepseek_v3"):
+            values["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
+        if kind in ("gemma3_text", "gpt_oss") or (kind in ("phi3", "olmo2", "smollm3") and draw(st.booleans())):
+            values["head_dim"] = head_dim = draw(st.sampled_from([4, 8]))
+        rotary = {"deepseek_v3": 4}.get(kind, head_dim)
+        if kind in ("gpt_neox", "phi3", "stablelm"):
+            part = draw(st.sampled_from([0.5, 1.0]))
+            values[{"gpt_neox": "rotary_pct"}.get(kind, "partial_rotary_factor")] = part
+            rotary = int(part * head_dim)
+        rope = rope_dictionaries(rotary, context)
+        eps = "layer_norm_eps" if kind in ("gpt_neox", "stablelm") else "rms_norm_eps"
+        optional |= {eps: st.sampled_from([1e-6, 1e-2])}
+        optional[{"gpt_neox": "rotary_emb_base"}.get(kind, "rope_theta")] = st.sampled_from([50.0, 1e4])
+        if kind != "gemma3_text":
+            optional |= {"rope_scaling": maybe(rope), "rope_parameters": maybe(rope)}
+    if kind in ("gpt_neox", "stablelm"):
+        optional["use_parallel_residual"] = st.booleans()
+    if kind == "phi3":
+        values["original_max_position_embeddings"] = draw(st.sampled_from([6, context]))
+        optional["sliding_window"] = maybe(st.integers(1, 30))
+    if kind == "stablelm":
+        optional |= {"use_qkv_bias": st.booleans(), "qk_layernorm": st.booleans()}
+    if kind == "smollm3":
+        optional |= {
+            "mlp_bias": st.booleans(),
+            "use_sliding_window": st.booleans(),
+            "sliding_window": maybe(st.integers(1, 30)),
+            "no_rope_layers": st.lists(st.integers(0, 1), min_size=layers, max_size=layers + 1),
+            "no_rope_layer_interval": st.integers(1, 4),
+        }
+    if kind in ("smollm3", "gemma3_text", "gpt_oss"):
+        optional["layer_types"] = layer_types
+    if kind == "gemma3_text":
+        values |= {"sliding_window": draw(st.integers(1, 30))}
+        nested = st.fixed_dictionaries(
+            {},
+            optional={
+                "full_attention": st.sampled_from(
+                    [
+                        {"rope_type": "default", "rope_theta": 300.0},
+                        {"rope_type": "linear", "factor": 2.0},
+                        {"rope_type": "linear", "factor": 2.0, "rope_theta": 70.0},
+                    ]
+                ),
+                "sliding_attention": st.sampled_from([{"rope_type": "default", "rope_theta": 20.0}]),
+            },
+        )
+        optional |= {
+            "hidden_activation": activation,
+            "query_pre_attn_scalar": st.integers(1, 20),
+            "sliding_window_pattern": st.integers(1, 4),
+            "rope_local_base_freq": st.sampled_from([30.0, 1e4]),
+            "rope_scaling": maybe(st.just({"rope_type": "linear", "factor": 4.0})),
+            "rope_parameters": maybe(nested),
+            "final_logit_softcapping": maybe(st.just(30.0)) if draw(seldom) else st.none(),
+            "attn_logit_softcapping": maybe(st.just(30.0)) if draw(seldom) else st.none(),
+        }
+    if kind == "gpt_oss":
+        values |= {"num_local_experts": 4, "num_experts_per_tok": draw(st.integers(1, 3))}
+        values["sliding_window"] = draw(st.integers(1, 30))
+        optional |= {
+            "hidden_act": st.just("silu"),
+            "swiglu_alpha": st.sampled_from([1.0, 1.702]),
+            "swiglu_limit": st.sampled_from([0.5, 7.0]),
+        }
+    if kind == "deepseek_v3":
+        values |= {
+            "num_key_value_heads": heads,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": draw(st.integers(1, 6)),
+            "v_head_dim": draw(st.integers(1, 6)),
+            "kv_lora_rank": draw(st.integers(1, 6)),
+            "q_lora_rank": draw(maybe(st.integers(1, 6))),
+            "moe_intermediate_size": 12,
+            draw(st.sampled_from(["n_routed_experts", "num_local_experts"])): 4,
+            "num_experts_per_tok": draw(st.integers(1, 2)),
+            "first_k_dense_replace": draw(st.integers(0, layers)),
+        }
+        values |= draw(st.sampled_from([{"n_group": 1, "topk_group": 1}, {"n_group": 2, "topk_group": 1}]))
+        optional |= {
+            "n_shared_experts": st.integers(1, 2),
+            "norm_topk_prob": st.booleans(),
+            "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
+            "rope_interleave": st.booleans() if draw(seldom) else st.just(True),
+        }
+    for key in sorted(optional):
+        if draw(st.booleans()):
+            values[key] = draw(optional[key])
+    return values
+
+
 MAY_BE_REFUSED = {  # what transformers computes and we do not
+    "_remove_final_layer_norm", "rope_interleave", "softcapping", "rope_type",
     "decoder_sparse_step", "mlp_only_layers", "is_causal", "add_cross_attention", "layer_types", "sliding_window",
     "partial_rotary_factor", "prelu",
 }  # fmt: skip

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,7 @@ from gptsmith.model.moe import MixtureOfExperts, expert_load, gated, load_balanc
 from gptsmith.model.upcycle import upcycle
 from gptsmith.train.config import ModelOptions, run_config
 from gptsmith.train.run import start
-from tests.factories import tiny_config, tiny_model
+from tests.factories import WITH_EXPERTS, tiny_config, tiny_model
 
 
 @settings(max_examples=30, deadline=None)
@@ -36,7 +35,7 @@ def test_equals_computing_every_expert_for_every_token(experts: int, chosen: int
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     every = torch.stack(
-        [gated(x[0], *both, F.silu) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
+        [gated(x[0], *both, layer.gate) for both in zip(layer.up_proj, layer.down_proj, strict=True)], dim=1
     )  # (N, E, C)
     expected = (every.gather(1, picked[..., None].expand(-1, -1, 12)) * weights[..., None]).sum(1)
     torch.testing.assert_close(layer(x)[0], expected, atol=5e-5, rtol=5e-5)
@@ -73,7 +72,7 @@ def test_upcycled_model_starts_as_the_dense_model() -> None:
         upcycle(tiny_model("gpt2"), 4)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_experts_learn_and_their_load_is_logged(
     family: str, optimizer: Literal["muon", "adamw"], text_file: Path, tmp_path: Path
@@ -117,7 +116,7 @@ def test_impossible_top_k(chosen: int) -> None:
     [
         (
             ModelOptions(family="qwen3", num_experts=4),
-            "--model.num-experts: a qwen3 model has none.*mixtral, qwen2_moe, qwen3_moe",
+            "--model.num-experts: a qwen3 model has none.*mixtral, qwen2_moe, qwen3_moe, gpt_oss, deepseek_v3",
         ),
         (
             ModelOptions(family="qwen3_moe", shared_expert_intermediate_size=8),

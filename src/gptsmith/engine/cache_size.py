@@ -35,7 +35,8 @@ def pool_sizes(
 
 def cache_bytes_per_token(config: ModelConfig, element_size: int) -> int:
     """Return the bytes of the keys and values of one token. element_size: bytes of a number."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_size
+    tensors = 2 if config.kv_lora_rank is None else 1
+    return tensors * config.num_hidden_layers * config.cached_heads * config.cached_key_dim * element_size
 
 
 def default_cache_tokens(config: ModelConfig, max_batch: int, block_size: int, weight: Tensor) -> int:

@@ -38,6 +38,9 @@ def is_supported(model: Transformer) -> bool:
         device.type == "cpu"
         and (not plain or weight.dtype == torch.float32)
         and c.norm_position == "pre"
+        and not (c.parallel_residual or c.zero_centered_norm or c.scale_embeddings or c.position_offset)
+        and (c.rotary_dim == c.head_dim and not c.rope_pattern and c.local_rope_theta is None)
+        and not (c.attention_sinks or c.embedding_size or (c.qk_norm and c.qk_norm_scope != "head"))
         and not c.num_experts
         and c.mlp in _ACTIVATIONS
         and not c.scale_attn_by_inverse_layer_idx  # the program has one scale for all layers

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
-from gptsmith.model.cache import Chunk, PagedCache
+from gptsmith.model.cache import Chunk, PagedCache, attend_grouped
 from gptsmith.model.transformer import Transformer
 
 _MIN_BLOCKS = 8
@@ -59,19 +58,28 @@ class StaticBatch:
     def positions(self, T: int) -> Tensor:
         return self._positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
         _, H, B, D = q.shape
         K = k.shape[1]
         keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
         values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
         flat = self.tables[group].flatten()
-        k, v = (pool.index_select(0, flat).view(B, -1, K, D).transpose(1, 2) for pool in (keys, values))
+        k, v = (pool.index_select(0, flat).view(B, -1, K, pool.shape[-1]).transpose(1, 2) for pool in (keys, values))
         first, last = self.visible_range[group]
         mask = (self._at >= first[:, None]) & (self._at < last[:, None])  # (B, S)
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None], scale=scale)
-        return y.reshape(B, H, D).transpose(0, 1)[None]
+        y = attend_grouped(grouped, k, v, mask[:, None, None], scale, sinks)
+        return y.reshape(B, H, -1).transpose(0, 1)[None]
 
     def advance(self, T: int) -> None:
         """Do nothing: the scheduler keeps the lengths of sequences."""

@@ -2,7 +2,7 @@
 
 A model directory of this package *is* a Hugging Face model directory (`config.json`, `model.safetensors`); there is no
 other format. `LAYOUTS` is the only place that knows the names and shapes under which weights are stored; its parts are
-in `hf_config` and `hf_weights`.
+in `hf_config`, `hf_weights` and `layouts`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from gptsmith.errors import CheckpointError, UsageError, first_few
 from gptsmith.formats import hf_config, hf_vision, hf_weights
-from gptsmith.formats.hf_weights import WeightMapping
+from gptsmith.formats.hf_weights import HEAD, WeightMapping
+from gptsmith.formats.layout import Layout
+from gptsmith.formats.layouts import deepseek_v3, gemma3, gpt_neox, gpt_oss, olmo2, opt, phi3, smollm3, stablelm
 from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import bits_of, quantization_config, quantized_state
@@ -32,60 +33,65 @@ GENERATION_FILE = "generation_config.json"
 DEFAULT_GENERATION = {"do_sample": True, "temperature": 0.8}
 """What generation_config.json says about sampling, for a model that came without one."""
 
-HEAD = "lm_head.weight"
-"""The name of the output matrix in every layout."""
-
 _MAX_JSON_BYTES = 64 << 20  # the index of a model with hundreds of shards has about 10 MB
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one Hugging Face `model_type` stores a model."""
-
-    weight_mappings: Callable[[ModelConfig], list[WeightMapping]]
-    """All weights but an untied output matrix, which has the same name in every layout."""
-    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
-    ignored_tensors: str
-    """Regular expression for tensors that hold no weights, such as the causal masks that old files contain."""
-    prefix: str
-    """What all names but that of the output matrix begin with; files of a model without one may lack it."""
-
-
 _MASKS, _ROTARY = r".*\.attn\.(attention\.)?(bias|masked_bias)", r".*\.rotary_emb\.inv_freq"
-_LLAMA = Layout(
-    hf_weights.llama_mappings, hf_config.llama_config_to_hf, hf_config.llama_config_from_hf, _ROTARY, "model."
-)
+
+
+def _layout(model_type: str, mappings: Any, to_hf: Any, from_hf: Any, ignored: str, prefix: str) -> Layout:
+    fields, aliases = hf_config.FIELDS[model_type], hf_config.ALIASES.get(model_type, {})
+    return Layout(mappings, to_hf, from_hf, ignored, prefix, fields, aliases)
+
+
+def _llama(model_type: str) -> Layout:
+    return _layout(
+        model_type,
+        hf_weights.llama_mappings,
+        hf_config.llama_config_to_hf,
+        hf_config.llama_config_from_hf,
+        _ROTARY,
+        "model.",
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
-    "openai-gpt": Layout(
+    "openai-gpt": _layout(
+        "openai-gpt",
         hf_weights.openai_mappings,
         hf_config.gpt1_config_to_hf,
         hf_config.gpt1_config_from_hf,
         _MASKS + r"|transformer\.position_ids",
         "transformer.",
     ),
-    "gpt2": Layout(
+    "gpt2": _layout(
+        "gpt2",
         hf_weights.openai_mappings,
         hf_config.gpt2_config_to_hf,
         hf_config.gpt2_config_from_hf,
         _MASKS,
         "transformer.",
     ),
-    "gpt_neo": Layout(
+    "gpt_neo": _layout(
+        "gpt_neo",
         hf_weights.gpt_neo_mappings,
         hf_config.gpt_neo_config_to_hf,
         hf_config.gpt_neo_config_from_hf,
         _MASKS,
         "transformer.",
     ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "mixtral": _LLAMA,
-    "qwen2_moe": _LLAMA,
-    "qwen3_moe": _LLAMA,
+    **{kind: _llama(kind) for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")},
+    "gpt_neox": gpt_neox.LAYOUT,
+    "opt": opt.LAYOUT,
+    "phi3": phi3.LAYOUT,
+    "olmo2": olmo2.LAYOUT,
+    "stablelm": stablelm.LAYOUT,
+    "smollm3": smollm3.LAYOUT,
+    "gemma3_text": gemma3.LAYOUT,
+    "gpt_oss": gpt_oss.LAYOUT,
+    "deepseek_v3": deepseek_v3.LAYOUT,
 }
+"""All layouts. Those of later families are in `gptsmith.formats.layouts`, a page each."""
 
 
 # Configuration --------------------------------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ def config_to_hf(
     config: ModelConfig, *, bos_token_id: int | None = None, end_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Return the contents of `config.json`. Raise CheckpointError for a configuration that the layout cannot hold."""
-    if config.attention_scale is not None and config.model_type not in ("gpt_neo", "gpt2"):
+    if config.attention_scale is not None and config.model_type not in ("gpt_neo", "gpt2", "gemma3_text"):
         raise CheckpointError(f"the {config.model_type} layout supports no attention_scale but 1/sqrt(head_dim).")
     if config.scale_attn_by_inverse_layer_idx and config.model_type != "gpt2":
         raise CheckpointError(f"the {config.model_type} layout has no scale_attn_by_inverse_layer_idx.")
@@ -107,9 +113,43 @@ def config_to_hf(
         **ids,
         "dtype": "float32",
     }
+    _check_kept(config, values)
     if config.vision is not None:
         values = {**hf_vision.config_to_hf(config, values, ids), "dtype": "float32"}
     return values
+
+
+_STRUCTURE = (
+    *("num_key_value_heads", "head_dim", "qk_norm", "attention_bias"),
+    *("norm", "norm_position", "parallel_residual", "shared_norm", "zero_centered_norm", "position_offset"),
+    *("partial_rotary_factor", "scale_embeddings", "embedding_size", "mlp", "attention_sinks", "router_bias"),
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "shared_expert_gate", "first_k_dense_replace"),
+    *("router_scoring", "n_group", "topk_group", "routed_scaling_factor"),
+)
+"""Fields that a layout either stores or has one value of."""
+
+
+def _check_kept(config: ModelConfig, values: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the layout does not store what the configuration says."""
+    layout = LAYOUTS[config.model_type]
+    read = layout.config_from_hf(hf_config.settings(values, config.model_type, layout.fields, layout.aliases))
+    layers = range(config.num_hidden_layers)
+    differing = [name for name in _STRUCTURE if getattr(read, name) != getattr(config, name)]
+    if read.mlp_bias != config.mlp_bias:
+        differing.append("mlp_bias")
+    if _output_bias(read) != _output_bias(config):
+        differing.append("attention_output_bias")
+    if config.qk_norm and read.qk_norm and read.qk_norm_scope != config.qk_norm_scope:
+        differing.append("qk_norm_scope")
+    if [config.rope_of(i) for i in layers] != [read.rope_of(i) for i in layers]:
+        differing.append("rope_pattern" if config.rope_pattern != read.rope_pattern else "local_rope_theta")
+    if differing:
+        kept = ", ".join(f"{name} = {getattr(config, name)!r}" for name in differing)
+        raise CheckpointError(f"the {config.model_type} layout has no place for {kept}.")
+
+
+def _output_bias(config: ModelConfig) -> bool:
+    return config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
 
 
 def token_ids(bos_token_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -142,7 +182,8 @@ def config_from_hf(
         if model_type not in LAYOUTS:
             supported = ", ".join(sorted([*LAYOUTS, *hf_vision.MODEL_TYPES]))
             raise CheckpointError(f"{where}: unknown model_type {model_type!r}. Supported: {supported}.")
-        return LAYOUTS[model_type].config_from_hf(hf_config.settings(values, model_type))
+        layout = LAYOUTS[model_type]
+        return layout.config_from_hf(hf_config.settings(values, model_type, layout.fields, layout.aliases))
     except CheckpointError as error:
         message = str(error)
         if where not in message:
@@ -234,12 +275,12 @@ def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping
     As in transformers, the names may lack the layout's prefix (files of a model without output matrix), and the
     embeddings may be stored only as the output matrix that they are tied to.
     """
-    prefix = LAYOUTS[config.model_type].prefix
-    names = {name: name for name in tensors}
+    prefix, head = LAYOUTS[config.model_type].prefix, LAYOUTS[config.model_type].head
+    names = {HEAD if name == head else name: name for name in tensors}
     if config.vision is not None:
         names = {hf_vision.from_disk(name, config.vision, prefix): name for name in tensors}
     if not any(name.startswith(prefix) for name in names):
-        names = {name if name == HEAD else prefix + name: name for name in names}
+        names = {name if name == HEAD else prefix + name: stored for name, stored in names.items()}
     embeddings = embeddings_name(config)
     if config.tie_word_embeddings and embeddings not in names and HEAD in names:
         names[embeddings] = names.pop(HEAD)
@@ -264,22 +305,26 @@ def weights_to_hf(model: Transformer) -> dict[str, Tensor]:
 def weight_views(model: Transformer) -> Mapping[str, Tensor]:
     """Return the model's weights by the names that they have on disk: views of its parameters, where they are.
 
-    A tensor that is stored with another scale is made on access.
+    A tensor that is stored with another scale or in another order is made on access.
     """
     state = model.state_dict()
     views: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
+    converted: dict[str, WeightMapping] = {}
     for mapping in weight_mappings(model.config):
         views.update(zip(mapping.hf, _split(model, mapping, state[mapping.local].detach()), strict=True))
+        if mapping.reordered is not None:
+            converted[mapping.hf[0]] = mapping
         if mapping.scale != 1:
-            scales[mapping.hf[0]] = mapping.scale
-    scales = {name_on_disk(name, model.config): scale for name, scale in scales.items()}
+            converted[mapping.hf[0]] = mapping
+    converted = {name_on_disk(name, model.config): mapping for name, mapping in converted.items()}
     views = {name_on_disk(name, model.config): view for name, view in views.items()}
-    return _ScaledTensors({**views, **constant_tensors(model.config)}, scales)
+    return _ConvertedTensors({**views, **constant_tensors(model.config)}, converted)
 
 
 def name_on_disk(name: str, config: ModelConfig) -> str:
     """Return the name on disk of a tensor of `weight_mappings`."""
+    if name == HEAD:
+        name = LAYOUTS[config.model_type].head
     if config.vision is None:
         return name
     return hf_vision.to_disk(name, config.vision, LAYOUTS[config.model_type].prefix)
@@ -291,15 +336,20 @@ def constant_tensors(config: ModelConfig) -> dict[str, Tensor]:
     return {name: torch.full((size,), value) for name, (value, size) in found.items()}
 
 
-class _ScaledTensors(Mapping[str, Tensor]):
-    """Tensors by name, some of them divided by a number on access."""
+class _ConvertedTensors(Mapping[str, Tensor]):
+    """Tensors by name, some of them converted on access: put in the order and divided by the scale of a mapping."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-        self._tensors, self._scales = tensors, scales
+    def __init__(self, tensors: Mapping[str, Tensor], mappings: Mapping[str, WeightMapping]) -> None:
+        self._tensors, self._mappings = tensors, mappings
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor / self._scales[name] if name in self._scales else tensor
+        tensor, mapping = self._tensors[name], self._mappings.get(name)
+        if mapping is None:
+            return tensor
+        if mapping.reordered is not None:
+            axis = mapping.reordered.axis
+            tensor = tensor.index_select(axis, mapping.reordered.order(tensor.shape[axis]).to(tensor.device))
+        return tensor / mapping.scale if mapping.scale != 1 else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -339,13 +389,17 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
                 if mapping.scale != 1:
                     sources[0] = sources[0].float() * mapping.scale
                 for source, target in zip(sources, targets, strict=True):
+                    if mapping.reordered is not None:
+                        axis = mapping.reordered.axis
+                        order = mapping.reordered.order(source.shape[axis]).argsort().to(source.device)
+                        source = source.index_select(axis, order)
                     target.copy_(source)
     if problems := describe_mismatch(missing, unexpected, wrong_shapes):
         raise CheckpointError(f"{where} does not fit its config.json; {problems}.")
 
 
 def _ignored_tensors(config: ModelConfig) -> str:
-    text = LAYOUTS[config.model_type].ignored_tensors
+    text = LAYOUTS[config.model_type].ignored_tensors.replace("LAYERS", str(config.num_hidden_layers))
     return text if config.vision is None else f"{text}|{hf_vision.ignored_tensors(config.vision)}"
 
 

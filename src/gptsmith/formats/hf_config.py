@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gptsmith.errors import CheckpointError
@@ -24,12 +25,14 @@ HARMLESS = frozenset(
     {
         # What only training uses: dropout and noise (`--dropout` is our own).
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout", "attention_dropout"),
+        *("hidden_dropout", "dropout", "layerdrop"),
         "router_jitter_noise",
         # Special tokens, which the tokenizer and `model_end_ids` look up.
         *("bos_token_id", "eos_token_id", "pad_token_id"),
         # What the forward pass returns, stores or slices, and in which type; not what it computes.
+        *("num_mtp_layers",),  # layers that predict later tokens, for speculation
         *("use_cache", "output_hidden_states", "output_router_logits", "return_dict", "dtype", "pretraining_tp"),
-        *("chunk_size_feed_forward", "reorder_and_upcast_attn", "transformers_version", "architectures"),
+        *("chunk_size_feed_forward", "reorder_and_upcast_attn", "transformers_version", "architectures", "is_decoder"),
         # Heads for other tasks.
         *("id2label", "label2id", "problem_type", "classifier_dropout", "summary_type", "summary_use_proj"),
         *("summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
@@ -55,7 +58,7 @@ _OPENAI_FIELDS: dict[str, Any] = {
     "initializer_range": 0.02,
     "tie_word_embeddings": True,
 }
-_MODERN_FIELDS: dict[str, Any] = {
+MODERN_FIELDS: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -101,7 +104,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "llama": {
-        **_MODERN_FIELDS,
+        **MODERN_FIELDS,
         "vocab_size": 32000,
         "intermediate_size": 11008,
         "num_key_value_heads": None,
@@ -111,7 +114,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
     },
     "mistral": {
-        **_MODERN_FIELDS,
+        **MODERN_FIELDS,
         "vocab_size": 32000,
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
@@ -119,10 +122,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "head_dim": None,
         "sliding_window": 4096,
     },
-    "qwen2": {**_MODERN_FIELDS, **_WINDOW_FIELDS, **_LAYER_FIELDS},
-    "qwen3": {**_MODERN_FIELDS, **_WINDOW_FIELDS, **_LAYER_FIELDS, "head_dim": 128, "attention_bias": False},
+    "qwen2": {**MODERN_FIELDS, **_WINDOW_FIELDS, **_LAYER_FIELDS},
+    "qwen3": {**MODERN_FIELDS, **_WINDOW_FIELDS, **_LAYER_FIELDS, "head_dim": 128, "attention_bias": False},
     "mixtral": {
-        **_MODERN_FIELDS,
+        **MODERN_FIELDS,
         "vocab_size": 32000,
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
@@ -135,7 +138,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.001,
     },
     "qwen2_moe": {
-        **_MODERN_FIELDS,
+        **MODERN_FIELDS,
         **_WINDOW_FIELDS,
         **_LAYER_FIELDS,
         **_EXPERT_FIELDS,
@@ -151,7 +154,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
     },
     "qwen3_moe": {
-        **_MODERN_FIELDS,
+        **MODERN_FIELDS,
         **_WINDOW_FIELDS,
         **_EXPERT_FIELDS,
         "hidden_size": 2048,
@@ -193,6 +196,15 @@ _CLASSES = {  # the beginning of transformers' class names
     "Mixtral": "mixtral",
     "Qwen2Moe": "qwen2_moe",
     "Qwen3Moe": "qwen3_moe",
+    "GPTNeoX": "gpt_neox",
+    "OPT": "opt",
+    "Phi3": "phi3",
+    "Olmo2": "olmo2",
+    "StableLm": "stablelm",
+    "SmolLM3": "smollm3",
+    "Gemma3": "gemma3_text",
+    "GptOss": "gpt_oss",
+    "DeepseekV3": "deepseek_v3",
 }
 
 
@@ -210,13 +222,15 @@ def model_type_of(values: Mapping[str, Any]) -> Any:
     return found.pop() if len(found) == 1 else None
 
 
-def settings(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def settings(
+    values: Mapping[str, Any], model_type: str, fields: Mapping[str, Any], aliases: Mapping[str, str]
+) -> dict[str, Any]:
     """Return a `config.json` as transformers reads it: names replaced by the fields they stand for, defaults filled in.
 
-    Raises CheckpointError for what changes the logits and is not supported.
+    fields, aliases: of the layout. Raises CheckpointError for what changes the logits and is not supported.
     """
-    result = {**FIELDS[model_type], **values, "model_type": model_type}
-    for alias, name in ALIASES.get(model_type, {}).items():
+    result = {**fields, **values, "model_type": model_type}
+    for alias, name in aliases.items():
         if alias in values:
             result[name] = values[alias]
     for key, supported in REFUSED.items():
@@ -225,7 +239,7 @@ def settings(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     return result
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_10": "gelu_10",
     "gelu_accurate": "gelu_tanh",
@@ -254,15 +268,19 @@ _ACTIVATIONS = {
 _GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def _activation_to_hf(c: ModelConfig) -> str:
-    if c.gated_mlp != (c.model_type in _LLAMA_CLASSES):
+def activation_to_hf(c: ModelConfig, *, gated: bool | None = None) -> str:
+    """Return transformers' name of the activation. Raise CheckpointError if the layout has none with or without a gate.
+
+    gated: whether the layout has a gate; None: if it is one of Llama's.
+    """
+    if c.gated_mlp != (c.model_type in _LLAMA_CLASSES if gated is None else gated):
         kind = "without a gate" if c.gated_mlp else "with a gate"
         raise CheckpointError(f"the {c.model_type} layout supports only feed-forward layers {kind}, not {c.mlp}.")
     return "gelu_new" if c.activation == "gelu_tanh" else c.activation
 
 
-def _gated_activation(value: Any) -> str:
-    activation = _choice(value, _ACTIVATIONS, "hidden_act")
+def gated_activation(value: Any) -> str:
+    activation = choice(value, ACTIVATIONS, "hidden_act")
     return "swiglu" if activation == "silu" else f"gated_{activation}"
 
 
@@ -291,7 +309,7 @@ def gpt1_config_to_hf(c: ModelConfig) -> dict[str, Any]:
 def gpt1_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return families.gpt1(
         vocab_size=hf["vocab_size"],
-        mlp=_choice(hf["afn"], _GPT1_ACTIVATIONS, "afn"),
+        mlp=choice(hf["afn"], _GPT1_ACTIVATIONS, "afn"),
         hidden_size=hf["n_embd"],
         num_hidden_layers=hf["n_layer"],
         num_attention_heads=hf["n_head"],
@@ -313,7 +331,7 @@ def gpt2_config_to_hf(c: ModelConfig) -> dict[str, Any]:
         "n_layer": c.num_hidden_layers,
         "n_head": c.num_attention_heads,
         "n_inner": c.intermediate_size,
-        "activation_function": _activation_to_hf(c),
+        "activation_function": activation_to_hf(c),
         "scale_attn_weights": c.attention_scale != 1.0,
         "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
         "layer_norm_epsilon": c.norm_eps,
@@ -332,7 +350,7 @@ def gpt2_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=hf["n_head"],
         intermediate_size=hf["n_inner"] if hf["n_inner"] is not None else 4 * hf["n_embd"],
         max_position_embeddings=hf["n_positions"],
-        mlp=_choice(hf["activation_function"], _ACTIVATIONS, "activation_function"),
+        mlp=choice(hf["activation_function"], ACTIVATIONS, "activation_function"),
         attention_scale=None if hf["scale_attn_weights"] else 1.0,
         scale_attn_by_inverse_layer_idx=bool(hf["scale_attn_by_inverse_layer_idx"]),
         norm_eps=hf["layer_norm_epsilon"],
@@ -353,7 +371,7 @@ def gpt_neo_config_to_hf(c: ModelConfig) -> dict[str, Any]:
         "intermediate_size": c.intermediate_size,
         "window_size": c.sliding_window or 256,
         "attention_types": [[[kind], 1] for kind in kinds],
-        "activation_function": _activation_to_hf(c),
+        "activation_function": activation_to_hf(c),
         "layer_norm_epsilon": c.norm_eps,
         "initializer_range": c.initializer_range,
         "resid_dropout": 0.0,
@@ -372,7 +390,7 @@ def gpt_neo_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]
     if len(kinds) != layers:
         raise CheckpointError(f"config.json describes {len(kinds)} attention layers, but num_layers = {layers}.")
-    pattern = [_choice(kind, {"global": False, "local": True}, "attention_types") for kind in kinds]
+    pattern = [choice(kind, {"global": False, "local": True}, "attention_types") for kind in kinds]
     if pattern == [pattern[i % 2] for i in range(len(pattern))]:
         pattern = pattern[:2]  # the shortest pattern that repeats
     return families.gpt3(
@@ -384,7 +402,7 @@ def gpt_neo_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=hf["max_position_embeddings"],
         sliding_window=hf["window_size"],
         window_pattern=tuple(pattern),
-        mlp=_choice(hf["activation_function"], _ACTIVATIONS, "activation_function"),
+        mlp=choice(hf["activation_function"], ACTIVATIONS, "activation_function"),
         norm_eps=hf["layer_norm_epsilon"],
         initializer_range=hf["initializer_range"],
         tie_word_embeddings=hf["tie_word_embeddings"],
@@ -404,7 +422,7 @@ _LLAMA_CLASSES = {
 
 def llama_config_to_hf(c: ModelConfig) -> dict[str, Any]:
     """Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts share most keys."""
-    rope = _rope_to_hf(c)
+    rope = rope_to_hf(c)
     if bool(c.shared_expert_intermediate_size) != (c.model_type == "qwen2_moe"):
         raise CheckpointError("a shared expert is required by the qwen2_moe layout and unsupported by all others.")
     values: dict[str, Any] = {
@@ -416,7 +434,7 @@ def llama_config_to_hf(c: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": c.num_attention_heads,
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
-        "hidden_act": _activation_to_hf(c),
+        "hidden_act": activation_to_hf(c),
         "max_position_embeddings": c.max_position_embeddings,
         "initializer_range": c.initializer_range,
         "rms_norm_eps": c.norm_eps,
@@ -473,12 +491,7 @@ def _windows_to_hf(c: ModelConfig) -> dict[str, Any]:
 def llama_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     kind = hf["model_type"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    theta, scaling = _rope_from_hf(hf, head_dim)
-    context = hf["max_position_embeddings"]
-    if scaling is not None and scaling.short_factor != scaling.long_factor:
-        # Transformers takes the long divisors for all positions of a longer sequence, so that a token more changes
-        # all keys. `extend_context` chooses them for good.
-        context = min(context, scaling.original_max_position_embeddings or context)
+    rope = whole_heads(rope_from_hf(hf, theta=1e6 if kind == "mixtral" else 10000.0), head_dim)
     window, pattern = _windows_from_hf(hf)
     values: dict[str, Any] = {
         "vocab_size": hf["vocab_size"],
@@ -488,10 +501,10 @@ def llama_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         "num_key_value_heads": hf["num_key_value_heads"] or hf["num_attention_heads"],
         "head_dim": head_dim,
         "intermediate_size": hf["intermediate_size"],
-        "mlp": _gated_activation(hf["hidden_act"]),
-        "max_position_embeddings": context,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "mlp": gated_activation(hf["hidden_act"]),
+        "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
         "sliding_window": window,
         "window_pattern": pattern,
         "norm_eps": hf["rms_norm_eps"],
@@ -551,7 +564,7 @@ def _windows_from_hf(hf: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...
     types = hf.get("layer_types")
     if types is not None:
         table = {"full_attention": False, "attention": False, "sliding_attention": True}
-        given = [_choice(each, table, "layer_types") for each in types]
+        given = [choice(each, table, "layer_types") for each in types]
         if len(given) != layers:
             raise CheckpointError(f"config.json has {len(given)} layer_types, but num_hidden_layers={layers}.")
         if any(given) and window is None:
@@ -576,7 +589,7 @@ _ROPE_KEYS = frozenset(
 """The keys of RoPE dictionaries. A type ignores those of others, as in transformers."""
 
 
-def _rope_to_hf(c: ModelConfig) -> dict[str, Any]:
+def rope_to_hf(c: ModelConfig) -> dict[str, Any]:
     """Return the `rope_parameters` of transformers 5."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     s = c.rope_scaling
@@ -590,6 +603,8 @@ def _rope_to_hf(c: ModelConfig) -> dict[str, Any]:
             rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
             if not s.truncate:
                 rope["truncate"] = False
+            if s.mscale_all_dim:
+                rope["mscale_all_dim"] = s.mscale_all_dim
         if s.kind == "longrope":
             rope |= {"short_factor": list(s.short_factor), "long_factor": list(s.long_factor)}
         if s.kind == "proportional":
@@ -599,31 +614,80 @@ def _rope_to_hf(c: ModelConfig) -> dict[str, Any]:
     return rope
 
 
-def _rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScaling | None]:
-    """Return the RoPE base and scaling of a Hugging Face configuration, in the keys of transformers 4 or 5."""
+@dataclass(frozen=True)
+class Rope:
+    """The rotary positions of a configuration."""
+
+    theta: float
+    kind: str
+    """`rope_type` in transformers; "dynamic" is no scaling of ours."""
+    scaling: RopeScaling | None
+    part: float
+    """The part of a head that is rotated."""
+
+    def context(self, context: int) -> int:
+        """Return how much of a context has the positions that `scaling` describes.
+
+        With LongRoPE, transformers takes the long divisors for all positions of a longer sequence, so that a token more
+        changes all keys. `extend_context` chooses them for good.
+        """
+        s = self.scaling
+        if s is not None and s.short_factor != s.long_factor:
+            return min(context, s.original_max_position_embeddings or context)
+        return context
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+
+
+def rope_from_hf(
+    hf: Mapping[str, Any],
+    *,
+    theta: float = 10000.0,
+    theta_key: str = "rope_theta",
+    part: float = 1.0,
+    part_key: str = "partial_rotary_factor",
+    kinds: Sequence[str] = ROPE_TYPES,
+    renamed: Mapping[str, str] | None = None,
+) -> Rope:
+    """Return the rotary positions of a Hugging Face configuration, in the keys of transformers 4 or 5.
+
+    theta, part: the layout's defaults; theta_key, part_key: the older keys that they have. kinds: the supported types
+    of scaling. renamed: old names of types.
+    """
     rope = hf.get("rope_scaling") or hf["rope_parameters"] or {}  # the older key counts, as in transformers
     if unknown := sorted(rope.keys() - _ROPE_KEYS):
         raise CheckpointError(f"config.json has the RoPE options {', '.join(unknown)}, which are not supported.")
-    default_theta = 1e6 if hf["model_type"] == "mixtral" else 10000.0
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta)
+    theta = float(rope.get("rope_theta") or hf.get(theta_key) or theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _choice(
-        kind, dict.fromkeys(("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")), "rope_type"
-    )
-    if kind == "default":
-        return theta, None
-    part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    part = 1.0 if part is None else float(part)
+    kind = (renamed or {}).get(kind, kind)
+    choice(kind, dict.fromkeys(kinds), "rope_type")
+    given = rope.get("partial_rotary_factor", hf.get(part_key, part))
+    part = part if given is None else float(given)
     if kind == "proportional":
-        return theta, RopeScaling(kind, float(rope.get("factor", 1.0)), partial_rotary_factor=part)
-    if int(head_dim * part) != head_dim:
+        scaling = RopeScaling(kind, float(rope.get("factor", 1.0)), partial_rotary_factor=part)
+        return Rope(theta, kind, scaling, 1.0)
+    if kind in ("default", "dynamic"):  # the latter is unscaled up to max_position_embeddings, our limit
+        return Rope(theta, kind, None, part)
+    return Rope(theta, kind, _scaling_from_hf(hf, rope, kind), part)
+
+
+def whole_heads(rope: Rope, head_dim: int) -> Rope:
+    """Return the rotary positions of a layout that rotates whole heads.
+
+    Transformers then ignores a `partial_rotary_factor`, unless the positions are scaled, where it fails.
+    """
+    if rope.kind not in ("default", "proportional") and int(head_dim * rope.part) != head_dim:
         raise CheckpointError(
-            f"config.json has partial_rotary_factor={part} with rope_type={kind!r}, which is not supported."
+            f"config.json has partial_rotary_factor={rope.part} with rope_type={rope.kind!r}, which is not supported."
         )
-    if kind == "dynamic":  # unscaled up to max_position_embeddings, our limit
-        return theta, None
+    return replace(rope, part=1.0)
+
+
+def _scaling_from_hf(hf: Mapping[str, Any], rope: Mapping[str, Any], kind: Any) -> RopeScaling:
+    """Return the scaling of a RoPE dictionary of a type that scales."""
     if kind == "linear":
-        return theta, RopeScaling(kind, float(rope["factor"]))
+        return RopeScaling(kind, float(rope["factor"]))
     context = hf["max_position_embeddings"]
     original = hf.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
     factor = rope.get("factor") if kind == "longrope" else rope["factor"]
@@ -631,22 +695,106 @@ def _rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScal
     options: dict[str, Any] = {}
     if kind == "llama3":
         options = {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
-        return theta, RopeScaling(kind, factor, original, **options)
+        return RopeScaling(kind, factor, original, **options)
     if rope.get("attention_factor") is not None:
         options["attention_factor"] = float(rope["attention_factor"])
     if kind == "longrope":
         options |= {key: tuple(float(x) for x in rope[key]) for key in ("short_factor", "long_factor")}
-        return theta, RopeScaling(kind, factor, original, **options)
+        return RopeScaling(kind, factor, original, **options)
     if "attention_factor" not in options and rope.get("mscale") and rope.get("mscale_all_dim"):
         scale = math.log(factor) / 10 if factor > 1 else 0.0
         options["attention_factor"] = (1 + rope["mscale"] * scale) / (1 + rope["mscale_all_dim"] * scale)
     for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         options[key] = float(rope.get(key) or default)
     options["truncate"] = bool(rope.get("truncate", True))
-    return theta, RopeScaling(kind, factor, original, **options)
+    return RopeScaling(kind, factor, original, **options)
 
 
-def _choice(value: Any, table: Mapping[Any, T], key: str) -> T:
+def shared_to_hf(c: ModelConfig, name: str, *, norm_eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """Return the keys that current layouts share. name: of transformers' class; norm_eps: their key for it."""
+    return {
+        "architectures": [name],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "max_position_embeddings": c.max_position_embeddings,
+        "initializer_range": c.initializer_range,
+        norm_eps: c.norm_eps,
+        "attention_dropout": 0.0,
+        "pad_token_id": None,  # transformers' own would be the id of another token, whose embedding it does not train
+    }
+
+
+def shared_from_hf(hf: Mapping[str, Any], *, norm_eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """Return the fields that current layouts store under the keys of `shared_to_hf`, and the width of heads."""
+    if hf["num_hidden_layers"] > _MAX_LAYERS:
+        raise CheckpointError(f"config.json has num_hidden_layers={hf['num_hidden_layers']}, which is implausible.")
+    return {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_hidden_layers": hf["num_hidden_layers"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
+        "max_position_embeddings": hf["max_position_embeddings"],
+        "initializer_range": hf["initializer_range"],
+        "norm_eps": hf[norm_eps],
+        "tie_word_embeddings": hf["tie_word_embeddings"],
+    }
+
+
+def require_plain_heads(c: ModelConfig) -> None:
+    """Raise CheckpointError if the heads together are not as wide as the model, which the layout does not store."""
+    if c.head_dim * c.num_attention_heads != c.hidden_size:
+        raise CheckpointError(
+            f"the {c.model_type} layout supports no head_dim but hidden_size / num_attention_heads, not {c.head_dim}."
+        )
+
+
+def rope_keys_to_hf(c: ModelConfig) -> dict[str, Any]:
+    """Return the rotary positions in the keys of transformers 4 and 5, with the part of a head that is rotated."""
+    rope = rope_to_hf(c)
+    if c.partial_rotary_factor != 1:
+        rope["partial_rotary_factor"] = c.partial_rotary_factor
+    values: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_parameters": rope}
+    if c.rope_scaling is not None:
+        values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return values
+
+
+def windows_from_types(hf: Mapping[str, Any], sliding: Sequence[bool]) -> tuple[int | None, tuple[bool, ...]]:
+    """Return the sliding window and the pattern of the layers that have it.
+
+    sliding: which have it if there are no `layer_types`.
+    """
+    types, window, layers = hf.get("layer_types"), hf.get("sliding_window"), hf["num_hidden_layers"]
+    if types is not None:
+        table = {"full_attention": False, "attention": False, "sliding_attention": True}
+        sliding = [choice(each, table, "layer_types") for each in types]
+        if len(sliding) != layers:
+            raise CheckpointError(f"config.json has {len(sliding)} layer_types, but num_hidden_layers={layers}.")
+    if any(sliding) and window is None:
+        raise CheckpointError("config.json has layer_types with sliding_attention, but no sliding window.")
+    return (window, shortest_pattern(sliding)) if any(sliding) else (None, ())
+
+
+def layer_types(c: ModelConfig) -> list[str]:
+    """Return transformers' name of the attention of each layer."""
+    windows = (c.window_of(i) for i in range(c.num_hidden_layers))
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
+    """Return the shortest pattern that, repeated, begins with `values`."""
+    lengths = (n for n in range(1, len(values)) if all(values[i] == values[i % n] for i in range(n, len(values))))
+    return tuple(values[: next(lengths, len(values))])
+
+
+def choice(value: Any, table: Mapping[Any, T], key: str) -> T:
     """Return what `value` maps to. Raise CheckpointError, naming `key`, if it is not supported."""
     if value not in table:
         raise CheckpointError(f"config.json has {key}={value!r}; supported: {', '.join(map(str, table))}.")

@@ -15,6 +15,7 @@ from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
     HEAD,
+    LAYOUTS,
     WEIGHTS_FILE,
     config_to_hf,
     read_config_file,
@@ -67,7 +68,8 @@ def save_classifier(
         config["problem_type"] = head.problem
     if scale is not None:
         config[_REWARD] = dict(zip(("mean", "std"), scale, strict=True))
-    weights = {key: tensor for key, tensor in weight_views(model).items() if key != HEAD}
+    head_name = LAYOUTS[model.config.model_type].head
+    weights = {key: tensor for key, tensor in weight_views(model).items() if key != head_name}
     weights[SCORE] = classifier.score.weight.detach()
     write_json(Path(directory) / CONFIG_FILE, config)
     with atomic_file(Path(directory) / WEIGHTS_FILE) as file:
@@ -84,7 +86,8 @@ def load_classifier(directory: Path) -> tuple[SequenceClassifier, int | None]:
     if SCORE not in source.tensors:
         raise CheckpointError(f"{directory} has no tensor {SCORE}: it is not a model for sequence classification.")
     score = source.tensors[SCORE].float()
-    others = select_tensors(source.tensors, lambda name: name not in (SCORE, HEAD))
+    head_name = LAYOUTS[source.config.model_type].head
+    others = select_tensors(source.tensors, lambda name: name not in (SCORE, HEAD, head_name))
     source = replace(source, config=replace(source.config, tie_word_embeddings=True), tensors=others)
     head = _head_config(source.hf_config, str(Path(directory) / CONFIG_FILE), score)
     classifier = SequenceClassifier(source.model(), head)

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf_config import _ACTIVATIONS as ACTIVATIONS
-from gptsmith.formats.hf_config import _choice as choice
-from gptsmith.formats.hf_weights import WeightMapping
-from gptsmith.formats.hf_weights import _weight_and_bias as weight_and_bias
+from gptsmith.formats.hf_config import ACTIVATIONS, choice
+from gptsmith.formats.hf_weights import WeightMapping, weight_and_bias
 from gptsmith.model.config import ModelConfig, VisionConfig
 
 PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"

@@ -4,7 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from gptsmith.model.config import ModelConfig
+
+HEAD = "lm_head.weight"
+"""The name of the output matrix, in nearly every layout."""
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Rows that Hugging Face stores in another order: the i-th unit of each of `parts` equal parts, `unit` rows each.
+
+    Ours is (parts, n, unit), theirs (n, parts, unit). In GPT-NeoX the parts are queries, keys and values, and a unit is
+    a head. axis: of Hugging Face's tensor.
+    """
+
+    parts: int
+    unit: int = 1
+    axis: int = 0
+
+    def order(self, rows: int) -> Tensor:
+        """Return for each row of Hugging Face the index of ours: (rows,) int64."""
+        return torch.arange(rows).view(self.parts, -1, self.unit).transpose(0, 1).flatten()
+
+
+@dataclass(frozen=True)
+class RotaryPairs:
+    """Rows that Hugging Face stores in another order: the rotated ones, the last `rotary` of every `unit` rows.
+
+    There pairs are neighbors, (2i, 2i + 1); ours are halves, (i, i + rotary/2).
+    """
+
+    unit: int
+    rotary: int
+    axis: int = 0
+
+    def order(self, rows: int) -> Tensor:
+        """Return for each row of Hugging Face the index of ours: (rows,) int64."""
+        order = torch.arange(rows).view(-1, self.unit)
+        pairs = order[:, -self.rotary :].reshape(len(order), 2, -1).transpose(1, 2).flatten(1)
+        return torch.cat((order[:, : -self.rotary], pairs), dim=1).flatten()
 
 
 @dataclass(frozen=True)
@@ -17,6 +58,8 @@ class WeightMapping:
     """Hugging Face stores the matrix as (in, out), as GPT-1 and GPT-2 do."""
     scale: float = 1.0
     """The first Hugging Face tensor is multiplied by this when it is loaded."""
+    reordered: Interleaved | RotaryPairs | None = None
+    """The rows have another order in Hugging Face, which stores them as a single tensor."""
 
 
 def openai_mappings(config: ModelConfig) -> list[WeightMapping]:
@@ -29,13 +72,13 @@ def openai_mappings(config: ModelConfig) -> list[WeightMapping]:
     ]
     for i in range(config.num_hidden_layers):
         local, hf = f"layers.{i}.", f"transformer.h.{i}."
-        mappings += _weight_and_bias(f"{local}attention_norm", f"{hf}ln_1")
-        mappings += _weight_and_bias(f"{local}attention.qkv_proj", f"{hf}attn.c_attn", transposed=True)
-        mappings += _weight_and_bias(f"{local}attention.o_proj", f"{hf}attn.c_proj", transposed=True)
-        mappings += _weight_and_bias(f"{local}mlp_norm", f"{hf}ln_2")
-        mappings += _weight_and_bias(f"{local}mlp.up_proj", f"{hf}mlp.c_fc", transposed=True)
-        mappings += _weight_and_bias(f"{local}mlp.down_proj", f"{hf}mlp.c_proj", transposed=True)
-    return mappings if is_gpt1 else mappings + _weight_and_bias("norm", "transformer.ln_f")
+        mappings += weight_and_bias(f"{local}attention_norm", f"{hf}ln_1")
+        mappings += weight_and_bias(f"{local}attention.qkv_proj", f"{hf}attn.c_attn", transposed=True)
+        mappings += weight_and_bias(f"{local}attention.o_proj", f"{hf}attn.c_proj", transposed=True)
+        mappings += weight_and_bias(f"{local}mlp_norm", f"{hf}ln_2")
+        mappings += weight_and_bias(f"{local}mlp.up_proj", f"{hf}mlp.c_fc", transposed=True)
+        mappings += weight_and_bias(f"{local}mlp.down_proj", f"{hf}mlp.c_proj", transposed=True)
+    return mappings if is_gpt1 else mappings + weight_and_bias("norm", "transformer.ln_f")
 
 
 def gpt_neo_mappings(config: ModelConfig) -> list[WeightMapping]:
@@ -52,16 +95,29 @@ def gpt_neo_mappings(config: ModelConfig) -> list[WeightMapping]:
         local, hf = f"layers.{i}.", f"transformer.h.{i}."
         qkv = tuple(f"{hf}attn.attention.{name}_proj.weight" for name in "qkv")
         mappings.append(WeightMapping(f"{local}attention.qkv_proj.weight", qkv, scale=1 / config.attention_scale))
-        mappings += _weight_and_bias(f"{local}attention_norm", f"{hf}ln_1")
-        mappings += _weight_and_bias(f"{local}attention.o_proj", f"{hf}attn.attention.out_proj")
-        mappings += _weight_and_bias(f"{local}mlp_norm", f"{hf}ln_2")
-        mappings += _weight_and_bias(f"{local}mlp.up_proj", f"{hf}mlp.c_fc")
-        mappings += _weight_and_bias(f"{local}mlp.down_proj", f"{hf}mlp.c_proj")
-    return mappings + _weight_and_bias("norm", "transformer.ln_f")
+        mappings += weight_and_bias(f"{local}attention_norm", f"{hf}ln_1")
+        mappings += weight_and_bias(f"{local}attention.o_proj", f"{hf}attn.attention.out_proj")
+        mappings += weight_and_bias(f"{local}mlp_norm", f"{hf}ln_2")
+        mappings += weight_and_bias(f"{local}mlp.up_proj", f"{hf}mlp.c_fc")
+        mappings += weight_and_bias(f"{local}mlp.down_proj", f"{hf}mlp.c_proj")
+    return mappings + weight_and_bias("norm", "transformer.ln_f")
+
+
+NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "reordered": {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
+    "sandwich": {
+        "attention_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+}
+"""The norms of a layer, and what current layouts call them, by their position."""
 
 
 def llama_mappings(config: ModelConfig) -> list[WeightMapping]:
-    """Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts; biases and QK-norm as the configuration says."""
+    """Llama and the layouts with its names: biases, norms and experts as the configuration says."""
     output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
     mappings = [WeightMapping("embed_tokens.weight", ("model.embed_tokens.weight",))]
     for i in range(config.num_hidden_layers):
@@ -78,14 +134,17 @@ def llama_mappings(config: ModelConfig) -> list[WeightMapping]:
                 mappings.append(WeightMapping(f"{local}mlp.down_proj.{part}", (f"{hf}mlp.down_proj.{part}",)))
         if config.num_experts:
             mappings += _expert_mappings(config, f"{local}mlp", hf)
-        if config.qk_norm:
+        if config.qk_norm and config.qk_norm_scope == "heads":
+            for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+                each = tuple(f"{hf}self_attn.{letter}_layernorm.norms.{head}.weight" for head in range(heads))
+                mappings.append(WeightMapping(f"{local}attention.{letter}_norm.weight", each))
+        elif config.qk_norm:
             norms = ("q_norm.weight", "k_norm.weight")
             mappings += [WeightMapping(f"{local}attention.{name}", (f"{hf}self_attn.{name}",)) for name in norms]
-        mappings += [
-            WeightMapping(f"{local}attention_norm.weight", (f"{hf}input_layernorm.weight",)),
-            WeightMapping(f"{local}mlp_norm.weight", (f"{hf}post_attention_layernorm.weight",)),
-        ]
-    return [*mappings, WeightMapping("norm.weight", ("model.norm.weight",))]
+        for ours, theirs in NORMS[config.norm_position].items():
+            if not (config.shared_norm and ours == "mlp_norm"):
+                mappings += weight_and_bias(f"{local}{ours}", f"{hf}{theirs}", bias=config.norm == "layernorm")
+    return mappings + weight_and_bias("norm", "model.norm", bias=config.norm == "layernorm")
 
 
 def _expert_mappings(config: ModelConfig, local: str, hf: str) -> list[WeightMapping]:
@@ -109,8 +168,16 @@ def _expert_mappings(config: ModelConfig, local: str, hf: str) -> list[WeightMap
     return mappings
 
 
-def _weight_and_bias(local: str, hf: str, *, transposed: bool = False) -> list[WeightMapping]:
-    return [
-        WeightMapping(f"{local}.weight", (f"{hf}.weight",), transposed),
-        WeightMapping(f"{local}.bias", (f"{hf}.bias",)),
-    ]
+def weight_and_bias(
+    local: str,
+    hf: str,
+    *,
+    transposed: bool = False,
+    bias: bool = True,
+    reordered: Interleaved | RotaryPairs | None = None,
+) -> list[WeightMapping]:
+    """Return the mappings of a module's weight and, if it has one, its bias."""
+    mappings = [WeightMapping(f"{local}.weight", (f"{hf}.weight",), transposed, reordered=reordered)]
+    if bias:
+        mappings.append(WeightMapping(f"{local}.bias", (f"{hf}.bias",), reordered=reordered))
+    return mappings

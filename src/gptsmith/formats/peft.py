@@ -59,6 +59,17 @@ def adapter_layout(model: Transformer) -> dict[str, list[AdaptedPart]]:
     return layout
 
 
+def _orders(model: Transformer) -> dict[str, Tensor]:
+    """Return for each module whose rows Hugging Face stores in another order the index of ours, by its name there."""
+    return {
+        mapping.hf[0].removesuffix(".weight"): mapping.reordered.order(
+            columns_and_rows(model.get_submodule(mapping.local.removesuffix(".weight")))[1]
+        )
+        for mapping in weight_mappings(model.config)
+        if mapping.reordered is not None and mapping.local.endswith("proj.weight")
+    }
+
+
 def base_of(directory: Path) -> str:
     """Return the model that the adapter in a directory belongs to. Raise CheckpointError if it does not say."""
     base = read_json(Path(directory) / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -80,10 +91,13 @@ def save_adapter(model: Transformer, directory: Path, base: str) -> None:
     if not parts:
         raise CheckpointError("the model has no adapter to save.")
     tensors: dict[str, Tensor] = {}
+    orders = _orders(model)
     for name, part in parts.items():
         for key, letter in _LETTERS.items():
             value = getattr(part, letter)
             if value is not None:
+                if letter != "A" and name in orders:
+                    value = value[orders[name].to(value.device)]
                 key = key.removesuffix(".weight") if letter == "magnitude" else key
                 tensors[f"{_PREFIX}{name}.{key}"] = value.detach()
     whole = {name: p for name, p in _whole_tensors(model).items() if p.requires_grad}
@@ -188,6 +202,12 @@ def read_adapter(directory: Path, model: Transformer) -> Adapter:
             f"the adapter in {directory} has embeddings of its own, so it cannot share a model with others. Load it as "
             f"a model of its own: {directory} in place of the model's name."
         )
+    latent = [name for name in stored.parts if name.endswith(".kv_b_proj")]
+    if latent:  # the cache holds what this matrix is applied to, of all tokens and whatever their adapter
+        raise CheckpointError(
+            f"the adapter in {directory} adapts {stored.parts[latent[0]][0].part.name}, so it cannot share a model "
+            f"with others. Load it as a model of its own: {directory} in place of the model's name."
+        )
     device = next(model.parameters()).device
     updates: dict[str, tuple[Update, ...]] = {}
     for module, parts in stored.parts.items():
@@ -262,7 +282,9 @@ def adapted_rows(directory: Path) -> int | None:
         raise CheckpointError(f"{directory} is not an adapter: {ADAPTER_WEIGHTS} is missing.")
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            if name.endswith((".embed_tokens.weight", ".wte.weight", ".tokens_embed.weight", ".lm_head.weight")):
+            if name.endswith(
+                (".embed_tokens.weight", ".embed_in.weight", ".wte.weight", ".tokens_embed.weight", ".lm_head.weight")
+            ):
                 return int(file.get_slice(name).get_shape()[0])
     return None
 
@@ -327,6 +349,7 @@ def _assigned(
     tensors = {name.replace(old, old.removesuffix(".weight")): tensor for name, tensor in tensors.items()}
     unused = set(tensors)
     found: dict[str, list[_StoredPart]] = {}
+    orders = _orders(model)
     for module, parts in adapter_layout(model).items():
         columns, _ = columns_and_rows(model.get_submodule(module))
         for part in parts:
@@ -345,6 +368,9 @@ def _assigned(
                     f"the adapter in {where} is damaged: use_dora is {scale.dora}, and {magnitude} is "
                     f"{'there' if length is not None else 'missing'}."
                 )
+            if part.name in orders:
+                ours = orders[part.name].argsort()
+                B, length = B[ours], None if length is None else length[ours]
             found.setdefault(module, []).append(
                 _StoredPart(part, scaling, A, B, None if length is None else length.float())
             )

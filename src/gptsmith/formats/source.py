@@ -25,6 +25,7 @@ from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
     HEAD,
+    LAYOUTS,
     WEIGHTS_FILE,
     config_from_hf,
     embeddings_name,
@@ -73,6 +74,16 @@ _LIMITS = {  # a larger value is a mistake or an attack: tables and lists of tha
     "shared_expert_intermediate_size": 1 << 22,
     "num_experts": 1 << 13,
     "num_experts_per_tok": 1 << 13,
+    "dense_intermediate_size": 1 << 22,
+    "embedding_size": 1 << 20,
+    "position_offset": 1 << 12,
+    "kv_lora_rank": 1 << 20,
+    "q_lora_rank": 1 << 20,
+    "qk_rope_head_dim": 1 << 12,
+    "v_head_dim": 1 << 12,
+    "first_k_dense_replace": 1 << 12,
+    "n_group": 1 << 13,
+    "topk_group": 1 << 13,
 }
 _MAX_ROPE_TABLE = 1 << 28  # numbers: 2^20 positions of heads of 256
 
@@ -102,7 +113,8 @@ class ModelSource:
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
         shapes = {name: shape for name, (_, shape) in self._stored().items()}
-        parts = self.config.num_hidden_layers * max(1, self.config.num_experts or 0)
+        stacked = LAYOUTS[self.config.model_type].stacked_experts
+        parts = self.config.num_hidden_layers * (1 if stacked else max(1, self.config.num_experts or 0))
         if parts > len(shapes):  # building so many takes long, even without their weights
             raise CheckpointError(
                 f"{self.path} has only {len(shapes):,} tensors, but its configuration claims {parts:,} layers or "
@@ -349,7 +361,10 @@ def _checked_config(
         raise CheckpointError(
             f"{where}: a context of {context:,} tokens with a head_dim of {head_dim:,} is implausible: rejected."
         )
-    for name in ("norm_eps", "rope_theta", "initializer_range"):
+    for name in (
+        *("norm_eps", "rope_theta", "initializer_range", "local_rope_theta", "attention_scale"),
+        *("swiglu_alpha", "swiglu_limit", "routed_scaling_factor", "partial_rotary_factor"),
+    ):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             raise CheckpointError(f"{where}: {name} = {value} is not a finite number.")
@@ -375,8 +390,11 @@ class _MetaSkeleton(TorchFunctionMode):
 
 
 def _allocate(model: Transformer, dtype: torch.dtype) -> None:
-    """Give a skeleton's parameters memory on the CPU; their values are undefined until they are loaded."""
+    """Give a skeleton's parameters and buffers memory on the CPU; their values are undefined until they are loaded."""
     allocated = {id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype)) for p in model.parameters()}
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, allocated.get(id(p), p))  # tied weights stay tied
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta and not isinstance(module, QuantizedMatrix):  # whose buffers are replaced
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

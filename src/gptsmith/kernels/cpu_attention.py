@@ -33,7 +33,8 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return whether the kernel can compute the attention of q: (B, H, T, D) over k, v: (B, K, T, D): float32 on a CPU,
     T and D multiples of `BLOCK` and `LANES`."""
     T, D = q.shape[2:]
-    return q.is_cpu and q.dtype == k.dtype == v.dtype == torch.float32 and T % BLOCK == 0 and D % LANES == 0
+    alike = q.dtype == k.dtype == v.dtype == torch.float32 and v.shape[-1] == D
+    return q.is_cpu and alike and T % BLOCK == 0 and D % LANES == 0
 
 
 def fused_attention(

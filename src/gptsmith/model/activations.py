@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptsmith.model.config import ModelConfig
+
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU's tanh approximation (Hendrycks & Gimpel 2016, 1606.08415). Compiled for a CPU it uses the identity
@@ -67,3 +69,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """The functions of `config.ACTIVATIONS`."""
+
+
+def gate_function(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what a feed-forward layer with a gate computes of gate and up, before its last matrix."""
+    if config.mlp == "clamped_swiglu":
+        alpha, limit = config.swiglu_alpha, config.swiglu_limit
+
+        def clamped(gate: Tensor, up: Tensor) -> Tensor:
+            gate = gate.clamp(max=limit)
+            return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+
+        return clamped
+    activation = FUNCTIONS[config.activation]
+    return lambda gate, up: activation(gate) * up

@@ -36,30 +36,35 @@ def attend(
     documents: Documents | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the causal attention of q: (B, H, T, D) over k, v: (B, K, S, D): (B, H, T, D).
 
     The queries are those of the last T of the S tokens.
     window: how many tokens each token sees, itself included; None: all. documents: each token sees only its own
-        document; T must be S. dropout: of attention weights. scale: of the scores; None: 1/√D.
+        document; T must be S. dropout: of attention weights. scale: of the scores; None: 1/√D. sinks: see
+        `transformer.attention_weights`.
     """
     T, S = q.shape[2], k.shape[2]
     if window is not None and window >= S:
         window = None
     if documents is not None:
-        return _attend_within_documents(q, k, v, documents, window, dropout, scale)
+        return _attend_within_documents(q, k, v, documents, window, dropout, scale, sinks)
     mask = None
     if window is not None and T == 1:  # decoding: the window is the end of the cache
         k, v = k[:, :, -window:], v[:, :, -window:]
     elif window is not None and T == S and 2 * window <= T:
-        if q.is_cuda and not dropout and _can_use_flex(q.device):
+        if q.is_cuda and not dropout and sinks is None and _can_use_flex(q.device):
             flexible: Tensor = flex_attention(q, k, v, window=window, scale=scale)
             return flexible
-        return sliding_window_attention(q, k, v, window, dropout, scale)
+        return sliding_window_attention(q, k, v, window, dropout, scale, sinks)
     elif window is not None or 1 < T < S:  # new tokens after a past: SDPA would align its own causal mask wrongly
         mask = causal_mask(T, S, window, q.device)
-    if torch.compiler.is_compiling() and mask is None and T == S and not dropout and is_supported(q, k, v):
+    fusible = mask is None and T == S and not dropout and sinks is None
+    if torch.compiler.is_compiling() and fusible and is_supported(q, k, v):
         return fused_attention(q, k, v, scale)
+    if sinks is not None:
+        return attend_with_sinks(q, k, v, sinks[:, None, None], mask, causal=T > 1, dropout=dropout, scale=scale)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -72,20 +77,60 @@ def attend(
     )
 
 
+def attend_with_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Return attention in which a score of each query head takes part in the softmax without a value.
+
+    It is one more key, with a value of 0: queries and keys get one more number, in which only that key is not 0.
+    sinks: broadcast to (B, H, T, 1). mask: bool, as SDPA takes it; None: causal if `causal`, or all keys are seen.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None and causal:
+        mask = causal_mask(T, S, None, q.device)
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    padding = -(q.shape[-1] + 1) % 8  # kernels want rows of whole vectors
+    q = torch.cat(
+        (q, (sinks / scale).to(q.dtype).expand(*q.shape[:-1], 1), q.new_zeros(*q.shape[:-1], padding)), dim=-1
+    )
+    sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1], padding))
+    k = torch.cat((sink, F.pad(k, (0, 1 + padding))), dim=2)
+    v = F.pad(v, (0, 0, 1, 0))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
 def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention with a sliding window alone, in time and memory O(T·W).
 
     q: (B, H, T, D); k, v: (B, K, T, D) -> (B, H, T, D). Queries are cut into blocks of W, which see the keys of their
     own and of the previous block.
     """
-    B, _, T, D = q.shape
+    B, _, T, _ = q.shape
     blocks = -(-T // window)
     padding = blocks * window - T
 
     def in_blocks(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, blocks, H, W, D)
-        return F.pad(x, (0, 0, 0, padding)).view(B, x.shape[1], blocks, window, D).transpose(1, 2)
+        return F.pad(x, (0, 0, 0, padding)).view(B, x.shape[1], blocks, window, -1).transpose(1, 2)
 
     def with_previous(x: Tensor) -> Tensor:  # (B·blocks, K, 2W, D); before the first block there is padding
         x = in_blocks(x)
@@ -96,33 +141,39 @@ def sliding_window_attention(
     first = inner.clone()
     first[:, :window] = False
     mask = torch.stack([first, *[inner] * (blocks - 1)])[:, None].repeat(B, 1, 1, 1)  # (B·blocks, 1, W, 2W)
-    y = F.scaled_dot_product_attention(
-        in_blocks(q).flatten(0, 1),
-        with_previous(k),
-        with_previous(v),
-        attn_mask=mask,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return y.view(B, blocks, -1, window, D).transpose(1, 2).reshape(B, -1, blocks * window, D)[:, :, :T]
+    parts = in_blocks(q).flatten(0, 1), with_previous(k), with_previous(v)
+    if sinks is not None:
+        y = attend_with_sinks(*parts, sinks[:, None, None], mask, dropout=dropout, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(
+            *parts, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    y = y.view(B, blocks, -1, window, v.shape[-1])
+    return y.transpose(1, 2).reshape(B, -1, blocks * window, v.shape[-1])[:, :, :T]
 
 
 # Packed documents -----------------------------------------------------------------------------------------------------
 
 
 def _attend_within_documents(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, dropout: float, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     y: Tensor
-    if q.is_cuda and not dropout and _can_use_flex(q.device):
+    if q.is_cuda and not dropout and sinks is None and _can_use_flex(q.device):
         y = flex_attention(q, k, v, documents=documents, window=window, scale=scale)
     elif not torch.compiler.is_compiling():
-        y = document_attention(q, k, v, documents, window, dropout, scale)
-    elif not dropout and is_supported(q, k, v):
+        y = document_attention(q, k, v, documents, window, dropout, scale, sinks)
+    elif not dropout and sinks is None and is_supported(q, k, v):
         y = fused_attention(q, k, v, scale, documents.first_visible(window))
     else:
-        y = _uncompiled_document_attention(q, k, v, documents, window, dropout, scale)
+        y = _uncompiled_document_attention(q, k, v, documents, window, dropout, scale, sinks)
     return y
 
 
@@ -134,6 +185,7 @@ def document_attention(
     window: int | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention within documents, by one causal attention per group of documents of similar length.
 
@@ -143,8 +195,8 @@ def document_attention(
     """
     groups = documents.groups
     if groups is None:
-        return attend(q, k, v, window=window, dropout=dropout, scale=scale)
-    B, H, T, D = q.shape
+        return attend(q, k, v, window=window, dropout=dropout, scale=scale, sinks=sinks)
+    B, H, T, _ = q.shape
     order = torch.cat([index.flatten() for index in groups.index])
     sizes = [index.numel() for index in groups.index]
 
@@ -154,10 +206,10 @@ def document_attention(
 
     outputs = []
     for index, *qkv in zip(groups.index, gather(q), gather(k), gather(v), strict=True):
-        q_, k_, v_ = (x.view(*index.shape, -1, D).transpose(1, 2) for x in qkv)  # (n, H, L, D)
-        y = attend(q_, k_, v_, window=window, dropout=dropout, scale=scale)
+        q_, k_, v_ = (x.view(*index.shape, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (n, H, L, D)
+        y = attend(q_, k_, v_, window=window, dropout=dropout, scale=scale, sinks=sinks)
         outputs.append(y.transpose(1, 2).flatten(0, 1))  # (n·L, H, D)
-    return torch.cat(outputs).index_select(0, groups.inverse).view(B, T, H, D).transpose(1, 2)
+    return torch.cat(outputs).index_select(0, groups.inverse).view(B, T, H, -1).transpose(1, 2)
 
 
 # FlexAttention (Dong et al. 2024, 2412.05496) -------------------------------------------------------------------------

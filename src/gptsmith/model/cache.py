@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptsmith.model.attention import attend
+from gptsmith.model.attention import attend, attend_with_sinks
 from gptsmith.model.config import ModelConfig
 
 
@@ -30,7 +30,16 @@ class Cache(Protocol):
     def positions(self, T: int) -> slice | Tensor:
         """Return the positions of the T new tokens. Raises IndexError beyond the context or the capacity."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Store the new k and v: (B, K, T, D), and return the attention of q over all tokens so far: (B, H, T, D)."""
 
     def advance(self, T: int) -> None:
@@ -38,7 +47,10 @@ class Cache(Protocol):
 
 
 class KVCache:
-    """Keys and values (L, B, K, capacity, D) of `batch` sequences, of which `length` tokens are filled."""
+    """Keys and values (L, B, K, capacity, D) of `batch` sequences, of which `length` tokens are filled.
+
+    In latent attention values are the first numbers of keys.
+    """
 
     def __init__(
         self,
@@ -49,9 +61,10 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_hidden_layers, batch, config.cached_heads, capacity, config.cached_key_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        latent = config.kv_lora_rank
+        self.values = torch.empty_like(self.keys) if latent is None else self.keys[..., :latent]
         self.capacity, self.context = capacity, config.max_position_embeddings
         self.length = 0
 
@@ -63,11 +76,21 @@ class KVCache:
             raise IndexError(f"{end} tokens are more than the cache's capacity of {self.capacity}")
         return slice(self.length, end)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], window=window, scale=scale)
+        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return attend(q, keys, values, window=window, scale=scale, sinks=sinks)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -104,17 +127,20 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.windows = windows_of(config)
-        self.block_size, self.heads = block_size, config.num_key_value_heads
+        self.block_size, self.heads = block_size, config.cached_heads
         self.group_of = [self.windows.index(config.window_of(layer)) for layer in range(config.num_hidden_layers)]
         # Zeros, not `empty`: values read as padding are masked, but 0 · NaN is NaN.
-        shape = (block_size, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (
-            [_zeros((num_blocks[g], *shape), torch.device(device), dtype) for g in self.group_of] for _ in range(2)
-        )
+        shape = (block_size, config.cached_heads, config.cached_key_dim)
+
+        def pools() -> list[Tensor]:
+            return [_zeros((num_blocks[g], *shape), torch.device(device), dtype) for g in self.group_of]
+
+        self.keys, self.latent = pools(), config.kv_lora_rank
+        self.values = pools() if self.latent is None else [keys[..., : self.latent] for keys in self.keys]
 
     def bytes(self) -> int:
         """Return the size of all blocks together."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in (*self.keys, *(self.values if self.latent is None else ())))
 
     def copy(self, group: int, source: int, target: int) -> None:
         """Copy block `source` of a group's pool to block `target`."""
@@ -144,6 +170,18 @@ def windows_of(config: ModelConfig) -> list[int | None]:
     """Return the different sliding windows of the layers, in order; None (no window) comes first."""
     widths = {config.window_of(layer) for layer in range(config.num_hidden_layers)}
     return sorted(widths, key=lambda w: (w is not None, w or 0))
+
+
+def attend_grouped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return the attention of one token of each of B sequences: q (B, K, H/K, D) over k, v: (B, K, S, D).
+
+    mask: (B, 1, 1, S) bool; None: all keys are seen. sinks: (H,).
+    """
+    if sinks is not None:
+        return attend_with_sinks(q, k, v, sinks.view(*q.shape[1:3], 1), mask, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -195,23 +233,39 @@ class PagedBatch:
             raise IndexError(f"{self._longest} tokens are more than the context of {self.context}")
         return self._positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
         keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
         values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
         reads = self.reads[group]
         if len(reads) == 1:
-            return self._read(reads[0], q, keys, values, window, scale)
-        y = torch.empty_like(q)
+            return self._read(reads[0], q, keys, values, window, scale, sinks)
+        y = q.new_empty(*q.shape[:-1], v.shape[-1])
         for read in reads:
-            y[:, :, read.rows] = self._read(read, q[:, :, read.rows], keys, values, window, scale)
+            y[:, :, read.rows] = self._read(read, q[:, :, read.rows], keys, values, window, scale, sinks)
         return y
 
     def advance(self, T: int) -> None:
         """Do nothing: the engine keeps track of the sequences' lengths."""
 
     def _read(
-        self, read: _Read, q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None
+        self,
+        read: _Read,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+        scale: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Return the attention of q: (1, H, B, D), one token of each of B sequences, or (1, H, T, D), T of one."""
         if isinstance(read.blocks, slice):
@@ -226,11 +280,11 @@ class PagedBatch:
         _, H, T, D = q.shape
         B, K = k.shape[:2]
         if B == 1 and T > 1:
-            return attend(q, k, v, window=window, scale=scale)
+            return attend(q, k, v, window=window, scale=scale, sinks=sinks)
         # One token per sequence: the H/K queries that share a key head become the tokens of one head.
         grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=read.mask, scale=scale)
-        return y.reshape(B, H, D).transpose(0, 1)[None]
+        y = attend_grouped(grouped, k, v, read.mask, scale, sinks)
+        return y.reshape(B, H, -1).transpose(0, 1)[None]
 
     def _read_chunk(self, group: int, chunk: Chunk, start: int) -> _Read:
         window, Z = self.cache.windows[group], self.cache.block_size

@@ -59,6 +59,9 @@ class RopeScaling:
     """longrope: those for contexts beyond the original one, to which `extend_context` switches."""
     partial_rotary_factor: float = 1.0
     """proportional: the part of a head that turns."""
+    mscale_all_dim: float = 0.0
+    """yarn with latent attention: the scores are multiplied by (0.1 · mscale_all_dim · ln(factor) + 1)², too
+    (DeepSeek-V2, 2405.04434)."""
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -176,7 +179,8 @@ class ModelConfig:
     rope_theta: float | None
     mlp: str
     """The feed-forward layer: one of `ACTIVATIONS`, or for a layer with a gate `gated_` and one of them (2002.05202);
-    `swiglu` is the gated `silu`."""
+    `swiglu` is the gated `silu`. `clamped_swiglu` is gate · sigmoid(swiglu_alpha · gate) · (up + 1) with the gate below
+    `swiglu_limit` and up within ± it (gpt-oss, 2508.10925)."""
     qk_norm: bool
     attention_bias: bool
     mlp_bias: bool
@@ -187,8 +191,19 @@ class ModelConfig:
     2.3)."""
     model_type: str
     """The Hugging Face layout in which the model is saved (`gpt2`, `qwen3`, ...)."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """`pre`: x + f(norm(x)), and a final norm. `post`: norm(x + f(x)), as in the original transformer and GPT-1."""
+    norm_position: Literal["pre", "post", "reordered", "sandwich"] = "pre"
+    """`pre`: x + f(norm(x)), and a final norm. `post`: norm(x + f(x)), as in the original transformer and GPT-1.
+    `reordered`: x + norm(f(x)), and a final norm (OLMo 2, 2501.00656). `sandwich`: x + norm(f(norm(x))), and a final
+    norm (CogView, 2105.13290; Gemma 3)."""
+    parallel_residual: bool = False
+    """Whether attention and feed-forward layer read the same x: x + attention(norm(x)) + mlp(norm(x)) (GPT-J, PaLM)."""
+    shared_norm: bool = False
+    """Whether the two share one norm in a parallel block."""
+    zero_centered_norm: bool = False
+    """Whether norms multiply by 1 + weight (Gemma)."""
+    qk_norm_scope: Literal["head", "heads", "all"] = "head"
+    """What is normalized together in queries and keys. `head`: each head, with the same weights. `heads`: each head,
+    with its own weights and no bias (StableLM 2). `all`: all heads together (OLMo 2)."""
     attention_output_bias: bool | None = None
     """Whether the output projection of attention has a bias; None: as `attention_bias`."""
     attention_scale: float | None = None
@@ -200,12 +215,58 @@ class ModelConfig:
     window_pattern: tuple[bool, ...] = ()
     """Which layers have the sliding window, repeated over the depth; empty: none."""
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    """The part of each head that is rotated, its first one (GPT-NeoX, 2204.06745); the rest has no positions."""
+    rope_pattern: tuple[bool, ...] = ()
+    """Which layers have rotary positions, repeated over the depth; empty: all. Others have none (NoPE, 2305.19466)."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies in layers with a sliding window, which are not scaled (Gemma 3, 2503.19786);
+    None: as in the others."""
+    position_offset: int = 0
+    """Learned positions: the row of the table that belongs to the first token (OPT: 2)."""
+    scale_embeddings: bool = False
+    """Whether token embeddings are multiplied by √hidden_size, as in the original transformer and Gemma."""
+    embedding_size: int | None = None
+    """Width of token embeddings that is projected to hidden_size, and back before the output matrix (OPT-350M; ALBERT,
+    1909.11942); None: hidden_size, without projections."""
+    swiglu_alpha: float = 1.702
+    """Slope of the sigmoid in `clamped_swiglu`."""
+    swiglu_limit: float = 7.0
+    """Bound of gate and up in `clamped_swiglu`."""
+    kv_lora_rank: int | None = None
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): the width of the latent vector of which keys and values of
+    all heads are made, and which the cache holds; None: other attention."""
+    q_lora_rank: int | None = None
+    """Latent attention: the width of the latent vector of which queries are made; None: they are made of x."""
+    qk_rope_head_dim: int = 0
+    """Latent attention: how many numbers of each head are rotated, its last ones, of which all heads share the key."""
+    v_head_dim: int | None = None
+    """Latent attention: the width of a head's values; None: head_dim."""
+    attention_sinks: bool = False
+    """Whether each head has a learned score that takes part in the softmax without a value (gpt-oss; 2309.17453)."""
     num_experts: int = 0
     """Number of experts per layer, each `intermediate_size` wide; 0: a dense feed-forward layer."""
     num_experts_per_tok: int = 2
     """Number of experts that each token uses."""
     shared_expert_intermediate_size: int = 0
     """Width of an additional expert that every token uses, behind its own sigmoid gate; 0: none."""
+    shared_expert_gate: bool = True
+    """Whether the shared expert has a gate."""
+    first_k_dense_replace: int = 0
+    """How many layers, the first ones, have a dense feed-forward layer in place of experts."""
+    dense_intermediate_size: int | None = None
+    """The width of the feed-forward layer in these."""
+    router_bias: bool = False
+    """Whether the router has a bias."""
+    router_scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become the weights of experts. `sigmoid`: each by itself (DeepSeek-V3, 2412.19437); a
+    bias that is no parameter is added to them where experts are chosen."""
+    n_group: int = 1
+    """Number of groups of experts. A token's are of the `topk_group` groups with the best two experts."""
+    topk_group: int = 1
+    """Number of groups that a token uses."""
+    routed_scaling_factor: float = 1.0
+    """What the weights of the chosen experts are multiplied by."""
     norm_topk_prob: bool = True
     """Whether the weights of the chosen experts are normalized to add up to 1."""
     router_aux_loss_coef: float = 0.001
@@ -220,15 +281,51 @@ class ModelConfig:
     @property
     def gated_mlp(self) -> bool:
         """Whether the feed-forward layer has a gate: down(activation(gate(x)) · up(x))."""
-        return self.mlp == "swiglu" or self.mlp.startswith("gated_")
+        return self.mlp in ("swiglu", "clamped_swiglu") or self.mlp.startswith("gated_")
 
     @property
     def activation(self) -> str:
         """The activation of the feed-forward layer, one of `ACTIVATIONS`."""
-        return "silu" if self.mlp == "swiglu" else self.mlp.removeprefix("gated_")
+        return "silu" if self.mlp in ("swiglu", "clamped_swiglu") else self.mlp.removeprefix("gated_")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of each head are rotated."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def value_dim(self) -> int:
+        """The width of a head's values."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """How many keys and values the cache holds per token and layer."""
+        return self.num_key_value_heads if self.kv_lora_rank is None else 1
+
+    @property
+    def cached_key_dim(self) -> int:
+        """The width of a key in the cache. In latent attention it begins with its value, which is not stored again."""
+        return self.head_dim if self.kv_lora_rank is None else self.kv_lora_rank + self.qk_rope_head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether `layer` is a mixture of experts."""
+        return bool(self.num_experts) and layer >= self.first_k_dense_replace
+
+    def rope_of(self, layer: int) -> Literal["none", "global", "local"]:
+        """Return which rotary positions `layer` has."""
+        if self.position != "rope" or (self.rope_pattern and not self.rope_pattern[layer % len(self.rope_pattern)]):
+            return "none"
+        return "local" if self.local_rope_theta is not None and self.window_of(layer) is not None else "global"
 
     def scale_of(self, layer: int) -> float | None:
         """Return the factor of the attention scores of `layer`; None: 1/sqrt(head_dim)."""
+        s = self.rope_scaling
+        if s is not None and s.mscale_all_dim and s.factor > 1:
+            mscale = 0.1 * s.mscale_all_dim * math.log(s.factor) + 1
+            return (self.attention_scale or self.head_dim**-0.5) * mscale * mscale
         if not self.scale_attn_by_inverse_layer_idx:
             return self.attention_scale
         return (self.attention_scale or self.head_dim**-0.5) / (layer + 1)
@@ -258,16 +355,46 @@ class ModelConfig:
                 f"model.num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.activation not in ACTIVATIONS or self.mlp == "gated_silu":
-            known = ("swiglu", *ACTIVATIONS, *(f"gated_{name}" for name in ACTIVATIONS if name != "silu"))
+            known = (
+                "swiglu",
+                "clamped_swiglu",
+                *ACTIVATIONS,
+                *(f"gated_{name}" for name in ACTIVATIONS if name != "silu"),
+            )
             raise UsageError(f"unknown mlp {self.mlp!r}.{nearest(self.mlp, known)} Known: {', '.join(known)}.")
+        if self.shared_norm and not self.parallel_residual:
+            raise UsageError("shared_norm is for blocks with a parallel_residual.")
+        if self.parallel_residual and self.norm_position != "pre":
+            raise UsageError(f'a parallel_residual needs norm_position="pre", not {self.norm_position!r}.')
+        if self.zero_centered_norm and self.norm != "rmsnorm":
+            raise UsageError('zero_centered_norm needs norm="rmsnorm".')
+        if self.embedding_size is not None and (self.embedding_size < 1 or self.embedding_size == self.hidden_size):
+            raise UsageError(
+                f"embedding_size must be at least 1 and differ from hidden_size, not {self.embedding_size}; None: no "
+                "projections."
+            )
+        if self.position_offset < 0 or (self.position_offset and self.position != "learned"):
+            raise UsageError("position_offset must be at least 0, and 0 without learned positions.")
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise UsageError(f"attention_scale must be above 0, not {self.attention_scale}.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and {self.num_experts}."
             )
-        if self.num_experts and (not self.gated_mlp or self.mlp_bias):
-            raise UsageError('experts must be layers with a gate and without biases (mlp="swiglu", mlp_bias=False).')
+        if self.num_experts and not self.gated_mlp:
+            raise UsageError(f'experts must be layers with a gate (mlp="swiglu"), not {self.mlp!r}.')
+        if self.kv_lora_rank is not None:
+            self._check_latent_attention()
+        elif self.q_lora_rank is not None or self.qk_rope_head_dim or self.v_head_dim is not None:
+            raise UsageError("q_lora_rank, qk_rope_head_dim and v_head_dim need a kv_lora_rank (latent attention).")
+        if self.num_experts:
+            self._check_routing()
+        if self.router_bias and not self.num_experts:
+            raise UsageError("router_bias is for models with experts.")
+        if not (self.swiglu_alpha > 0 and self.swiglu_limit > 0):
+            raise UsageError(
+                f"swiglu_alpha ({self.swiglu_alpha}) and swiglu_limit ({self.swiglu_limit}) must be above 0."
+            )
         if self.shared_expert_intermediate_size < 0 or (self.shared_expert_intermediate_size and not self.num_experts):
             raise UsageError("shared_expert_intermediate_size must be at least 0, and 0 in a model without experts.")
         if any(self.window_pattern) and (self.sliding_window or 0) < 1:
@@ -276,17 +403,61 @@ class ModelConfig:
             raise UsageError("rope_scaling needs rotary positions.")
         if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
             for name in ("short_factor", "long_factor"):
-                if len(getattr(self.rope_scaling, name)) != self.head_dim // 2:
+                if len(getattr(self.rope_scaling, name)) != self.rotary_dim // 2:
                     raise UsageError(
-                        f"rope scaling 'longrope' needs a {name} of {self.head_dim // 2} numbers, one per pair of a "
+                        f"rope scaling 'longrope' needs a {name} of {self.rotary_dim // 2} numbers, one per pair of a "
                         f"head, not {len(getattr(self.rope_scaling, name))}."
                     )
         if (self.vision is None) is not (self.image_token_id is None):
             raise UsageError("a model that reads pictures needs both vision and image_token_id.")
         if self.image_token_id is not None and not 0 <= self.image_token_id < self.vocab_size:
             raise UsageError(f"image_token_id ({self.image_token_id}) must be below vocab_size ({self.vocab_size}).")
-        if self.position == "rope" and (self.head_dim % 2 or self.rope_theta is None):
+        odd = self.head_dim % 2 and self.kv_lora_rank is None  # latent attention rotates a part of its own width
+        if self.position == "rope" and (odd or self.rope_theta is None):
             raise UsageError(f"rotary positions need an even head_dim (here {self.head_dim}) and a rope_theta.")
+        if self.position == "rope" and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
+            raise UsageError(
+                f"partial_rotary_factor {self.partial_rotary_factor} rotates {self.rotary_dim} of {self.head_dim} "
+                "numbers of a head: it must be an even number, at least 2 and at most all."
+            )
+        if self.position != "rope" and (self.rope_pattern or self.local_rope_theta is not None):
+            raise UsageError("rope_pattern and local_rope_theta need rotary positions.")
+
+    def _check_latent_attention(self) -> None:
+        for name in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}.")
+        if self.position != "rope" or self.qk_rope_head_dim >= self.head_dim:
+            raise UsageError(
+                f"latent attention needs rotary positions over a part of a head: qk_rope_head_dim "
+                f"({self.qk_rope_head_dim}) must be below head_dim ({self.head_dim})."
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise UsageError("latent attention needs as many num_key_value_heads as num_attention_heads.")
+        if self.qk_norm or self.attention_sinks or any(self.window_pattern):
+            raise UsageError("latent attention has no qk_norm, attention_sinks or sliding windows.")
+
+    def _check_routing(self) -> None:
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise UsageError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must be between 0 and the number of layers."
+            )
+        if self.first_k_dense_replace and (self.dense_intermediate_size or 0) < 1:
+            raise UsageError("first_k_dense_replace needs a dense_intermediate_size of at least 1.")
+        if self.n_group < 1 or self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise UsageError(
+                f"n_group ({self.n_group}) must divide num_experts ({self.num_experts}), and topk_group "
+                f"({self.topk_group}) must be between 1 and n_group."
+            )
+        size = self.num_experts // self.n_group
+        if self.n_group > 1 and (size < 2 or self.topk_group * size < self.num_experts_per_tok):
+            raise UsageError(
+                f"groups of {size} experts are too small: a group needs 2, and {self.topk_group} groups "
+                f"num_experts_per_tok = {self.num_experts_per_tok}."
+            )
+        if not self.routed_scaling_factor > 0:
+            raise UsageError(f"routed_scaling_factor must be above 0, not {self.routed_scaling_factor}.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ def _build(defaults: dict[str, Any], overrides: dict[str, Any], *, feed_forward:
         values["num_key_value_heads"] = heads
     if values.get("head_dim") is None:
         values["head_dim"] = hidden // heads
+    rotary = values["head_dim"] * values.get("partial_rotary_factor", 1.0)
+    if rotary != values["head_dim"] and "partial_rotary_factor" not in overrides:  # whole pairs, at least one
+        values["partial_rotary_factor"] = max(2, 2 * round(rotary / 2)) / values["head_dim"]
     if values.get("intermediate_size") is None:
         values["intermediate_size"] = feed_forward(hidden)
     if values.get("shared_expert_intermediate_size", 0) is None:  # as wide as all experts of a token together
@@ -245,6 +248,232 @@ def qwen3_moe(**overrides: Any) -> ModelConfig:
     return _build(defaults, overrides, feed_forward=_gated)
 
 
+def gpt_neox(**overrides: Any) -> ModelConfig:
+    """Pythia (Biderman et al. 2023, 2304.01373; the 160M size) in GPT-NeoX's layout (Black et al. 2022, 2204.06745):
+    LayerNorm, GELU, parallel blocks, rotary positions over a quarter of each head."""
+    defaults = {
+        **_OPENAI,
+        "vocab_size": 50304,
+        "max_position_embeddings": 2048,
+        "position": "rope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mlp": "gelu",
+        "parallel_residual": True,
+        "tie_word_embeddings": False,
+        "residual_init": "scaled",
+        "model_type": "gpt_neox",
+    }
+    return _build(defaults, overrides, feed_forward=_four_times)
+
+
+def opt(**overrides: Any) -> ModelConfig:
+    """OPT (Zhang et al. 2022, 2205.01068; the 125M size): GPT-2's layers with ReLU, context 2048."""
+    defaults = {
+        **_OPENAI,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "position_offset": 2,
+        "mlp": "relu",
+        "initializer_range": 0.006,
+        "residual_init": "scaled",
+        "model_type": "opt",
+    }
+    return _build(defaults, overrides, feed_forward=_four_times)
+
+
+def phi3(**overrides: Any) -> ModelConfig:
+    """Phi-3 mini (Abdin et al. 2024, 2404.14219; context 4096): Llama with fused matrices and a sliding window."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        "norm_eps": 1e-5,
+        "sliding_window": 2047,
+        "window_pattern": (True,),
+        "model_type": "phi3",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def olmo2(**overrides: Any) -> ModelConfig:
+    """OLMo 2 (Walsh et al. 2025, 2501.00656; the 1B size): Llama with norms after attention and feed-forward layer
+    instead of before them, and a norm of all heads of queries and keys together."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 100352,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "rope_theta": 500000.0,
+        "norm_position": "reordered",
+        "qk_norm": True,
+        "qk_norm_scope": "all",
+        "model_type": "olmo2",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def stablelm(**overrides: Any) -> ModelConfig:
+    """StableLM 2 1.6B (Bellagente et al. 2024, 2402.17834): LayerNorm, SwiGLU, biases on queries, keys and values,
+    rotary positions over a quarter of each head."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 100352,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 4096,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.25,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "qk_norm_scope": "heads",
+        "model_type": "stablelm",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def smollm3(**overrides: Any) -> ModelConfig:
+    """SmolLM3 3B (Hugging Face 2025): Llama without positions in every fourth layer (NoPE, 2501.18795)."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 65536,
+        "rope_theta": 5e6,
+        "rope_pattern": (True, True, True, False),
+        "tie_word_embeddings": True,
+        "model_type": "smollm3",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def gemma3(**overrides: Any) -> ModelConfig:
+    """Gemma 3 (Gemma team 2025, 2503.19786; the 1B size, text only): norms before and after each layer, GELU with a
+    gate, QK-norm, five layers with a sliding window to one without."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "norm_position": "sandwich",
+        "zero_centered_norm": True,
+        "rope_theta": 1e6,
+        "local_rope_theta": 1e4,
+        "sliding_window": 512,
+        "window_pattern": (True, True, True, True, True, False),
+        "mlp": "gated_gelu_tanh",
+        "qk_norm": True,
+        "scale_embeddings": True,
+        "tie_word_embeddings": True,
+        "model_type": "gemma3_text",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def gpt_oss(**overrides: Any) -> ModelConfig:
+    """gpt-oss (OpenAI 2025, 2508.10925; the 20B size): 32 experts with a clamped SwiGLU, four per token, attention
+    sinks, a sliding window in every other layer, biases."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "max_position_embeddings": 4096,
+        "norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "sliding_window": 128,
+        "window_pattern": (True, False),
+        "attention_bias": True,
+        "attention_sinks": True,
+        "mlp": "clamped_swiglu",
+        "mlp_bias": True,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "router_bias": True,
+        "model_type": "gpt_oss",
+    }
+    return _build(defaults, overrides, feed_forward=_gated)
+
+
+def deepseek_v3(**overrides: Any) -> ModelConfig:
+    """DeepSeek-V3 (2024, 2412.19437): latent attention; after three dense layers 256 small experts, eight per token,
+    and a shared one."""
+    defaults = {
+        **_MODERN,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "head_dim": 192,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 4096,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "shared_expert_intermediate_size": None,
+        "shared_expert_gate": False,
+        "first_k_dense_replace": 3,
+        "router_scoring": "sigmoid",
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "router_aux_loss_coef": 0.0001,
+        "model_type": "deepseek_v3",
+    }
+    return _build_deepseek(defaults, overrides)
+
+
+def _build_deepseek(defaults: dict[str, Any], overrides: dict[str, Any]) -> ModelConfig:
+    """Derive what follows from other sizes in DeepSeek-V3, as far as it is not given: of a smaller model, too."""
+    values = {**defaults, **overrides}
+    given = {key for key, value in overrides.items() if value is not None or key == "q_lora_rank"}
+    hidden, heads, experts = values["hidden_size"], values["num_attention_heads"], values["num_experts"]
+    derived: dict[str, Any] = {}
+    if "head_dim" in given or hidden != defaults["hidden_size"]:
+        head_dim = values["head_dim"] if "head_dim" in given else max(4, hidden // heads // 2 * 2)
+        derived = {
+            "head_dim": head_dim,
+            "qk_rope_head_dim": max(2, head_dim // 6 * 2),
+            "v_head_dim": max(1, head_dim * 2 // 3),
+            "kv_lora_rank": max(2, hidden // 14),
+            "q_lora_rank": max(2, hidden * 3 // 14),
+        }
+    if values["intermediate_size"] is None:
+        values["intermediate_size"] = max(1, 2 * hidden // 7)
+    derived["shared_expert_intermediate_size"] = values["intermediate_size"]
+    derived["dense_intermediate_size"] = 9 * values["intermediate_size"]
+    derived["first_k_dense_replace"] = min(defaults["first_k_dense_replace"], values["num_hidden_layers"] // 2)
+    if experts % (4 * defaults["n_group"]):
+        derived |= {"n_group": 1, "topk_group": 1}
+    values |= {key: value for key, value in derived.items() if key not in given}
+    return _build(values, {}, feed_forward=_gated)
+
+
 FAMILIES: Registry[Callable[..., ModelConfig]] = Registry(
     "model family",
     {
@@ -258,6 +487,15 @@ FAMILIES: Registry[Callable[..., ModelConfig]] = Registry(
         "mixtral": mixtral,
         "qwen2_moe": qwen2_moe,
         "qwen3_moe": qwen3_moe,
+        "gpt_neox": gpt_neox,
+        "opt": opt,
+        "phi3": phi3,
+        "olmo2": olmo2,
+        "stablelm": stablelm,
+        "smollm3": smollm3,
+        "gemma3": gemma3,
+        "gpt_oss": gpt_oss,
+        "deepseek_v3": deepseek_v3,
     },
 )
 
@@ -282,6 +520,18 @@ def _llama_128k(factor: float) -> dict[str, Any]:
     """Return how Llama 3.1 and 3.2 extend the context from 8K to 128K tokens (2407.21783, section 3.4.2)."""
     return {"max_position_embeddings": 131072, "rope_scaling": RopeScaling("llama3", factor, 8192)}
 
+
+_GEMMA_128K: dict[str, Any] = {  # of the sizes that are trained with pictures, too
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "sliding_window": 1024,
+    "rope_scaling": RopeScaling("linear", 8.0),
+}
+
+_GPT_OSS_128K: dict[str, Any] = {
+    "max_position_embeddings": 131072,
+    "rope_scaling": RopeScaling("yarn", 32.0, 4096, truncate=False),
+}
 
 # Published sizes: the family, and what differs from its defaults.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -332,6 +582,86 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3-30b-a3b": ("qwen3_moe", {}),
+    "pythia-14m": ("gpt_neox", _size(6, 128, 4)),
+    "pythia-31m": ("gpt_neox", _size(6, 256, 8)),
+    "pythia-70m": ("gpt_neox", _size(6, 512, 8)),
+    "pythia-160m": ("gpt_neox", _size(12, 768, 12)),
+    "pythia-410m": ("gpt_neox", _size(24, 1024, 16)),
+    "pythia-1b": ("gpt_neox", _size(16, 2048, 8)),
+    "pythia-1.4b": ("gpt_neox", _size(24, 2048, 16)),
+    "pythia-2.8b": ("gpt_neox", _size(32, 2560, 32)),
+    "pythia-6.9b": ("gpt_neox", {**_size(32, 4096, 32), "vocab_size": 50432}),
+    "pythia-12b": ("gpt_neox", {**_size(36, 5120, 40), "vocab_size": 50688}),
+    "gpt-neox-20b": ("gpt_neox", {**_size(44, 6144, 64), "vocab_size": 50432}),
+    "opt-125m": ("opt", _size(12, 768, 12)),
+    "opt-350m": ("opt", {**_size(24, 1024, 16), "norm_position": "post", "embedding_size": 512}),
+    "opt-1.3b": ("opt", _size(24, 2048, 32)),
+    "opt-2.7b": ("opt", _size(32, 2560, 32)),
+    "opt-6.7b": ("opt", _size(32, 4096, 32)),
+    "opt-13b": ("opt", _size(40, 5120, 40)),
+    "opt-30b": ("opt", _size(48, 7168, 56)),
+    "opt-66b": ("opt", _size(64, 9216, 72)),
+    "phi3-mini": ("phi3", {}),
+    "phi3-medium": ("phi3", _size(40, 5120, 40, 10, 17920)),
+    "phi4": (
+        "phi3",
+        {
+            **_size(40, 5120, 40, 10, 17920),
+            "vocab_size": 100352,
+            "max_position_embeddings": 16384,
+            "rope_theta": 250000.0,
+            "sliding_window": None,
+            "window_pattern": (),
+        },
+    ),
+    "phi4-mini": (
+        "phi3",
+        {
+            **_size(32, 3072, 24, 8, 8192),
+            "vocab_size": 200064,
+            "partial_rotary_factor": 0.75,
+            "sliding_window": None,
+            "window_pattern": (),
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2-1b": ("olmo2", {}),
+    "olmo2-7b": ("olmo2", _size(32, 4096, 32, wide=11008)),
+    "olmo2-13b": ("olmo2", _size(40, 5120, 40, wide=13824)),
+    "olmo2-32b": ("olmo2", _size(64, 5120, 40, 8, 27648)),
+    "stablelm-3b-4e1t": (
+        "stablelm",
+        {**_size(32, 2560, 32, wide=6912), "vocab_size": 50304, "attention_bias": False},
+    ),
+    "stablelm2-1.6b": ("stablelm", {}),
+    "stablelm2-12b": (
+        "stablelm",
+        {
+            **_size(40, 5120, 32, 8, 13824),
+            "attention_bias": False,
+            "qk_norm": True,
+            "parallel_residual": True,
+            "shared_norm": True,
+        },
+    ),
+    "smollm3-3b": ("smollm3", {}),
+    "gemma3-270m": ("gemma3", _size(18, 640, 4, 1, 2048)),
+    "gemma3-1b": ("gemma3", {}),
+    "gemma3-4b": ("gemma3", {**_size(34, 2560, 8, 4, 10240), **_GEMMA_128K}),
+    "gemma3-12b": ("gemma3", {**_size(48, 3840, 16, 8, 15360), **_GEMMA_128K}),
+    "gemma3-27b": (
+        "gemma3",
+        {**_size(62, 5376, 32, 16, 21504), **_GEMMA_128K, "head_dim": 128, "attention_scale": 168**-0.5},
+    ),
+    "gpt-oss-20b": ("gpt_oss", _GPT_OSS_128K),
+    "gpt-oss-120b": ("gpt_oss", {"num_hidden_layers": 36, "num_experts": 128, **_GPT_OSS_128K}),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            "max_position_embeddings": 163840,
+            "rope_scaling": RopeScaling("yarn", 40.0, 4096, attention_factor=1.0, mscale_all_dim=1.0),
+        },
+    ),
 }
 
 

@@ -24,28 +24,55 @@ def count_parameters(config: ModelConfig) -> Size:
     """Return the size of a model; `total` equals `Transformer(config).num_parameters()`."""
     c = config
     norm = 2 if c.norm == "layernorm" else 1
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    output_bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
-    attention = c.hidden_size * (q + 2 * kv) + q * c.hidden_size
-    small = (q + 2 * kv) * c.attention_bias + c.hidden_size * output_bias + 2 * norm * c.hidden_size
-    small += 2 * norm * c.head_dim * c.qk_norm
     up_matrices = 2 if c.gated_mlp else 1
-    expert = (up_matrices + 1) * c.hidden_size * c.intermediate_size
-    small += (up_matrices * c.intermediate_size + c.hidden_size) * c.mlp_bias
+    attention, attention_small = _attention_size(c, norm)
+    norms = 4 if c.norm_position == "sandwich" else 1 if c.shared_norm else 2
+    small = attention_small + norms * norm * c.hidden_size
+
+    def feed_forward(width: int) -> tuple[int, int]:  # matrices, biases
+        biases = (up_matrices * width + c.hidden_size) * c.mlp_bias
+        return (up_matrices + 1) * c.hidden_size * width, biases
+
+    dense_layers = c.first_k_dense_replace if c.num_experts else c.num_hidden_layers
+    sparse_layers = c.num_hidden_layers - dense_layers
+    dense, dense_biases = feed_forward(c.dense_intermediate_size or c.intermediate_size)
+    expert, expert_biases = feed_forward(c.intermediate_size)
     router = c.hidden_size * c.num_experts
-    if c.shared_expert_intermediate_size:  # every token uses it, behind a gate of one row
-        router += c.hidden_size * (3 * c.shared_expert_intermediate_size + 1)
-    stored, used = (c.num_experts, c.num_experts_per_tok) if c.num_experts else (1, 1)
-    layer_stored = attention + small + stored * expert + router
-    layer_used = attention + used * expert + router
-    table = c.vocab_size * c.hidden_size
-    outside = table * (1 if c.tie_word_embeddings else 2)
-    outside += c.max_position_embeddings * c.hidden_size * (c.position == "learned")
-    outside += norm * c.hidden_size * (c.norm_position == "pre")
+    if c.shared_expert_intermediate_size:  # every token uses it, maybe behind a gate of one row
+        router += c.hidden_size * (3 * c.shared_expert_intermediate_size + c.shared_expert_gate)
+    table = c.vocab_size * (c.embedding_size or c.hidden_size)
+    projections = 2 * c.hidden_size * (c.embedding_size or 0)
+    outside = table * (1 if c.tie_word_embeddings else 2) + projections
+    outside += (c.position_offset + c.max_position_embeddings) * c.hidden_size * (c.position == "learned")
+    outside += norm * c.hidden_size * (c.norm_position != "post")
     if c.vision is not None:
         outside += vision_parameters(c.vision, c.hidden_size)
-    layers = c.num_hidden_layers
-    return Size(layers * layer_stored + outside, layers * layer_used + table)
+    total = c.num_hidden_layers * (attention + small) + outside
+    total += dense_layers * (dense + dense_biases)
+    total += sparse_layers * (c.num_experts * (expert + expert_biases + c.router_bias) + router)
+    used = c.num_hidden_layers * attention + dense_layers * dense
+    used += sparse_layers * (c.num_experts_per_tok * expert + router)
+    return Size(total, used + table + projections)
+
+
+def _attention_size(c: ModelConfig, norm: int) -> tuple[int, int]:
+    """Return the numbers of parameters in the matrices of a layer's attention, and in its biases, norms and sinks."""
+    if c.kv_lora_rank is not None:
+        q_rows, kv_a = c.num_attention_heads * c.head_dim, c.kv_lora_rank + c.qk_rope_head_dim
+        values = c.num_attention_heads * c.value_dim
+        kv_b = c.kv_lora_rank * (c.num_attention_heads * (c.head_dim - c.qk_rope_head_dim) + values)
+        matrices = c.hidden_size * (kv_a + values) + kv_b
+        biases = kv_a + c.hidden_size
+        if c.q_lora_rank is None:
+            return matrices + c.hidden_size * q_rows, c.kv_lora_rank + biases * c.attention_bias
+        matrices += (c.hidden_size + q_rows) * c.q_lora_rank
+        return matrices, c.q_lora_rank + c.kv_lora_rank + (biases + c.q_lora_rank) * c.attention_bias
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    output_bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
+    small = (q + 2 * kv) * c.attention_bias + c.hidden_size * output_bias + c.num_attention_heads * c.attention_sinks
+    if c.qk_norm:
+        small += {"head": 2 * norm * c.head_dim, "heads": q + kv, "all": norm * (q + kv)}[c.qk_norm_scope]
+    return c.hidden_size * (q + 2 * kv) + q * c.hidden_size, small
 
 
 def vision_parameters(c: VisionConfig, hidden_size: int) -> int:
@@ -72,7 +99,7 @@ def flops_per_token(config: ModelConfig, context: int, *, training: bool = True,
     full_attention: count the scores of the whole context, masked ones included (the usual convention: Chowdhery et al.
         2022, 2204.02311, appendix B; nanoGPT); otherwise only those that a kernel must compute.
     """
-    width = config.num_attention_heads * config.head_dim
+    width = config.num_attention_heads * (config.head_dim + config.value_dim) / 2
     seen = sum(
         min(config.window_of(i) or context, context) if full_attention else attended(config, i, context)
         for i in range(config.num_hidden_layers)

@@ -58,7 +58,8 @@ class SequenceClassifier(nn.Module):
         self.transformer, self.head = transformer, head
         self.scale: tuple[float, float] | None = None
         self.pad_id: int | None = None
-        self.score = nn.Linear(transformer.config.hidden_size, len(head.labels), bias=False)
+        config = transformer.config
+        self.score = nn.Linear(config.embedding_size or config.hidden_size, len(head.labels), bias=False)
         nn.init.normal_(self.score.weight, 0.0, transformer.config.initializer_range)
         annotate(self, "score.weight", kind="head")
         if self.score.weight.device != transformer.embed_tokens.weight.device:

@@ -136,8 +136,13 @@ def training_loss_sum(
         return token_loss_sum(model, ids, targets, document_ids), {}
     router_logits: list[Tensor] = []
     loss = token_loss_sum(model, ids, targets, document_ids, router_logits)
-    load = expert_load(router_logits, config.num_experts_per_tok)
-    balance_loss = load_balancing_loss(router_logits, config.num_experts_per_tok, load)
+    if not router_logits:  # all layers are dense
+        return loss, {}
+    scores = router_logits
+    if config.router_scoring == "sigmoid":  # the balance loss is about their shares (2412.19437, equation 19)
+        scores = [F.logsigmoid(logits) for logits in router_logits]
+    load = expert_load(scores, config.num_experts_per_tok)
+    balance_loss = load_balancing_loss(scores, config.num_experts_per_tok, load)
     router_loss = config.router_aux_loss_coef * balance_loss
     if config.router_z_loss_coef:
         router_loss = router_loss + config.router_z_loss_coef * router_z_loss(router_logits)

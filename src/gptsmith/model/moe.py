@@ -9,13 +9,13 @@ Komatsuzaki et al. 2022 (2212.05055).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptsmith.model.activations import FUNCTIONS
+from gptsmith.model.activations import gate_function
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.parameters import annotate
 
@@ -24,22 +24,33 @@ class MixtureOfExperts(nn.Module):
     """Experts with a gate (mostly SwiGLU) behind a top-k router. No token is dropped: tokens are sorted by expert, and
     each expert computes its own run of them, so the cost is that of k experts per token, whatever E is. A shared
     expert, if there is one, computes all tokens; its own gate weighs its output for each token (Qwen2-57B-A14B,
-    2407.10671)."""
+    2407.10671). With sigmoid scores and groups: DeepSeek-V3 (2412.19437, section 2.1.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.normalize, self.activation = config.norm_topk_prob, FUNCTIONS[config.activation]
-        self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
+        self.normalize, self.gate = config.norm_topk_prob, gate_function(config)
+        self.router = nn.Linear(config.hidden_size, self.experts, bias=config.router_bias)
         self.up_proj = nn.Parameter(torch.empty(self.experts, 2 * config.intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.experts, config.hidden_size, config.intermediate_size))
         annotate(self, "up_proj", kind="matrix", split_sizes=(config.intermediate_size,) * (2 * self.experts))
         annotate(self, "down_proj", kind="matrix", split_sizes=(config.hidden_size,) * self.experts)
+        self.has_bias = config.mlp_bias
+        if self.has_bias:
+            self.up_bias = nn.Parameter(torch.zeros(self.experts, 2 * config.intermediate_size))
+            self.down_bias = nn.Parameter(torch.zeros(self.experts, config.hidden_size))
+            for name in ("up_bias", "down_bias"):
+                annotate(self, name, kind="vector")
+        self.sigmoid, self.scaling = config.router_scoring == "sigmoid", config.routed_scaling_factor
+        self.groups, self.top_groups = config.n_group, config.topk_group
+        if self.sigmoid:
+            self.score_correction_bias: Tensor
+            self.register_buffer("score_correction_bias", torch.zeros(self.experts))
         self.shared = config.shared_expert_intermediate_size
         if self.shared:
             self.shared_up_proj = nn.Linear(config.hidden_size, 2 * self.shared, bias=False)
             self.shared_down_proj = nn.Linear(self.shared, config.hidden_size, bias=False)
-            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
             annotate(self, "shared_up_proj.weight", split_sizes=(self.shared, self.shared))
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
@@ -48,9 +59,7 @@ class MixtureOfExperts(nn.Module):
         logits = self.router(tokens).float()  # (N, E)
         if router_logits is not None:
             router_logits.append(logits)
-        weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # (N, k)
-        if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, experts = self.route(logits)  # (N, k)
         order = experts.flatten().argsort(stable=True)  # (N·k,): the pairs (token, expert), sorted by expert
         sizes = torch.bincount(experts.flatten(), minlength=self.experts).tolist()
         token = order // self.top_k  # (N·k,): the token of each pair
@@ -60,20 +69,52 @@ class MixtureOfExperts(nn.Module):
         mixed: Tensor = outputs.new_zeros(tokens.shape).index_add(0, token, outputs)  # (N, C)
         if self.shared:
             gate, up = self.shared_up_proj(tokens).chunk(2, dim=-1)
-            mixed = mixed + self.shared_gate(tokens).sigmoid() * self.shared_down_proj(self.activation(gate) * up)
+            shared = self.shared_down_proj(self.gate(gate, up))
+            mixed = mixed + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
         return mixed.view_as(x)
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and numbers of each token's experts, two (N, k), from the router's logits (N, E)."""
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        choice = scores + self.score_correction_bias if self.sigmoid else scores
+        if self.groups > 1:
+            grouped = choice.view(len(choice), self.groups, -1)
+            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices  # (N, groups used)
+            used = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            choice = grouped.masked_fill(~used[..., None], -torch.inf).flatten(1)
+        experts = choice.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if self.sigmoid else 0.0))
+        return weights * self.scaling if self.scaling != 1 else weights, experts
 
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         """Return each expert's output (n, C) for its run of tokens (n, C)."""
         # unbind, not indexing: then the gradient of the stacked weights is assembled once, not expert by expert.
-        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        return [gated(run, up, down, self.activation) for run, up, down in parts]
+        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), *self.biases(), strict=True)
+        return [gated(run, up, down, self.gate, up_bias, down_bias) for run, up, down, up_bias, down_bias in parts]
+
+    def biases(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Return the experts' biases of both matrices; None for each expert without."""
+        if not self.has_bias:
+            return (None,) * self.experts, (None,) * self.experts
+        return self.up_bias.unbind(), self.down_bias.unbind()
 
 
-def gated(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the output of one expert for x: (n, C). up_proj: (2F, C), rows of gate, then of up; down_proj: (C, F)."""
-    gate, up = F.linear(x, up_proj).chunk(2, dim=-1)
-    return F.linear(activation(gate) * up, down_proj)
+def gated(
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    gate: Callable[[Tensor, Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Return the output of one expert for x: (n, C). up_proj: (2F, C), rows of gate, then of up; down_proj: (C, F).
+
+    gate: from `gate_function`.
+    """
+    gated, up = F.linear(x, up_proj, up_bias).chunk(2, dim=-1)
+    return F.linear(gate(gated, up), down_proj, down_bias)
 
 
 def load_balancing_loss(router_logits: list[Tensor], top_k: int, load: Tensor | None = None) -> Tensor:

@@ -321,10 +321,13 @@ class QuantizedExperts(MixtureOfExperts):
 
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         outputs = []
-        for run, up_proj, down_proj in zip(runs, self.up_proj, self.down_proj, strict=True):
+        parts = zip(runs, self.up_proj, self.down_proj, *self.biases(), strict=True)
+        for run, up_proj, down_proj, up_bias, down_bias in parts:
             if len(run):
-                gate, up = up_proj.multiply(run).chunk(2, dim=-1)
-                outputs.append(down_proj.multiply(self.activation(gate) * up))
+                hidden = up_proj.multiply(run)
+                gate, up = (hidden if up_bias is None else hidden + up_bias).chunk(2, dim=-1)
+                output = down_proj.multiply(self.gate(gate, up))
+                outputs.append(output if down_bias is None else output + down_bias)
         return outputs
 
 

@@ -16,13 +16,20 @@ from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig, RopeScaling
 
 
-def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles of every position of the context: two (T, D/2) float32 tensors."""
-    assert config.rope_theta is not None
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).double() / config.head_dim)
+def rope_tables(
+    config: ModelConfig, device: torch.device | None = None, *, local: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the angles of every position of the context: two (T, D/2) float32 tensors.
+
+    D: the part of a head that is rotated. local: of the layers with `local_rope_theta`.
+    """
+    theta = config.local_rope_theta if local else config.rope_theta
+    assert theta is not None
+    D = config.rotary_dim
+    frequencies = theta ** -(torch.arange(0, D, 2, device=device).double() / D)
     attention_factor = 1.0
-    if config.rope_scaling is not None:
-        frequencies, attention_factor = scale_frequencies(frequencies, config.rope_scaling, config.rope_theta)
+    if config.rope_scaling is not None and not local:
+        frequencies, attention_factor = scale_frequencies(frequencies, config.rope_scaling, theta)
     positions = torch.arange(config.max_position_embeddings, device=device).double()
     angles = positions[:, None] * frequencies
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
@@ -99,7 +106,7 @@ def extend_context(
         raise UsageError("the context of this model has already been extended.")
     factor = context / old
     if method == "ntk":
-        theta = config.rope_theta * factor ** (config.head_dim / max(1, config.head_dim - 2))
+        theta = config.rope_theta * factor ** (config.rotary_dim / max(1, config.rotary_dim - 2))
         return replace(config, max_position_embeddings=context, rope_theta=theta)
     scaling = RopeScaling(kind=method or "yarn", factor=factor, original_max_position_embeddings=old)
     return replace(config, max_position_embeddings=context, rope_scaling=scaling)

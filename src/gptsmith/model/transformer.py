@@ -5,7 +5,7 @@ D head_dim · F feed-forward width · E experts · V vocabulary · L layers.
 
 Papers: attention, Vaswani et al. 2017 (1706.03762); GPT-2, Radford et al. 2019; RMSNorm, Zhang & Sennrich 2019
 (1910.07467); SwiGLU, Shazeer 2020 (2002.05202); RoPE, Su et al. 2021 (2104.09864); grouped queries, Ainslie et al. 2023
-(2305.13245); query-key norm, Dehghani et al. 2023 (2302.05442).
+(2305.13245); query-key norm, Dehghani et al. 2023 (2302.05442); parallel blocks, GPT-J (Wang & Komatsuzaki 2021).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptsmith.errors import UsageError
-from gptsmith.model.activations import FUNCTIONS
+from gptsmith.model.activations import FUNCTIONS, gate_function
 from gptsmith.model.attention import attend, causal_mask
 from gptsmith.model.cache import Cache
 from gptsmith.model.config import ModelConfig
@@ -32,49 +32,87 @@ from gptsmith.model.vision import Projector, VisionTower, replace_placeholders
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, computed in float32 whatever the dtype of x."""
+    """x / rms(x) · weight over the last axis, computed in float32 whatever the dtype of x.
 
-    def __init__(self, width: int, eps: float) -> None:
+    zero_centered: multiply by 1 + weight instead.
+    """
+
+    def __init__(self, width: int, eps: float, zero_centered: bool = False) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight, self.eps, self.zero_centered = nn.Parameter(torch.ones(width)), eps, zero_centered
+        if zero_centered:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
+        return (y * (1 + self.weight if self.zero_centered else self.weight)).to(x.dtype)
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(width, eps=config.norm_eps)
+    if config.norm == "layernorm":
+        return nn.LayerNorm(width, eps=config.norm_eps)
+    return RMSNorm(width, config.norm_eps, config.zero_centered_norm)
+
+
+class HeadsNorm(nn.Module):
+    """The norm of each head with weights of its own, without bias: x (..., H, D), weight (H·D,)."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(heads * config.head_dim)), config.norm_eps
+        self.centered = config.norm == "layernorm"
+        annotate(self, "weight", split_sizes=(config.head_dim,) * heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        if self.centered:
+            y = y - y.mean(dim=-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (y * self.weight.view(x.shape[-2:])).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings to x: (B, H, T, D); cos, sin: (T, D/2). Pairs are (i, i + D/2), as in Llama."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Apply rotary position embeddings to x: (B, H, T, D); cos, sin: (T, R/2), of the first R of the D numbers.
+
+    Pairs are (i, i + R/2), as in Llama.
+    """
+    R = 2 * cos.shape[-1]
+    a, b = x[..., :R].chunk(2, dim=-1)
+    parts = (a * cos - b * sin, b * cos + a * sin, *([x[..., R:]] if x.shape[-1] > R else []))
+    return torch.cat(parts, dim=-1)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Return softmax(q kᵀ · scale + mask), written out: how much each query attends to each key, (B, H, T, S).
 
     q: (B, H, T, D); k: (B, K, S, D). mask: bool, broadcast to (B, H, T, S): True where a query may see a key. False
-    adds -∞ to the score, which makes the weight 0. scale: None: 1/√D.
+    adds -∞ to the score, which makes the weight 0. scale: None: 1/√D. sinks: (H,), a score of each head that takes its
+    share of the weights without a value, so that those of the keys add up to less than 1.
     This is the definition of attention. `attend` computes the same weights times v without storing them.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, D): H/K queries share a key
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)  # (B, H, T, S)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sink = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 @dataclass
 class AttentionInputs:
     """What the attention of every layer takes besides the hidden states.
 
-    rope: cosines and sines of the rotary angles, two (T, D/2). documents: tokens attend only within their own.
-    cache: keys and values of earlier tokens. weights: a list to which every layer appends its `attention_weights`.
+    rope: cosines and sines of the rotary angles, two (T, D/2); local_rope: those of layers with their own.
+    documents: tokens attend only within their own. cache: keys and values of earlier tokens. weights: a list to which
+    every layer appends its `attention_weights`.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
+    local_rope: tuple[Tensor, Tensor] | None = None
     documents: Documents | None = None
     cache: Cache | None = None
     weights: list[Tensor] | None = None
@@ -90,28 +128,42 @@ class Attention(nn.Module):
         self.weight_dropout = dropout if config.position == "learned" else 0.0
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.scale = config.head_dim, config.scale_of(layer)
-        self.window = config.window_of(layer)
+        self.window, self.rope = config.window_of(layer), config.rope_of(layer)
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, q_rows + 2 * kv_rows, bias=config.attention_bias)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(q_rows, config.hidden_size, bias=output_bias)
         for part in ("weight", "bias"):
             annotate(self, f"qkv_proj.{part}", split_sizes=(q_rows, kv_rows, kv_rows))
-        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (self._qk_norm(config, heads) for heads in (self.heads, self.kv_heads))
+        self.normalizes_all_heads = config.qk_norm and config.qk_norm_scope == "all"
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
+
+    @staticmethod
+    def _qk_norm(config: ModelConfig, heads: int) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        if config.qk_norm_scope == "heads":
+            return HeadsNorm(config, heads)
+        return make_norm(config, config.head_dim * (heads if config.qk_norm_scope == "all" else 1))
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         B, T, _ = x.shape  # (B, T, C)
         qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)  # (B, T, H + 2K, D)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        if inputs.rope is not None:
-            q, k = rotate(q, *inputs.rope), rotate(k, *inputs.rope)
+        if self.normalizes_all_heads:
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        rope = {"none": None, "global": inputs.rope, "local": inputs.local_rope}[self.rope]
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if inputs.weights is not None:
-            inputs.weights.append(attention_weights(q, k, self._mask(q, inputs.documents), self.scale))
+            inputs.weights.append(attention_weights(q, k, self._mask(q, inputs.documents), self.scale, self.sinks))
         # y = attention_weights(q, k, mask) @ v: (B, H, T, D)
         if inputs.cache is not None:
-            y = inputs.cache.attend(self.layer, q, k, v, self.window, self.scale)
+            y = inputs.cache.attend(self.layer, q, k, v, self.window, self.scale, self.sinks)
         else:
             y = attend(
                 q,
@@ -121,6 +173,7 @@ class Attention(nn.Module):
                 documents=inputs.documents,
                 dropout=self.weight_dropout if self.training else 0.0,
                 scale=self.scale,
+                sinks=self.sinks,
             )
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H·D)
         return dropout(self.o_proj(y), self.dropout, self.training)  # (B, T, C)
@@ -131,46 +184,139 @@ class Attention(nn.Module):
         return causal_mask(q.shape[2], q.shape[2], self.window, q.device)
 
 
-class MLP(nn.Module):
-    """The feed-forward layer: down(activation(up(x))), or with a gate down(activation(gate(x)) · up(x))."""
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values of all heads are made of one short vector.
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    The cache holds that vector, c, and the rotated part of the key, r, that all heads share. There a head's query q,
+    with the matrices W of its keys and U of its values, attends as q W to c itself, since q·(W c) = (q W)·c, and U is
+    applied to the result: attention with a single key head.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
         super().__init__()
+        assert config.kv_lora_rank is not None
+        self.layer, self.dropout, self.scale = layer, dropout, config.scale_of(layer)
+        self.heads, self.head_dim, self.value_dim = config.num_attention_heads, config.head_dim, config.value_dim
+        self.rank, self.rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+        C, q_rows, bias = config.hidden_size, self.heads * self.head_dim, config.attention_bias
+        self.q_rank = config.q_lora_rank
+        if self.q_rank is None:
+            self.q_proj = nn.Linear(C, q_rows, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(C, self.q_rank, bias=bias)
+            self.q_a_norm = RMSNorm(self.q_rank, _LATENT_EPS)
+            self.q_b_proj = nn.Linear(self.q_rank, q_rows, bias=False)
+        self.kv_a_proj = nn.Linear(C, self.rank + self.rope_dim, bias=bias)
+        self.kv_a_norm = RMSNorm(self.rank, _LATENT_EPS)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.head_dim - self.rope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, C, bias=bias)
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        B, T, _ = x.shape  # (B, T, C)
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        q, q_rope = q.split((self.head_dim - self.rope_dim, self.rope_dim), dim=-1)
+        latent, k_rope = self.kv_a_proj(x).split((self.rank, self.rope_dim), dim=-1)
+        latent, k_rope = self.kv_a_norm(latent), k_rope[:, None]  # (B, T, rank), (B, 1, T, R)
+        assert inputs.rope is not None
+        q_rope, k_rope = rotate(q_rope, *inputs.rope), rotate(k_rope, *inputs.rope)
+        if inputs.cache is not None:
+            keys, values = self._latent_matrices()  # (H, D - R, rank), (H, V, rank)
+            q = torch.cat((q @ keys.to(q.dtype), q_rope), dim=-1)  # (B, H, T, rank + R)
+            k = torch.cat((latent[:, None], k_rope), dim=-1)  # (B, 1, T, rank + R)
+            y = inputs.cache.attend(self.layer, q, k, latent[:, None], None, self.scale or self.head_dim**-0.5)
+            y = y @ values.to(y.dtype).mT  # (B, H, T, V)
+        else:
+            kv = self.kv_b_proj(latent).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D - R + V)
+            k, v = kv.split((self.head_dim - self.rope_dim, self.value_dim), dim=-1)
+            q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
+            if inputs.weights is not None:
+                mask = causal_mask(T, T, None, q.device) if inputs.documents is None else inputs.documents.mask()
+                inputs.weights.append(attention_weights(q, k, mask, self.scale))
+            y = attend(q, k, v, documents=inputs.documents, scale=self.scale)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H·V)
+        return dropout(self.o_proj(y), self.dropout, self.training)  # (B, T, C)
+
+    def _latent_matrices(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices that make keys and values of the latent vector, of each head: (H, D - R or V, rank)."""
+        weight: Any = self.kv_b_proj.weight
+        if type(self.kv_b_proj) is not nn.Linear:  # quantized, or with an adapter
+            like = weight if isinstance(weight, Tensor) else self.kv_a_norm.weight
+            weight = self.kv_b_proj(torch.eye(self.rank, dtype=like.dtype, device=like.device)).mT
+        per_head: Tensor = (
+            weight.view(self.heads, -1, self.rank)
+            if weight.is_contiguous()
+            else weight.reshape(self.heads, -1, self.rank)
+        )
+        keys, values = per_head.split((self.head_dim - self.rope_dim, self.value_dim), dim=1)
+        return keys, values
+
+
+_LATENT_EPS = 1e-6  # of the norms of latent vectors, whatever that of others is
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: down(activation(up(x))), or with a gate down(activation(gate(x)) · up(x)).
+
+    width: None: that of the configuration.
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float, width: int | None = None) -> None:
+        super().__init__()
+        width = config.intermediate_size if width is None else width
         self.gated, self.activation, self.dropout = config.gated_mlp, FUNCTIONS[config.activation], dropout
-        expanded = config.intermediate_size * (2 if self.gated else 1)
+        self.gate = gate_function(config)
+        expanded = width * (2 if self.gated else 1)
         self.up_proj = nn.Linear(config.hidden_size, expanded, bias=config.mlp_bias)  # rows of the gate, then of up
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         if self.gated:
             for part in ("weight", "bias"):
-                annotate(self, f"up_proj.{part}", split_sizes=(config.intermediate_size,) * 2)
+                annotate(self, f"up_proj.{part}", split_sizes=(width, width))
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         h = self.up_proj(x)  # (B, T, F), with a gate (B, T, 2F)
         if self.gated:
             gate, up = h.chunk(2, dim=-1)
-            h = self.activation(gate) * up  # (B, T, F)
+            h = self.gate(gate, up)  # (B, T, F)
         else:
             h = self.activation(h)
         return dropout(self.down_proj(h), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with post-norm norm(x + attention(x)), then norm(x + mlp(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `ModelConfig.norm_position` has the other orders.
+
+    With a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
         super().__init__()
-        self.post_norm = config.norm_position == "post"
+        self.norm_position, self.parallel = config.norm_position, config.parallel_residual
+        self.shared_norm = config.shared_norm
         self.attention_norm = make_norm(config, config.hidden_size)
-        self.attention = Attention(config, layer, dropout)
-        self.mlp_norm = make_norm(config, config.hidden_size)
-        self.mlp = MixtureOfExperts(config) if config.num_experts else MLP(config, dropout)
+        self.attention = (Attention if config.kv_lora_rank is None else LatentAttention)(config, layer, dropout)
+        self.mlp_norm = nn.Identity() if self.shared_norm else make_norm(config, config.hidden_size)
+        dense = config.dense_intermediate_size if config.num_experts else None
+        self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else MLP(config, dropout, dense)
+        if self.norm_position == "sandwich":
+            self.attention_output_norm = make_norm(config, config.hidden_size)
+            self.mlp_output_norm = make_norm(config, config.hidden_size)
 
     def forward(self, x: Tensor, inputs: AttentionInputs, router_logits: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). router_logits: a list to which a mixture of experts appends its own."""
         y: Tensor
-        if self.post_norm:
+        if self.parallel:
+            h = self.attention_norm(x)
+            y = x + self.attention(h, inputs) + self.mlp(h if self.shared_norm else self.mlp_norm(x), router_logits)
+        elif self.norm_position == "post":
             y = self.attention_norm(x + self.attention(x, inputs))
             y = self.mlp_norm(y + self.mlp(y, router_logits))
+        elif self.norm_position == "reordered":
+            y = x + self.attention_norm(self.attention(x, inputs))
+            y = y + self.mlp_norm(self.mlp(y, router_logits))
+        elif self.norm_position == "sandwich":
+            y = x + self.attention_output_norm(self.attention(self.attention_norm(x), inputs))
+            y = y + self.mlp_output_norm(self.mlp(self.mlp_norm(y), router_logits))
         else:
             y = x + self.attention(self.attention_norm(x), inputs)
             y = y + self.mlp(self.mlp_norm(y), router_logits)
@@ -212,12 +358,17 @@ class Transformer(nn.Module):
         self.config, self.dropout = config, dropout
         self.generation_config: dict[str, Any] = {}
         self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding_size = config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            rows = config.position_offset + config.max_position_embeddings
+            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+        if config.embedding_size is not None:
+            self.embedding_in_proj = nn.Linear(embedding_size, config.hidden_size, bias=False)
+            self.embedding_out_proj = nn.Linear(config.hidden_size, embedding_size, bias=False)
         self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
-        self.norm = make_norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.hidden_size)
+        self.lm_head = nn.Linear(embedding_size, config.vocab_size, bias=False)
         annotate(self, "lm_head.weight", kind="head")
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -229,6 +380,12 @@ class Transformer(nn.Module):
             cos, sin = rope_tables(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        if config.local_rope_theta is not None:
+            self.local_rope_cos: Tensor
+            self.local_rope_sin: Tensor
+            cos, sin = rope_tables(config, local=True)
+            self.register_buffer("local_rope_cos", cos, persistent=False)
+            self.register_buffer("local_rope_sin", sin, persistent=False)
         if initialize:
             self.initialize()
 
@@ -251,6 +408,15 @@ class Transformer(nn.Module):
         if self.config.vision is not None:
             self.vision.initialize(std)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens, ids (B, T), as the first block takes them, but for positions: (B, T, C)."""
+        x: Tensor = self.embed_tokens(ids)
+        if self.config.embedding_size is not None:
+            x = self.embedding_in_proj(x)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the dtype, as in training
+        return x
+
     def forward(
         self,
         ids: Tensor | None = None,
@@ -265,7 +431,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the logits (B, T, V) of the token after each of ids: (B, T) int64.
 
-        inputs_embeds: (B, T, C), token embeddings in place of ids. Positions are added to them, too.
+        inputs_embeds: (B, T, C), token embeddings as from `embed` in place of ids. Positions are added to them, too.
         pixels: (N, 3, S, S), pictures in the order in which their image tokens stand in ids, row by row; of a model
             that reads pictures. Raises ValueError where the number of image tokens does not fit.
         cache: keys and values of the tokens before these; it is extended. Without document_ids and weights.
@@ -305,10 +471,14 @@ class Transformer(nn.Module):
         router_logits: list[Tensor] | None = None,
         residuals: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return the input of `lm_head`: the output of the final norm, (B, T, C). Arguments as in `forward`."""
+        """Return the input of `lm_head`: the output of the final norm, (B, T, C). Arguments as in `forward`.
+
+        With an `embedding_size` it is as wide as that.
+        """
         if (ids is None) == (inputs_embeds is None):
             raise ValueError("the model takes either token ids or inputs_embeds: exactly one of them.")
-        x: Tensor = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        x = self.embed(ids) if ids is not None else inputs_embeds  # (B, T, C)
+        assert x is not None
         if pixels is not None:
             if ids is None or self.config.image_token_id is None:
                 raise ValueError("pictures need token ids, and a model that reads pictures.")
@@ -318,16 +488,18 @@ class Transformer(nn.Module):
             raise IndexError(f"{T} tokens are more than the context of {self.config.max_position_embeddings}")
         positions = slice(0, T) if cache is None else cache.positions(T)
         documents = None if document_ids is None else Documents(document_ids)
-        rope = None
+        rope = local_rope = None
         if self.config.position == "rope":
             rope = (self.rope_cos[positions], self.rope_sin[positions])  # (T, D/2) each
+            if self.config.local_rope_theta is not None:
+                local_rope = (self.local_rope_cos[positions], self.local_rope_sin[positions])
         elif documents is not None:
-            x = x + self.embed_positions(documents.positions())
+            x = x + self.embed_positions(documents.positions() + self.config.position_offset)
         else:
-            x = x + self.embed_positions.weight[positions]
+            x = x + self.embed_positions.weight[self.config.position_offset :][positions]
         x = dropout(x, self.dropout, self.training)
 
-        inputs = AttentionInputs(rope, documents, cache, weights)
+        inputs = AttentionInputs(rope, local_rope, documents, cache, weights)
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None and weights is None
         if residuals is not None:
             residuals.append(x)
@@ -341,7 +513,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden if self.config.embedding_size is None else self.embedding_out_proj(hidden)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return what stands for the embeddings of pictures' tokens: (N, 3, S, S) -> (N, tokens, C).
@@ -355,6 +527,8 @@ class Transformer(nn.Module):
         """Extend the context to `context` tokens without changing the weights; see `rope.extend_context`."""
         self.config = extend_context(self.config, context, method)
         self.rope_cos, self.rope_sin = rope_tables(self.config, self.rope_cos.device)
+        if self.config.local_rope_theta is not None:
+            self.local_rope_cos, self.local_rope_sin = rope_tables(self.config, self.rope_cos.device, local=True)
 
     def split_sizes(self, name: str) -> tuple[int, ...]:
         """Return how many rows each of the matrices fused into parameter `name` has (q, k, v; gate, up; experts)."""

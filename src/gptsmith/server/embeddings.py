@@ -48,7 +48,7 @@ async def embed(body: EmbeddingsRequest, request: Request) -> Any:
     """Return an embedding, a vector of unit length, for each input."""
     service = service_of(request)
     served = await service.served(request, body.model)
-    width = served.model.config.hidden_size
+    width = served.model.config.embedding_size or served.model.config.hidden_size
     if body.dimensions not in (None, width):
         raise ApiError(400, f"dimensions must be {width}, the width of this model.", param="dimensions")
     if served.adapter is not None:

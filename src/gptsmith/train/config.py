@@ -30,8 +30,8 @@ class ModelOptions:
 
     family: Annotated[str, FAMILIES] = "qwen3"
     """Architecture. gpt1, gpt2, gpt3: as published in 2018, 2019, 2020. qwen3: a current one (RoPE, RMSNorm, SwiGLU,
-    grouped-query attention, QK-norm); llama, mistral, qwen2: similar. mixtral, qwen2_moe, qwen3_moe: mixtures of
-    experts."""
+    grouped-query attention, QK-norm); llama, mistral, qwen2, phi3, olmo2, stablelm, smollm3, gemma3: similar. gpt_neox:
+    Pythia. opt: a GPT-3. mixtral, qwen2_moe, qwen3_moe, gpt_oss: mixtures of experts."""
     num_hidden_layers: int = 4
     """Number of blocks."""
     hidden_size: int = 128
@@ -49,9 +49,10 @@ class ModelOptions:
     tie_word_embeddings: bool = True
     """Share one matrix between the input embedding and the output head."""
     sliding_window: int | None = None
-    """Window of the sliding-window layers of gpt3 and mistral, in tokens (default: as published)."""
+    """Window of the sliding-window layers of gpt3, mistral, phi3, gemma3 and gpt_oss, in tokens (default: as
+    published)."""
     num_experts: int | None = None
-    """Number of experts per layer in mixtral, qwen2_moe and qwen3_moe (default: as published)."""
+    """Number of experts per layer in mixtral, qwen2_moe, qwen3_moe and gpt_oss (default: as published)."""
     num_experts_per_tok: int | None = None
     """Number of experts that each token uses (default: as published)."""
     shared_expert_intermediate_size: int | None = None

@@ -1,0 +1,1 @@
+"""Layouts of Hugging Face, a page per family: the table of its weights, and its configuration there and back."""
