@@ -62,7 +62,7 @@ def adapter_layout(model: Transformer) -> dict[str, list[AdaptedPart]]:
 def _orders(model: Transformer) -> dict[str, Tensor]:
     """Return for each module whose rows Hugging Face stores in another order the index of ours, by its name there."""
     return {
-        mapping.hf[0].removesuffix(".weight"): mapping.reordered.order(
+        module_name(model.config, mapping.hf[0].removesuffix(".weight")): mapping.reordered.order(
             columns_and_rows(model.get_submodule(mapping.local.removesuffix(".weight")))[1]
         )
         for mapping in weight_mappings(model.config)
