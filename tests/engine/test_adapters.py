@@ -16,12 +16,13 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import load_weights, save_model, weight_mappings, weights_to_hf
 from gptsmith.formats.peft import read_adapter
+from gptsmith.model.families import FAMILIES
 from gptsmith.model.lora import applied
 from gptsmith.model.quantized import quantize
 from gptsmith.model.transformer import Transformer
-from tests.factories import tiny_model
+from tests.factories import WITH_EXPERTS, tiny_model
 
-DENSE = ["gpt1", "gpt2", "gpt3", "llama", "mistral", "qwen2", "qwen3"]
+DENSE = [family for family in FAMILIES if family not in WITH_EXPERTS]
 
 
 def make_model(family: str) -> Transformer:
