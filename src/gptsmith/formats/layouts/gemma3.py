@@ -63,7 +63,7 @@ def config_to_hf(c: ModelConfig) -> dict[str, Any]:
         "hidden_activation": activation_to_hf(c, gated=True),
         "attention_bias": c.attention_bias,
         "query_pre_attn_scalar": scalar,
-        "sliding_window": c.sliding_window,
+        "sliding_window": c.sliding_window or FIELDS["sliding_window"],  # required, though no layer may have it
         "layer_types": layer_types(c),
         # Both spellings: transformers 4 reads the first three, transformers 5 the last.
         "rope_theta": c.rope_theta,

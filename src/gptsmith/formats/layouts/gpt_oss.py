@@ -92,7 +92,7 @@ def config_to_hf(c: ModelConfig) -> dict[str, Any]:
         "output_router_logits": False,
         "swiglu_alpha": c.swiglu_alpha,
         "swiglu_limit": c.swiglu_limit,
-        "sliding_window": c.sliding_window,
+        "sliding_window": c.sliding_window or FIELDS["sliding_window"],  # required, though no layer may have it
         "layer_types": layer_types(c),
         "attention_bias": c.attention_bias,
     }
