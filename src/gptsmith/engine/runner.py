@@ -153,7 +153,7 @@ class Runner:
         tokens = torch.tensor([ids], device=device)
         with self._evaluating():
             if features:
-                embeddings = place(self.model.embed_tokens(tokens)[0], features)[None]  # (1, N, C)
+                embeddings = place(self.model.embed(tokens)[0], features)[None]  # (1, N, C)
                 hidden = self.model.hidden_states(inputs_embeds=embeddings, cache=paged)[0]  # (N, C)
             else:
                 hidden = self.model.hidden_states(tokens, cache=paged)[0]  # (N, C)
