@@ -207,7 +207,7 @@ def inspect_text(
 @torch.inference_mode()
 def _embeddings(model: Transformer, prompt: Prompt) -> torch.Tensor:
     """Return the embeddings of the tokens, with the features of the pictures: (T, C)."""
-    embeddings: torch.Tensor = model.embed_tokens(torch.tensor(prompt.ids, device=next(model.parameters()).device))
+    embeddings: torch.Tensor = model.embed(torch.tensor(prompt.ids, device=next(model.parameters()).device))
     features = ImageFeatures(model)
     return place(embeddings, [(image.start, features.of(image)) for image in prompt.images])
 
