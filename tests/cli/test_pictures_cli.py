@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gptsmith
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.cli import chat
 from gptsmith.data.images import decode_image
@@ -96,6 +97,21 @@ def test_generate_answers_about_pictures(place: Path, tokenizer: Tokenizer, run_
     )
     assert code == 0
     assert "--- sample 2 of 2 ---" in out
+
+
+def test_generate_in_python(place: Path, tokenizer: Tokenizer) -> None:
+    model, own = gptsmith.load(place / "seer")
+    answer = gptsmith.generate(
+        model,
+        own,
+        "the fox",
+        images=[place / "a cat.png", (place / "dog.jpg").read_bytes()],
+        max_tokens=8,
+        temperature=0,
+    )
+    assert answer == expected(place, tokenizer, "the fox", "a cat.png", "dog.jpg")
+    with pytest.raises(UsageError, match="reads text only"):
+        gptsmith.generate(*gptsmith.load(place / "text"), "the fox", images=[place / "dog.jpg"])
 
 
 @pytest.mark.parametrize(

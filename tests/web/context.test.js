@@ -73,3 +73,17 @@ test("pictures are counted without their pixels", () => {
   assert.deepEqual(withoutPixels({ role: "user", content: "What?" }), { role: "user", content: "What?" });
   assert.equal(picture.image_url.url, "data:image/png;base64,AAAA");
 });
+
+test("the oldest turns are left out if there are too many pictures", async () => {
+  const picture = { type: "image_url", image_url: { url: "data:," } };
+  const turns = [8, 7, 1, 2].flatMap((count) => [
+    { role: "user", content: [...Array(count).fill(picture), { type: "text", text: "x" }] },
+    { role: "assistant", content: "x" },
+  ]);
+  const messages = [{ role: "system", content: "s" }, ...turns.slice(0, -1)];
+  const calls = [];
+  const found = await fit(messages, 20, counter(1000, calls));
+  assert.equal(found.dropped, 1);
+  assert.deepEqual(found.messages, [messages[0], ...messages.slice(3)]);
+  assert.deepEqual(calls, [6]); // the first count is of a request that the server takes
+});

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
     _params(chosen)  # raises for bad options before the model is loaded
-    from gptsmith.engine.text import engine_for, prepare_image, question, stream
+    from gptsmith.engine.text import answering, engine_for, prepare_image, question, stream
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
@@ -106,8 +106,7 @@ def main(arguments: list[str]) -> int:
         template = ChatTemplate(tokenizer)
         text = "" if prompt == Generate.prompt else prompt
         asked = question(model, template, text, [prepare_image(model, picture) for picture in pictures])
-        end_ids = () if params.ignore_eos else template.end_ids()
-        params = replace(params, stop=(*params.stop, *template.stop), stop_ids=(*params.stop_ids, *end_ids))
+        params = answering(params, template)
         chunks = stream(engine, tokenizer, asked, params, continues_prompt=False, on_shift=on_shift)
         prompt = ""
     else:

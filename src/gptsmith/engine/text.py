@@ -12,6 +12,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
@@ -395,9 +396,19 @@ def generate_texts(
     return list(texts.values())
 
 
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: Any) -> str:
+def answering(params: SamplingParams, template: ChatTemplate) -> SamplingParams:
+    """Return parameters of a text that also ends where the chat template ends an answer."""
+    end_ids = () if params.ignore_eos else template.end_ids()
+    return replace(params, stop=(*params.stop, *template.stop), stop_ids=(*params.stop_ids, *end_ids))
+
+
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, *, images: Sequence[Path | str | bytes] = (), **params: Any
+) -> str:
     """Return the continuation of `prompt` (without the prompt).
 
+    images: pictures (paths, data: URLs or contents of files) for a model that reads them. The prompt is then a question
+    about them, written by the chat template, and what is returned is the answer.
     params: fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, min_p, stop, seed, ...
     Others are the model's own defaults (`engine.sampling.model_defaults`), then those of `SamplingParams`.
     By default (`overflow="shift"`), the oldest tokens are forgotten when the context is full.
@@ -415,8 +426,15 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **params: An
         raise UsageError(f"generate: {str(error).partition(') ')[2] or error}.") from None
     if chosen.n > 1:
         raise UsageError("generate returns one text; for several use generate_texts.")
+    asked: str | Prompt = prompt
+    if images:
+        from gptsmith.data.images import read_image_part
+
+        template = ChatTemplate(tokenizer)
+        pictures = [prepare_image(model, read_image_part(each, base=Path())) for each in images]
+        asked, chosen = question(model, template, prompt, pictures), answering(chosen, template)
     engine = engine_for(model, tokenizer, chosen)
-    return "".join(chunk.text for chunk in stream(engine, tokenizer, prompt, chosen))
+    return "".join(chunk.text for chunk in stream(engine, tokenizer, asked, chosen, continues_prompt=not images))
 
 
 def engine_for(

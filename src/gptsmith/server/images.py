@@ -13,8 +13,8 @@ from starlette.requests import Request
 
 from gptsmith.data.images import DecodedImage, ImageError, decode_image, image_bytes
 from gptsmith.engine.prompt import Prompt, PromptImage, prompt_image, with_images
-from gptsmith.errors import UsageError
-from gptsmith.server.errors import ApiError
+from gptsmith.errors import GptsmithError, UsageError
+from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.media import MediaError
 from gptsmith.server.models import ServedModel
 from gptsmith.server.schema import ChatMessage, ImagePart, UserMessage
@@ -67,7 +67,7 @@ async def load_pictures(
 async def read_pictures(
     service: Service, request: Request, pictures: Sequence[Picture], prepare: Callable[[DecodedImage], T]
 ) -> list[T]:
-    """Fetch and decode pictures; return what `prepare` makes of each. Raise ApiError 400 or 504.
+    """Fetch and decode pictures; return what `prepare` makes of each. Raise ApiError 400, 500 or 504.
 
     The server decodes one picture at a time, so that memory is bounded whatever the number of requests.
     """
@@ -87,6 +87,8 @@ async def read_pictures(
                     prepared.append(await asyncio.to_thread(decode, source))
         except (ImageError, MediaError) as error:
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from None
+        except GptsmithError as error:  # Pillow is not installed
+            raise from_engine(error) from None
         except TimeoutError:
             raise ApiError(504, "The request timed out while its pictures were read.", code="timeout") from None
     return prepared
