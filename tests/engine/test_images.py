@@ -206,13 +206,14 @@ def test_features_that_are_kept_are_bounded() -> None:
 def test_adapters_of_the_eyes_apply_to_their_own_requests() -> None:
     model, merged = seeing_model(), seeing_model()
     torch.manual_seed(2)
-    updates = {}
+    updates: dict[str, tuple[Update, ...]] = {}
     for name in ("vision.layers.0.fc1", "projector.linear_2", "layers.0.attention.o_proj"):
-        rows, columns = model.get_submodule(name).weight.shape
+        weight: Any = merged.get_submodule(name).weight
+        rows, columns = weight.shape
         update = Update(0, torch.randn(2, columns), torch.randn(rows, 2))
         updates[name] = (update,)
         with torch.no_grad():
-            merged.get_submodule(name).weight += update.B @ update.A
+            weight += update.B @ update.A
     engine, prompt = Engine(model, block_size=4), prompt_of(model, [1, IMAGE, 2, 3, 4], 0)
     engine.add_adapter("eyes", Adapter(2, updates))
     params = [GREEDY, dataclasses.replace(GREEDY, adapter="eyes")]

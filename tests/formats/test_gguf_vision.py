@@ -156,7 +156,9 @@ class Llama:
         """
         mtmd = self.mtmd
         bitmaps = [
-            mtmd.mtmd_bitmap_init(image.width, image.height, (ctypes.c_uint8 * image.pixels.nbytes)(*image.pixels.flat))
+            mtmd.mtmd_bitmap_init(
+                image.width, image.height, (ctypes.c_uint8 * image.pixels.nbytes).from_buffer_copy(image.pixels)
+            )
             for image in images
         ]
         chunks = mtmd.mtmd_input_chunks_init()
