@@ -10,6 +10,7 @@ which are dequantized on access. The parts are in modules of their own: `gguf_fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, UsageError
+from gptsmith.formats.gguf_blocks import TYPES_BY_NAME, TensorType
 from gptsmith.formats.gguf_config import config_to_metadata, llama3_divisors, metadata_to_config, sampling_to_metadata
-from gptsmith.formats.gguf_file import TYPES_BY_NAME, GgufFile, PlannedTensor, TensorType, open_gguf, write_gguf_file
+from gptsmith.formats.gguf_file import GgufFile, PlannedTensor, open_gguf, write_gguf_file, write_gguf_parts
 from gptsmith.formats.gguf_weights import (
     ARCHITECTURES,
     TensorMapping,
@@ -30,13 +32,23 @@ from gptsmith.formats.gguf_weights import (
     neighbors_to_halves,
     tensor_mappings,
 )
-from gptsmith.formats.hf import config_to_hf, describe_mismatch, weights_to_hf
+from gptsmith.formats.hf import config_to_hf, describe_mismatch, weight_mappings, weights_to_hf
+from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import Codes
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
 
-GgufType = Literal["f32", "f16", "q8_0", "q4_0"]
-GGUF_TYPES: dict[GgufType, int] = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}  # values: llama.cpp's `general.file_type`
+GgufType = Literal["f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "mxfp4"]
+GGUF_TYPES: dict[GgufType, int] = {  # values: llama.cpp's `general.file_type`
+    "f32": 0,
+    "f16": 1,
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q4_k_m": 15,
+    "q4_0": 2,
+    "mxfp4": 38,
+}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -131,12 +143,23 @@ class _LazyTensors(Mapping[str, Tensor]):
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(model: Transformer, vocabulary: Mapping[str, Any], path: Path, dtype: GgufType = "f16") -> None:
-    """Write `model` as one GGUF file that llama.cpp loads, atomically.
+def write_gguf(
+    model: Transformer,
+    vocabulary: Mapping[str, Any],
+    path: Path,
+    dtype: GgufType = "f16",
+    *,
+    importance: Mapping[str, Tensor] | None = None,
+    part_bytes: int | None = None,
+) -> list[Path]:
+    """Write `model` as a GGUF file that llama.cpp loads, atomically. Return the paths of what was written.
 
     vocabulary: `gptsmith.formats.gguf_tokenizer.tokenizer_to_gguf(tokenizer, model.config.vocab_size)`.
-    dtype: of the matrices. Norms, biases, routers, position embeddings, and matrices whose rows are not a multiple of
-    32 are stored as float32. A q4_0 file stores embeddings and output matrix as q8_0.
+    dtype: of the matrices (see `stored_type`). Norms, biases, routers, position embeddings, and matrices whose rows are
+    not a multiple of 32 are stored as float32.
+    importance: of the inputs of each layer, (K,), by the name of our parameter (of an expert's matrix:
+    `layers.0.mlp.up_proj.3`), by which errors are weighted when a matrix is quantized.
+    part_bytes: split the file into parts with at most so many bytes of tensors; None: one file.
     Raises UsageError for a model that llama.cpp would compute differently.
     """
     if dtype not in GGUF_TYPES:
@@ -152,11 +175,13 @@ def write_gguf(model: Transformer, vocabulary: Mapping[str, Any], path: Path, dt
     mappings: dict[str, list[TensorMapping]] = {}  # by GGUF tensor; several for a tensor of all experts
     for mapping in tensor_mappings(config):
         mappings.setdefault(mapping.gguf, []).append(mapping)
+    of_columns = _importance_by_hf_name(model.config, importance or {})
     tensors = []
     for name, group in mappings.items():
         shape = group[0].stored_shape if group[0].expert is None else (len(group), *group[0].stored_shape)
         numbers = partial(_gguf_numbers, group, weights)
-        tensors.append(PlannedTensor(name, shape, _stored_type(name, shape, dtype), numbers))
+        type = stored_type(name, shape, dtype, config, has_output="output.weight" in mappings)
+        tensors.append(PlannedTensor(name, shape, type, numbers, _stacked(group, of_columns)))
     if ARCHITECTURES[config["model_type"]].requires_output and config["tie_word_embeddings"]:
         embeddings = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
         tensors.append(replace(embeddings, name="output.weight"))
@@ -174,8 +199,35 @@ def write_gguf(model: Transformer, vocabulary: Mapping[str, Any], path: Path, dt
         **settings,
         **vocabulary,
     }
-    with atomic_file(Path(path)) as file:
+    path = Path(path)
+    if part_bytes is not None:
+        return write_gguf_parts(path, header, tensors, part_bytes)
+    with atomic_file(path) as file:
         write_gguf_file(file, header, tensors)
+    return [path]
+
+
+def _importance_by_hf_name(config: ModelConfig, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the importance of columns by the Hugging Face names of the matrices."""
+    found = {}
+    for mapping in weight_mappings(config):
+        local = mapping.local
+        if local == "embed_tokens.weight" and config.tie_word_embeddings:
+            local = "lm_head.weight"  # a table of embeddings has no inputs; an output matrix does
+        per_expert = max(1, len(mapping.hf) // max(1, config.num_experts or 0))
+        for i, name in enumerate(mapping.hf):
+            numbers = importance.get(local, importance.get(f"{local}.{i // per_expert}"))
+            if numbers is not None:
+                found[name] = numbers.float().cpu()
+    return found
+
+
+def _stacked(group: list[TensorMapping], importance: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the importance of the columns of one GGUF tensor; None if it is not known for all of it."""
+    parts = [importance[mapping.hf] for mapping in group if mapping.hf in importance]
+    if len(parts) < len(group):
+        return None
+    return parts[0] if group[0].expert is None else torch.stack(parts)
 
 
 def _gguf_numbers(group: list[TensorMapping], weights: Mapping[str, Tensor]) -> np.ndarray:
@@ -188,10 +240,45 @@ def _gguf_numbers(group: list[TensorMapping], weights: Mapping[str, Tensor]) -> 
     return parts[0] if group[0].expert is None else np.stack(parts)
 
 
-def _stored_type(name: str, shape: tuple[int, ...], dtype: GgufType) -> TensorType:
+def stored_type(
+    name: str, shape: tuple[int, ...], dtype: GgufType, config: Mapping[str, Any], *, has_output: bool
+) -> TensorType:
+    """Return the type of a tensor in a file of this type, as llama.cpp's `llama_tensor_get_type` chooses it.
+
+    The output matrix, or the embeddings that stand for it, get more bits, as do a part of the values' and the
+    feed-forward layers' matrices in files of mixed types (`_m`). MXFP4 is for the experts if there are any, otherwise
+    for all matrices; the rest gets 8 bits. Rows that are not whole blocks of 256 get a type with blocks of 32.
+    config: Hugging Face's. has_output: there is an output matrix.
+    """
     if len(shape) == 1 or name == "position_embd.weight" or name.endswith("ffn_gate_inp.weight"):
         return TYPES_BY_NAME["F32"]
-    if dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
-        dtype = "q8_0"
-    in_blocks = shape[-1] % 32 == 0  # some of llama.cpp's kernels read float16 rows in blocks of 32, too
-    return TYPES_BY_NAME[dtype.upper() if in_blocks else "F32"]
+    if shape[-1] % 32:  # some of llama.cpp's kernels read float16 rows in blocks of 32, too
+        return TYPES_BY_NAME["F32"]
+    chosen = {"q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}.get(dtype, dtype.upper())
+    is_output = name == "output.weight" or (name == "token_embd.weight" and not has_output)
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
+    if dtype == "q4_0":
+        chosen = "Q8_0" if name in ("token_embd.weight", "output.weight") else chosen
+    elif dtype == "mxfp4":
+        in_mxfp4 = name.startswith("blk.") and (len(shape) == 3 or not experts)
+        chosen = "MXFP4" if in_mxfp4 else "Q8_0"
+    elif dtype in ("q4_k_m", "q5_k_m", "q6_k"):
+        chosen = "Q6_K" if is_output else _mixed_type(name, chosen, dtype, config, experts)
+    if shape[-1] % TYPES_BY_NAME[chosen].block_size:
+        chosen = "Q8_0" if is_output else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[chosen]
+    return TYPES_BY_NAME[chosen]
+
+
+def _mixed_type(name: str, chosen: str, dtype: GgufType, config: Mapping[str, Any], experts: int) -> str:
+    """Return the K-type of a matrix within a layer; chosen: that of most matrices in a file of this type."""
+    part = re.sub(r"blk\.\d+\.|\.weight", "", name)
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+    more_bits = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    if experts == 8 and part in ("attn_v", "attn_k"):
+        return "Q8_0"
+    if experts == 8 and part == "attn_output" and chosen == "Q4_K":
+        return "Q5_K"
+    if dtype != "q6_k" and more_bits and part in ("attn_v", "ffn_down", "ffn_down_exps", "ffn_down_shexp"):
+        return "Q6_K"
+    return {"q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}.get(dtype, chosen) if part == "attn_qkv" else chosen

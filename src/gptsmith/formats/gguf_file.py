@@ -22,8 +22,19 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from gptsmith.errors import CheckpointError, first_few
+from gptsmith.errors import CheckpointError, UsageError, first_few
+from gptsmith.formats.gguf_blocks import (
+    TABLES,
+    TENSOR_TYPES,
+    TYPES_BY_NAME,
+    ZERO_CODES,
+    TensorType,
+    decode,
+    encode,
+    split,
+)
 from gptsmith.model.quantized import Codes
+from gptsmith.storage import atomic_file
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -36,7 +47,12 @@ _MAX_NAME = 1 << 10  # bytes of a key or a tensor's name
 _MAX_STRING = 1 << 26  # bytes of a string value, which can be a whole tokenizer.json
 _MAX_ELEMENTS = 1 << 23  # in all arrays together; the largest vocabularies need about two million
 _MAX_ALIGNMENT = 1 << 16
+_MAX_PARTS = 10_000
 
+_OTHER_TYPES = (  # of ggml, which are not supported
+    {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S"}
+    | {24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4"}
+)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {  # value type: struct format
     0: "<B",
@@ -54,37 +70,6 @@ _SCALARS = {  # value type: struct format
 
 
 @dataclass(frozen=True)
-class TensorType:
-    """How numbers are stored: `block_size` of them in `block_bytes` bytes (ggml-common.h)."""
-
-    number: int
-    name: str
-    block_size: int
-    block_bytes: int
-
-
-TENSOR_TYPES = {
-    each.number: each
-    for each in (
-        TensorType(0, "F32", 1, 4),
-        TensorType(1, "F16", 1, 2),
-        TensorType(30, "BF16", 1, 2),
-        TensorType(2, "Q4_0", 32, 18),
-        TensorType(3, "Q4_1", 32, 20),
-        TensorType(6, "Q5_0", 32, 22),
-        TensorType(7, "Q5_1", 32, 24),
-        TensorType(8, "Q8_0", 32, 34),
-        TensorType(12, "Q4_K", 256, 144),
-        TensorType(13, "Q5_K", 256, 176),
-        TensorType(14, "Q6_K", 256, 210),
-    )
-}
-CODE_TYPES = {"Q4_0": 8, "Q4_1": 0, "Q8_0": 128}
-"""Types that are read without the package gguf, and the code that stands for 0 (of Q4_1: for the block's minimum)."""
-TYPES_BY_NAME = {each.name: each for each in TENSOR_TYPES.values()}
-
-
-@dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is stored.
 
@@ -99,7 +84,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) // self.type.block_size * self.type.block_bytes
+        return self.type.num_bytes(math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -126,27 +111,42 @@ class GgufFile:
         Raises CheckpointError if a number is not finite.
         """
         raw, type, shape = self._raw(name, part)
-        numbers = dequantize(raw, type).reshape(shape)
+        numbers = decode(type.name, raw).reshape(shape)
         if not np.isfinite(numbers).all():
             raise self._not_finite(name)
         return numbers
 
     def codes(self, name: str, part: int | None = None) -> Codes | None:
-        """Return a matrix as quantized codes, exact for Q4_0, Q4_1 and Q8_0; None for any other type.
+        """Return a matrix as quantized codes; None for a type whose numbers these cannot represent.
 
+        They are exact, but for scales that are a product in the file (Q4_K, IQ4_XS), which are rounded to float16.
         part: only that index of the first dimension, for a tensor of several matrices.
         Raises CheckpointError if a scale is not finite.
         """
         raw, type, shape = self._raw(name, part)
-        if type.name not in CODE_TYPES:
+        if type.name not in _KEPT:
             return None
-        parts = _split_blocks(raw.reshape(-1, type.block_bytes), type)
-        scales, codes = (torch.from_numpy(part).view(shape[0], -1) for part in (parts[0], parts[2]))
-        minima = None if parts[1] is None else torch.from_numpy(parts[1]).view(shape[0], -1)
-        zero_points = -8 * scales if type.name == "Q4_0" else minima
+        with np.errstate(all="ignore"):
+            parts = split(type.name, raw.reshape(-1, type.block_bytes))
+        scales = torch.from_numpy(parts.scales).view(shape[0], -1)
+        zero_points = None if parts.minima is None else torch.from_numpy(parts.minima).view(shape[0], -1)
+        if type.name == "Q4_0":
+            zero_points = -8 * scales
         if not all(bool(numbers.isfinite().all()) for numbers in (scales, zero_points) if numbers is not None):
             raise self._not_finite(name)
-        return Codes(8 if zero_points is None else 4, codes, scales, zero_points)
+        if not all(_fits_half(numbers) for numbers in (scales, zero_points) if numbers is not None):
+            return None
+        codes = parts.codes
+        if type.name in TABLES:
+            codes = (TABLES[type.name].view(np.uint8) ^ 128)[codes]
+        elif zero_points is None:
+            codes = codes + np.uint8(128 - ZERO_CODES[type.name])
+        return Codes(
+            8 if zero_points is None else 4,
+            torch.from_numpy(codes).view(shape[0], -1),
+            scales.half(),
+            None if zero_points is None else zero_points.half(),
+        )
 
     def _raw(self, name: str, part: int | None) -> tuple[np.ndarray, TensorType, tuple[int, ...]]:
         info = self.tensors[name]
@@ -160,77 +160,13 @@ class GgufFile:
         return CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
 
 
-def dequantize(raw: np.ndarray, type: TensorType) -> np.ndarray:
-    """Dequantize whole blocks: (bytes,) uint8 -> (numbers,) float32."""
-    if type.name == "F32":
-        return raw.view("<f4").astype(np.float32)
-    if type.name == "F16":
-        return raw.view("<f2").astype(np.float32)
-    if type.name == "BF16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    blocks = raw.reshape(-1, type.block_bytes)
-    numbers = np.empty((len(blocks), type.block_size), dtype=np.float32)
-    step = max(1, (1 << 17) // type.block_size)  # small enough that intermediate arrays stay in the processor's cache
-    convert = _dequantize_codes if type.name in CODE_TYPES else _dequantize_with_library
-    with np.errstate(all="ignore"):  # damaged scales are detected in the result
-        for start in range(0, len(blocks), step):
-            numbers[start : start + step] = convert(blocks[start : start + step], type)
-    return numbers.reshape(-1)
+_KEPT = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4")
+"""Types whose numbers `Codes` can represent."""
 
 
-def _split_blocks(blocks: np.ndarray, type: TensorType) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Split N blocks of one of CODE_TYPES: scales and, of Q4_1, minima (N, 1) float16, codes (N, 32) uint8."""
-    scales, codes = np.ascontiguousarray(blocks[:, :2]).view("<f2"), blocks[:, 2:]
-    if type.name == "Q8_0":
-        return scales, None, codes ^ 128  # from two's complement to an offset of 128
-    minima = None
-    if type.name == "Q4_1":
-        minima, codes = np.ascontiguousarray(codes[:, :2]).view("<f2"), codes[:, 2:]
-    return scales, minima, np.concatenate((codes & 15, codes >> 4), axis=1)
-
-
-def _dequantize_codes(blocks: np.ndarray, type: TensorType) -> np.ndarray:
-    scales, minima, codes = _split_blocks(blocks, type)
-    numbers = codes.astype(np.float32) - np.float32(CODE_TYPES[type.name])
-    numbers *= scales.astype(np.float32)
-    return numbers if minima is None else numbers + minima.astype(np.float32)
-
-
-def _dequantize_with_library(blocks: np.ndarray, type: TensorType) -> np.ndarray:
-    quants, types = _gguf_library()
-    return np.asarray(quants.dequantize(blocks.reshape(1, -1), types(type.number))).reshape(-1, type.block_size)
-
-
-def quantize(numbers: np.ndarray, type: TensorType) -> np.ndarray:
-    """Quantize numbers in whole blocks: float32 of any shape -> (bytes,) uint8."""
-    flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
-    if type.name == "F32":
-        return flat.astype("<f4", copy=False).view(np.uint8)
-    if type.name == "F16":
-        with np.errstate(over="ignore"):
-            half = flat.astype("<f2")
-        if not np.isfinite(half).all():
-            raise CheckpointError("a weight is too large for F16 (above 65,504). Use --dtype f32.")
-        return half.view(np.uint8)
-    quants, types = _gguf_library()
-    blocks = flat.reshape(-1, type.block_size)
-    packed = np.empty((len(blocks), type.block_bytes), dtype=np.uint8)
-    step = max(1, (1 << 17) // type.block_size)
-    for start in range(0, len(blocks), step):
-        row = blocks[start : start + step].reshape(1, -1)
-        packed[start : start + step] = quants.quantize(row, types(type.number)).reshape(-1, type.block_bytes)
-    return packed.reshape(-1)
-
-
-def _gguf_library() -> tuple[Any, Callable[[int], Any]]:
-    try:
-        from gguf import GGMLQuantizationType, quants
-    except ImportError:
-        raise CheckpointError(
-            "writing quantized GGUF tensors, and reading K-quants and Q5, requires the package gguf: "
-            "pip install 'gptsmith[gguf]'."
-        ) from None
-    return quants, GGMLQuantizationType
+def _fits_half(scales: torch.Tensor) -> bool:
+    """Return whether scales keep their precision in float16, compared with the largest of them."""
+    return bool((scales.half().float() - scales).abs().max() <= scales.abs().max() * 2**-10)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -325,7 +261,7 @@ def open_gguf(path: Path) -> GgufFile:
     path = Path(path)
     metadata, tensors, data = _open_part(path)
     count = metadata.get("split.count", 0)
-    if type(count) is not int or count <= 1:
+    if type(count) is not int or not 1 < count <= _MAX_PARTS:
         return GgufFile(path, metadata, tensors, (data,))
     name = _PART.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
@@ -344,6 +280,12 @@ def open_gguf(path: Path) -> GgufFile:
     for part, (its_metadata, its_tensors, _) in enumerate(parts):
         if (its_metadata.get("split.no"), its_metadata.get("split.count")) != (part, count):
             raise CheckpointError(f"{paths[part]} is not part {part + 1} of {count} of the model.")
+        for key, value in its_metadata.items():
+            if key != "split.no" and not np.array_equal(parts[0][0].get(key, value), value):
+                raise CheckpointError(
+                    f"{paths[part]} is of another model than {paths[0].name}: its {key} is {value!r:.80}, not "
+                    f"{parts[0][0][key]!r:.80}. Download the parts again."
+                )
         for tensor in its_tensors.values():
             if tensor.name in joined:
                 raise CheckpointError(f"the tensor {tensor.name!r} is in two parts of the model; one is {paths[part]}.")
@@ -432,25 +374,17 @@ def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     number, offset = cursor.unpack("<I"), cursor.unpack("<Q")
     if number not in TENSOR_TYPES:
         raise _Damaged(
-            f"the tensor {name!r} is of type {_type_name(number)}, which is not supported (supported: "
-            f"{', '.join(TYPES_BY_NAME)})"
+            f"the tensor {name!r} is of type {_OTHER_TYPES.get(number, f'number {number}')}, which is not supported "
+            f"(supported: {', '.join(TYPES_BY_NAME)})"
         )
     type = TENSOR_TYPES[number]
-    if 0 in shape or math.prod(shape) // type.block_size * type.block_bytes > cursor.size:
+    if 0 in shape or type.num_bytes(math.prod(shape)) > cursor.size:
         raise _Damaged(f"the tensor {name!r} claims the size {' x '.join(map(str, shape))}, more than the file has")
     if shape[-1] % type.block_size:
         raise _Damaged(
             f"the tensor {name!r} has rows of {shape[-1]:,}, not a multiple of {type.name}'s {type.block_size}"
         )
     return TensorInfo(name, shape, type, offset)
-
-
-def _type_name(number: int) -> str:
-    """Return the name of a type that this module does not support, if the gguf library knows it."""
-    try:
-        return str(_gguf_library()[1](number).name)
-    except (CheckpointError, ValueError):
-        return f"number {number}"
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -464,32 +398,69 @@ class PlannedTensor:
     shape: tuple[int, ...]
     type: TensorType
     numbers: Callable[[], np.ndarray]
+    importance: torch.Tensor | None = None
+    """Of its columns: see `gguf_blocks.encode`."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.type.num_bytes(math.prod(self.shape))
 
 
 def write_gguf_file(file: IO[bytes], metadata: Mapping[str, Any], tensors: list[PlannedTensor]) -> None:
     """Write a version 3 file.
 
-    Metadata values are str, bool, int (stored as uint32), float (float32), and lists or arrays of these; arrays of
-    integers are stored as int32, other numbers as float32.
+    Metadata values are str, bool, int (stored as uint32), float (float32), np.uint16, np.int32, and lists or arrays of
+    these; arrays of integers are stored as int32, other numbers as float32.
     """
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         header += [_string(key), _value(value)]
     offset = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) // tensor.type.block_size * tensor.type.block_bytes
         header += [
             _string(tensor.name),
             struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape)),
             struct.pack("<IQ", tensor.type.number, offset),
         ]
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
+        offset += -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
     written = file.write(b"".join(header))
     file.write(bytes(-written % ALIGNMENT))
     for tensor in tensors:
-        packed = quantize(tensor.numbers(), tensor.type)
+        packed = encode(tensor.type.name, tensor.numbers(), tensor.importance)
         file.write(packed.data)
         file.write(bytes(-packed.nbytes % ALIGNMENT))
+
+
+def write_gguf_parts(
+    path: Path, metadata: Mapping[str, Any], tensors: list[PlannedTensor], part_bytes: int
+) -> list[Path]:
+    """Write a model as NAME-00001-of-00003.gguf and so on, like llama.cpp's gguf-split; return the paths.
+
+    path: NAME.gguf. part_bytes: how much of the tensors a part may have; a larger tensor gets a part of its own.
+    The first part has the metadata. If a part cannot be written, none remain.
+    """
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.num_bytes > part_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.num_bytes
+    if len(groups) > _MAX_PARTS:
+        raise UsageError(f"the model would have {len(groups):,} parts, more than {_MAX_PARTS:,}. Make them larger.")
+    common = {"split.count": np.uint16(len(groups)), "split.tensors.count": np.int32(len(tensors))}
+    paths = [path.with_name(f"{path.stem}-{i:05d}-of-{len(groups):05d}.gguf") for i in range(1, len(groups) + 1)]
+    try:
+        for i, (part, group) in enumerate(zip(paths, groups, strict=True)):
+            with atomic_file(part) as file:
+                its_metadata = {**(metadata if i == 0 else {}), "split.no": np.uint16(i), **common}
+                write_gguf_file(file, its_metadata, group)
+    except BaseException:
+        for part in paths:
+            part.unlink(missing_ok=True)
+        raise
+    return paths
 
 
 def _string(text: str) -> bytes:
@@ -500,6 +471,10 @@ def _string(text: str) -> bytes:
 def _value(value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", 7, value)
+    if isinstance(value, np.uint16):
+        return struct.pack("<IH", 2, int(value))
+    if isinstance(value, np.int32):
+        return struct.pack("<Ii", 5, int(value))
     if isinstance(value, int):
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
