@@ -33,7 +33,7 @@ from gptsmith.formats.gguf_blocks import (
     encode,
     split,
 )
-from gptsmith.model.quantized import Codes
+from gptsmith.model.quantized import Codes, fits_half
 from gptsmith.storage import atomic_file
 
 MAGIC = b"GGUF"
@@ -134,7 +134,7 @@ class GgufFile:
             zero_points = -8 * scales
         if not all(bool(numbers.isfinite().all()) for numbers in (scales, zero_points) if numbers is not None):
             raise self._not_finite(name)
-        if not all(_fits_half(numbers) for numbers in (scales, zero_points) if numbers is not None):
+        if not all(fits_half(numbers) for numbers in (scales, zero_points) if numbers is not None):
             return None
         codes = parts.codes
         if type.name in TABLES:
@@ -162,11 +162,6 @@ class GgufFile:
 
 _KEPT = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4")
 """Types whose numbers `Codes` can represent."""
-
-
-def _fits_half(scales: torch.Tensor) -> bool:
-    """Return whether scales keep their precision in float16, compared with the largest of them."""
-    return bool((scales.half().float() - scales).abs().max() <= scales.abs().max() * 2**-10)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

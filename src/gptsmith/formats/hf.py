@@ -250,7 +250,7 @@ def module_name(config: ModelConfig, name: str) -> str:
     return hf_vision.module_name(name, config.vision, LAYOUTS[config.model_type].prefix)
 
 
-class _RenamedTensors(Mapping[str, Tensor]):
+class RenamedTensors(Mapping[str, Tensor]):
     """Tensors under other names. stored_names: their names in `tensors`, by the new ones."""
 
     def __init__(self, tensors: Mapping[str, Tensor], stored_names: Mapping[str, str]) -> None:
@@ -258,6 +258,10 @@ class _RenamedTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._stored_names[name]]
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in the file."""
+        return self._stored_names[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored_names  # Mapping's own would read the tensor
@@ -269,7 +273,7 @@ class _RenamedTensors(Mapping[str, Tensor]):
         return len(self._stored_names)
 
 
-def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
+def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> RenamedTensors:
     """Return the tensors of a file under the names that `weight_mappings` expects, without reading them.
 
     As in transformers, the names may lack the layout's prefix (files of a model without output matrix), and the
@@ -284,12 +288,12 @@ def named_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping
     embeddings = embeddings_name(config)
     if config.tie_word_embeddings and embeddings not in names and HEAD in names:
         names[embeddings] = names.pop(HEAD)
-    return _RenamedTensors(tensors, names)
+    return RenamedTensors(tensors, names)
 
 
 def select_tensors(tensors: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Mapping[str, Tensor]:
     """Return the tensors whose names `keep` accepts, without reading them."""
-    return _RenamedTensors(tensors, {name: name for name in tensors if keep(name)})
+    return RenamedTensors(tensors, {name: name for name in tensors if keep(name)})
 
 
 def embeddings_name(config: ModelConfig) -> str:

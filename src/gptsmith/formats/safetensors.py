@@ -25,16 +25,19 @@ _OPTIONAL = re.compile(r"lm_head\.weight|.*\.(attn\.(attention\.)?(masked_)?bias
 """Tensors that an index may list without there being any: a model can do without them."""
 
 
-def open_weights(directory: Path) -> Mapping[str, Tensor]:
+def open_weights(directory: Path, *, quantized: bool = False) -> Mapping[str, Tensor]:
     """Open the weights of a directory: safetensors, in one file or in shards, else a legacy pytorch_model.bin.
 
+    quantized: integer tensors are allowed; then only safetensors are read.
     Raises CheckpointError if there are none, or if a file is damaged or a shard missing.
     """
     if (directory / WEIGHTS_FILE).is_file():
-        return SafetensorsFiles([directory / WEIGHTS_FILE])
+        return SafetensorsFiles([directory / WEIGHTS_FILE], quantized=quantized)
     if (directory / INDEX_FILE).is_file():
         names, paths = _shards(directory / INDEX_FILE, ".safetensors")
-        return _check_complete(SafetensorsFiles(paths), names, directory / INDEX_FILE)
+        return _check_complete(SafetensorsFiles(paths, quantized=quantized), names, directory / INDEX_FILE)
+    if quantized:
+        raise CheckpointError(f"{directory} has no quantized weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
     legacy_index = directory / (LEGACY_FILE + ".index.json")
     if legacy_index.is_file():
         names, paths = _shards(legacy_index, ".bin")
@@ -88,6 +91,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         from safetensors import SafetensorError, safe_open
 
         self._quantized = quantized
+        self.where = paths[0] if len(paths) == 1 else paths[0].parent
         self._files: dict[str, tuple[Any, Path]] = {}
         for path in paths:
             try:
@@ -109,6 +113,10 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {name}: {error}.") from None
         return tensor if self._quantized else _check_floating(tensor, name, path)
+
+    def floating(self, name: str) -> Tensor:
+        """Read a tensor that must be floating-point."""
+        return _check_floating(self[name], name, self._files[name][1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

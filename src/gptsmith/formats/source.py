@@ -36,6 +36,7 @@ from gptsmith.formats.hf import (
     read_preprocessor,
     weight_mappings,
 )
+from gptsmith.formats.hf_quantized import QuantizedTensors, open_quantized, quantization_settings
 from gptsmith.formats.hf_weights import WeightMapping
 from gptsmith.formats.peft import adapted_rows, load_adapter
 from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
@@ -108,8 +109,8 @@ class ModelSource:
     def model(self, *, dtype: torch.dtype = torch.float32, packed: bool = False) -> Transformer:
         """Build the model and load its weights, on the CPU in `dtype`, in eval mode.
 
-        packed: keep matrices quantized that are stored so, by this package or in a GGUF file; all other weights are
-        then float32. GGUF block types other than Q4_0, Q4_1 and Q8_0 are requantized to 8 bits.
+        packed: keep matrices quantized that are stored so, by this package, in a GGUF file or by another program; all
+        other weights are then float32. Those that `Codes` cannot represent are requantized to 8 bits.
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
         shapes = {name: shape for name, (_, shape) in self._stored().items()}
@@ -169,7 +170,7 @@ class ModelSource:
 
     def _stored(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """Return type (None: unknown) and shape of each tensor, without reading it where that is possible."""
-        if isinstance(self.tensors, SafetensorsFiles):
+        if isinstance(self.tensors, SafetensorsFiles | QuantizedTensors):
             return self.tensors.stored()
         if hasattr(self.tensors, "shapes"):  # of a GGUF file
             return {name: (None, shape) for name, shape in self.tensors.shapes().items()}
@@ -180,7 +181,7 @@ class ModelSource:
         return {mapping.local: mapping for mapping in weight_mappings(self.config)}
 
     def _packed_matrix(self, name: str, weight: Tensor) -> QuantizedMatrix | None:
-        """Return a GGUF file's quantized matrix for our parameter `name`; None if it is not stored quantized.
+        """Return the quantized matrix for our parameter `name`; None if it is not stored quantized.
 
         An expert's matrix is named after the stack of experts: `layers.0.mlp.up_proj.3`.
         """
@@ -191,6 +192,8 @@ class ModelSource:
         if expert != "weight":
             per_expert = len(hf_names) // self.config.num_experts
             hf_names = hf_names[int(expert) * per_expert :][:per_expert]
+        named = named_tensors(tensors, self.config)
+        hf_names = tuple(named.stored_name(hf_name) for hf_name in hf_names)
         if not all(tensors.is_quantized(hf_name) for hf_name in hf_names):
             return None
         parts = [tensors.codes(hf_name) for hf_name in hf_names]
@@ -218,12 +221,24 @@ def open_model(path: Path) -> ModelSource:
         )
     generation = read_generation_config(path)
     bits = bits_of_config(values.get("quantization_config"))
+    settings = quantization_settings(path, values)
     if bits is not None:
         weights: Mapping[str, Tensor] = SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
     else:
-        weights = open_weights(path)
+        weights = open_weights(path) if settings is None else _open_quantized(path, config, settings)
         config = _untied(config, weights, path)
     return ModelSource(path, config, values, weights, lambda: _read_tokenizer(path, config), generation, bits)
+
+
+def _open_quantized(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> QuantizedTensors:
+    """Open the weights of a directory that another program has quantized."""
+    files = open_weights(path, quantized=True)
+    assert isinstance(files, SafetensorsFiles)
+    prefix = LAYOUTS[config.model_type].prefix
+    transposed = {name for mapping in weight_mappings(config) if mapping.transposed for name in mapping.hf}
+    return open_quantized(
+        files, settings, str(path / CONFIG_FILE), lambda name: name in transposed or prefix + name in transposed
+    )
 
 
 @dataclass(frozen=True)
@@ -343,14 +358,7 @@ def _open_gguf(path: Path) -> ModelSource:
 def _checked_config(
     values: Mapping[str, Any], where: str, preprocessor: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """Return the configuration. Raise CheckpointError for quantized weights of others and for implausible values."""
-    quantized = values.get("quantization_config")
-    if quantized and bits_of_config(quantized) is None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise CheckpointError(
-            f"{where}: this quantization_config ({method or 'without a quant_method'}) is not supported. "
-            "Use the model's full-precision weights, or a GGUF file of it."
-        )
+    """Return the configuration. Raise CheckpointError for implausible values."""
     config = config_from_hf(values, where, preprocessor=preprocessor)
     for name, limit in _LIMITS.items():
         value = getattr(config, name)

@@ -52,6 +52,11 @@ class Codes:
     units: Tensor | None = None
 
 
+def fits_half(scales: Tensor) -> bool:
+    """Return whether scales keep their precision in float16, compared with the largest of them."""
+    return bool((scales.half().float() - scales).abs().max() <= scales.abs().max() * 2**-10)
+
+
 def concatenate(parts: Sequence[Codes]) -> Codes:
     """Return matrices with the same number of columns and bits, stacked along their rows."""
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]
