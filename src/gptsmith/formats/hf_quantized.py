@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, first_few
@@ -64,8 +65,8 @@ class Grouped:
     def kept(self, bits: int) -> Codes | None:
         """Return the matrix as it can be kept; None if its groups are not whole runs of 32 columns.
 
-        bits: of its codes. Up to 4 become 4: then the zero points, in float16, are within 1/2000 of their own. Others
-        become 8, exactly.
+        bits: of its codes. Up to 4 become 4, others 8. Scales and zero points are rounded to float16, in which most of
+        them are stored.
         """
         K = self.codes.shape[1]
         G = self.scales.shape[1]
@@ -264,8 +265,11 @@ class _GptqReader(_Reader):
     def matrices(self) -> Iterator[tuple[str, StoredMatrix]]:
         bits = self.integer("bits", self.settings.get("bits"), (2, 3, 4, 8))
         form = self.settings.get("checkpoint_format") or "gptq"
-        if form not in ("gptq", "gptq_v2"):
-            raise self.fail(f"GPTQ weights in the format {form!r:.80} are not supported; supported are gptq, gptq_v2")
+        if form not in ("gptq", "gptq_v2") or self.settings.get("pack_dtype", "int32") != "int32":
+            form = f"{form!r:.80}, packed in {self.settings.get('pack_dtype', 'int32')!r:.80}"
+            raise self.fail(
+                f"GPTQ weights in the format {form} are not supported; supported are gptq and gptq_v2 in int32"
+            )
         for base in self.bases(".qweight"):
             qweight, qzeros, g_idx = f"{base}.qweight", f"{base}.qzeros", f"{base}.g_idx"
             words, R = self.shape(qweight, 2)
@@ -356,8 +360,7 @@ class _CompressedReader(_Reader):
                 raise self.fail(f"weights of the type {arguments['type']!r:.80} are not supported; supported is int")
             R, words = self.shape(f"{base}.weight_packed", 2)
             self.expect(f"{base}.weight_shape", 2)
-            per_word = 32 // bits
-            K = self.columns(base, R, words, per_word)
+            K = self.columns(base, R, words, bits)
             strategy = arguments.get("strategy", "group" if arguments.get("group_size") else "channel")
             if strategy not in ("group", "channel", "tensor"):
                 raise self.fail(f"weights with a scale by {strategy!r:.80} are not supported")
@@ -391,18 +394,18 @@ class _CompressedReader(_Reader):
                 return weights
         raise self.fail(f"quantization_config does not tell how {base} is quantized")
 
-    def columns(self, base: str, R: int, words: int, per_word: int) -> int:
+    def columns(self, base: str, R: int, words: int, bits: int) -> int:
         rows, columns = self.tensor(f"{base}.weight_shape", torch.int64, torch.int32).tolist()
-        if rows != R or columns < 1 or -(-columns // per_word) != words:
+        if rows != R or columns < 1 or words not in (_dense_words(columns, bits), -(-columns // (32 // bits))):
             raise self.fail(
                 f"{base}.weight_shape is [{rows}, {columns}], but {base}.weight_packed has {R:,} rows of {words:,} "
-                f"words with {per_word} codes"
+                f"words for codes of {bits} bits"
             )
         return int(columns)
 
     def reading(self, base: str, bits: int, R: int, K: int, G: int) -> Callable[[], Grouped]:
         def read() -> Grouped:
-            codes = _unpack_words(self.tensor(f"{base}.weight_packed", torch.int32), bits)[:, :K].contiguous()
+            codes = self.unpacked(self.tensor(f"{base}.weight_packed", torch.int32), K, bits)
             scales = self.tensor(f"{base}.weight_scale", *_FLOATS).float()
             scales = scales.expand(R, 1).contiguous() if scales.dim() == 1 else scales
             zeros = torch.full_like(scales, 1 << (bits - 1))
@@ -410,7 +413,7 @@ class _CompressedReader(_Reader):
             if name in self.shapes:
                 points = self.tensor(name, torch.int32, torch.int8)
                 packed = points.dtype == torch.int32
-                stored = _unpack_words(points.T, bits).T[:R] if packed else points + (1 << (bits - 1))
+                stored = self.unpacked(points.T, R, bits).T if packed else points.int() + (1 << (bits - 1))
                 if stored.shape != scales.shape and stored.numel() != 1:
                     raise self.fail(f"{name} is {list(self.shapes[name])}, which does not fit {base}.weight_scale")
                 zeros = stored.float().expand(scales.shape).contiguous()
@@ -426,6 +429,17 @@ class _CompressedReader(_Reader):
             return Grouped(codes, scales, zeros, groups)
 
         return read
+
+    def unpacked(self, words: Tensor, count: int, bits: int) -> Tensor:
+        """Return `count` codes of each row (N, W) of words: a dense stream, or as older versions whole codes in each
+        word."""
+        if words.shape[1] == _dense_words(count, bits):
+            return _unpack_stream(words.T, bits)[:count].T.contiguous()
+        return _unpack_words(words, bits)[:, :count].contiguous()
+
+
+def _dense_words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -548,10 +562,13 @@ _READERS: dict[str, type[_Reader]] = {
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
-    """Return the integers in a stream of bits along the first dimension, lowest first: (W, M) -> (32 W / bits, M)."""
-    unsigned = words.long() & 0xFFFFFFFF
-    W, M = words.shape
+    """Return the integers in a stream of bits along the first dimension, lowest first: (W, M) -> (32 W / bits, M).
+
+    There are more if W words do not end with a whole integer.
+    """
     period = bits // math.gcd(32, bits)  # words after which an integer begins with a word again
+    unsigned = F.pad(words.long() & 0xFFFFFFFF, (0, 0, 0, -len(words) % period))
+    W, M = unsigned.shape
     integers = torch.empty(W * 32 // bits, M, dtype=torch.uint8)
     for i in range(32 * period // bits):
         word, shift = divmod(i * bits, 32)
