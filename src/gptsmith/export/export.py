@@ -8,10 +8,11 @@ Unlike loading for use, exporting checks that every weight is a finite number.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from gptsmith.formats.source import ModelSource
 from gptsmith.loading import source_of
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+from gptsmith.quantize.calibration import TOKENS, calibration_ids, mean_squared_inputs
 from gptsmith.storage import atomic_directory, write_text
 from gptsmith.tokenizer import Tokenizer
 
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 NO_TRANSFORM = ModelTransform()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARD_FILE = "README.md"
+WEIGHTED_TYPES: tuple[GgufType, ...] = ("q5_k_m", "q4_k_m", "q4_0", "mxfp4")
+"""GGUF types that are coarse enough for a calibration to matter."""
 SHARD_BYTES = 5_000_000_000  # larger models are split into files of at most this size
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -80,28 +84,47 @@ def export_directory(
 
 
 def export_gguf(
-    spec: str | Path, out: Path, *, dtype: GgufType = "f16", transform: ModelTransform = NO_TRANSFORM
-) -> Transformer:
-    """Write the model that `spec` refers to as one GGUF file for llama.cpp and compatible programs. Return the model.
+    spec: str | Path,
+    out: Path,
+    *,
+    dtype: GgufType = "f16",
+    transform: ModelTransform = NO_TRANSFORM,
+    calibration: Path | None = None,
+    calibration_tokens: int = TOKENS,
+    part_bytes: int | None = None,
+) -> tuple[Transformer, list[Path]]:
+    """Write the model that `spec` refers to as a GGUF file for llama.cpp and compatible programs.
 
     The eyes of a model that reads pictures become a second file beside it; see `mmproj_path`.
-    dtype: f32, f16, q8_0 or q4_0. transform: applied to the model before it is written.
-    Raises UsageError for a family or setting that llama.cpp does not support, and as `read_verified` does.
+    dtype: see `write_gguf`. transform: applied to the model before it is written. calibration: a text that tells which
+    inputs of a layer are large, so that their weights are rounded more carefully (None: a built-in mixture), for
+    WEIGHTED_TYPES; calibration_tokens: how much of it, 0: none. part_bytes: split the file, as `write_gguf` does.
+    Returns the model and the files of its text model. Raises UsageError for a family or setting that llama.cpp does not
+    support, and as `read_verified` and `calibration_ids` do.
     """
-    from gptsmith.formats.gguf import write_gguf
+    from gptsmith.formats.gguf import check_exportable, write_gguf
     from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
     from gptsmith.formats.gguf_vision import check_mmproj, text_part, write_mmproj
 
     reject_existing(out)
+    if part_bytes is not None and (parts := sorted(out.parent.glob(f"{glob.escape(out.stem)}-*-of-*.gguf"))):
+        raise UsageError(f"{parts[0]} exists already. Choose another --out.")
     model, tokenizer = read_verified(source_of(spec))
     model = transform.apply(model)
     if model.config.vision is not None:
         reject_existing(mmproj_path(out))
         check_mmproj(model.config.vision)
-    write_gguf(text_part(model), tokenizer_to_gguf(tokenizer, model.config.vocab_size), out, dtype)
+    text = text_part(model)
+    check_exportable(text)  # before the calibration, which takes a while
+    importance = None
+    if dtype in WEIGHTED_TYPES and calibration_tokens:
+        ids = calibration_ids(text, tokenizer, calibration, tokens=calibration_tokens)
+        importance = mean_squared_inputs(text, ids)
+    vocabulary = tokenizer_to_gguf(tokenizer, model.config.vocab_size)
+    paths = write_gguf(text, vocabulary, out, dtype, importance=importance, part_bytes=part_bytes)
     if model.config.vision is not None:
         write_mmproj(model, mmproj_path(out), "f32" if dtype == "f32" else "f16")
-    return model
+    return model, paths
 
 
 def mmproj_path(out: Path) -> Path:
@@ -120,12 +143,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def describe(out: Path, model: Transformer, dtype: str) -> str:
-    """Describe an exported model in one line: parameters, family, context, vocabulary, precision, size."""
+def describe(out: Path, model: Transformer, dtype: str, paths: Sequence[Path] = ()) -> str:
+    """Describe an exported model in one line: parameters, family, context, vocabulary, precision, size.
+
+    paths: its files (default: those in the directory `out`).
+    """
     c = model.config
-    size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))
+    size = sum(p.stat().st_size for p in paths or out.iterdir())
+    name = out if len(paths) < 2 else f"{paths[0]} and {len(paths) - 1} more"
     return (
-        f"{out}: {model.num_parameters(trainable_only=False):,} parameters, {c.model_type}, "
+        f"{name}: {model.num_parameters(trainable_only=False):,} parameters, {c.model_type}, "
         f"context {c.max_position_embeddings:,}, "
         f"{c.vocab_size:,} tokens; {dtype}, {size / 1e6:,.1f} MB"
     )

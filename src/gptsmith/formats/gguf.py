@@ -143,6 +143,20 @@ class _LazyTensors(Mapping[str, Tensor]):
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
+def check_exportable(model: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the Hugging Face configuration and llama.cpp's settings of a model.
+
+    Raises UsageError for a model that llama.cpp would compute differently.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        raise UsageError(
+            f"GGUF has no architecture for a {model.config.model_type} model. "
+            f"Supported: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    config = config_to_hf(model.config)
+    return config, config_to_metadata(config)
+
+
 def write_gguf(
     model: Transformer,
     vocabulary: Mapping[str, Any],
@@ -164,13 +178,7 @@ def write_gguf(
     """
     if dtype not in GGUF_TYPES:
         raise UsageError(f"GGUF type {dtype!r} cannot be written. Choose from {', '.join(GGUF_TYPES)}.")
-    if model.config.model_type not in ARCHITECTURES:
-        raise UsageError(
-            f"GGUF has no architecture for a {model.config.model_type} model. "
-            f"Supported: {', '.join(sorted(ARCHITECTURES))}."
-        )
-    config = config_to_hf(model.config)
-    settings = config_to_metadata(config)  # before the weights are converted: this may raise
+    config, settings = check_exportable(model)  # before the weights are converted
     weights = weights_to_hf(model)
     mappings: dict[str, list[TensorMapping]] = {}  # by GGUF tensor; several for a tensor of all experts
     for mapping in tensor_mappings(config):
@@ -223,10 +231,14 @@ def _importance_by_hf_name(config: ModelConfig, importance: Mapping[str, Tensor]
 
 
 def _stacked(group: list[TensorMapping], importance: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the importance of the columns of one GGUF tensor; None if it is not known for all of it."""
-    parts = [importance[mapping.hf] for mapping in group if mapping.hf in importance]
-    if len(parts) < len(group):
+    """Return the importance of the columns of one GGUF tensor; None if it is not known.
+
+    An expert that no token of the calibration text used is left out there; its columns count alike.
+    """
+    known = [importance[mapping.hf] for mapping in group if mapping.hf in importance]
+    if not known:
         return None
+    parts = [importance.get(mapping.hf, torch.ones_like(known[0])) for mapping in group]
     return parts[0] if group[0].expert is None else torch.stack(parts)
 
 
