@@ -296,7 +296,13 @@ def test_llama_cpp_computes_with_blocks_of_256(dtype: str, bpe: Tokenizer, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("llama", WIDE), ("llama", {}), ("gpt2", {"hidden_size": 256}), ("mixtral", {"num_experts": 8}), ("qwen2", WIDE)],
+    [
+        ("llama", WIDE),
+        ("llama", {}),
+        ("gpt2", {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024}),
+        ("mixtral", {"num_experts": 8}),
+        ("qwen2", WIDE),
+    ],
 )
 @pytest.mark.parametrize(("dtype", "number"), [("q8_0", 7), ("q4_k_m", 15), ("q5_k_m", 17), ("q6_k", 18)])
 def test_tensors_get_the_types_that_llama_cpp_gives_them(
@@ -348,21 +354,13 @@ def test_a_split_file_is_the_same_model(name: str, bpe: Tokenizer, tmp_path: Pat
     expected = read(whole).state_dict()
     for path in (paths[0], paths[-1]):
         assert all(torch.equal(value, expected[key]) for key, value in read(path).state_dict().items())
-    engine = llama(paths[0])
-    ids = bpe.encode(TEXT)[:20]
-    engine.eval(ids)
-    torch.testing.assert_close(
-        torch.from_numpy(engine.scores[len(ids) - 1].copy()),
-        torch.from_numpy(_last_scores(llama(whole), ids)),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-
-
-def _last_scores(engine: Any, ids: list[int]) -> np.ndarray:
-    engine.eval(ids)
-    scores: np.ndarray = engine.scores[len(ids) - 1].copy()
-    return scores
+    scores = []
+    for path in (paths[0], whole):
+        engine = llama(path)
+        for id in bpe.encode(TEXT)[:10]:
+            engine.eval([id])
+        scores.append(engine.scores[:10].copy())
+    np.testing.assert_array_equal(*scores)
 
 
 def test_parts_that_do_not_belong_together_are_rejected(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -401,8 +399,7 @@ def test_a_part_that_cannot_be_written_leaves_none(bpe: Tokenizer, tmp_path: Pat
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_importance_reaches_the_right_matrix(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
     """The columns that count have smaller errors; an expert that no token used is rounded without."""
-    model = make_model(name, hidden_size=256, intermediate_size=256)
-    torch.manual_seed(1)
+    model = make_model(name, hidden_size=256, intermediate_size=256, **({"head_dim": 64} if name == "gpt2" else {}))
     importance = {}
     for key, weight in matrices_of(model).items():
         if not key.endswith("up_proj.1"):
@@ -414,7 +411,6 @@ def test_importance_reaches_the_right_matrix(name: str, bpe: Tokenizer, tmp_path
         errors = (found[key] - weight).square().mean(dim=0)
         if key in importance and errors.any():
             assert errors[::4].mean() < 0.8 * errors.view(-1, 4)[:, 1:].mean(), key
-    assert importance
 
 
 # what is rejected
