@@ -133,7 +133,7 @@ def test_quantized_types_round_trip_within_their_precision(
     file, exact = open_gguf(path), open_gguf(write(model, bpe, tmp_path / "exact.gguf"))
     # of a block's largest number; a search for the smallest error may cut the largest off
     largest = {"F32": 0.0, "F16": 2**-11, "Q8_0": 0.5 / 127 + 1e-3, "Q5_0": 1 / 8, "Q5_1": 1 / 8, "Q4_0": 1 / 4}
-    largest |= {"MXFP4": 1 / 4}
+    largest |= {"MXFP4": 1 / 4, "Q4_K": 1 / 8, "Q5_K": 1 / 16, "Q6_K": 1 / 30}
     seen = set()
     for key, info in file.tensors.items():
         seen.add(info.type.name)
