@@ -291,6 +291,5 @@ def _mixed_type(name: str, chosen: str, dtype: GgufType, config: Mapping[str, An
         return "Q8_0"
     if experts == 8 and part == "attn_output" and chosen == "Q4_K":
         return "Q5_K"
-    if dtype != "q6_k" and more_bits and part in ("attn_v", "ffn_down", "ffn_down_exps", "ffn_down_shexp"):
-        return "Q6_K"
-    return {"q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}.get(dtype, chosen) if part == "attn_qkv" else chosen
+    finer = ("attn_v", "attn_qkv", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+    return "Q6_K" if dtype != "q6_k" and more_bits and part in finer else chosen
