@@ -18,6 +18,8 @@ from torch import Tensor
 from gptsmith.cli import main
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import save_model, weights_to_hf
+from gptsmith.formats.hf_quantized import open_quantized
+from gptsmith.formats.safetensors import SafetensorsFiles
 from gptsmith.formats.source import open_model
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig
@@ -343,6 +345,49 @@ def test_settings_in_files_of_their_own(tmp_path: Path) -> None:
     for name in ("gptq", "awq"):
         found = weights_to_hf(open_model(tmp_path / name).model())
         assert found.keys() == expected.keys()
+
+
+def mxfp4(directory: Path, **changes: Tensor | None) -> Any:
+    """The tensors of two experts, opened: gate_up_proj of 6 rows and 96 columns."""
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor | None] = {
+        "norm.weight": torch.ones(3),
+        "gate_up_proj_blocks": torch.randint(256, (2, 6, 3, 16), generator=generator, dtype=torch.uint8),
+        "gate_up_proj_scales": torch.randint(100, 140, (2, 6, 3), generator=generator, dtype=torch.uint8),
+    }
+    stored |= changes
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, directory / "model.safetensors")
+    files = SafetensorsFiles([directory / "model.safetensors"], quantized=True)
+    return open_quantized(files, {"quant_method": "mxfp4"}, str(directory / "config.json"), lambda name: False)
+
+
+def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = mxfp4(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    expected = convert_moe_packed_tensors(
+        stored["gate_up_proj_blocks"], stored["gate_up_proj_scales"], dtype=torch.float32
+    )
+    assert torch.equal(tensors["gate_up_proj"], expected)
+    assert set(tensors) == {"norm.weight", "gate_up_proj"}
+    assert tensors.stored() == {"norm.weight": (torch.float32, (3,)), "gate_up_proj": (None, (2, 96, 6))}
+    assert tensors.is_quantized("gate_up_proj")
+    assert not tensors.is_quantized("norm.weight")
+
+
+def test_bad_mxfp4_is_rejected(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"gate_up_proj_scales": None}, "blocks gate_up_proj_blocks have no scales: the tensor gate_up_proj_scales is"),
+        ({"gate_up_proj_blocks": None}, "MXFP4 scales without blocks: gate_up_proj"),
+        ({"gate_up_proj_scales": torch.zeros(2, 6, 4, dtype=torch.uint8)}, r"\[2, 6, 4\], expected \[2, 6, 3\]"),
+        ({"gate_up_proj_blocks": torch.zeros(2, 6, 3, 8, dtype=torch.uint8)}, "blocks of 8 bytes, expected 16"),
+        ({"gate_up_proj_blocks": torch.zeros(2, 6, 48, dtype=torch.uint8)}, "expected 4 dimensions"),
+        ({"gate_up_proj_scales": torch.ones(2, 6, 3)}, "stored as float32, expected uint8"),
+        ({"gate_up_proj_scales": torch.full((2, 6, 3), 255, dtype=torch.uint8)}, "not finite"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            mxfp4(tmp_path, **changes)["gate_up_proj"]
 
 
 # Other packages as references
