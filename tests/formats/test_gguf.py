@@ -204,7 +204,7 @@ def test_quantized_files_need_no_gguf_library(
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "mxfp4"])
 def test_the_gguf_library_reads_our_files(dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
-    model = make_model("qwen2", hidden_size=256, intermediate_size=288)
+    model = make_model("qwen3", hidden_size=256, intermediate_size=288)
     path = write(model, bpe, tmp_path / "model.gguf", dtype)
     reader, file = gguf.GGUFReader(path), open_gguf(path)
     for key, value in file.metadata.items():
@@ -301,7 +301,7 @@ def test_llama_cpp_computes_with_blocks_of_256(dtype: str, bpe: Tokenizer, tmp_p
         ("llama", {}),
         ("gpt2", {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024}),
         ("mixtral", {"num_experts": 8}),
-        ("qwen2", WIDE),
+        ("qwen2", WIDE | {"head_dim": 64}),
     ],
 )
 @pytest.mark.parametrize(("dtype", "number"), [("q8_0", 7), ("q4_k_m", 15), ("q5_k_m", 17), ("q6_k", 18)])
