@@ -313,7 +313,10 @@ def test_weights_beyond_fp16_are_rejected(source: Path, tmp_path: Path, run_cli:
     ("arguments", "message"),
     [
         (("--to", "hf", "--dtype", "q8_0"), "--to hf writes fp32, bf16 or fp16, not --dtype q8_0"),
-        (("--to", "gguf", "--dtype", "bf16"), "--to gguf writes f32, f16, q8_0 or q4_0, not --dtype bf16"),
+        (
+            ("--to", "gguf", "--dtype", "bf16"),
+            "--to gguf writes f16, f32, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, mxfp4, not --dtype bf16",
+        ),
         (("--to", "gguf"), "must end in .gguf"),
         (("--license", "a b"), "not a license identifier"),
         (("--to", "onnx"), "invalid choice"),

@@ -376,8 +376,11 @@ def test_configurations_that_claim_too_much_cost_nothing(values: dict[str, Any],
 
 
 def test_quantized_weights_are_rejected(llama: Path) -> None:
+    change(llama / "config.json", quantization_config={"quant_method": "hqq", "bits": 4})
+    with pytest.raises(CheckpointError, match="quantization_config \\(hqq\\) is not supported; supported: awq, bits"):
+        load_model(llama)
     change(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match="quantization_config \\(gptq\\) is not supported"):
+    with pytest.raises(CheckpointError, match="says that the weights are quantized \\(gptq\\), but no tensor is"):
         load_model(llama)
 
 

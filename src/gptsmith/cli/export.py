@@ -40,9 +40,8 @@ class Export:
     """Directory (hf) or .gguf file to write; must not exist."""
     to: Literal["hf", "gguf"] = "hf"
     """hf: a Hugging Face directory, for transformers, vLLM and others. gguf: a file for llama.cpp and others."""
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "mxfp4"],
-        tyro.conf.arg(aliases=("--type",)),
+    dtype: Literal[
+        "auto", "fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "mxfp4"
     ] = "auto"
     """Type of the weights, in small or capital letters. hf: fp32, bf16 or fp16 (auto: as stored). gguf: f32, f16 or
     quantized: q8_0, q6_k, q5_k_m, q4_k_m, q4_0, mxfp4 (auto: f16)."""
@@ -85,10 +84,8 @@ def _with_small_types(arguments: list[str]) -> list[str]:
     """Return the arguments with types as they are often written, such as Q4_K_M, in small letters."""
     found = []
     for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in ("--dtype", "--type") and equals:
-            argument = f"{name}={value.lower()}"
-        found.append(argument.lower() if i and arguments[i - 1] in ("--dtype", "--type") else argument)
+        is_type = argument.startswith("--dtype=") or (i > 0 and arguments[i - 1] == "--dtype")
+        found.append(argument.lower() if is_type else argument)
     return found
 
 

@@ -276,7 +276,7 @@ def open_gguf(path: Path) -> GgufFile:
         if (its_metadata.get("split.no"), its_metadata.get("split.count")) != (part, count):
             raise CheckpointError(f"{paths[part]} is not part {part + 1} of {count} of the model.")
         for key, value in its_metadata.items():
-            if key != "split.no" and not np.array_equal(parts[0][0].get(key, value), value):
+            if not key.startswith("split.") and not np.array_equal(parts[0][0].get(key, value), value):
                 raise CheckpointError(
                     f"{paths[part]} is of another model than {paths[0].name}: its {key} is {value!r:.80}, not "
                     f"{parts[0][0][key]!r:.80}. Download the parts again."

@@ -200,7 +200,10 @@ def open_quantized(
             "Use the model's full-precision weights, or a GGUF file of it."
         )
     reader = _READERS[method](files, settings, where)
-    return QuantizedTensors(files, dict(reader.matrices()), reader.used, transposed)
+    matrices = dict(reader.matrices())
+    if not matrices:
+        raise CheckpointError(f"{where} says that the weights are quantized ({method}), but no tensor is stored so.")
+    return QuantizedTensors(files, matrices, reader.used, transposed)
 
 
 class _Reader:
