@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import UsageError
-from gptsmith.formats.gguf_file import TYPES_BY_NAME, PlannedTensor, write_gguf_file
+from gptsmith.formats.gguf_blocks import TYPES_BY_NAME
+from gptsmith.formats.gguf_file import PlannedTensor, write_gguf_file
 from gptsmith.model.config import VisionConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import atomic_file
