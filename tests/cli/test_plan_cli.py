@@ -79,3 +79,35 @@ def test_wrong_options(run_cli: Cli, arguments: list[str], message: str) -> None
     assert code in (1, 2)
     assert message in err
     assert out == ""
+
+
+def test_a_cluster(run_cli: Cli) -> None:
+    code, out, _ = run_cli("plan", "--preset", "gpt3-175b", "--cluster", "1024xH100")
+    assert code == 0
+    for word in ("--parallel fsdp", "why", "gathered", "communication", "checkpoint", "goodput", "cost", "rests on"):
+        assert word in out
+    arguments = ["--preset", "llama3.1-8b", "--cluster", "64xA100-80", "--price-per-hour", "2", "--json"]
+    code, out, _ = run_cli("plan", *arguments)
+    assert code == 0
+    plan = json.loads(out)
+    memory, seconds = plan["memory"], plan["seconds_per_update"]
+    assert sum(v for k, v in memory.items() if k not in ("total", "available")) == pytest.approx(memory["total"])
+    assert sum(v for k, v in seconds.items() if k != "total") == pytest.approx(seconds["total"])
+    assert plan["cost"] == pytest.approx(2 * 64 * plan["seconds"] / 3600)
+    assert plan["batch_size"] == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster", "many"], "write a number and an accelerator"),
+        (["--cluster", "8xB9000"], "no accelerator 'B9000'"),
+        (["--cluster", "12xH100"], "a multiple"),
+        (["--cluster", "8xH100", "--budget", "1h"], "a --budget is for this machine"),
+        (["--cluster", "8xH100", "--price-per-hour", "-1"], "--price-per-hour must be 0 or more"),
+    ],
+)
+def test_wrong_clusters(run_cli: Cli, arguments: list[str], message: str) -> None:
+    code, _, err = run_cli("plan", *arguments)
+    assert code == 2
+    assert message in err

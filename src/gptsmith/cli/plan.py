@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = 100  # assumed vocabulary of a char tokenizer
 TUNING = ("sft", "distill", "reward", "dpo", "ppo", "grpo", "classify")  # commands with forecasts of their own
+GPT2_TOKENS = 50257  # vocabulary of the tokenizer of GPT-2 and GPT-3, which is fetched only to be used
 ENDLESS = 10**15  # assumed tokens where there is no text
 
 
@@ -33,8 +34,10 @@ class Plan(RunOptions):
 
     data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA ...]")] = ()
     """The text to train on, if you have it. Gives the vocabulary, the length and the time of evaluations."""
+    cluster: str | None = None
+    """Forecast the run on many accelerators, such as 1024xH100: layout, memory, time, failures and cost."""
     price_per_hour: float | None = None
-    """Price of the machine per hour, in your currency."""
+    """Price of the machine per hour, in your currency; with --cluster, of one accelerator (default: as in its file)."""
     json: bool = False
     """Print the forecast as JSON."""
 
@@ -48,6 +51,13 @@ def main(arguments: list[str]) -> int:
     refuse_processes(chosen.run, "plan")
     check_price(chosen.price_per_hour)
     config, began = chosen.run, time.monotonic()
+    cluster = None
+    if chosen.cluster is not None:
+        from gptsmith.train.forecast.cluster_plan import Cluster
+
+        cluster = Cluster.parse(chosen.cluster)
+        if config.auto.budget is not None:
+            raise UsageError("a --budget is for this machine: with --cluster, give the size of the model and --steps.")
     if config.auto.budget is not None:
         from gptsmith.train.budget.parse import Budget
 
@@ -68,6 +78,13 @@ def main(arguments: list[str]) -> int:
         for reason in plan.reasons:
             note(reason)
     model_config = known.init or config.model.build(known.vocab_size, config.loop.context)
+    if cluster is not None:
+        from gptsmith.cli import plan_cluster
+        from gptsmith.train.forecast.cluster_plan import plan_cluster as plan_for
+
+        spread = plan_for(config, model_config, cluster, price_per_hour=chosen.price_per_hour)
+        print(json.dumps(spread.to_dict(), indent=2) if chosen.json else plan_cluster.describe(spread, config))
+        return 0
     found = forecast(config, model_config, text, device, price_per_hour=chosen.price_per_hour)
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else describe(found))
     return 0
@@ -90,7 +107,7 @@ def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> t
         init = load_init(config.init.init)
         config = adapted_to_init(config, overrides, init)
     if not data:
-        size = _vocabulary(config) if init is None else init.tokenizer.vocab_size
+        size = vocabulary(config) if init is None else init.tokenizer.vocab_size
         return config, None, Text(ENDLESS, 0, size, init.config if init else None)
     if init is None:
         tokenizer, dataset = read_text(data, config, overrides)
@@ -100,12 +117,14 @@ def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> t
     return config, text, text
 
 
-def _vocabulary(config: RunConfig) -> int:
+def vocabulary(config: RunConfig) -> int:
     """Return the vocabulary size of the tokenizer, as far as it is known without a text."""
     if config.init.tokenizer == "char":
         return CHARACTERS
     if config.init.tokenizer == "bpe":
         return config.init.vocab_size
+    if config.init.tokenizer == "gpt2":
+        return GPT2_TOKENS
     from gptsmith.train.text import ready_tokenizer
 
     return ready_tokenizer(config.init.tokenizer).vocab_size
@@ -121,9 +140,9 @@ def describe(plan: Forecast) -> str:
     c, config = plan.model, plan.config
     accumulation = config.loop.batch_size // plan.trained_micro_batch
     rows: list[tuple[str, str]] = []
-    size = f"{_short(plan.parameters.total)} parameters"
+    size = f"{short(plan.parameters.total)} parameters"
     if c.num_experts:
-        size += f", {_short(plan.parameters.multiplied)} used per token"
+        size += f", {short(plan.parameters.multiplied)} used per token"
     rows.append(("model", f"{config.init.init or config.model.family}: {size}"))
     shape = f"{c.num_hidden_layers} layers, {c.hidden_size:,} wide, {c.num_attention_heads} heads"
     source = "" if plan.text is not None else " (assumed)" if config.init.tokenizer == "char" else ""
@@ -131,7 +150,7 @@ def describe(plan: Forecast) -> str:
     rows.append(
         (
             "arithmetic",
-            f"{_short(plan.flops_per_token)}FLOP per token, {plan.flops_per_token * plan.tokens:.2g} in total",
+            f"{short(plan.flops_per_token)}FLOP per token, {plan.flops_per_token * plan.tokens:.2g} in total",
         )
     )
     passes = ""
@@ -151,19 +170,17 @@ def describe(plan: Forecast) -> str:
         rows.append(("", "activations are recomputed in the backward pass"))
 
     estimate = "" if plan.times.scale == 1 else f", extrapolated from {plan.times.scale:,.0f} times less work"
-    rows.append(
-        ("speed", f"{_rate(plan.tokens_per_second)} tokens/s, {_length(plan.times.update)} per update{estimate}")
-    )
+    rows.append(("speed", f"{rate(plan.tokens_per_second)} tokens/s, {length(plan.times.update)} per update{estimate}"))
     t = plan.times
     if t.rollout:
-        rows.append(("", f"{_length(t.rollout)} of it to sample and score answers of full length"))
-    rows.append(("time", _length(plan.seconds) + ("" if plan.fits else ", if there were enough memory")))
+        rows.append(("", f"{length(t.rollout)} of it to sample and score answers of full length"))
+    rows.append(("time", length(plan.seconds) + ("" if plan.fits else ", if there were enough memory")))
     if plan.text is None:
         rows.append(("", "without evaluations, whose time depends on the text"))
     elif plan.text.val_tokens:
-        rows.append(("", f"{_length(t.evaluation)} per evaluation, {_length(t.save)} per checkpoint"))
+        rows.append(("", f"{length(t.evaluation)} per evaluation, {length(t.save)} per checkpoint"))
     if t.reference:
-        rows.append(("", f"{_length(t.reference)} before the first update, for the reference"))
+        rows.append(("", f"{length(t.reference)} before the first update, for the reference"))
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f} at {plan.price_per_hour:,.2f} per hour"))
     return "\n".join(f"{name:12}{value}" for name, value in rows)
@@ -185,7 +202,7 @@ def _fit(plan: Forecast, accumulation: int) -> str:
     return f"does not fit; {largest}: train will use it, {accumulation} per update"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Format a number like `0.82M` or `175B`."""
     for scale, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= scale:
@@ -193,11 +210,11 @@ def _short(number: float) -> str:
     return f"{number / 1e3:,.3g}k"
 
 
-def _rate(number: float) -> str:
+def rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _length(seconds: float) -> str:
+def length(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2g} s"
     days = seconds / 86400
