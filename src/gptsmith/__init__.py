@@ -36,14 +36,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gptsmith.api import bestofn, classify, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
+    from gptsmith.api import add_vision, bestofn, classify, distill, dpo, fit, grpo, merge, ppo, reward, runs, sft
     from gptsmith.engine.text import generate
-    from gptsmith.export.vision import add_vision
     from gptsmith.loading import load_model as load
     from gptsmith.plugins import load_plugins
 
 _EXPORTS = {  # name: module and attribute, imported on first use
-    "add_vision": ("gptsmith.export.vision", "add_vision"),
+    "add_vision": ("gptsmith.api", "add_vision"),
     "bestofn": ("gptsmith.api", "bestofn"),
     "classify": ("gptsmith.api", "classify"),
     "distill": ("gptsmith.api", "distill"),

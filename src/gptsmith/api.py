@@ -21,6 +21,7 @@ from gptsmith.distributed.context import DistributedContext, environment_world_s
 from gptsmith.errors import UsageError
 from gptsmith.evaluate.harness import evaluate
 from gptsmith.export.merge import merge
+from gptsmith.export.vision import add_vision
 from gptsmith.log import note, quiet
 from gptsmith.model.config import ModelConfig
 from gptsmith.report import write_report
@@ -33,7 +34,21 @@ from gptsmith.train.objectives.registry import ObjectiveFactory, find_method, re
 from gptsmith.train.run import Extras, resume, start
 from gptsmith.train.variation import ModelFactory
 
-__all__ = ["bestofn", "classify", "distill", "dpo", "evaluate", "fit", "grpo", "merge", "ppo", "reward", "runs", "sft"]
+__all__ = [
+    "add_vision",
+    "bestofn",
+    "classify",
+    "distill",
+    "dpo",
+    "evaluate",
+    "fit",
+    "grpo",
+    "merge",
+    "ppo",
+    "reward",
+    "runs",
+    "sft",
+]
 
 Data = str | Path | Iterable[Any]
 
