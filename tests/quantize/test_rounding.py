@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptsmith.model.quantized import BITS, GROUP, Bits, Codes, QuantizedMatrix, encode
+from gptsmith.quantize import rounding
 from gptsmith.quantize.rounding import round_matrix
 
 
@@ -37,6 +38,15 @@ def test_products_change_less_than_with_the_nearest_numbers(bits: Bits) -> None:
     refined = error(weight, hessian, round_matrix(weight, hessian.clone(), bits))
     assert gptq < 0.6 * nearest
     assert refined < (1.0 if bits == 8 else 0.93) * gptq
+
+
+def test_a_matrix_can_be_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = example()
+    whole = round_matrix(weight, hessian.clone(), 4)
+    monkeypatch.setattr(rounding, "_CHUNK", 7 * 96)
+    parts = round_matrix(weight, hessian.clone(), 4)
+    assert (parts.codes == whole.codes).double().mean() > 0.99  # up to the order of sums
+    assert error(weight, hessian, parts) == pytest.approx(error(weight, hessian, whole), rel=0.01)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptsmith.model.quantized import GROUP, Bits, Codes, scales_of
+from gptsmith.model.quantized import GROUP, Bits, Codes, concatenate, scales_of
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 ROUNDS = 3  # of fitting scales and of coordinate descent
 _BLOCK = 64  # columns after which the others are brought up to date
-_CHUNK = 1 << 23  # numbers of a temporary array
+_CHUNK = 1 << 22  # numbers of a temporary array
 _CLIPPED = (0.0, 0.02, 0.04, 0.06, 0.09, 0.12)  # shares of a group's range that are tried to be cut off at either end
 
 
@@ -104,12 +104,17 @@ def round_matrix(weight: Tensor, hessian: Tensor | None, bits: Bits, *, rounds: 
     if not mean > 0:  # no inputs
         return round_matrix(weight, None, bits)
     diagonal.add_(DAMPING * mean)
-    grid = _fitted_ranges(weight, diagonal, bits)
-    codes = _gptq(weight, hessian, grid)
-    for _ in range(rounds):
-        grid = _fitted_scales(weight, hessian, grid, codes)
-        codes = _descended(weight, hessian, grid, codes)
-    return grid.matrix(codes)
+    order = diagonal.argsort(descending=True)
+    factor = _inverse_factor(hessian[order][:, order])
+    parts = []
+    for part in torch.split(weight, max(1, _CHUNK // weight.shape[1])):  # rows do not depend on each other
+        grid = _fitted_ranges(part, diagonal, bits)
+        codes = _gptq(part, order, factor, grid)
+        for _ in range(rounds):
+            grid = _fitted_scales(part, hessian, grid, codes)
+            codes = _descended(part, hessian, grid, codes)
+        parts.append(grid.matrix(codes))
+    return concatenate(parts)
 
 
 def _fitted_ranges(weight: Tensor, importance: Tensor | None, bits: Bits) -> _Grid:
@@ -141,11 +146,9 @@ def _fitted_ranges(weight: Tensor, importance: Tensor | None, bits: Bits) -> _Gr
     return _Grid(bits, torch.cat(scales), torch.cat(zero_points))
 
 
-def _gptq(weight: Tensor, hessian: Tensor, grid: _Grid) -> Tensor:
-    """Return codes (R, K), chosen column by column in the order of the inputs' size."""
+def _gptq(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
+    """Return codes (R, K), chosen column by column in this order. factor: as from `_inverse_factor`, in the order."""
     K = weight.shape[1]
-    order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])  # (K, K), upper triangular
     scales, inverses, zero_points = (each[order] for each in grid.columns())
     w = weight.T[order]  # (K, R); a copy
     codes = torch.empty_like(w)
@@ -170,7 +173,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     while True:
         try:
             factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-            return factor
+            return factor  # (K, K)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # torch's stubs do not export it
             more = max(extra, DAMPING)
             hessian.diagonal().add_(more * hessian.diagonal().mean())

@@ -84,7 +84,7 @@ def allocate(losses: Mapping[str, float], sizes: Mapping[str, int], average: flo
     losses: of each matrix in 4 bits. sizes: numbers of weights.
     """
     widths: dict[str, Bits] = dict.fromkeys(sizes, 4)
-    left = average * sum(sizes.values()) - sum(bits_per_weight(4) * size for size in sizes.values())
+    left = average * sum(sizes.values()) - total_bits(sizes, widths)
 
     def step(name: str) -> tuple[float, str] | None:
         """Return the gain per bit, negated, of the next width."""
