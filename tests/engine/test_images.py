@@ -17,13 +17,15 @@ import torch
 from gptsmith.data.image_processor import ImageProcessor
 from gptsmith.data.images import DecodedImage
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.prompt import Prompt, after_image, prompt_image, with_images
+from gptsmith.engine.prompt import Prompt, after_image, around_images, prompt_image, with_images
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.kernels.threads import kernels_available
 from gptsmith.model.config import VisionConfig
 from gptsmith.model.lora import Adapter, Update
 from gptsmith.model.transformer import Transformer
+from gptsmith.tokenizer import train_bpe
+from gptsmith.tokenizer.chatml import with_special_tokens
 from tests.factories import tiny_config, tiny_model
 
 VISION = VisionConfig(
@@ -130,6 +132,24 @@ def test_samples_beams_and_prompt_logprobs_see_the_picture() -> None:
         assert outputs[0][0] == outputs[1][0]
         for ours, theirs in zip(outputs[0][1] or (), outputs[1][1] or (), strict=True):
             assert (ours and ours.logprob) == pytest.approx(theirs and theirs.logprob, abs=1e-5)
+
+
+def test_tokens_around_pictures() -> None:
+    """Idefics3 and SmolVLM have tokens before and after a picture's."""
+    base = train_bpe(["the cat " * 9], 260)
+    names = ("<image>", "<fake_token_around_image>", "<global-img>")
+    tokenizer, (image, fake, whole) = with_special_tokens(base, names)
+    vision = dataclasses.replace(
+        VISION, model_type="smolvlm", image_size=16, pixel_shuffle=2, projector="linear", projector_bias=False
+    )
+    config = dataclasses.replace(tiny_config(vocab_size=tokenizer.vocab_size), vision=vision, image_token_id=image)
+    pictures = [prompt_image(picture(seed), ImageProcessor.of(vision)) for seed in (0, 1)]
+    prompt = with_images([1, image, 2, image], pictures, image, around_images(config, tokenizer))
+    part = [fake, whole, *[image] * 4, fake]
+    assert prompt.ids == [1, *part, 2, *part]
+    assert [each.start for each in prompt.images] == [3, 11]
+    with pytest.raises(UsageError, match="no <fake_token_around_image>"):
+        around_images(config, base)
 
 
 # the prefix cache

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gptsmith.data.image_processor import ImageProcessor
     from gptsmith.data.images import DecodedImage
     from gptsmith.model.config import ModelConfig
+    from gptsmith.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,11 +79,27 @@ def prompt_image(image: DecodedImage, processor: ImageProcessor) -> PromptImage:
     return PromptImage(processor(image), key, processor.tokens)
 
 
-def with_images(ids: Sequence[int], images: Sequence[PromptImage], image_token_id: int) -> Prompt:
-    """Return the prompt of ids with one placeholder for each picture.
+def around_images(config: ModelConfig, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids of the tokens before those of a picture, and after them. Raise UsageError if there are none."""
+    known, around = tokenizer.added_tokens(), config.vision.around if config.vision is not None else ((), ())
+    missing = [name for part in around for name in part if name not in known]
+    if missing:
+        raise UsageError(f"the tokenizer has no {missing[0]}, which this model needs around pictures.")
+    before, after = ([known[name] for name in part] for part in around)
+    return before, after
+
+
+def with_images(
+    ids: Sequence[int],
+    images: Sequence[PromptImage],
+    image_token_id: int,
+    around: tuple[Sequence[int], Sequence[int]] = ((), ()),
+) -> Prompt:
+    """Return the prompt of ids with one placeholder for each picture. around: as `around_images` returns it.
 
     Raise UsageError if there are more placeholders than pictures, or fewer.
     """
+    before, after = around
     found = sum(id == image_token_id for id in ids)
     if found != len(images):
         raise UsageError(
@@ -92,9 +109,10 @@ def with_images(ids: Sequence[int], images: Sequence[PromptImage], image_token_i
     placed: list[PromptImage] = []
     for id in ids:
         if id == image_token_id:
+            expanded += before
             image = dataclasses.replace(images[len(placed)], start=len(expanded))
             placed.append(image)
-            expanded += [id] * image.tokens
+            expanded += [*[id] * image.tokens, *after]
         else:
             expanded.append(id)
     return Prompt(expanded, tuple(placed))

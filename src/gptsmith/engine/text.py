@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.prompt import Prompt, PromptImage, as_prompt, processor_of, prompt_image, with_images
+from gptsmith.engine.prompt import (
+    Prompt,
+    PromptImage,
+    around_images,
+    as_prompt,
+    processor_of,
+    prompt_image,
+    with_images,
+)
 from gptsmith.engine.sampling import SamplingParams, StopCondition, model_defaults
 from gptsmith.engine.sequence import Event, FinishReason, TokenLogprob
 from gptsmith.engine.speculative import Speculator
@@ -285,7 +293,9 @@ def conversation_prompt(
     as `ChatTemplate.encode` does.
     """
     ids, placeholder = template.encode(messages), model.config.image_token_id
-    return Prompt(ids) if placeholder is None else with_images(ids, images, placeholder)
+    if placeholder is None:
+        return Prompt(ids)
+    return with_images(ids, images, placeholder, around_images(model.config, template.tokenizer))
 
 
 def question(model: Transformer, template: ChatTemplate, text: str, images: Sequence[PromptImage]) -> Prompt:

@@ -124,6 +124,13 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def around(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The tokens that transformers' processors put before those of a picture, and after them."""
+        if self.model_type == "llava":
+            return (), ()
+        return ("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",)
+
+    @property
     def num_positions(self) -> int:
         """Patches, and the class token."""
         return self.grid**2 + self.class_token

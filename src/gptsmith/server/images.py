@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from starlette.requests import Request
 
 from gptsmith.data.images import DecodedImage, ImageError, decode_image, image_bytes
-from gptsmith.engine.prompt import Prompt, PromptImage, prompt_image, with_images
+from gptsmith.engine.prompt import Prompt, PromptImage, around_images, prompt_image, with_images
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.server.errors import ApiError, from_engine
 from gptsmith.server.media import MediaError
@@ -101,7 +101,7 @@ def placed(served: ServedModel, ids: Sequence[int], images: Sequence[PromptImage
     if token is None:
         return Prompt(ids)
     try:
-        return with_images(ids, images, token)
+        return with_images(ids, images, token, around_images(served.model.config, served.tokenizer))
     except UsageError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from None
 
@@ -111,4 +111,6 @@ def expanded(served: ServedModel, ids: Sequence[int]) -> list[int]:
     processor, token = served.loaded.image_processor, served.model.config.image_token_id
     if processor is None:
         return list(ids)
-    return [id for each in ids for id in ([each] * processor.tokens if each == token else [each])]
+    before, after = around_images(served.model.config, served.tokenizer)
+    picture = [*before, *[token or 0] * processor.tokens, *after]
+    return [id for each in ids for id in (picture if each == token else [each])]
