@@ -81,8 +81,13 @@ def test_tiny_temperatures_choose_the_most_probable_token(live: Live, temperatur
         (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content must be a string or a list, not"),
         (
             CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]}]},
+            "messages.0.content.1.type must be 'text', 'image_url', not 'input_audio'.",
+        ),
+        (
+            CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
-            "messages.0.content.1.type must be 'text', not \"image_url\".",
+            "messages.0.content.1.image_url is missing.",
         ),
         (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role must be 'system'"),
         (CHAT, {"messages": [{"content": "a"}]}, "messages.0.role is missing."),
@@ -109,8 +114,13 @@ def test_tiny_temperatures_choose_the_most_probable_token(live: Live, temperatur
         (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature must be a valid number"),
         (
             RESPONSES,
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+            "input.0.content.0.type must be 'input_text', 'output_text', 'input_image', not 'input_file'.",
+        ),
+        (
+            RESPONSES,
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "input.0.content.0.type must be 'input_text' or 'output_text', not \"input_image\".",
+            "input[0].content[0] is a picture, and the model tiny reads text only.",
         ),
         (RESPONSES, {"input": [{"type": "reasoning", "id": "x"}]}, "input.0.type must be 'message', 'function_call'"),
         (RESPONSES, {"input": []}, "input must have at least 1 item"),

@@ -263,7 +263,7 @@ def test_content_parts_and_roles(live: Any, client: openai.OpenAI) -> None:
     made = client.chat.completions.create(model="tiny", messages=parts, seed=4, max_tokens=9)
     assert made.choices[0].message.content == live.answers(plain, seed=4, max_tokens=9)[0]
     picture: list[Any] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    with pytest.raises(openai.BadRequestError, match=r"messages\.0"):
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\]\.content\[0\] is a picture"):
         client.chat.completions.create(model="tiny", messages=picture)
 
 
