@@ -32,7 +32,7 @@ class Selection(NamedTuple):
     mode: Literal["min", "max"]
 
 
-PREFIXES = {"model": "model", "adapter": "lora", "optim": "optim", "eval": "eval"}
+PREFIXES = {"model": "model", "adapter": "lora", "optim": "optim", "eval": "eval", "vision": "vision"}
 """The parts of a configuration whose options have a prefix on the command line (`--lora.rank`)."""
 
 PLAIN_TEXT_METRIC = "text_bits_per_byte"

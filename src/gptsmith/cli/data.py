@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,6 +54,7 @@ def _show(chosen: Show) -> int:
     import sys
 
     from gptsmith.data.conversations import Counts
+    from gptsmith.data.pictures import Eyes
     from gptsmith.data.show import kind_of, show, show_preferences, show_prompts
     from gptsmith.loading import source_of
     from gptsmith.tasks.specs import is_task
@@ -74,7 +75,8 @@ def _show(chosen: Show) -> int:
         raise UsageError("--train-on is for conversations; of preferences, the answer is trained on.")
     if chosen.prompt_form != "auto" and kind == "conversations":
         raise UsageError("--prompt-form is for preferences and prompts.")
-    tokenizer = source_of(chosen.model).checked_tokenizer()
+    model = source_of(chosen.model)
+    tokenizer = model.checked_tokenizer()
     color = sys.stdout.isatty()
     if kind == "prompts":
         source, counts = PromptSource.open(chosen.data), Counts()
@@ -85,10 +87,11 @@ def _show(chosen: Show) -> int:
         needs_template = chosen.prompt_form == "chat" or (chosen.prompt_form == "auto" and files.needs_template())
         if ChatTemplate(tokenizer).plain and needs_template:  # as training does
             tokenizer, _ = with_chat_template(tokenizer)
+        how: dict[str, Any] = {"index": chosen.index, "color": color, "eyes": Eyes.of(model.config, tokenizer)}
         if kind == "preferences":
-            shown = show_preferences(files.path, tokenizer, index=chosen.index, form=chosen.prompt_form, color=color)
+            shown = show_preferences(files.path, tokenizer, form=chosen.prompt_form, **how)
         else:
-            shown = show(files.path, tokenizer, index=chosen.index, train_on=chosen.train_on, color=color)
+            shown = show(files.path, tokenizer, train_on=chosen.train_on, **how)
     print(f"{shown.where}:")
     print(shown.text)
     print()

@@ -31,6 +31,7 @@ from gptsmith.train.config import (
     ModelOptions,
     OptimConfig,
     ParallelConfig,
+    PictureConfig,
     PretrainConfig,
     RunConfig,
     default_config,
@@ -70,6 +71,8 @@ class RunOptions:
     """training loop"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """tasks during training"""
+    vision: PictureConfig = field(default_factory=PictureConfig)
+    """pictures"""
     parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
@@ -85,6 +88,7 @@ class RunOptions:
             optim=self.optim,
             loop=self.loop,
             eval=self.eval,
+            vision=self.vision,
             parallel=self.parallel,
         )
 

@@ -25,6 +25,7 @@ from gptsmith.train.config import (
     MethodConfig,
     OptimConfig,
     ParallelConfig,
+    PictureConfig,
     RunConfig,
 )
 
@@ -101,6 +102,8 @@ class TuneOptions:
     """training loop"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """tasks during training"""
+    vision: PictureConfig = field(default_factory=PictureConfig)
+    """pictures"""
     parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
@@ -120,6 +123,7 @@ class TuneOptions:
             optim=OptimConfig(**vars(self.optim)),
             loop=LoopConfig(**vars(self.loop)),
             eval=self.eval,
+            vision=self.vision,
             parallel=self.parallel,
         )
 
@@ -144,6 +148,7 @@ def parse_tune(
         "optim": TuneOptim(**vars(base.optim)) if whole else TuneOptim(),
         "loop": TuneLoop(**vars(base.loop)),
         "eval": base.eval,
+        "vision": base.vision,
         "parallel": base.parallel,
     }
     options = parse(command, f"gptsmith {name}", arguments, default=command(**defaults))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gptsmith.data.images import ImageError
+from gptsmith.data.pictures import Eyes, Picture
 from gptsmith.data.rows import Row, Split, read_rows
 from gptsmith.errors import DataError, TokenizerError, nearest
 from gptsmith.tokenizer import Tokenizer
@@ -46,6 +48,10 @@ ROLES = {
 
 _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "response"), ("question", "response"))
 _PREFERENCES = ("chosen", "rejected")
+PICTURES = ("image", "image_url", "input_image")
+"""The types of parts of messages that are pictures."""
+PLACEHOLDER = "<image>"
+_CAPTIONS = ("caption", "text")
 _RATINGS = ("label", "kto_tag")
 
 
@@ -67,6 +73,27 @@ class Conversation:
         """Whether it is a prompt and a completion without a chat template."""
         return not self.messages
 
+    @property
+    def images(self) -> list[Any]:
+        """The parts of messages that are pictures, in order."""
+        return pictures_of(self.messages)
+
+
+def pictures_of(messages: Sequence[Message]) -> list[Any]:
+    """Return the pictures in messages, in order, as `image_bytes` takes them."""
+    lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return [part["image"] for content in lists for part in content if part["type"] == "image"]
+
+
+def without_sources(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as chat templates take them, in which a picture is only a place."""
+    return [
+        message
+        if not isinstance(message.get("content"), list)
+        else {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]}
+        for message in messages
+    ]
+
 
 REASONS_SHOWN = 3
 
@@ -80,7 +107,8 @@ class RowError(DataError):
 
 def as_conversation(values: Mapping[str, Any]) -> Conversation:
     """Return the conversation in a row, whose form is recognized by its fields. Raise RowError where there is none."""
-    row = {name: value for name, value in values.items() if value is not None and value != ""}
+    row = with_pictures({name: value for name, value in values.items() if value is not None and value != ""})
+    values = {**values, **row}
     if any(name in row for name in _PREFERENCES):
         raise RowError("the row has chosen and rejected answers, which are for preference training, not fine-tuning.")
     if any(isinstance(row.get(name), bool) for name in _RATINGS):
@@ -106,7 +134,7 @@ def _unknown_form(row: Mapping[str, Any]) -> str:
         hint = " Plain text is for continued pretraining: gptsmith train DATA --init MODEL."
     return (
         f"the fields {', '.join(row) or '(none)'} are no conversation.{hint} Use messages, conversations (ShareGPT), "
-        "instruction and output (Alpaca), prompt and completion, or question and answer."
+        "instruction and output (Alpaca), prompt and completion, question and answer, or image and caption."
     )
 
 
@@ -142,7 +170,9 @@ def _message(value: Any, where: str) -> Message:
     calls = value.get("tool_calls")
     if name == "function_call":
         name, calls, content = "assistant", _calls_from_text(content, where), None
-    message: Message = {"role": name, "content": _text_of(content, where)}
+    message: Message = {"role": name, "content": _content_of(content, where)}
+    if name == "assistant" and not isinstance(message["content"], str):
+        raise RowError(f"{where} is the assistant's and has a picture: models here write text alone.")
     if calls:
         message["tool_calls"] = _calls(calls, where)
     for field in ("name", "tool_call_id", "reasoning_content", "thinking"):
@@ -151,19 +181,25 @@ def _message(value: Any, where: str) -> Message:
     return message
 
 
-def _text_of(content: Any, where: str) -> str:
+def _content_of(content: Any, where: str) -> str | list[dict[str, Any]]:
+    """Return the content of a message: a text, or its parts if there are pictures among them."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        texts = []
+        parts: list[dict[str, Any]] = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise RowError(f"{where} has a part of type {kind!r}; only texts can be trained on.")
-            texts.append(part["text"])
-        return "".join(texts)
+            if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind in PICTURES:
+                parts.append({"type": "image", "image": part})
+            else:
+                raise RowError(f"{where} has a part of type {kind!r}; only texts and pictures can be trained on.")
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+        return parts
     if isinstance(content, Mapping | int | float):  # the result of a tool
         return json.dumps(content, ensure_ascii=False)
     raise RowError(f"{where}: its content is not a text.")
@@ -281,36 +317,158 @@ def _checked(conversation: Conversation) -> Conversation:
     return conversation
 
 
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def with_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row in which the pictures of its field `images` (or `image`) are parts of its messages.
+
+    They take the places of parts {"type": "image"} without a picture, or of `<image>` in the messages' texts, in order.
+    Without any such place they come before the first text of the user. A picture with a caption (or text) alone
+    becomes a question without words and its answer. Raise RowError where the numbers do not fit.
+    """
+    name = next((name for name in ("images", "image") if row.get(name) not in (None, [], "")), None)
+    if name is None:
+        return dict(row)
+    images = list(row[name]) if isinstance(row[name], list | tuple) else [row[name]]
+    rest = {key: value for key, value in row.items() if key not in ("images", "image")}
+    parts = [{"type": "image", "image": each} for each in images]
+    lists = (
+        "messages",
+        "conversations",
+        "conversation",
+        *(["prompt"] if not isinstance(rest.get("prompt"), str) else []),
+    )
+    field = next((key for key in lists if key in rest), None)
+    if field is not None:
+        messages = rest[field]
+        if isinstance(messages, str):
+            messages = _from_json(messages, field)
+        if not isinstance(messages, list | tuple) or not all(isinstance(each, Mapping) for each in messages):
+            return rest  # which is refused below, for that reason
+        return {**rest, field: _filled(messages, parts)}
+    if "instruction" in rest:
+        asked = str(rest.pop("instruction")) + (f"\n{rest['input']}" if rest.get("input") else "")
+        if rest.pop("history", None):
+            raise RowError("pictures and a history do not go together. Use messages.")
+        rest.pop("input", None)
+        rest |= {"question": asked, "answer": rest.pop("output", "")}
+    asked_in = next((key for key in ("prompt", *(pair[0] for pair in _PAIRS)) if key in rest), None)
+    caption = next((key for key in _CAPTIONS if isinstance(rest.get(key), str)), None)
+    if asked_in is None and caption is not None:
+        return {"messages": [_user(parts), {"role": "assistant", "content": rest[caption]}]}
+    if asked_in is None or not isinstance(rest[asked_in], str):
+        raise RowError(f"the row has {name}, and neither messages, a question, a prompt nor a caption.")
+    question = _filled([{"role": "user", "content": rest[asked_in]}], parts)
+    if asked_in == "prompt":
+        if isinstance(rest.get("completion"), str):
+            rest["completion"] = [{"role": "assistant", "content": rest["completion"]}]
+        return {**rest, "prompt": question}
+    return {**rest, asked_in: question[0]["content"]}
+
+
+def _user(parts: list[dict[str, Any]]) -> Message:
+    return {"role": "user", "content": parts}
+
+
+def _filled(messages: Sequence[Mapping[str, Any]], parts: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return messages in which pictures have taken the places that are meant for them."""
+    left, places, elsewhere = list(parts), 0, 0
+    filled: list[Message] = []
+    for message in messages:
+        key = "content" if "content" in message else "value"
+        content = message.get(key)
+        role = ROLES.get(str(message.get("role", message.get("from"))).lower())
+        if role == "assistant":
+            filled.append(dict(message))
+            continue
+        pieces: list[dict[str, Any]] = []
+        if isinstance(content, str):
+            texts = content.split(PLACEHOLDER)
+            for number, text in enumerate(texts):
+                pieces += [{"type": "image"}] if number else []
+                pieces += [{"type": "text", "text": text}] if text else []
+        elif isinstance(content, list | tuple):
+            pieces = [dict(part) for part in content if isinstance(part, Mapping)]
+        for i, piece in enumerate(pieces):
+            if piece.get("type") not in PICTURES:
+                continue
+            if any(piece.get(key) is not None for key in ("image", "image_url", "url", "path")):
+                elsewhere += 1
+                continue
+            places += 1
+            if left:
+                pieces[i] = left.pop(0)
+        filled.append({**message, key: pieces} if pieces else dict(message))
+    if places == 0 and elsewhere == 0:
+        first = next((i for i, m in enumerate(filled) if ROLES.get(str(m.get("role", m.get("from")))) == "user"), None)
+        if first is None:
+            raise RowError("the row has pictures, and no message of the user that they could be in.")
+        key = "content" if "content" in filled[first] else "value"
+        own = filled[first].get(key)
+        filled[first] = {**filled[first], key: [*parts, *(own if isinstance(own, list) else [])]}
+    elif places != len(parts):
+        raise RowError(f"the row has {places} places for pictures ({PLACEHOLDER}) and {len(parts)} pictures.")
+    return filled
+
+
 # Token ids -----------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
-    """Token ids, and which of them are trained on."""
+    """Token ids, which of them are trained on, and the pictures that image tokens stand for, in order."""
 
     ids: list[int]
     trained: list[bool]
+    images: tuple[Picture, ...] = ()
 
 
 class Renderer:
     """Turns conversations into token ids as a served model sees them.
 
-    train_on: every turn of the assistant, or the last one.
+    train_on: every turn of the assistant, or the last one. eyes: how the model reads pictures, None if it does not.
     Raises TokenizerError for a chat template that is not valid.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, train_on: TrainOn = "all") -> None:
-        self.tokenizer, self.train_on = tokenizer, train_on
+    def __init__(self, tokenizer: Tokenizer, *, train_on: TrainOn = "all", eyes: Eyes | None = None) -> None:
+        self.tokenizer, self.train_on, self.eyes = tokenizer, train_on, eyes
         self.template = ChatTemplate(tokenizer)
 
-    def render(self, conversation: Conversation) -> Example:
-        """Return the ids of a conversation and the mask. Raise RowError where it has no trained token."""
+    def render(self, conversation: Conversation, base: Path | None = None) -> Example:
+        """Return the ids of a conversation, the mask and the pictures. Raise RowError where it has no trained token.
+
+        base: the folder that paths of pictures are relative to.
+        """
+        images: tuple[Picture, ...] = ()
+        if conversation.images:
+            self._check_eyes()
         try:
             ids, mask = self._text(conversation) if conversation.is_text else self._chat(conversation)
         except TokenizerError as error:
             raise RowError(str(error)) from None
+        if sources := conversation.images:
+            eyes = self._eyes_for(ids, len(sources))
+            ids, mask = eyes.expand(ids), eyes.expand_along(ids, mask)
+            try:
+                images = tuple(eyes.read(source, base) for source in sources)
+            except ImageError as error:
+                raise RowError(str(error)) from None
         if not any(mask):
             raise RowError("no token of it would be trained on.")
-        return Example(ids, mask)
+        return Example(ids, mask, images)
+
+    def _eyes_for(self, ids: Sequence[int], count: int) -> Eyes:
+        """Return the eyes of the model. Raise RowError unless the template has written `count` image tokens."""
+        eyes = self._check_eyes()
+        written = list(ids).count(eyes.token_id)
+        if written != count:
+            raise RowError(f"the model's chat template writes {written} image tokens for {count} pictures.")
+        return eyes
+
+    def _check_eyes(self) -> Eyes:
+        if self.eyes is None:
+            raise RowError("it has a picture, and this model reads none. Give it eyes: gptsmith vision init MODEL.")
+        return self.eyes
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the ids of everything before the last answer: what a served model answers."""
@@ -322,12 +480,20 @@ class Renderer:
 
     def asked(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Return the ids of messages that are to be answered, and the beginning of the answer."""
-        ids: list[int] = self.template.encode(list(messages), **_variables(tools))
+        count = len(pictures_of(messages))
+        if count:
+            self._check_eyes()
+        ids: list[int] = self.template.encode(without_sources(messages), **_variables(tools))
+        if count:
+            ids = self._eyes_for(ids, count).expand(ids)
         return ids
 
     def _chat(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         return self.template.encode(
-            list(conversation.messages), return_mask=True, train_on=self.train_on, **_variables(conversation.tools)
+            without_sources(conversation.messages),
+            return_mask=True,
+            train_on=self.train_on,
+            **_variables(conversation.tools),
         )
 
     def _text(self, conversation: Conversation) -> tuple[list[int], list[bool]]:

@@ -69,7 +69,7 @@ class DecodedImage:
     def key(self) -> str:
         """A sha256 of mode, size and pixels: equal for equal pictures, whatever they were stored as."""
         digest = hashlib.sha256(f"RGB {self.width}x{self.height} ".encode())
-        digest.update(np.ascontiguousarray(self.pixels))
+        digest.update(self.pixels.tobytes())
         return digest.hexdigest()
 
 
@@ -169,13 +169,12 @@ def _header(source: bytes) -> _Header:
         b"GIF87a": ("GIF", _gif),
         b"GIF89a": ("GIF", _gif),
     }
+    found = next((entry for magic, entry in readers.items() if source.startswith(magic)), None)
     if source[:4] == b"RIFF" and source[8:12] == b"WEBP":
-        name, reader = "WebP", _webp
-    else:
-        found = next((entry for magic, entry in readers.items() if source.startswith(magic)), None)
-        if found is None:
-            raise ImageError(f"this is no picture in a supported format ({', '.join(FORMATS)}).")
-        name, reader = found
+        found = "WebP", _webp
+    if found is None:
+        raise ImageError(f"this is no picture in a supported format ({', '.join(FORMATS)}).")
+    name, reader = found
     try:
         return reader(source)
     except (struct.error, IndexError):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gptsmith.model.vision import Images
+
 ROUNDS = 12  # fewer rounds do not look random for ranges of a few dozen
 
 B = TypeVar("B")
@@ -41,12 +43,14 @@ class TokenBatch(NamedTuple):
 
     ids: (B, T) int64. targets: (B, T) int64, the id that follows each token, or -100 where there is no loss.
     document_ids: (B, T) int32, equal within a row exactly where two tokens belong to the same document, or None.
+    images: the pictures of the rows, or None.
     The loader makes CPU tensors; the fields can be unpacked into a loss function: `loss(model, *batch)`.
     """
 
     ids: Tensor
     targets: Tensor
     document_ids: Tensor | None = None
+    images: Images | None = None
 
     @property
     def num_rows(self) -> int:
@@ -60,13 +64,16 @@ class TokenBatch(NamedTuple):
 
     def slice(self, start: int, stop: int) -> TokenBatch:
         """Return rows [start, stop), without copying."""
-        return self._map(lambda tensor: tensor[start:stop])
+        images = None if self.images is None else self.images.slice(start, stop)
+        return self._map(lambda tensor: tensor[start:stop])._replace(images=images)
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on `device`. A copy to a GPU goes through pinned memory and does not wait."""
+        move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device)  # noqa: E731
         if device.type == "cuda" and self.ids.device.type == "cpu":
-            return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-        return self._map(lambda tensor: tensor.to(device))
+            move = lambda tensor: tensor.pin_memory().to(device, non_blocking=True)  # noqa: E731
+        images = None if self.images is None else self.images._replace(pixels=move(self.images.pixels))
+        return self._map(move)._replace(images=images)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         documents = None if self.document_ids is None else change(self.document_ids)

@@ -15,15 +15,19 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader, TokenBatch
+from gptsmith.data.pictures import Eyes, Picture
 from gptsmith.errors import DataError, UsageError
 from gptsmith.model.config import IGNORED
+
+if TYPE_CHECKING:
+    from gptsmith.model.vision import Images
 
 _WIDTH_STEP = 64  # rows of a single example are padded to a multiple of this
 
@@ -34,7 +38,9 @@ class Examples(Sequence[Example]):
     def __init__(self, examples: Iterable[Example]) -> None:
         ids: list[NDArray[np.int32]] = []
         trained: list[NDArray[np.bool_]] = []
+        self.images: list[tuple[Picture, ...]] = []
         for example in examples:
+            self.images.append(example.images)
             ids.append(np.array(example.ids, dtype=np.int32))
             trained.append(np.array(example.trained, dtype=np.bool_))
         lengths = np.array([len(part) for part in ids], dtype=np.int64)
@@ -49,7 +55,7 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         part = slice(self.starts[index], self.starts[index + 1])
-        return Example(self.ids[part].tolist(), self.trained[part].tolist())
+        return Example(self.ids[part].tolist(), self.trained[part].tolist(), self.images[index])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -65,6 +71,9 @@ class Examples(Sequence[Example]):
         digest = hashlib.sha256(b"examples\n")
         for array in (self.ids, self.trained, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for index, pictures in enumerate(self.images):
+            for picture in pictures:
+                digest.update(f"{index} {picture.key}\n".encode())
         return digest.hexdigest()
 
 
@@ -104,12 +113,24 @@ class PackedLoader(RowLoader[TokenBatch]):
 
     batch_size: B. seq_len: T, what an example without its last
     token must fit into. packing: False: one example per row, and rows as wide as the longest of a batch.
+    eyes: how pictures are read. augment: vary them from epoch to epoch, as a function of seed and position.
     """
 
-    def __init__(self, examples: Examples, *, batch_size: int, seq_len: int, seed: int, packing: bool = True) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        packing: bool = True,
+        eyes: Eyes | None = None,
+        augment: bool = False,
+    ) -> None:
         if not len(examples):
             raise DataError("there is no example to train on.")
         self.examples, self.seq_len, self.packing = examples, seq_len, packing
+        self.eyes, self.augment = eyes, augment
         self.rows = pack(examples.lengths - 1, seq_len) if packing else [[i] for i in range(len(examples))]
         super().__init__(len(self.rows), batch_size=batch_size, seed=seed)
 
@@ -118,13 +139,19 @@ class PackedLoader(RowLoader[TokenBatch]):
         """The share of the rows' positions that hold a token."""
         return float((self.examples.lengths - 1).sum()) / (len(self.rows) * self.seq_len)
 
+    def batch_at(self, position: int) -> TokenBatch:
+        return self._batch(self.order_at(position), (self.seed, position) if self.augment else None)
+
     def batch_of(self, rows: Sequence[int]) -> TokenBatch:
+        return self._batch(rows, None)
+
+    def _batch(self, rows: Sequence[int], variation: tuple[int, int] | None) -> TokenBatch:
         chosen = [self.rows[i] for i in rows]
         width = self.seq_len
         if not self.packing:
             longest = max(int(self.examples.lengths[i]) - 1 for row in chosen for i in row)
             width = min(self.seq_len, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-        return packed_batch(self.examples, chosen, width)
+        return packed_batch(self.examples, chosen, width, self.eyes, variation)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -134,11 +161,22 @@ class PackedLoader(RowLoader[TokenBatch]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "packing": self.packing,
+            **({"augment": True} if self.augment else {}),
         }
 
 
-def packed_batch(examples: Examples, rows: Sequence[Sequence[int]], width: int) -> TokenBatch:
-    """Return rows of examples as a batch (B, width). Padding is a document of its own, -1, without targets."""
+def packed_batch(
+    examples: Examples,
+    rows: Sequence[Sequence[int]],
+    width: int,
+    eyes: Eyes | None = None,
+    variation: tuple[int, int] | None = None,
+) -> TokenBatch:
+    """Return rows of examples as a batch (B, width). Padding is a document of its own, -1, without targets.
+
+    eyes: reads the pictures of the examples. variation: numbers that augmentation follows from; None: no augmentation.
+    Raises DataError where a row's image tokens are not those of its pictures.
+    """
     import torch
 
     ids = np.zeros((len(rows), width), np.int64)
@@ -154,4 +192,33 @@ def packed_batch(examples: Examples, rows: Sequence[Sequence[int]], width: int) 
             targets[r, at:end] = np.where(trained[1:], tokens[1:], IGNORED)
             documents[r, at:end] = number
             at = end
-    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(documents))
+    images = _images_of(examples, rows, ids, eyes, variation)
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(documents), images)
+
+
+def _images_of(
+    examples: Examples,
+    rows: Sequence[Sequence[int]],
+    ids: NDArray[np.int64],
+    eyes: Eyes | None,
+    variation: tuple[int, int] | None,
+) -> Images | None:
+    """Return the pictures of packed rows, whose number must be that of their tokens in ids (B, T)."""
+    pictures = [[picture for index in row for picture in examples.images[index]] for row in rows]
+    if eyes is None:
+        if any(pictures):
+            raise DataError("the examples have pictures, and this model reads none.")
+        return None
+    for row, found in zip(ids, pictures, strict=True):
+        tokens, expected = int((row == eyes.token_id).sum()), len(found) * eyes.processor.tokens
+        if tokens != expected:
+            raise DataError(f"a row has {tokens:,} image tokens for {len(found)} pictures, which need {expected:,}.")
+    if not any(pictures):
+        return None
+
+    import torch
+
+    from gptsmith.model.vision import Images
+
+    numbers = torch.tensor([row for row, found in enumerate(pictures) for _ in found])
+    return Images(eyes.pixels([picture for found in pictures for picture in found], variation), numbers)

@@ -35,7 +35,9 @@ from gptsmith.data.conversations import (
     as_conversation,
     as_messages,
     bad_row,
+    with_pictures,
 )
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.prompts import PromptForm, as_text, prompt_of
 from gptsmith.data.rows import Row, Split, read_rows
 from gptsmith.errors import nearest
@@ -98,6 +100,7 @@ def as_preferences(values: Mapping[str, Any], *, score_margins: bool = False) ->
     Raise RowError where there is none, UndecidedError for a tie.
     """
     row = _with_usual_names({name: value for name, value in values.items() if value is not None})
+    row = with_pictures(row)
     choice = row.get("choice")
     if isinstance(choice, str) and choice in UNDECIDED:
         raise UndecidedError(UNDECIDED[choice])
@@ -385,27 +388,28 @@ class PreferenceRenderer:
     Raises TokenizerError for a chat template that is not valid.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, form: PromptForm = "auto") -> None:
-        self.last = Renderer(tokenizer, train_on="last")
-        self.all = Renderer(tokenizer, train_on="all")
+    def __init__(self, tokenizer: Tokenizer, *, form: PromptForm = "auto", eyes: Eyes | None = None) -> None:
+        self.last = Renderer(tokenizer, train_on="last", eyes=eyes)
+        self.all = Renderer(tokenizer, train_on="all", eyes=eyes)
         self.form = form
 
-    def render(self, conversation: Conversation, start: int) -> Example:
+    def render(self, conversation: Conversation, start: int, base: Path | None = None) -> Example:
         """Return the ids and the mask, which marks the turns of the assistant from message `start` on, with the tokens
-        that end them. Raise RowError where that is not possible.
+        that end them. base: the folder that paths of pictures are relative to. Raise RowError where that is not
+        possible.
         """
         conversation, start = _in_form(conversation, start, self.form)
         answers = [message for message in conversation.messages[start:] if message["role"] == "assistant"]
         if len(answers) < 2:
-            return self.last.render(conversation)
-        example = self.all.render(conversation)
+            return self.last.render(conversation, base)
+        example = self.all.render(conversation, base)
         length = len(self.all.prompt(replace(conversation, messages=conversation.messages[: start + 1])))
-        return Example(example.ids, [False] * length + example.trained[length:])
+        return Example(example.ids, [False] * length + example.trained[length:], example.images)
 
-    def pair(self, preference: Preference) -> tuple[Example, Example]:
+    def pair(self, preference: Preference, base: Path | None = None) -> tuple[Example, Example]:
         """Return the chosen and the rejected example. Raise RowError if they have the same tokens."""
-        chosen = self.render(preference.chosen, preference.start)
-        rejected = self.render(preference.rejected, preference.start)
+        chosen = self.render(preference.chosen, preference.start, base)
+        rejected = self.render(preference.rejected, preference.start, base)
         if chosen.ids == rejected.ids:
             raise RowError("the chosen answer has the same tokens as the rejected one: there is nothing to prefer.")
         return chosen, rejected

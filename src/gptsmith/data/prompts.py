@@ -22,7 +22,9 @@ from gptsmith.data.conversations import (
     alpaca_turns,
     as_messages,
     bad_row,
+    pictures_of,
     tools_of,
+    with_pictures,
 )
 from gptsmith.data.files import byte_lines, content_blocks, suffixes
 from gptsmith.data.rows import FORMATS, Split, is_table, read_rows
@@ -93,6 +95,8 @@ def as_text(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """Return the text of a prompt of one message. Raise RowError for any other."""
     if len(messages) != 1 or messages[0]["role"] != "user" or tools:
         raise RowError("only a prompt of one message of the user can be plain text (--prompt-form text).")
+    if pictures_of(messages):
+        raise RowError("a prompt with a picture cannot be plain text (--prompt-form text).")
     return str(messages[0]["content"])
 
 
@@ -102,7 +106,7 @@ def as_prompt(values: Mapping[str, Any]) -> PromptRow:
     A conversation that ends with an answer is a prompt without it; the answer becomes the column `answer`, if there is
     no such field.
     """
-    row = {name: value for name, value in values.items() if value is not None}
+    row = with_pictures({name: value for name, value in values.items() if value is not None})
     form, prompt, tools, fields = prompt_of(row)
     if prompt is None and isinstance(row.get("text"), str):
         form, prompt, fields = "text", row["text"], ("text",)
@@ -119,6 +123,8 @@ def as_prompt(values: Mapping[str, Any]) -> PromptRow:
             prompt = prompt[:-1]
         if not prompt or prompt[-1]["role"] not in ("user", "tool"):
             raise RowError("the messages do not end with one of the user, which could be answered.")
+    if not isinstance(prompt, str) and pictures_of(prompt):
+        raise RowError("the prompt has a picture; prompts of rewards are texts alone.")
     if not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
         raise RowError("the prompt is empty.")
     return PromptRow(form, prompt, tools, columns)

@@ -49,10 +49,11 @@ Split = Literal["train", "validation", "test"]
 
 
 class Row(NamedTuple):
-    """where: the file and the line (JSON, CSV) or row, for messages."""
+    """where: the file and the line (JSON, CSV) or row, for messages. folder: of the file; paths are relative to it."""
 
     where: str
     values: dict[str, Any]
+    folder: Path = Path()
 
 
 class Shards(NamedTuple):
@@ -168,7 +169,7 @@ def read_rows(
         suffix = suffixes(file)[0]
         if suffix in _WHOLE:
             read = _parquet if suffix == ".parquet" else _arrow
-            yield from read(file, advance, field)
+            yield from (row._replace(folder=file.parent) for row in read(file, advance, field))
             continue
         if suffix in (".csv", ".tsv"):
             rows = _csv(file, "\t" if suffix == ".tsv" else "", advance)
@@ -176,7 +177,9 @@ def read_rows(
             rows = _json(file, advance)
         else:
             rows = _json_lines(file, advance)
-        yield from rows if field is None else (Row(row.where, {field: _text(row, field)}) for row in rows)
+        for row in rows:
+            values = row.values if field is None else {field: _text(row, field)}
+            yield Row(row.where, values, file.parent)
 
 
 def fields_of(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from gptsmith.data.conversations import (
     bad_row,
     read_conversations,
 )
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.preferences import Preference, PreferenceRenderer, Rated, is_preference, read_preferences
 from gptsmith.data.prompts import PromptForm, PromptRenderer, PromptRow, as_prompt, is_text_file
 from gptsmith.data.rows import read_rows
@@ -60,19 +61,27 @@ def kind_of(path: Path) -> Kind:
     return "conversations"
 
 
-def show(path: Path, tokenizer: Tokenizer, *, index: int = 0, train_on: TrainOn = "all", color: bool = False) -> Shown:
+def show(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    index: int = 0,
+    train_on: TrainOn = "all",
+    color: bool = False,
+    eyes: Eyes | None = None,
+) -> Shown:
     """Return row `index` (from 0) of the conversations in a file or folder, rendered for a model's tokenizer.
 
-    color: mark by colors of a terminal instead of brackets. Rows that cannot be used are counted. Raises UsageError
-    where there is no such row.
+    color: mark by colors of a terminal instead of brackets. eyes: how the model reads pictures. Rows that cannot be
+    used are counted. Raises UsageError where there is no such row.
     """
-    renderer, counts = Renderer(tokenizer, train_on=train_on), Counts()
+    renderer, counts = Renderer(tokenizer, train_on=train_on, eyes=eyes), Counts()
     lengths: list[int] = []
-    trained = 0
+    trained = images = 0
     chosen: tuple[str, Example] | None = None
     for row, conversation in read_conversations(path, on_bad="skip", counts=counts):
         try:
-            example = renderer.render(conversation)
+            example = renderer.render(conversation, row.folder)
         except RowError as error:
             counts.forms[conversation.form] -= 1
             bad_row(error, row.where, "skip", counts)
@@ -81,32 +90,41 @@ def show(path: Path, tokenizer: Tokenizer, *, index: int = 0, train_on: TrainOn 
             chosen = row.where, example
         lengths.append(len(example.ids))
         trained += sum(example.trained)
+        images += len(example.images)
     if chosen is None:
         raise _no_such_row(path, "conversations", len(lengths), index, counts)
     where, example = chosen
     share = f"trained on: {trained:,} of {sum(lengths):,} tokens ({trained / sum(lengths):.0%})"
+    if eyes is not None and images:
+        share += f"; {images:,} pictures of {len(eyes.tokens):,} tokens each"
     summary = _summary("conversations", len(lengths), {"tokens": lengths}, counts, share)
-    return Shown(where, marked(example, tokenizer, color=color), summary)
+    return Shown(where, marked(example, tokenizer, color=color, eyes=eyes), summary)
 
 
 def show_preferences(
-    path: Path, tokenizer: Tokenizer, *, index: int = 0, form: PromptForm = "auto", color: bool = False
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    index: int = 0,
+    form: PromptForm = "auto",
+    color: bool = False,
+    eyes: Eyes | None = None,
 ) -> Shown:
     """Return preference `index` (from 0) of a file or folder: a pair, one answer below the other, or a rated answer."""
-    renderer, counts = PreferenceRenderer(tokenizer, form=form), Counts()
+    renderer, counts = PreferenceRenderer(tokenizer, form=form, eyes=eyes), Counts()
     lengths: dict[str, list[int]] = collections.defaultdict(list)
     shown: tuple[str, str] | None = None
     number, what = 0, "preferences"
     for row, preference in read_preferences(path, on_bad="skip", counts=counts):
         try:
-            examples = _answers(preference, renderer)
+            examples = _answers(preference, renderer, row.folder)
         except RowError as error:
             counts.forms[preference.form] -= 1
             bad_row(error, row.where, "skip", counts)
             continue
         what = "rated answers" if isinstance(preference, Rated) else "pairs of answers"
         if number == index:
-            texts = (f"{name}:\n{marked(each, tokenizer, color=color)}" for name, each in examples.items())
+            texts = (f"{name}:\n{marked(each, tokenizer, color=color, eyes=eyes)}" for name, each in examples.items())
             shown = row.where, "\n".join(texts)
         for name, example in examples.items():
             lengths[name].append(sum(example.trained))
@@ -117,11 +135,11 @@ def show_preferences(
     return Shown(*shown, _summary(what, number, by_name, counts))
 
 
-def _answers(preference: Preference | Rated, renderer: PreferenceRenderer) -> dict[str, Example]:
+def _answers(preference: Preference | Rated, renderer: PreferenceRenderer, folder: Path) -> dict[str, Example]:
     if isinstance(preference, Rated):
         name = "good" if preference.desirable else "bad"
-        return {name: renderer.render(preference.conversation, preference.start)}
-    return dict(zip(("chosen", "rejected"), renderer.pair(preference), strict=True))
+        return {name: renderer.render(preference.conversation, preference.start, folder)}
+    return dict(zip(("chosen", "rejected"), renderer.pair(preference, folder), strict=True))
 
 
 def show_prompts(
@@ -174,21 +192,28 @@ def _summary(
     return tuple(lines)
 
 
-def marked(example: Example, tokenizer: Tokenizer, *, color: bool = False) -> str:
-    """Return the text of an example, with special tokens, and what is trained on in [brackets] or green."""
+def marked(example: Example, tokenizer: Tokenizer, *, color: bool = False, eyes: Eyes | None = None) -> str:
+    """Return the text of an example, with special tokens, and what is trained on in [brackets] or green.
+
+    Of the tokens of a picture, the first one and their number are shown: <image>×36.
+    """
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
+    image = None if eyes is None else eyes.token_id
     pieces = []
-    for trained, ids in _runs(example):
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+    for trained, ids in _runs(example, image):
+        text = tokenizer.decode(ids[:1] if ids[0] == image else ids, skip_special_tokens=False)
+        if ids[0] == image:
+            text += f"×{len(ids)}"
         pieces.append(f"{start}{text}{end}" if trained else text)
     return "".join(pieces)
 
 
-def _runs(example: Example) -> list[tuple[bool, list[int]]]:
-    """Return the ids in runs of equal masks."""
-    runs: collections.deque[tuple[bool, list[int]]] = collections.deque()
-    for id, trained in zip(*example, strict=True):
-        if not runs or runs[-1][0] != trained:
+def _runs(example: Example, image: int | None) -> list[tuple[bool, list[int]]]:
+    """Return the ids in runs of equal masks; those of a picture are runs of their own."""
+    runs: list[tuple[bool, list[int]]] = []
+    for id, trained in zip(example.ids, example.trained, strict=True):
+        last = runs[-1] if runs else None
+        if last is None or last[0] != trained or (last[1][-1] == image) != (id == image):
             runs.append((trained, []))
         runs[-1][1].append(id)
-    return list(runs)
+    return runs

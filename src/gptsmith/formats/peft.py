@@ -127,6 +127,7 @@ def _whole_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def _config(model: Transformer, parts: Mapping[str, LoraPart], whole: list[str], base: str) -> dict[str, Any]:
     """Return the contents of adapter_config.json. Ranks that differ from the most common one are patterns."""
+    embeddings = module_name(model.config, embeddings_name(model.config))
     ranks = {name: len(part.A) for name, part in parts.items()}
     alphas = {name: _alpha(part, rslora=False) for name, part in parts.items()}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -153,7 +154,7 @@ def _config(model: Transformer, parts: Mapping[str, LoraPart], whole: list[str],
         "modules_to_save": sorted({_saved_module(name) for name in whole}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
-        "ensure_weight_tying": bool(whole) and model.config.tie_word_embeddings,
+        "ensure_weight_tying": embeddings in whole and model.config.tie_word_embeddings,
     }
 
 

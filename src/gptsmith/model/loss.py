@@ -18,9 +18,10 @@ from gptsmith.model.config import IGNORED
 from gptsmith.model.documents import is_fake
 from gptsmith.model.moe import expert_load, load_balancing_loss, router_z_loss
 from gptsmith.model.transformer import Transformer
+from gptsmith.model.vision import Images
 from gptsmith.runtime import compiler_available
 
-LossFunction = Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
+LossFunction = Callable[[Transformer, Tensor, Tensor, Tensor | None, Images | None], Tensor]
 
 MAX_LOGITS = 1 << 25  # logits in memory at once: 128 MB in fp32
 MAX_LOGITS_ON_GPU = 1 << 29  # 1 GB in bf16; every chunk reads and writes the whole gradient of the weights
@@ -106,15 +107,17 @@ def token_loss_sum(
     ids: Tensor,
     targets: Tensor,
     document_ids: Tensor | None = None,
+    images: Images | None = None,
     router_logits: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the cross-entropy in nats, summed over the targets that are not -100; ids, targets: (B, T) int64.
 
     It equals `-token_logprobs(...).sum()` up to rounding. Only the sum is needed here, so its gradient is computed in
     the forward pass where the vocabulary is large, which saves the second computation of the logits.
-    router_logits: as in `Transformer.forward`.
+    images: the pictures of the batch. router_logits: as in `Transformer.forward`.
     """
-    hidden = model.hidden_states(ids, document_ids=document_ids, router_logits=router_logits)
+    pixels = None if images is None else images.pixels
+    hidden = model.hidden_states(ids, pixels=pixels, document_ids=document_ids, router_logits=router_logits)
     if targets.numel() * model.config.vocab_size <= MAX_LOGITS:
         return cross_entropy_sum(model.lm_head(hidden), targets)
     if type(model.lm_head) is not nn.Linear:  # quantized or adapted
@@ -123,7 +126,11 @@ def token_loss_sum(
 
 
 def training_loss_sum(
-    model: Transformer, ids: Tensor, targets: Tensor, document_ids: Tensor | None = None
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    document_ids: Tensor | None = None,
+    images: Images | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss that training minimizes, summed over the targets that are not -100, and metrics to log.
 
@@ -133,9 +140,9 @@ def training_loss_sum(
     """
     config = model.config
     if not config.num_experts:
-        return token_loss_sum(model, ids, targets, document_ids), {}
+        return token_loss_sum(model, ids, targets, document_ids, images), {}
     router_logits: list[Tensor] = []
-    loss = token_loss_sum(model, ids, targets, document_ids, router_logits)
+    loss = token_loss_sum(model, ids, targets, document_ids, images, router_logits)
     if not router_logits:  # all layers are dense
         return loss, {}
     scores = router_logits

@@ -345,11 +345,14 @@ def can_quantize(weight: Tensor) -> bool:
 def replace_matrices(model: Transformer, replacement: Callable[[str, Tensor], QuantizedMatrix | None]) -> Transformer:
     """Replace every matrix of the model by `replacement(name, weight)`, in place; None: keep it.
 
-    Norms, biases, positions, routers, gates and matrices whose width is not a multiple of 32 are always kept. An
-    expert's name is like `layers.0.mlp.up_proj.3`; either all experts of a layer are replaced, or none.
+    Norms, biases, positions, routers, gates, vision towers with their projectors, and matrices whose width is not a
+    multiple of 32 are always kept. An expert's name is like `layers.0.mlp.up_proj.3`; either all experts of a layer
+    are replaced, or none.
     """
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
+        if path.partition(".")[0] in ("vision", "projector"):
+            continue
         plain = isinstance(module, MixtureOfExperts) and not isinstance(module, QuantizedExperts)
         if plain and can_quantize(module.up_proj) and can_quantize(module.down_proj):
             experts = {

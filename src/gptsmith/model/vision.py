@@ -13,6 +13,8 @@ H heads · C hidden of the text model.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,21 @@ from torch import Tensor, nn
 from gptsmith.model.activations import FUNCTIONS
 from gptsmith.model.config import VisionConfig
 from gptsmith.model.parameters import annotate
+
+
+class Images(NamedTuple):
+    """The pictures of a batch, in the order in which their tokens stand in it.
+
+    pixels: (N, 3, S, S). rows: (N,) int64, ascending: the row of the batch that each belongs to; on the CPU.
+    """
+
+    pixels: Tensor
+    rows: Tensor
+
+    def slice(self, start: int, stop: int) -> Images | None:
+        """Return those of rows [start, stop), None if there are none."""
+        first, last = (int(i) for i in torch.searchsorted(self.rows, torch.tensor([start, stop])))
+        return Images(self.pixels[first:last], self.rows[first:last] - start) if last > first else None
 
 
 class VisionBlock(nn.Module):

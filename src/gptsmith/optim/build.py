@@ -86,6 +86,7 @@ def build_optimizers(
     newton_schulz_steps: int = 5,
     extra: Mapping[str, nn.Module] | None = None,
     extra_lr: float | None = None,
+    rate_factors: Mapping[nn.Module, float] | None = None,
 ) -> Optimizers:
     """Return the optimizers for the trainable parameters of `model`; frozen ones (`requires_grad` False) have none.
 
@@ -94,6 +95,7 @@ def build_optimizers(
         What is a hidden matrix is decided by `parameter_info`. Vectors have no weight decay.
     extra: further modules to train (a value model, a reward head), by the prefix that their parameters' names get.
     extra_lr: AdamW trains those at this rate; None: they are trained as the model is.
+    rate_factors: modules of the model whose rates are multiplied by a number.
     Raises UsageError if no parameter is trainable.
     """
     modules = {"": model, **{f"{prefix}.": module for prefix, module in (extra or {}).items()}}
@@ -109,15 +111,28 @@ def build_optimizers(
     if not names:
         raise UsageError("there is nothing to train: all parameters are frozen.")
 
+    factors: dict[nn.Parameter, float] = {
+        p: factor for module, factor in (rate_factors or {}).items() for p in module.parameters() if p in names
+    }
+    kinds = [1.0, *sorted({factor for factor in factors.values() if factor != 1.0})]
     optimizers: list[torch.optim.Optimizer] = []
     matrices = [p for p in names if name == "muon" and infos[p].kind == "matrix" and p not in apart]
     if matrices:
-        group = {"params": matrices, "split_sizes": [infos[p].split_sizes for p in matrices]}
-        optimizers.append(Muon([group], lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps))
+        muon_groups = [
+            {"params": own, "split_sizes": [infos[p].split_sizes for p in own], "lr": lr * factor}
+            for factor in kinds
+            if (own := [p for p in matrices if factors.get(p, 1.0) == factor])
+        ]
+        optimizers.append(
+            Muon(muon_groups, lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps)
+        )
     elsewhere = apart | set(matrices)
-    groups = _groups(
-        [p for p in names if p not in elsewhere], infos, embedding_lr if name == "muon" else lr, weight_decay
-    )
+    rest, rate = [p for p in names if p not in elsewhere], embedding_lr if name == "muon" else lr
+    groups = [
+        group
+        for factor in kinds
+        for group in _groups([p for p in rest if factors.get(p, 1.0) == factor], infos, rate * factor, weight_decay)
+    ]
     if extra_lr is not None:
         groups += _groups([p for p in names if p in apart], infos, extra_lr, weight_decay)
     if groups:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gptsmith.data.conversations import Conversation, Counts, Example, Renderer, RowError, bad_row, read_conversations
 from gptsmith.data.packing import Examples
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.rows import Split, row_files
 from gptsmith.errors import DataError
 from gptsmith.log import note, progress
@@ -30,12 +31,19 @@ SHOWN = 3  # held-out conversations that are kept whole, to be answered in previ
 
 @dataclass(frozen=True)
 class Chats:
-    """Conversations ready for training. shown: some held-out ones, whose prompts the model answers in previews."""
+    """Conversations ready for training. shown: some held-out ones without pictures, whose prompts the model answers in
+    previews. eyes: how the model reads pictures."""
 
     train: Examples
     val: Examples
     counts: Counts
     shown: tuple[Conversation, ...] = ()
+    eyes: Eyes | None = None
+
+    @property
+    def num_images(self) -> int:
+        """The number of pictures to train on."""
+        return sum(map(len, self.train.images))
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +62,7 @@ class Chats:
             "train_rows": len(self.train),
             "val_rows": len(self.val),
             "trained_tokens": self.train.num_trained,
+            **({"train_images": self.num_images} if self.num_images else {}),
             "forms": dict(self.counts.forms),
             "skipped": dict(self.counts.skipped),
         }
@@ -66,6 +75,8 @@ class Chats:
             f"{rows:,} conversations ({forms}), {len(self.val):,} of them held out; {total:,} tokens to train on, of "
             f"which {self.train.num_trained:,} ({self.train.num_trained / total:.0%}) count in the loss"
         )
+        if self.num_images:
+            text += f"; {self.num_images:,} pictures"
         if self.counts.skipped:
             text += f"; left out {sum(self.counts.skipped.values()):,} rows: {self.counts.describe_skipped()}"
         return text
@@ -111,7 +122,8 @@ class ChatFiles(RowFiles):
         """Read and render all conversations. Raise DataError for the first bad row, or as the options say."""
         method = config.method
         assert isinstance(method, SftConfig)
-        renderer, counts = Renderer(tokenizer, train_on=method.train_on), Counts()
+        eyes, counts = self.eyes(tokenizer), Counts()
+        renderer = Renderer(tokenizer, train_on=method.train_on, eyes=eyes)
         conversations: list[Conversation] = []  # of the last rows: some are shown
 
         def examples(path: Path, split: Split = "train") -> Iterator[Example]:
@@ -121,13 +133,14 @@ class ChatFiles(RowFiles):
                     path, on_bad=method.bad_rows, counts=counts, advance=bar.advance, split=split
                 ):
                     try:
-                        example = renderer.render(conversation)
+                        example = renderer.render(conversation, row.folder)
                     except RowError as error:
                         counts.forms[conversation.form] -= 1
                         bad_row(error, row.where, method.bad_rows, counts)
                         continue
-                    conversations.append(conversation)
-                    del conversations[:-SHOWN]
+                    if not conversation.images:  # previews show texts
+                        conversations.append(conversation)
+                        del conversations[:-SHOWN]
                     yield example
 
         found = list(examples(self.path))
@@ -139,7 +152,7 @@ class ChatFiles(RowFiles):
             held_out = num_held_out(len(found), config.data.val_fraction)
             found, val = found[: len(found) - held_out], found[len(found) - held_out :]
         shown = tuple(conversations[-min(SHOWN, max(1, len(val))) :])
-        return Chats(Examples(found), Examples(val), counts, shown)
+        return Chats(Examples(found), Examples(val), counts, shown, eyes)
 
     def needs_template(self) -> bool:
         """Return whether any row is a conversation, and not a prompt with its completion as plain text."""

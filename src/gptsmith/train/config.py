@@ -752,13 +752,42 @@ class ParallelConfig:
         _check(self.process_timeout > 0, "--process-timeout", self.process_timeout, "above 0")
 
 
+VISION_PARTS = ("text", "tower", "projector")
+"""The parts of a model that reads pictures."""
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """How a model that reads pictures is trained."""
+
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they are: text, tower, projector. Beside an adapter, the tower always does."""
+    tower_lr: float = 1.0
+    """Learning rates of the vision tower, relative to those of the text model."""
+    projector_lr: float | None = None
+    """Learning rates of the projector, relative to those of the text model (default: 10, and 1 beside an adapter)."""
+    augment: bool = False
+    """In fine-tuning, shift and scale pictures at random, and vary the color behind transparent ones."""
+
+    def __post_init__(self) -> None:
+        for part in self.freeze:
+            if part not in VISION_PARTS:
+                known = ", ".join(VISION_PARTS)
+                raise UsageError(
+                    f"--vision.freeze: unknown part {part!r}.{nearest(part, VISION_PARTS)} Parts: {known}."
+                )
+        for name in ("tower_lr", "projector_lr"):
+            value = getattr(self, name)
+            _check(value is None or 0 < value < math.inf, f"--vision.{name.replace('_', '-')}", value, "above 0")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run: the same values and the same data give the same weights.
 
     Each part is independent of the others; `method` belongs to the objective. On the command line the options of
-    `model`, `adapter`, `optim` and `eval` have a prefix (`--model.hidden-size`, `--lora.rank`), all others stand alone
-    (`--steps`, `--lora`): a *flat name* is the same with underscores (`model.hidden_size`, `steps`).
+    `model`, `adapter`, `optim`, `eval` and `vision` have a prefix (`--model.hidden-size`, `--lora.rank`), all others
+    stand alone (`--steps`, `--lora`): a *flat name* is the same with underscores (`model.hidden_size`, `steps`).
     """
 
     auto: AutoConfig = field(default_factory=AutoConfig)
@@ -770,6 +799,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    vision: PictureConfig = field(default_factory=PictureConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def replace(self, **options: Any) -> RunConfig:

@@ -20,7 +20,7 @@ from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget import tuning
-from gptsmith.train.config import INIT_LR_FACTOR, AdapterConfig, OptimConfig, RunConfig
+from gptsmith.train.config import INIT_LR_FACTOR, AdapterConfig, OptimConfig, PictureConfig, RunConfig
 from gptsmith.train.variation import ModelFactory
 
 LORA_LR_FACTOR = 10  # learning rate of an adapter, relative to that of the whole model
@@ -134,6 +134,10 @@ def adapted_to_init(
     Raises UsageError for a context longer than the model's.
     """
     model, most = init.config, init.config.max_position_embeddings
+    if model.vision is None and config.vision != PictureConfig():
+        raise UsageError(
+            f"{config.init.init} reads no pictures: leave out the --vision options, or give it eyes first."
+        )
     adapter, choice = _wants_adapter(config, overrides), "as set"
     if not adapter and config.adapter.lora == "auto":
         adapter, choice = lora, "as usual for this method"
@@ -196,7 +200,7 @@ def make_model(
     if init is not None:
         model.load_state_dict(init.model.state_dict())
         model.generation_config = dict(init.model.generation_config)
-    return adapt(model, config.adapter, train_fully=init.train_fully if init is not None else ())
+    return adapt(model, config.adapter, config.vision, train_fully=init.train_fully if init is not None else ())
 
 
 def warm_start(optimizers: Optimizers, init: Init, config: RunConfig) -> None:

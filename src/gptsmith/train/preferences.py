@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, overload
 
 from gptsmith.data.conversations import Counts, Example, RowError, bad_row
 from gptsmith.data.packing import Examples
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.preferences import Preference, PreferenceRenderer, Rated, read_preferences
 from gptsmith.data.rows import Row, Split, row_files
 from gptsmith.errors import DataError, UsageError
@@ -111,11 +112,15 @@ Part: TypeAlias = Pairs | LabelledRows
 
 @dataclass(frozen=True)
 class Preferences:
-    """Preferences ready for training: pairs in both parts, or rated answers in both."""
+    """Preferences ready for training: pairs in both parts, or rated answers in both.
+
+    eyes: how the model reads pictures.
+    """
 
     train: Part
     val: Part
     counts: Counts
+    eyes: Eyes | None = None
 
     @property
     def are_pairs(self) -> bool:
@@ -235,7 +240,8 @@ class PreferenceFiles(RowFiles):
         """
         method = config.method
         assert isinstance(method, PreferenceConfig)
-        renderer, counts = PreferenceRenderer(tokenizer, form=method.prompt_form), Counts()
+        eyes, counts = self.eyes(tokenizer), Counts()
+        renderer = PreferenceRenderer(tokenizer, form=method.prompt_form, eyes=eyes)
         num_texts = 0
 
         def read(path: Path, split: Split = "train") -> Iterator[tuple[Row, Preference | Rated]]:
@@ -257,10 +263,10 @@ class PreferenceFiles(RowFiles):
             for row, preference in read(path, split):
                 try:
                     if isinstance(preference, Rated):
-                        example = renderer.render(preference.conversation, preference.start)
+                        example = renderer.render(preference.conversation, preference.start, row.folder)
                         labelled.append(Labelled(example, preference.desirable, row.where))
                     else:
-                        pairs.append(Pair(*renderer.pair(preference), preference.margin, row.where))
+                        pairs.append(Pair(*renderer.pair(preference, row.folder), preference.margin, row.where))
                 except RowError as error:
                     counts.forms[preference.form] -= 1
                     bad_row(error, row.where, method.bad_rows, counts)
@@ -283,7 +289,7 @@ class PreferenceFiles(RowFiles):
             raise DataError(f"{self.spec} and its validation data must both be pairs, or both rated answers.")
         check_two_sided(train)
         remind_of_template(tokenizer, method.prompt_form, num_texts)
-        return Preferences(train, val, counts)
+        return Preferences(train, val, counts, eyes)
 
     def needs_template(self) -> bool:
         """Return whether any row is a conversation, and not plain text."""
@@ -299,10 +305,11 @@ def _part(items: Sequence[Any], *, like: Sequence[Any] = ()) -> Part:
 
 
 def _prompt(item: Pair | Labelled) -> bytes:
-    """Return the ids of the prompt, compactly."""
+    """Return the ids of the prompt and its pictures, compactly."""
     example = item.chosen if isinstance(item, Pair) else item.example
     start = example.trained.index(True)
-    return b" ".join(b"%d" % id for id in example.ids[:start])
+    pictures = [picture.key.encode() for picture in example.images]
+    return b" ".join([*(b"%d" % id for id in example.ids[:start]), *pictures])
 
 
 def settle_preferences(config: RunConfig, overrides: Collection[str], prepared: Any) -> RunConfig:

@@ -6,16 +6,18 @@ import abc
 import collections
 import math
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from gptsmith.data.corpora import CORPORA, corpus_path
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.prompts import PromptForm
 from gptsmith.data.rows import Split, row_files
 from gptsmith.data.sources import Spec
 from gptsmith.errors import UsageError, nearest
 from gptsmith.log import note
+from gptsmith.model.config import ModelConfig
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.train.config import RunConfig
@@ -26,6 +28,7 @@ class RowFiles(abc.ABC):
     """Files of rows, opened but not yet read.
 
     val: those of validation, if they are apart, either a data set of their own (`val_spec`) or a split of `path`.
+    model: what is trained on them, which decides how pictures are read; None: pictures are refused.
     """
 
     spec: str
@@ -33,6 +36,15 @@ class RowFiles(abc.ABC):
     val_spec: str | None = None
     val: Path | None = None
     val_split: Split = "train"
+    model: ModelConfig | None = None
+
+    def for_model(self, model: ModelConfig) -> Self:
+        """Return the files as data for a model."""
+        return replace(self, model=model)
+
+    def eyes(self, tokenizer: Tokenizer) -> Eyes | None:
+        """Return how the model reads pictures, None if it does not."""
+        return None if self.model is None else Eyes.of(self.model, tokenizer)
 
     @classmethod
     def open(cls, spec: Spec, config: RunConfig) -> Self:

@@ -75,6 +75,7 @@ from gptsmith.train.objectives.registry import (
     import_reference,
     reference_to,
 )
+from gptsmith.train.row_files import RowFiles
 from gptsmith.train.session import RunResult, Session, now
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.summary import summary
@@ -244,6 +245,12 @@ def _start_in(
         init = ranks.main_first(lambda: method.adapt_init(load_init(str(config.init.init)), config, opened))
         config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
         tokenizer = init.tokenizer
+        if init.config.vision is not None and method.reads_text_alone:
+            raise UsageError(
+                f"{config.init.init} reads pictures, and {objective_name} is for models that read text alone."
+            )
+        if isinstance(opened, RowFiles):
+            opened = opened.for_model(init.config)
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
     elif opened is not None:
@@ -432,13 +439,13 @@ def resume(
         )
     tokenizer = Tokenizer.load(directory / "tokenizer")
     _, method = find_method(extras.objective or "pretrain")
-    dataset = ranks.main_first(lambda: _prepare_again(run, config, tokenizer, method, data))
-    device = ranks.device(choose_device(config.loop.device))
-    keep_freed_memory()
     try:
         model_config = from_dict(ModelConfig, run.info["model"])
     except (UsageError, KeyError) as error:
         raise CheckpointError(f"{directory / 'run.json'} is damaged: its model cannot be read: {error}") from None
+    dataset = ranks.main_first(lambda: _prepare_again(run, config, tokenizer, model_config, method, data))
+    device = ranks.device(choose_device(config.loop.device))
+    keep_freed_memory()
     with _locked(directory) if ranks.is_main else contextlib.nullcontext():
         steps = ranks.on_main(store.steps)
         init = None
@@ -504,7 +511,7 @@ def _describe_data(data: TrainingData | None, dataset: Prepared | None) -> dict[
 
 
 def _prepare_again(
-    run: Run, config: RunConfig, tokenizer: Tokenizer, method: Method, moved_to: Spec | None
+    run: Run, config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, method: Method, moved_to: Spec | None
 ) -> Prepared | None:
     """Return the dataset that the run was started with. CheckpointError where the text has changed since.
 
@@ -526,6 +533,8 @@ def _prepare_again(
             command = f"gptsmith train --resume {run.directory} {argument}"
             raise UsageError(f"no such file or folder: {first_few(gone)}. Say where the {what} is now: {command}")
     opened = method.open_data(spec, config.replace(val=val_spec, unknown=True))
+    if isinstance(opened, RowFiles):
+        opened = opened.for_model(model)
     try:
         dataset = opened.prepare(config.replace(unknown=True), tokenizer)
         if dataset.fingerprint == data["fingerprint"]:

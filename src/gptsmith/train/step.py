@@ -23,6 +23,7 @@ from gptsmith.errors import TrainingError
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
 from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
+from gptsmith.train.adapter import rate_factors
 from gptsmith.train.config import RunConfig
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.objectives.base import Batch, LossOutput, Models, Objective, Sum
@@ -107,6 +108,7 @@ class TrainingStep(Generic[B]):
             momentum=optim.momentum,
             betas=(optim.beta1, optim.beta2),
             newton_schulz_steps=optim.newton_schulz_steps,
+            rate_factors=rate_factors(models.policy, config.adapter, config.vision),
             extra_lr=config.method.extra_lr,
             extra={prefix.removesuffix("."): module for prefix, module in models.named_modules() if prefix},
         )

@@ -47,7 +47,7 @@ def example_step(
 ) -> TrainingStep[Any]:
     """Return the training step of a run with a new model and without data, for timing. rows: of a micro-batch."""
     return TrainingStep.build(
-        adapt(Transformer(model_config, dropout=config.loop.dropout), config.adapter).to(device),
+        adapt(Transformer(model_config, dropout=config.loop.dropout), config.adapter, config.vision).to(device),
         objective or example_objective(config, model_config),
         config,
         precision=precision,

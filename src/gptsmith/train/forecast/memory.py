@@ -186,7 +186,7 @@ def run_without_storage(
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
         with ledger:
             model = Transformer(model_config, dropout=config.loop.dropout, initialize=False)
-            adapt(model, config.adapter)
+            adapt(model, config.adapter, config.vision)
             model.activation_checkpointing = activation_checkpointing
             step: TrainingStep[Any] = TrainingStep.build(
                 model, objective, config, precision=precision, micro_batch_size=micro_batch_size

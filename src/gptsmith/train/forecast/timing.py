@@ -112,7 +112,7 @@ def measure(
         work = rows * loop.context * flops_per_token(model_config, loop.context)
         scale = work / (tried_rows * loop.context * flops_per_token(tried, loop.context))
         passes = loop.batch_size // rows
-        model = adapt(Transformer(tried, dropout=loop.dropout), config.adapter).to(device)
+        model = adapt(Transformer(tried, dropout=loop.dropout), config.adapter, config.vision).to(device)
         model.activation_checkpointing = activation_checkpointing
         timer = _Timer(model, objective, config, precision, tried_rows)
 
@@ -176,7 +176,7 @@ def _affordable(c: ModelConfig, rows: int, context: int, rate: float, device: to
             rows = max(1, min(rows - 1, int(rows / excess)))
         elif c.num_hidden_layers > 2 * period:
             c = replace(c, num_hidden_layers=max(2 * period, c.num_hidden_layers // 2 // period * period))
-        elif c.vocab_size > 32768:
+        elif c.vocab_size > 32768 > (c.image_token_id or 0):
             c = replace(c, vocab_size=32768)
         elif c.hidden_size // 2 >= NARROWEST and c.num_attention_heads > 1:
             c = _half_as_wide(c)

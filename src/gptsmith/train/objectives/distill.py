@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import TokenBatch
 from gptsmith.data.packing import Examples, packed_batch
+from gptsmith.data.pictures import Eyes
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
@@ -122,7 +123,7 @@ class Distill(Sft):
                 raise result.error
             ids = result.completions[0].ids  # the token that ended it is among them
             written.append(Example([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)))
-        return packed_batch(Examples(written), [[i] for i in range(len(written))], self.seq_len)
+        return packed_batch(Examples(written), [[i] for i in range(len(written))], self.seq_len, self.chats.eyes)
 
     def _indices(self) -> list[int]:
         order = self.loader.order_at(self.loader.position)
@@ -132,9 +133,10 @@ class Distill(Sft):
     def loss(self, models: Models, batch: TokenBatch) -> LossOutput:
         assert models.reference is not None
         mask = batch.targets != IGNORED
-        hidden = models.policy.hidden_states(batch.ids, document_ids=batch.document_ids)
+        pixels = None if batch.images is None else batch.images.pixels
+        hidden = models.policy.hidden_states(batch.ids, pixels=pixels, document_ids=batch.document_ids)
         with torch.no_grad():
-            theirs = models.reference.hidden_states(batch.ids, document_ids=batch.document_ids)
+            theirs = models.reference.hidden_states(batch.ids, pixels=pixels, document_ids=batch.document_ids)
         heads = models.policy.lm_head, models.reference.lm_head
         loss = kl_sum(heads[0], hidden, heads[1], theirs, mask, self.vocab_size, reverse=self.on_policy)
         return LossOutput(loss, {"answer_tokens": Sum(mask.sum(), float(len(mask)))} if self.on_policy else {})
@@ -193,6 +195,10 @@ def distill(context: Any) -> Distill:
         raise UsageError(
             f"--context {config.loop.context} is longer than the teacher's {teacher.config.max_position_embeddings}."
         )
+    if chats.num_images and method.on_policy:
+        raise UsageError("--on-policy: a student answers texts alone, and the data has pictures.")
+    if chats.num_images and chats.eyes != Eyes.of(teacher.config, context.tokenizer):
+        raise UsageError(f"the data has pictures, and the teacher {method.teacher_model()} reads none, or others.")
     return Distill(
         chats.within(config.loop.context, on_long=method.too_long),
         context.tokenizer,

@@ -23,6 +23,7 @@ from gptsmith.checkpoint import TrainState
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader
 from gptsmith.data.packing import Examples, packed_batch
+from gptsmith.data.pictures import Eyes
 from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
@@ -33,6 +34,7 @@ from gptsmith.model.documents import is_fake
 from gptsmith.model.flops import count_parameters
 from gptsmith.model.loss import head_logprobs
 from gptsmith.model.transformer import Transformer
+from gptsmith.model.vision import Images
 from gptsmith.run_directory import PLAIN_TEXT_METRIC, Selection
 from gptsmith.runtime import autocast_dtype, choose_device, choose_precision
 from gptsmith.tokenizer import Tokenizer
@@ -64,6 +66,7 @@ class Answers:
     """Prompts with an answer, packed into rows. The tensors are those of a `TokenBatch`.
 
     owner: (R, T) int64, the number of the answer that each token belongs to; padding belongs to `count`.
+    images: the pictures of the prompts.
     """
 
     ids: Tensor
@@ -71,20 +74,21 @@ class Answers:
     document_ids: Tensor
     owner: Tensor
     count: int
+    images: Images | None = None
 
     @classmethod
-    def of(cls, examples: Examples, most: int) -> Answers:
+    def of(cls, examples: Examples, most: int, eyes: Eyes | None = None) -> Answers:
         """Pack all of them into rows of at most `most` tokens, which the longest must fit into."""
         lengths = examples.lengths - 1
         rows = _balanced_rows(lengths.tolist(), most)
-        batch = packed_batch(examples, rows, max(int(lengths[row].sum()) for row in rows))
+        batch = packed_batch(examples, rows, max(int(lengths[row].sum()) for row in rows), eyes)
         assert batch.document_ids is not None
         owner = torch.full_like(batch.ids, len(examples))
         for r, row in enumerate(rows):
             at = 0
             for index in row:
                 owner[r, at : (at := at + int(lengths[index]))] = index
-        return cls(batch.ids, batch.targets, batch.document_ids, owner, len(examples))
+        return cls(batch.ids, batch.targets, batch.document_ids, owner, len(examples), batch.images)
 
     @classmethod
     def of_equal_length(cls, ids: Tensor) -> Answers:
@@ -99,7 +103,8 @@ class Answers:
         ids, targets, documents, owner = (
             part.to(device) for part in (self.ids, self.targets, self.document_ids, self.owner)
         )
-        hidden = model.hidden_states(ids, document_ids=documents).flatten(0, 1)
+        pixels = None if self.images is None else self.images.pixels.to(device)
+        hidden = model.hidden_states(ids, pixels=pixels, document_ids=documents).flatten(0, 1)
         targets, owner = targets.flatten(), owner.flatten()
         if not is_fake(hidden):  # logits of the answers alone
             trained = targets != IGNORED
@@ -175,11 +180,11 @@ class PreferenceBatch:
             baseline=None if self.baseline is None else self.baseline.to(device),
         )
 
-    def answers(self, most: int) -> Answers:
+    def answers(self, most: int, eyes: Eyes | None = None) -> Answers:
         """Return all answers, packed into rows of at most `most` tokens."""
         if isinstance(self.examples, Tensor):
             return Answers.of_equal_length(self.examples)
-        return Answers.of(Examples(self.examples), most)
+        return Answers.of(Examples(self.examples), most, eyes)
 
     def answer_tokens(self) -> Tensor:
         """Return the number of tokens of each answer, (n,) or (2n,)."""
@@ -243,9 +248,11 @@ def _mismatched(part: LabelledRows, context: int) -> Iterator[Example]:
     examples = [row.example for row in part]
     starts = [example.trained.index(True) for example in examples]
     prompts = [tuple(example.ids[:start]) for example, start in zip(examples, starts, strict=True)]
-    for prompt, other in zip(prompts, mismatched(prompts), strict=True):
+    pictures = [example.images for example in examples]  # of the prompts
+    for prompt, other, images in zip(prompts, mismatched(prompts), pictures, strict=True):
         answer = examples[other].ids[starts[other] :][: max(1, context - len(prompt))]
-        yield Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        mask = [False] * len(prompt) + [True] * len(answer)
+        yield Example([*prompt, *answer], mask, images)
 
 
 def _first(part: Pairs | LabelledRows, tokens: int | None) -> Pairs | LabelledRows:
@@ -302,7 +309,7 @@ class Dpo(Objective[PreferenceBatch]):
         should_stop: Stop = lambda: False,
         ranks: DistributedContext = ALONE,
     ) -> None:
-        self.method, self.tokenizer, self.context = method, tokenizer, context
+        self.method, self.tokenizer, self.context, self.eyes = method, tokenizer, context, preferences.eyes
         self.make_reference, self.autocast = reference, autocast
         self.should_stop, self.ranks = should_stop, ranks
         self.options = LossOptions(method.scale, method.label_smoothing, method.gamma)
@@ -372,7 +379,9 @@ class Dpo(Objective[PreferenceBatch]):
                 if self.ranks.rank < len(together):
                     chunk = together[self.ranks.rank]
                     with self.autocast():
-                        values = Answers.of(Examples(examples[i] for i in chunk), self.context).logprobs(model)
+                        values = Answers.of(Examples(examples[i] for i in chunk), self.context, self.eyes).logprobs(
+                            model
+                        )
                     mine[chunk] = values.cpu().double()
                 done += [index for chunk in together for index in chunk]
                 advance(sum(map(len, together)))
@@ -398,7 +407,10 @@ class Dpo(Objective[PreferenceBatch]):
         with torch.no_grad(), self.autocast():
             for chunk in _chunks(examples):
                 ours[chunk] = (
-                    Answers.of(Examples(examples[i] for i in chunk), self.context).logprobs(models.policy).float().cpu()
+                    Answers.of(Examples(examples[i] for i in chunk), self.context, self.eyes)
+                    .logprobs(models.policy)
+                    .float()
+                    .cpu()
                 )
         return kto_baseline(ours - self.train.reference[index])
 
@@ -407,7 +419,7 @@ class Dpo(Objective[PreferenceBatch]):
         return float(batch.num_rows), batch.num_tokens()
 
     def loss(self, models: Models, batch: PreferenceBatch) -> LossOutput:
-        ours = batch.answers(self.context).logprobs(models.policy)
+        ours = batch.answers(self.context, self.eyes).logprobs(models.policy)
         loss, metrics = self._loss_of(ours, batch)
         return LossOutput(loss.sum(), {name: Sum(value.sum(), float(len(value))) for name, value in metrics.items()})
 
@@ -501,6 +513,8 @@ class Dpo(Objective[PreferenceBatch]):
         found: dict[tuple[int, ...], str] = {}
         for row in range(part.num_rows):
             example = part.examples[row * self.per_row]
+            if example.images:  # previews show texts
+                continue
             prompt = example.ids[: example.trained.index(True)]
             if len(found) < SHOWN and len(prompt) < models.policy.config.max_position_embeddings:
                 found[tuple(prompt)] = self.tokenizer.decode(prompt, skip_special_tokens=False)

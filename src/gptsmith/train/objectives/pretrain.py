@@ -136,7 +136,10 @@ class BatchStream(NextToken):
     def next_batch(self, models: Models, step: int) -> TokenBatch:
         for batch in self._batches:
             self.taken += 1
-            return batch if isinstance(batch, TokenBatch) else TokenBatch(*map(_as_ids, batch))
+            if isinstance(batch, TokenBatch):
+                return batch
+            ids, targets = map(_as_ids, batch)
+            return TokenBatch(ids, targets)
         raise DataError(f"the iterable of batches ended after {self.taken}. Give one for every step, or fewer --steps.")
 
     def state(self) -> TrainState:

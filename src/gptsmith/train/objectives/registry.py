@@ -125,6 +125,8 @@ class Method:
     """Whether it trains an adapter by default."""
     longest: int = MOST_INIT_CONTEXT
     """Default sequence length with an existing model, where that allows more."""
+    reads_text_alone: bool = False
+    """Whether models that read pictures are refused."""
 
 
 def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
@@ -192,6 +194,7 @@ METHODS: Registry[Method] = Registry(
             adapt_init=with_task_tokens_of,
             settle=settle_labels,
             needs_init=True,
+            reads_text_alone=True,
             longest=MOST_CONTEXT,
         ),
         "reward": Method(
@@ -201,6 +204,7 @@ METHODS: Registry[Method] = Registry(
             adapt_init=with_template,
             settle=settle_reward,
             needs_init=True,
+            reads_text_alone=True,
             longest=MOST_CONTEXT,
         ),
         "ppo": Method(ppo, options=PpoConfig, settle=settle_policy, **_POLICY),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from gptsmith.checkpoint import TrainState
 from gptsmith.data.loader import TokenBatch, TokenLoader
 from gptsmith.data.packing import PackedLoader
+from gptsmith.data.pictures import Eyes
 from gptsmith.data.shards import Dataset
 from gptsmith.errors import UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
@@ -25,7 +27,7 @@ from gptsmith.train.text import Text
 class Sft(NextToken):
     """Next-token prediction over packed conversations; only tokens that the mask marks count.
 
-    replay: plain text and its share of each batch's rows, against forgetting.
+    replay: plain text and its share of each batch's rows, against forgetting. augment: vary the pictures.
     """
 
     evaluates_start = True
@@ -42,6 +44,7 @@ class Sft(NextToken):
         packing: bool = True,
         eval_tokens: int | None = None,
         replay: tuple[Dataset, float] | None = None,
+        augment: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(seq_len=seq_len, vocab_size=vocab_size, mask_documents=True)
@@ -55,16 +58,19 @@ class Sft(NextToken):
                 raise UsageError("--replay needs a --batch-size of at least 2: it fills whole rows.")
             rows -= replayed
             self.replay = TokenLoader(text.train, batch_size=replayed, seq_len=seq_len, seed=seed, mask_documents=True)
-        self.loader = PackedLoader(chats.train, batch_size=rows, seq_len=seq_len, seed=seed, packing=packing)
-        self.val = (
-            PackedLoader(chats.val, batch_size=rows, seq_len=seq_len, seed=seed, packing=packing)
-            if len(chats.val)
-            else None
-        )
+        shape: dict[str, Any] = {"batch_size": rows, "seq_len": seq_len, "seed": seed, "packing": packing}
+        self.loader = PackedLoader(chats.train, eyes=chats.eyes, augment=augment, **shape)
+        self.val = PackedLoader(chats.val, eyes=chats.eyes, **shape) if len(chats.val) else None
 
     def next_batch(self, models: Models, step: int) -> TokenBatch:
         batch = next(self.loader)
         return batch if self.replay is None else _stacked(batch, next(self.replay))
+
+    def example_batch(self, rows: int) -> TokenBatch:
+        """Return a batch with as many pictures per row as there are on average, rounded up."""
+        batch = super().example_batch(rows)
+        per_row = math.ceil(self.chats.num_images / len(self.loader.rows))
+        return batch if self.chats.eyes is None else with_example_images(batch, self.chats.eyes, per_row)
 
     def normalizer(self, batch: TokenBatch) -> tuple[float, int]:
         """Return the number of trained tokens, and that of all tokens but padding."""
@@ -115,7 +121,28 @@ def _stacked(one: TokenBatch, other: TokenBatch) -> TokenBatch:
         stack(one.ids, other.ids, 0),
         stack(one.targets, other.targets, IGNORED),
         stack(one.document_ids, other.document_ids, -1),
+        one.images,  # plain text has none
     )
+
+
+def with_example_images(batch: TokenBatch, eyes: Eyes, per_row: int) -> TokenBatch:
+    """Return a batch of arbitrary tokens that begins with `per_row` arbitrary pictures in each row, as far as they
+    fit, for forecasts and timing."""
+    import torch
+
+    from gptsmith.model.vision import Images
+
+    rows, length = batch.ids.shape
+    count, size = eyes.processor.tokens, eyes.processor.size
+    per_row = min(per_row, length // count)
+    if not per_row:
+        return batch
+    positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
+    other = 0 if eyes.token_id else 1  # by chance, an arbitrary token may be that of pictures
+    ids = batch.ids.masked_fill(batch.ids == eyes.token_id, other)
+    ids = ids.masked_fill(positions < per_row * count, eyes.token_id)
+    pixels = torch.rand(rows * per_row, 3, size, size)
+    return batch._replace(ids=ids, images=Images(pixels, torch.arange(rows).repeat_interleave(per_row)))
 
 
 def sft(context: Any) -> Sft:
@@ -140,5 +167,6 @@ def sft(context: Any) -> Sft:
         packing=method.packing,
         eval_tokens=method.eval_tokens,
         replay=replay,
+        augment=config.vision.augment,
         should_stop=context.should_stop,
     )
