@@ -120,8 +120,8 @@ def test_tool_calls() -> None:
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference training"),
         ({"prompt": "Hi", "completion": "a", "label": False}, "whether its answer is good"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]},
-            "message 1 has a part of type 'image_url'",
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": "a"}]},
+            "message 1 has a part of type 'audio'",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
@@ -160,7 +160,7 @@ def test_ids_are_those_of_serving(tokenizer: Tokenizer, pairs: list[tuple[str, s
     messages: list[dict[str, Any]] = []
     for question, answer in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    ids, trained = Renderer(tokenizer, train_on=train_on).render(as_conversation({"messages": messages}))
+    ids, trained, _ = Renderer(tokenizer, train_on=train_on).render(as_conversation({"messages": messages}))
     template = ChatTemplate(tokenizer)
     expected = [False] * len(ids)
     for i in range(1, len(messages), 2):
@@ -177,7 +177,7 @@ def test_ids_are_those_of_serving(tokenizer: Tokenizer, pairs: list[tuple[str, s
 
 def test_prompt_and_completion_are_encoded_apart(tokenizer: Tokenizer) -> None:
     conversation = as_conversation({"prompt": "the weath", "completion": "er in Rome"})
-    ids, trained = Renderer(tokenizer).render(conversation)
+    ids, trained, _ = Renderer(tokenizer).render(conversation)
     prompt: list[int] = tokenizer.encode_prompt("the weath")
     assert ids == [*prompt, *tokenizer.encode("er in Rome"), tokenizer.eos_id]
     assert trained == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
@@ -209,7 +209,7 @@ def test_tools_are_written_and_calls_trained_on(tokenizer: Tokenizer) -> None:
             {"role": "assistant", "content": "It is sunny."},
         ],
     }
-    ids, trained = Renderer(tokenizer).render(as_conversation(values))
+    ids, trained, _ = Renderer(tokenizer).render(as_conversation(values))
     learned = tokenizer.decode([id for id, t in zip(ids, trained, strict=True) if t], skip_special_tokens=False)
     assert json.dumps(CALL) in learned
     assert learned.count("<|im_end|>") == 2

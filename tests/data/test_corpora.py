@@ -94,6 +94,8 @@ def test_every_corpus_is_fully_described() -> None:
         *("tinyshakespeare", "shakespeare", "enwik8", "python-stdlib", "wiki-summaries", "in-context", "c4_demo")
     ]
     assert {(name, corpus.kind, corpus.rows) for name, corpus in CORPORA.items() if corpus.kind != "text"} == {
+        ("emoji", "conversations", 3_499),
+        ("shapes", "conversations", 556),
         ("alpaca_en_demo", "conversations", 999),
         ("identity", "conversations", 91),
         ("glaive_toolcall", "conversations", 300),

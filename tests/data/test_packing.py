@@ -63,7 +63,7 @@ def test_batches_have_every_token_and_mask(lengths: list[int], packing: bool) ->
             assert all(target == IGNORED for target, d in zip(targets, documents, strict=True) if d < 0)
     expected = [
         (ids[:-1], [id if t else IGNORED for id, t in zip(ids[1:], trained[1:], strict=True)])
-        for ids, trained in (examples[i] for i in range(len(examples)))
+        for ids, trained, _ in (examples[i] for i in range(len(examples)))
     ]
     assert sorted(found) == sorted(expected)
 

@@ -371,7 +371,7 @@ def test_ids_are_those_of_serving(tokenizer: Tokenizer) -> None:
     prompt = template.encode(list(pair.chosen.messages[:2]))
     for example, text in zip(PreferenceRenderer(tokenizer).pair(pair), ("Hello", "No"), strict=True):
         assert example.ids[: len(prompt)] == prompt
-        answer = [id for id, trained in zip(*example, strict=True) if trained]
+        answer = [id for id, trained in zip(example.ids, example.trained, strict=True) if trained]
         assert answer == [*tokenizer.encode(text), *template.end_ids()]
         assert example.trained[: len(prompt)] == [False] * len(prompt)
 
@@ -381,7 +381,9 @@ def test_the_whole_answer_of_an_agent_is_marked(tokenizer: Tokenizer) -> None:
     tool = {"role": "tool", "content": "It is sunny."}
     pair = only({"prompt": [*ASKED, GOOD, *ASKED], "chosen": [call, tool, GOOD], "rejected": [BAD]})
     chosen, _ = PreferenceRenderer(tokenizer).pair(pair)
-    text = tokenizer.decode([id for id, trained in zip(*chosen, strict=True) if trained], skip_special_tokens=False)
+    text = tokenizer.decode(
+        [id for id, trained in zip(chosen.ids, chosen.trained, strict=True) if trained], skip_special_tokens=False
+    )
     assert text.count("<|im_end|>") == 2
     assert "weather" in text
     assert "sunny" not in text

@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_transformers(base: Path, chats: Path, tmp_path: Pat
     save_model(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     total, count = torch.zeros(()), 0
-    for ids, trained in (prepared.train[i] for i in range(4)):
+    for ids, trained, _ in (prepared.train[i] for i in range(4)):
         labels = torch.tensor([[id if t else -100 for id, t in zip(ids, trained, strict=True)]])
         n = int((labels[:, 1:] != -100).sum())
         total = total + theirs(torch.tensor([ids]), labels=labels).loss * n
@@ -142,7 +142,7 @@ def test_trl_trains_on_the_same_tokens(base: Path, chats: Path, tmp_path: Path) 
     prepared = ChatFiles.open(str(chats), config).prepare(config, tokenizer)
     examples = [prepared.train[i] for i in range(4)]
     data = datasets.Dataset.from_list(
-        [{"input_ids": ids, "completion_mask": [int(t) for t in trained]} for ids, trained in examples]
+        [{"input_ids": ids, "completion_mask": [int(t) for t in trained]} for ids, trained, *_ in examples]
     )
     trainer = trl.SFTTrainer(
         model=str(run.directory / "best"),

