@@ -91,6 +91,17 @@ def test_unsupported_models_use_the_plain_runner() -> None:
     assert len(engine.generate([[1]], SamplingParams(max_tokens=3))[0].ids) == 3
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("mixtral", "mixtures of experts"), ("gemma3", "norms after attention"), ("deepseek_v3", "latent attention")],
+)
+def test_what_is_not_compiled_is_said_in_a_line(family: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Engine(make_model(family))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"compiled program for CPUs has no {reason}" in lines[0]
+
+
 def test_uses_weights_that_were_replaced_or_changed(naive: Any) -> None:
     model, greedy = make_model("qwen3"), SamplingParams(max_tokens=8, temperature=0)
     engine = Engine(model, prefix_caching=False)

@@ -28,29 +28,40 @@ MIN_PARAMETERS = 20_000_000  # float32 models below this are fast enough, and co
 MAX_TOKENS = 64  # of a float32 model in one step: beyond it PyTorch's own matrix products are faster
 
 
-def is_supported(model: Transformer) -> bool:
-    """Return whether the compiled program can run this model on this machine."""
+def unsupported(model: Transformer) -> str | None:
+    """Return what of this model the compiled program does not compute; None: nothing."""
     c = model.config
     weight: Any = model.lm_head.weight
-    plain = isinstance(weight, Tensor)
-    device = weight.device if plain else weight.packed.device
-    return (
-        device.type == "cpu"
-        and (not plain or weight.dtype == torch.float32)
-        and c.norm_position == "pre"
-        and not (c.parallel_residual or c.zero_centered_norm or c.scale_embeddings or c.position_offset)
-        and (c.rotary_dim == c.head_dim and not c.rope_pattern and c.local_rope_theta is None)
-        and not (c.attention_sinks or c.embedding_size or (c.qk_norm and c.qk_norm_scope != "head"))
-        and not c.num_experts
-        and c.mlp in _ACTIVATIONS
-        and not c.scale_attn_by_inverse_layer_idx  # the program has one scale for all layers
-        and not lora_layers(model)  # which it would not see
-        and all(isinstance(layer.mlp, MLP) for layer in model.layers)
-        and (not c.qk_norm or c.norm == "rmsnorm")
-        and c.head_dim % 16 == 0
-        and all(width % 32 == 0 for width in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
-        and kernels_available()
-    )
+    widths = (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size)
+    found = {
+        "weights other than float32": isinstance(weight, Tensor) and weight.dtype != torch.float32,
+        "latent attention": c.kv_lora_rank is not None,
+        "mixtures of experts": bool(c.num_experts) or not all(isinstance(layer.mlp, MLP) for layer in model.layers),
+        "norms after attention and feed-forward layers": c.norm_position != "pre",
+        "norms of 1 + weight": c.zero_centered_norm,
+        "parallel blocks": c.parallel_residual,
+        "norms of all heads together or with their own weights": c.qk_norm and c.qk_norm_scope != "head",
+        "LayerNorm of queries and keys": c.qk_norm and c.norm != "rmsnorm",
+        "rotary positions over a part of a head": c.position == "rope" and c.rotary_dim != c.head_dim,
+        "layers with other rotary positions, or none": bool(c.rope_pattern) or c.local_rope_theta is not None,
+        "scaled, projected or shifted embeddings": (
+            c.scale_embeddings or c.embedding_size is not None or c.position_offset > 0
+        ),
+        "attention sinks": c.attention_sinks,
+        "scores scaled by the layer": c.scale_attn_by_inverse_layer_idx,
+        f"the activation {c.mlp}": c.mlp not in _ACTIVATIONS,
+        "an adapter on the model itself": bool(lora_layers(model)),
+        "heads whose width is not a multiple of 16": c.head_dim % 16 != 0,
+        "widths that are not multiples of 32": any(width % 32 for width in widths),
+    }
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
+def is_supported(model: Transformer) -> bool:
+    """Return whether the compiled program can run this model on this machine."""
+    weight: Any = model.lm_head.weight
+    device = weight.device if isinstance(weight, Tensor) else weight.packed.device
+    return device.type == "cpu" and unsupported(model) is None and kernels_available()
 
 
 def worth_compiling(model: Transformer) -> bool:
@@ -81,7 +92,7 @@ class CpuRunner(Runner):
         positions = np.array(
             [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)], dtype=np.int64
         )
-        x = self.model.embed_tokens(torch.tensor(ids))
+        x = self.model.embed(torch.tensor(ids))
         if features:
             x = place(x, features)
         cos = sin = np.zeros((0, 0), dtype=np.float32)
