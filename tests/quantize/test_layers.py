@@ -117,6 +117,16 @@ def test_damaged_layers(tmp_path: Path) -> None:
         quantized(tiny_model("llama", **WIDE), tmp_path / "x")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_damaged_weights(bad: float, bits: int, tmp_path: Path) -> None:
+    model = tiny_model("llama", **WIDE)
+    with torch.no_grad():
+        model.get_parameter("layers.1.attention.o_proj.weight")[3, 5] = bad
+    with pytest.raises(GptsmithError, match=r"NaN or infinite: .* weights are damaged"):
+        quantized(model, tmp_path / "x", bits)
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Says so, and keeps what is done: the same command goes on after space was made."""
 

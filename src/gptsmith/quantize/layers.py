@@ -243,7 +243,10 @@ def _stage_of(name: str) -> str:
 def _hessians(
     block: nn.Module, stage: Mapping[str, Tensor], states: _States, arguments: Arguments
 ) -> dict[str, Tensor]:
-    """Return the mean of x xᵀ over the inputs of each matrix, (K, K), by name. Experts without tokens are left out."""
+    """Return the mean of x xᵀ over the inputs of each matrix, (K, K), by name. Experts without tokens are left out.
+
+    Raises GptsmithError for inputs that are not numbers.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -263,7 +266,11 @@ def _hessians(
                 block(states.read(row), *positional, **named)
             except _Stop:
                 continue
-    return {name: total.div_(counts[name]) for name, total in sums.items()}
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise GptsmithError(f"the inputs of {name} are NaN or infinite: the model's weights are damaged.")
+        total.div_(counts[name])
+    return sums
 
 
 def _write_layer(path: Path, made: Mapping[str, QuantizedMatrix]) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptsmith.errors import GptsmithError
 from gptsmith.log import progress
 from gptsmith.model.quantized import BITS, GROUP, Bits, can_quantize
 from gptsmith.model.transformer import Transformer
@@ -182,6 +183,8 @@ def _gradient_of_loss(model: Transformer, hidden: Tensor, generator: torch.Gener
     for part in torch.split(hidden[0], _HEAD_TOKENS):
         part = part.requires_grad_()
         logits = model.lm_head(part).float()
+        if not logits.isfinite().all():
+            raise GptsmithError("the model's logits are NaN or infinite: its weights are damaged.")
         labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
         parts.append(torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), part)[0])
     return torch.cat(parts)[None]
