@@ -104,6 +104,9 @@ def test_a_cluster(run_cli: Cli) -> None:
         (["--cluster", "8xB9000"], "no accelerator 'B9000'"),
         (["--cluster", "12xH100"], "a multiple"),
         (["--cluster", "8xH100", "--budget", "1h"], "a --budget is for this machine"),
+        (["--cluster", "8xH100", "--precision", "fp32"], "leave out --precision fp32"),
+        (["--cluster", "8xH100", "--device", "cpu"], "leave out --device"),
+        (["--cluster", "8xH100", "--lora", "on"], "leave out --lora"),
         (["--cluster", "8xH100", "--price-per-hour", "-1"], "--price-per-hour must be 0 or more"),
     ],
 )

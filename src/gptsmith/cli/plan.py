@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptsmith.cli.run_options import RunOptions, parse_run, refuse_processes
+from gptsmith.cli.run_options import RunOptions, explicit_options, parse_run, refuse_processes
 from gptsmith.errors import UsageError
 from gptsmith.log import duration, note
 from gptsmith.train.config import RunConfig
@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> int:
         from gptsmith.train.forecast.cluster_plan import Cluster
 
         cluster = Cluster.parse(chosen.cluster)
+        if "device" in explicit_options(arguments):
+            raise UsageError("--cluster is about other machines; leave out --device.")
         if config.auto.budget is not None:
             raise UsageError("a --budget is for this machine: with --cluster, give the size of the model and --steps.")
     if config.auto.budget is not None:
@@ -82,7 +84,14 @@ def main(arguments: list[str]) -> int:
         from gptsmith.cli import plan_cluster
         from gptsmith.train.forecast.cluster_plan import plan_cluster as plan_for
 
-        spread = plan_for(config, model_config, cluster, price_per_hour=chosen.price_per_hour)
+        given = "micro_batch_size" in explicit_options(arguments)
+        spread = plan_for(
+            config,
+            model_config,
+            cluster,
+            price_per_hour=chosen.price_per_hour,
+            micro_batch_size=config.loop.micro_batch_size if given else None,
+        )
         print(json.dumps(spread.to_dict(), indent=2) if chosen.json else plan_cluster.describe(spread, config))
         return 0
     found = forecast(config, model_config, text, device, price_per_hour=chosen.price_per_hour)

@@ -202,6 +202,17 @@ def test_the_recommendation_is_the_fastest_that_fits() -> None:
     assert {other.work.batch(other.spread) for other in others} == {512}
 
 
+def test_a_given_micro_batch_is_kept() -> None:
+    config = preset("llama3.1-8b")
+    model = config.model.build(config.init.vocab_size, config.loop.context)
+    for size in (1, 2, 4):
+        found = plan_cluster(config, model, Cluster.parse("64xH100"), micro_batch_size=size).found
+        assert found.work.micro_batch == size
+        assert found.work.batch(found.spread) == 512
+    with pytest.raises(UsageError, match="--micro-batch-size 3 does not divide"):
+        plan_cluster(config, model, Cluster.parse("64xH100"), micro_batch_size=3)
+
+
 def test_what_does_not_fit_or_divide() -> None:
     plan = plan_of("gpt3-175b", "8xH100")
     assert not plan.fits

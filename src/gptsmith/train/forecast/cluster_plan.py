@@ -143,16 +143,33 @@ class ClusterPlan:
 
 
 def plan_cluster(
-    config: RunConfig, model: ModelConfig, cluster: Cluster, *, price_per_hour: float | None = None
+    config: RunConfig,
+    model: ModelConfig,
+    cluster: Cluster,
+    *,
+    price_per_hour: float | None = None,
+    micro_batch_size: int | None = None,
 ) -> ClusterPlan:
-    """Return the plan of a pretraining run. price_per_hour: of one accelerator, instead of the file's."""
+    """Return the plan of a pretraining run.
+
+    price_per_hour: of one accelerator, instead of the file's. micro_batch_size: the one to plan with, not the best.
+    Raises UsageError for what such a plan does not know.
+    """
     if config.adapter.lora == "on":
         raise UsageError("--cluster forecasts training of all weights; leave out --lora.")
-    candidates = list(_candidates(config, model, cluster, config.loop.batch_size))
-    reasons = []
+    if config.loop.precision not in ("auto", "bf16"):
+        raise UsageError(f"--cluster forecasts training in bf16; leave out --precision {config.loop.precision}.")
+
+    def candidates_for(batch: int) -> list[Forecast]:
+        found = _candidates(config, model, cluster, batch)
+        return [each for each in found if micro_batch_size in (None, each.work.micro_batch)]
+
+    candidates, reasons = candidates_for(config.loop.batch_size), []
     if not candidates:
         batch = _possible_batch(config, model, cluster)
-        candidates = list(_candidates(config, model, cluster, batch))
+        candidates = candidates_for(batch)
+        if not candidates:
+            raise UsageError(f"--micro-batch-size {micro_batch_size} does not divide any share of a batch of {batch}.")
         reasons.append(
             f"a batch of {config.loop.batch_size:,} sequences cannot be divided among {cluster.count:,}: planned with "
             f"--batch-size {batch}, and as many tokens in total"
@@ -180,13 +197,13 @@ def plan_cluster(
     )
 
 
-def program_of(spread: Spread, *, recompute: bool, optimizer: str) -> Program:
+def program_of(spread: Spread, *, recompute: bool, optimizer: str, compiled: bool = True) -> Program:
     """Return how gptsmith computes with a layout: weights stay in float32 and are gathered so, a divided model is not
     compiled, and tp does not divide positions."""
     divided = spread.fsdp * spread.tp * spread.ep > 1
     return Program(
         recompute="full" if recompute else "none",
-        compiled=not divided,
+        compiled=compiled and not divided,
         sequence_parallel=False,
         state_bytes=16.0 if optimizer == "adamw" else 12.0,
         gather_bytes=4.0,
@@ -231,7 +248,9 @@ def _candidates(config: RunConfig, model: ModelConfig, cluster: Cluster, batch: 
         for recompute in (False, True):
             if recompute != (wanted == "on") and wanted != "auto":
                 continue
-            program = program_of(spread, recompute=recompute, optimizer=config.optim.name)
+            program = program_of(
+                spread, recompute=recompute, optimizer=config.optim.name, compiled=config.loop.compile != "off"
+            )
             for micro in _divisors(rows):
                 work = Work(model, config.loop.context, micro, rows // micro)
                 found = forecast(work, spread, cluster.hardware, program)
