@@ -31,10 +31,6 @@ T = TypeVar("T")
 
 SHIFT = 4 / 72  # augmentation moves a picture by up to this part of its side,
 SCALE = 0.15  # and makes it smaller or larger by up to this part
-_AROUND = {  # what transformers' processors put before and after a picture's tokens
-    "idefics3": (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",)),
-    "smolvlm": (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",)),
-}
 
 
 class Picture(NamedTuple):
@@ -59,7 +55,7 @@ class Eyes:
         if config.vision is None or config.image_token_id is None:
             return None
         known = tokenizer.added_tokens()
-        around = [tuple(known[name] for name in part) for part in _AROUND.get(config.vision.model_type, ((), ()))]
+        around = [tuple(known[name] for name in part) for part in config.vision.around]
         return cls(ImageProcessor.of(config.vision), config.image_token_id, *around)
 
     @property
