@@ -11,7 +11,8 @@ which are dequantized on access. The parts are in modules of their own: `gguf_fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,10 @@ GGUF_TYPES: dict[GgufType, int] = {  # values: llama.cpp's `general.file_type`
 }
 
 
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are settings of rotary positions."""
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -82,27 +87,27 @@ def read_gguf(path: Path) -> GgufModel:
     mappings = list(tensor_mappings(config))
     expected = {mapping.gguf for mapping in mappings}
     present = file.tensors
-    num_experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    stacked = Counter(mapping.gguf for mapping in mappings)
     wrong_shapes = []
     for mapping in mappings:
         if mapping.gguf in present and not mapping.expert:  # of the experts, which share a tensor, only the first
-            shape = mapping.stored_shape if mapping.expert is None else (num_experts, *mapping.stored_shape)
+            shape = mapping.stored_shape if mapping.expert is None else (stacked[mapping.gguf], *mapping.stored_shape)
             if present[mapping.gguf].shape != shape:
                 wrong_shapes.append(f"{mapping.gguf} is {list(present[mapping.gguf].shape)}, expected {list(shape)}")
     missing = sorted(expected - present.keys())
-    unexpected = sorted(present.keys() - expected - {"rope_freqs.weight", "output.weight"})
+    unexpected = sorted(present.keys() - expected - {*ROPE_TENSORS, "output.weight"})
     if problems := describe_mismatch(missing, unexpected, wrong_shapes):
         raise CheckpointError(f"{path} does not fit its architecture; {problems}.")
-    return GgufModel(
-        file.path, config, _LazyTensors(file, {mapping.hf: mapping for mapping in mappings}), file.metadata
-    )
+    return GgufModel(file.path, config, _LazyTensors(file, mappings), file.metadata)
 
 
 class _LazyTensors(Mapping[str, Tensor]):
     """A file's tensors by Hugging Face name, read and dequantized to float32 at each access."""
 
-    def __init__(self, file: GgufFile, mappings: Mapping[str, TensorMapping]) -> None:
-        self._file, self._mappings = file, mappings
+    def __init__(self, file: GgufFile, mappings: Sequence[TensorMapping]) -> None:
+        self._file = file
+        self._mappings = {mapping.hf: mapping for mapping in mappings if not mapping.part}
+        self._second = {mapping.hf: mapping for mapping in mappings if mapping.part == 1}
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would dequantize the tensor
         return name in self._mappings
@@ -110,9 +115,16 @@ class _LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         mapping = self._mappings[name]
         numbers = self._file.read(mapping.gguf, mapping.expert)
+        if mapping.part is not None:  # rows alternate between the two
+            both = np.stack((numbers, self._file.read(self._second[name].gguf)), axis=2)
+            numbers = both.reshape(len(both), -1, *both.shape[3:])
         if mapping.permuted_heads:
             numbers = neighbors_to_halves(numbers, mapping.permuted_heads)
+        if mapping.offset:
+            numbers = numbers - np.float32(mapping.offset)
         tensor = torch.from_numpy(numbers)
+        if mapping.reordered is not None:
+            tensor = tensor[mapping.reordered.order(len(tensor))]
         return tensor.mT if mapping.transposed else tensor.view(mapping.shape)
 
     def is_quantized(self, name: str) -> bool:
@@ -123,11 +135,21 @@ class _LazyTensors(Mapping[str, Tensor]):
         """Return a quantized matrix, in the file's orientation; None if its block type is not one that is kept."""
         mapping = self._mappings[name]
         codes = self._file.codes(mapping.gguf, mapping.expert)
-        if codes is None or not mapping.permuted_heads:
+        if codes is None or not (mapping.permuted_heads or mapping.reordered):
             return codes
-        order = torch.from_numpy(neighbors_to_halves(np.arange(len(codes.codes)), mapping.permuted_heads))
-        zero_points = None if codes.zero_points is None else codes.zero_points[order]
-        return Codes(codes.bits, codes.codes[order], codes.scales[order], zero_points)
+        if mapping.reordered is not None:
+            order = mapping.reordered.order(len(codes.codes))
+        else:
+            order = torch.from_numpy(neighbors_to_halves(np.arange(len(codes.codes)), mapping.permuted_heads))
+        return codes.rows(order)
+
+    def expert_matrices(self, name: str, expert: int) -> list[tuple[Tensor, Codes | None]]:
+        """Return the matrices of one expert in a tensor of all: gate and up, or a single one; codes as in `codes`."""
+        mappings = [self._mappings[name], *([self._second[name]] if name in self._second else [])]
+        return [
+            (torch.from_numpy(self._file.read(each.gguf, expert)), self._file.codes(each.gguf, expert))
+            for each in mappings
+        ]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, without reading it."""
@@ -197,6 +219,12 @@ def write_gguf(
     if rope.get("rope_type") == "llama3":
         divisors = llama3_divisors(rope["rope_theta"], config["head_dim"], rope)
         tensors.append(PlannedTensor("rope_freqs.weight", divisors.shape, TYPES_BY_NAME["F32"], lambda: divisors))
+    if rope.get("rope_type") == "longrope":
+        for name, key in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
+            factors = np.array(rope[key], np.float32)
+            tensors.append(
+                PlannedTensor(f"{name}.weight", factors.shape, TYPES_BY_NAME["F32"], lambda factors=factors: factors)
+            )
     header = {
         "general.architecture": ARCHITECTURES[config["model_type"]].gguf,
         "general.type": "model",
@@ -247,7 +275,13 @@ def _gguf_numbers(group: list[TensorMapping], weights: Mapping[str, Tensor]) -> 
     parts = []
     for mapping in group:
         numbers = weights[mapping.hf].float().numpy()
-        numbers = numbers.T if mapping.transposed else numbers.reshape(mapping.stored_shape)
+        if mapping.part is not None:
+            numbers = numbers[..., mapping.part :: 2]
+        if mapping.reordered is not None:
+            numbers = numbers[mapping.reordered.order(len(numbers)).argsort().numpy()]
+        numbers = numbers.swapaxes(-1, -2) if mapping.transposed else numbers.reshape(mapping.stored_shape)
+        if mapping.offset:
+            numbers = numbers + np.float32(mapping.offset)
         parts.append(halves_to_neighbors(numbers, mapping.permuted_heads) if mapping.permuted_heads else numbers)
     return parts[0] if group[0].expert is None else np.stack(parts)
 
@@ -262,7 +296,8 @@ def stored_type(
     for all matrices; the rest gets 8 bits. Rows that are not whole blocks of 256 get a type with blocks of 32.
     config: Hugging Face's. has_output: there is an output matrix.
     """
-    if len(shape) == 1 or name == "position_embd.weight" or name.endswith("ffn_gate_inp.weight"):
+    kept = ("ffn_gate_inp.weight", "_norm.weight", ".bias", "attn_sinks.weight")
+    if len(shape) == 1 or name == "position_embd.weight" or name.endswith(kept):
         return TYPES_BY_NAME["F32"]
     if shape[-1] % 32:  # some of llama.cpp's kernels read float16 rows in blocks of 32, too
         return TYPES_BY_NAME["F32"]

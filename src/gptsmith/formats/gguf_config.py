@@ -13,7 +13,7 @@ import numpy as np
 
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.formats.gguf_file import GgufFile
-from gptsmith.formats.gguf_weights import ARCHITECTURES
+from gptsmith.formats.gguf_weights import ARCHITECTURES, head_dim_of
 
 _MAX_CONTEXT = 1 << 24  # tokens; RoPE tables are as long as the context
 
@@ -32,6 +32,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0.0, 1.0),
     "rope.scaling.attn_factor": (1.0,),
     "use_parallel_residual": (False,),
+}
+_READ = {  # of these, what is read of an architecture
+    "gptneox": ("use_parallel_residual",),
+    "stablelm": ("use_parallel_residual",),
+    "phi3": ("rope.scaling.attn_factor",),
 }
 _NEUTRAL_YARN: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -96,7 +101,7 @@ class _ConfigReader:
         known = sorted({each.gguf for each in ARCHITECTURES.values()})
         if self.arch not in known:
             raise self.fail(f"unknown architecture {self.arch!r:.80}. Supported: {', '.join(known)}")
-        self.check_neutral(_NEUTRAL)
+        self.check_neutral({key: value for key, value in _NEUTRAL.items() if key not in _READ.get(self.arch, ())})
         has_experts = self.file.metadata.get(f"{self.arch}.expert_count", 0) != 0
         candidates = [a for a in ARCHITECTURES.values() if a.gguf == self.arch and bool(a.experts) == has_experts]
         if not candidates:
@@ -124,6 +129,8 @@ class _ConfigReader:
         }
         if arch.hf == "gpt2":
             return common | self.gpt2_config(hidden_size, layers, context)
+        if arch.hf == "gpt_neox":
+            return common | self.gpt_neox_config(hidden_size, layers, context)
         return common | self.llama_config(arch.hf, has_experts, hidden_size, layers, context)
 
     def check_neutral(self, settings: Mapping[str, tuple[Any, ...]]) -> None:
@@ -168,12 +175,14 @@ class _ConfigReader:
         head_dim = self.get("attention.key_length", default=max(1, hidden_size // heads))
         if self.get("attention.value_length", default=head_dim) != head_dim:
             raise self.fail("keys and values of different widths are not supported")
-        if self.get("rope.dimension_count", default=head_dim) != head_dim or head_dim % 2:
-            raise self.fail(f"RoPE over a part of a head, or over heads of odd width ({head_dim}), is not supported")
+        rotary = self.get("rope.dimension_count", default=head_dim)
+        partial = model_type in ("phi3", "stablelm")
+        if (rotary != head_dim and not (partial and rotary < head_dim)) or rotary % 2:
+            raise self.fail(f"RoPE over {rotary} of the {head_dim} numbers of a head is not supported")
         if heads % kv_heads:
             raise self.fail(f"{heads} heads cannot share {kv_heads} key-value heads evenly")
         theta = self.get("rope.freq_base", float, 10000.0)
-        rope = self.rope_scaling(theta, head_dim)
+        rope = self.rope_scaling(theta, rotary)
         config = {
             "hidden_size": hidden_size,
             "num_hidden_layers": layers,
@@ -183,13 +192,20 @@ class _ConfigReader:
             "intermediate_size": self.get("feed_forward_length", default=1 if has_experts else None),
             "hidden_act": "silu",
             "max_position_embeddings": context,
-            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon", float),
             "rope_theta": theta,
             "rope_parameters": {"rope_theta": theta, **rope},
         }
         if rope["rope_type"] != "default":
             config["rope_scaling"] = rope
-        if model_type == "llama":
+        if model_type == "stablelm":
+            config["layer_norm_eps"] = self.get("attention.layer_norm_epsilon", float)
+        else:
+            config["rms_norm_eps"] = self.get("attention.layer_norm_rms_epsilon", float)
+        if partial:
+            config["partial_rotary_factor"] = rotary / head_dim
+        if model_type in _LATER:
+            config |= self.later_config(model_type, head_dim, rope)
+        elif model_type == "llama":
             config["attention_bias"] = "blk.0.attn_q.bias" in self.tensors
             config["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
         elif model_type == "qwen2":
@@ -199,6 +215,73 @@ class _ConfigReader:
         elif has_experts:
             config |= self.expert_config(model_type)
         return config
+
+    def gpt_neox_config(self, hidden_size: int, layers: int, context: int) -> dict[str, Any]:
+        heads = self.get("attention.head_count")
+        if hidden_size % heads:
+            raise self.fail(f"the hidden size {hidden_size} is not a multiple of the number of heads, {heads}")
+        theta = self.get("rope.freq_base", float, 10000.0)
+        head_dim = hidden_size // heads
+        rope = self.rope_scaling(theta, self.get("rope.dimension_count", default=head_dim))
+        parallel = self.file.metadata.get(f"{self.arch}.use_parallel_residual", True)
+        return {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": self.get("feed_forward_length"),
+            "hidden_act": "gelu",
+            "max_position_embeddings": context,
+            "layer_norm_eps": self.get("attention.layer_norm_epsilon", float),
+            "rotary_emb_base": theta,
+            "rotary_pct": self.get("rope.dimension_count", default=head_dim) / head_dim,
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
+            "use_parallel_residual": bool(parallel),
+            "pad_token_id": None,
+        }
+
+    def later_config(self, model_type: str, head_dim: int, rope: dict[str, Any]) -> dict[str, Any]:
+        """Return what a family has beyond Llama's settings. Some of it is fixed per architecture in llama.cpp."""
+        config: dict[str, Any] = {"pad_token_id": None}
+        if model_type == "phi3":
+            original = rope.get("original_max_position_embeddings", self.get("context_length"))
+            return config | {"sliding_window": None, "original_max_position_embeddings": original}
+        if model_type == "stablelm":
+            return config | {
+                "use_qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+                "qk_layernorm": "blk.0.attn_q_norm.weight" in self.tensors,
+                "use_parallel_residual": "blk.0.ffn_norm.weight" not in self.tensors,
+            }
+        if model_type == "olmo2":
+            return config | {"attention_bias": False}
+        if model_type == "smollm3":
+            return config | {"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4}
+        window = self.get("attention.sliding_window")
+        if model_type == "gemma3_text":
+            heads, layers = self.get("attention.head_count"), self.get("block_count")
+            scalar = self.get("embedding_length") // heads if layers == _GEMMA_27B_LAYERS else head_dim
+            local = self.get("rope.freq_base_swa", float, 10000.0)
+            return config | {
+                "hidden_activation": "gelu_pytorch_tanh",
+                "query_pre_attn_scalar": scalar,
+                "sliding_window": window,
+                "sliding_window_pattern": 6,
+                "rope_local_base_freq": local,
+                "rope_parameters": None,
+                "attention_bias": False,
+            }
+        experts, used = self.get("expert_count"), self.get("expert_used_count")
+        if used > experts:
+            raise self.fail(f"expert_used_count is {used}, more than the {experts} experts")
+        if rope["rope_type"] == "yarn":
+            rope["truncate"] = False  # as it was trained; llama.cpp rounds
+        return config | {
+            "intermediate_size": self.get("expert_feed_forward_length"),
+            "num_local_experts": experts,
+            "num_experts_per_tok": used,
+            "sliding_window": window,
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
+            "rope_parameters": {"rope_theta": self.get("rope.freq_base", float, 150000.0), **rope},
+        }
 
     def expert_config(self, model_type: str) -> dict[str, Any]:
         experts, used = self.get("expert_count"), self.get("expert_used_count")
@@ -228,6 +311,14 @@ class _ConfigReader:
         """Return Hugging Face's `rope_parameters` without the base."""
         if "rope_freqs.weight" in self.tensors:
             return self.llama3_scaling(theta, head_dim)
+        if "rope_factors_short.weight" in self.tensors:
+            factors = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+            return {
+                "rope_type": "longrope",
+                **{key: [float(x) for x in self.read_factors(name, head_dim)] for key, name in factors.items()},
+                "original_max_position_embeddings": self.get("rope.scaling.original_context_length"),
+                "attention_factor": self.get("rope.scaling.attn_factor", float, 1.0),
+            }
         metadata = self.file.metadata
         kind = metadata.get(f"{self.arch}.rope.scaling.type", "none")
         if kind == "none" and f"{self.arch}.rope.scale_linear" in metadata:  # older files
@@ -245,6 +336,11 @@ class _ConfigReader:
             original = self.get("rope.scaling.original_context_length")
             return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         return {"rope_type": "default"}
+
+    def read_factors(self, name: str, rotary: int) -> np.ndarray:
+        if self.shape(name, 1) != (rotary // 2,):
+            raise self.fail(f"the tensor {name} does not have {rotary // 2} numbers, one per RoPE pair")
+        return self.file.read(name)
 
     def llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """Recover Llama 3.1's settings from the divisors that were computed from them (usually 1, 4 and 8192)."""
@@ -335,6 +431,8 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
         }
         return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
 
+    if arch.hf in ("gpt_neox", *_LATER):
+        return {f"{arch.gguf}.{key}": value for key, value in _later_metadata(arch.hf, c).items()}
     if c["hidden_act"] not in ("silu", "swish"):
         raise UsageError(
             f"llama.cpp's {arch.gguf} uses SwiGLU; this model's feed-forward layers use {c['hidden_act']}."
@@ -376,6 +474,87 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
         if "shared_expert_intermediate_size" in c:
             settings["expert_shared_feed_forward_length"] = c["shared_expert_intermediate_size"]
     return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
+
+
+_LATER = ("phi3", "olmo2", "stablelm", "smollm3", "gemma3_text", "gpt_oss")
+_GEMMA_27B_LAYERS = 62  # by which llama.cpp recognizes the model with another scale of the scores
+
+
+def _refuse(what: str, values: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raise UsageError for a setting of a configuration with another value than llama.cpp's."""
+    for key, value in supported.items():
+        if values.get(key, value) != value:
+            raise UsageError(f"llama.cpp's {what} has {key}={value}; this model has {values[key]!r:.80}.")
+
+
+def _later_metadata(kind: str, c: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a family whose layout is in `formats.layouts`."""
+    arch, layers = ARCHITECTURES[kind].gguf, c["num_hidden_layers"]
+    activation = c.get("hidden_activation") or c["hidden_act"]
+    expected = {"gpt_neox": ("gelu", "gelu_new"), "gemma3_text": ("gelu_new", "gelu_pytorch_tanh")}
+    if activation not in expected.get(kind, ("silu", "swish")):
+        raise UsageError(f"llama.cpp's {arch} has another activation than this model's {activation}.")
+    head_dim = head_dim_of(c)
+    heads, kv_heads = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
+    rope = c.get("rope_parameters") or {}
+    if kind == "gemma3_text":
+        rope = rope["full_attention"]
+    part = rope.get("partial_rotary_factor", 1.0) if rope.get("rope_type") != "proportional" else 1.0
+    settings: dict[str, Any] = {
+        "vocab_size": c["vocab_size"],
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "block_count": layers,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "rope.dimension_count": int(head_dim * part),
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if kind not in ("gpt_neox", "stablelm"):
+        settings |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    eps = c.get("layer_norm_eps")
+    name = "attention.layer_norm_rms_epsilon" if eps is None else "attention.layer_norm_epsilon"
+    settings[name] = float(c["rms_norm_eps"] if eps is None else eps)
+    if rope.get("rope_type") == "longrope":
+        factor = rope["factor"]
+        original = rope["original_max_position_embeddings"]
+        sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        settings["rope.scaling.original_context_length"] = original
+        settings["rope.scaling.attn_factor"] = float(rope.get("attention_factor", sharper))
+    else:
+        settings |= _rope_metadata({**rope, "truncate": True} if kind == "gpt_oss" else rope)
+    if kind == "gpt_neox":
+        _refuse(arch, c, {"attention_bias": True})
+        settings["use_parallel_residual"] = c["use_parallel_residual"]
+    elif kind == "stablelm":
+        settings["use_parallel_residual"] = c["use_parallel_residual"]
+    elif kind == "phi3":
+        if c["sliding_window"]:  # which llama.cpp has switched off
+            settings["context_length"] = min(settings["context_length"], c["sliding_window"])
+    elif kind == "olmo2":
+        _refuse(arch, c, {"attention_bias": False})
+    elif kind == "smollm3":
+        rotary = [int((i + 1) % 4 != 0) for i in range(layers)]
+        _refuse(arch, c, {"attention_bias": False, "mlp_bias": False, "no_rope_layers": rotary})
+        if c["sliding_window"]:
+            settings["context_length"] = min(settings["context_length"], c["sliding_window"])
+    elif kind == "gemma3_text":
+        scalar = c["hidden_size"] // heads if layers == _GEMMA_27B_LAYERS else head_dim
+        types = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)]
+        _refuse(arch, c, {"attention_bias": False, "query_pre_attn_scalar": scalar, "layer_types": types})
+        settings["attention.sliding_window"] = c["sliding_window"]
+        settings["rope.freq_base_swa"] = float(c["rope_local_base_freq"])
+    else:
+        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+        _refuse(arch, c, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "attention_bias": True, "layer_types": types})
+        settings |= {
+            "attention.sliding_window": c["sliding_window"],
+            "expert_count": c["num_local_experts"],
+            "expert_used_count": c["num_experts_per_tok"],
+            "expert_feed_forward_length": c["intermediate_size"],
+        }
+    return settings
 
 
 def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:

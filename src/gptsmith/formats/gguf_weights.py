@@ -1,8 +1,9 @@
 """Architectures of llama.cpp and their tensors: which GGUF tensor holds which Hugging Face tensor, and in what form.
 
-Three things differ between the two. llama.cpp's `llama` architecture rotates neighboring numbers (2i, 2i + 1) where
+These things differ between the two. llama.cpp's `llama` and `smollm3` rotate neighboring numbers (2i, 2i + 1) where
 Hugging Face rotates halves (i, i + D/2), so the rows of query and key weights are in another order. All experts of a
-layer are one tensor. GPT-2's projections are transposed.
+layer are one tensor; so are the norms of its heads. GPT-2's projections are transposed. GPT-NeoX has queries, keys
+and values head by head, gpt-oss gate and up row by row. Gemma's norms are stored plus 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from gptsmith.formats.hf_weights import NORMS, Interleaved
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ ARCHITECTURES = {
         Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", "mlp.", qkv_bias=True, requires_output=True),
         Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", "mlp.", qk_norm=True),
         Architecture("gpt2", "gpt2", "GPT2LMHeadModel"),
+        Architecture("gptneox", "gpt_neox", "GPTNeoXForCausalLM"),
+        Architecture("phi3", "phi3", "Phi3ForCausalLM"),
+        Architecture("olmo2", "olmo2", "Olmo2ForCausalLM"),
+        Architecture("stablelm", "stablelm", "StableLmForCausalLM"),
+        Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", permuted=True),
+        Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", qk_norm=True),
+        Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", "mlp.experts."),
     )
 }
 
@@ -56,7 +66,13 @@ class TensorMapping:
     shape: tuple[int, ...]
     """Of the Hugging Face tensor."""
     expert: int | None = None
-    """Its index in a tensor of all experts."""
+    """Its index in a tensor of all experts, or of all heads."""
+    reordered: Interleaved | None = None
+    """The order of its rows in Hugging Face, where that differs from the file's."""
+    offset: float = 0.0
+    """What the file's numbers are larger by."""
+    part: int | None = None
+    """Of all experts' gate (0) and up (1), which Hugging Face stores as the alternating columns of one tensor."""
     transposed: bool = False
     permuted_heads: int = 0
     """Number of heads whose rows llama.cpp reorders; 0: none."""
@@ -64,41 +80,65 @@ class TensorMapping:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Its shape in the file: transposed, and for a gate of one row without that dimension."""
-        shape = self.shape[::-1] if self.transposed else self.shape
+        shape = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+        if self.part is not None:
+            shape = (shape[0], shape[1] // 2, *shape[2:])
         return shape[1:] if self.gguf.endswith("ffn_gate_inp_shexp.weight") else shape
 
 
 def tensor_mappings(config: Mapping[str, Any]) -> Iterator[TensorMapping]:
     """Yield the mapping of every tensor of a model with this Hugging Face configuration."""
-    yield from _gpt2_mappings(config) if config["model_type"] == "gpt2" else _llama_mappings(config)
+    others = {
+        "gpt2": _gpt2_mappings,
+        "gpt_neox": _gpt_neox_mappings,
+        "phi3": _phi3_mappings,
+        "gpt_oss": _gpt_oss_mappings,
+    }
+    yield from others.get(config["model_type"], _llama_mappings)(config)
     if not config["tie_word_embeddings"]:
         width = config.get("hidden_size") or config["n_embd"]
-        yield TensorMapping("lm_head.weight", "output.weight", (config["vocab_size"], width))
+        head = "embed_out.weight" if config["model_type"] == "gpt_neox" else "lm_head.weight"
+        yield TensorMapping(head, "output.weight", (config["vocab_size"], width))
 
 
 def _llama_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
     arch = ARCHITECTURES[c["model_type"]]
-    width, inner, head_dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    width, inner, head_dim = c["hidden_size"], c["intermediate_size"], head_dim_of(c)
+    heads, kv_heads, kind = c["num_attention_heads"], c["num_key_value_heads"], c["model_type"]
+    offset = 1.0 if kind == "gemma3_text" else 0.0
+    norm_parts = ("weight", "bias") if kind == "stablelm" else ("weight",)
+    position = {"olmo2": "reordered", "gemma3_text": "sandwich"}.get(kind, "pre")
+    qkv_bias = arch.qkv_bias or c.get("attention_bias") or c.get("use_qkv_bias")
     yield TensorMapping("model.embed_tokens.weight", "token_embd.weight", (c["vocab_size"], width))
-    yield TensorMapping("model.norm.weight", "output_norm.weight", (width,))
+    for part in norm_parts:
+        yield TensorMapping(f"model.norm.{part}", f"output_norm.{part}", (width,), offset=offset)
     for i in range(c["num_hidden_layers"]):
         hf, gguf = f"model.layers.{i}.", f"blk.{i}."
-        yield TensorMapping(f"{hf}input_layernorm.weight", f"{gguf}attn_norm.weight", (width,))
-        yield TensorMapping(f"{hf}post_attention_layernorm.weight", f"{gguf}ffn_norm.weight", (width,))
+        for ours, theirs in NORMS[position].items():
+            if ours == "mlp_norm" and c.get("use_parallel_residual"):
+                continue
+            for part in norm_parts:
+                name = f"{gguf}{_NORMS[position][ours]}.{part}"
+                yield TensorMapping(f"{hf}{theirs}.{part}", name, (width,), offset=offset)
         for letter, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             hf_name, gguf_name = f"{hf}self_attn.{letter}_proj.", f"{gguf}attn_{letter}."
             rows, permuted = count * head_dim, count if arch.permuted and letter != "v" else 0
             yield TensorMapping(f"{hf_name}weight", f"{gguf_name}weight", (rows, width), permuted_heads=permuted)
-            if arch.qkv_bias or c.get("attention_bias"):
+            if qkv_bias:
                 yield TensorMapping(f"{hf_name}bias", f"{gguf_name}bias", (rows,), permuted_heads=permuted)
         yield TensorMapping(f"{hf}self_attn.o_proj.weight", f"{gguf}attn_output.weight", (width, heads * head_dim))
         if c.get("attention_bias"):
             yield TensorMapping(f"{hf}self_attn.o_proj.bias", f"{gguf}attn_output.bias", (width,))
-        if arch.qk_norm:
-            for letter in "qk":
-                hf_name, gguf_name = f"{hf}self_attn.{letter}_norm.weight", f"{gguf}attn_{letter}_norm.weight"
-                yield TensorMapping(hf_name, gguf_name, (head_dim,))
+        for letter, count in (("q", heads), ("k", kv_heads)):
+            hf_name, gguf_name = f"{hf}self_attn.{letter}_norm.weight", f"{gguf}attn_{letter}_norm.weight"
+            if kind == "olmo2":
+                yield TensorMapping(hf_name, gguf_name, (count * head_dim,))
+            elif arch.qk_norm:
+                yield TensorMapping(hf_name, gguf_name, (head_dim,), offset=offset)
+            elif c.get("qk_layernorm"):
+                for head in range(count):
+                    hf_name = f"{hf}self_attn.{letter}_layernorm.norms.{head}.weight"
+                    yield TensorMapping(hf_name, gguf_name, (head_dim,), expert=head)
         if arch.experts:
             yield from _expert_mappings(c, f"{hf}{arch.experts}", gguf)
             continue
@@ -125,6 +165,99 @@ def _expert_mappings(c: Mapping[str, Any], hf: str, gguf: str) -> Iterator[Tenso
         for part in ("gate", "up", "down"):
             shape = (width, shared) if part == "down" else (shared, width)
             yield TensorMapping(f"{hf}shared_expert.{part}_proj.weight", f"{gguf}ffn_{part}_shexp.weight", shape)
+
+
+_NORMS = {
+    "pre": {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
+    "reordered": {"attention_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"},
+    "sandwich": {
+        "attention_norm": "attn_norm",
+        "attention_output_norm": "post_attention_norm",
+        "mlp_norm": "ffn_norm",
+        "mlp_output_norm": "post_ffw_norm",
+    },
+}
+"""llama.cpp's names of the norms in `hf_weights.NORMS`."""
+
+
+def head_dim_of(c: Mapping[str, Any]) -> int:
+    """Return the width of a head in a Hugging Face configuration."""
+    width: int = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    return width
+
+
+def _gpt_neox_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    width, inner = c["hidden_size"], c["intermediate_size"]
+    yield TensorMapping("gpt_neox.embed_in.weight", "token_embd.weight", (c["vocab_size"], width))
+    qkv = Interleaved(3, head_dim_of(c))
+    for i in range(c["num_hidden_layers"]):
+        hf, gguf = f"gpt_neox.layers.{i}.", f"blk.{i}."
+        for hf_name, gguf_name, shape, order in (
+            ("attention.query_key_value", "attn_qkv", (3 * width, width), qkv),
+            ("attention.dense", "attn_output", (width, width), None),
+            ("mlp.dense_h_to_4h", "ffn_up", (inner, width), None),
+            ("mlp.dense_4h_to_h", "ffn_down", (width, inner), None),
+        ):
+            yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape, reordered=order)
+            yield TensorMapping(f"{hf}{hf_name}.bias", f"{gguf}{gguf_name}.bias", shape[:1], reordered=order)
+        for hf_name, gguf_name in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
+            for part in ("weight", "bias"):
+                yield TensorMapping(f"{hf}{hf_name}.{part}", f"{gguf}{gguf_name}.{part}", (width,))
+    for part in ("weight", "bias"):
+        yield TensorMapping(f"gpt_neox.final_layer_norm.{part}", f"output_norm.{part}", (width,))
+
+
+def _phi3_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    width, inner, head_dim = c["hidden_size"], c["intermediate_size"], head_dim_of(c)
+    q_rows = c["num_attention_heads"] * head_dim
+    yield TensorMapping("model.embed_tokens.weight", "token_embd.weight", (c["vocab_size"], width))
+    yield TensorMapping("model.norm.weight", "output_norm.weight", (width,))
+    for i in range(c["num_hidden_layers"]):
+        hf, gguf = f"model.layers.{i}.", f"blk.{i}."
+        for hf_name, gguf_name, shape in (
+            ("input_layernorm", "attn_norm", (width,)),
+            ("self_attn.qkv_proj", "attn_qkv", (q_rows + 2 * c["num_key_value_heads"] * head_dim, width)),
+            ("self_attn.o_proj", "attn_output", (width, q_rows)),
+            ("post_attention_layernorm", "ffn_norm", (width,)),
+            ("mlp.gate_up_proj", "ffn_up", (2 * inner, width)),
+            ("mlp.down_proj", "ffn_down", (width, inner)),
+        ):
+            yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape)
+
+
+def _gpt_oss_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
+    width, inner, head_dim, experts = c["hidden_size"], c["intermediate_size"], c["head_dim"], c["num_local_experts"]
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    yield TensorMapping("model.embed_tokens.weight", "token_embd.weight", (c["vocab_size"], width))
+    yield TensorMapping("model.norm.weight", "output_norm.weight", (width,))
+    for i in range(c["num_hidden_layers"]):
+        hf, gguf = f"model.layers.{i}.", f"blk.{i}."
+        projections = [
+            *(
+                (f"self_attn.{letter}_proj", f"attn_{letter}", (n * head_dim, width))
+                for letter, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            ),
+            ("self_attn.o_proj", "attn_output", (width, heads * head_dim)),
+            ("mlp.router", "ffn_gate_inp", (experts, width)),
+        ]
+        for hf_name, gguf_name, shape in projections:
+            yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape)
+            if c["attention_bias"] or hf_name == "mlp.router":
+                yield TensorMapping(f"{hf}{hf_name}.bias", f"{gguf}{gguf_name}.bias", shape[:1])
+        for hf_name, gguf_name, shape in (
+            ("input_layernorm.weight", "attn_norm.weight", (width,)),
+            ("post_attention_layernorm.weight", "post_attention_norm.weight", (width,)),
+            ("self_attn.sinks", "attn_sinks.weight", (heads,)),
+        ):
+            yield TensorMapping(f"{hf}{hf_name}", f"{gguf}{gguf_name}", shape)
+        for part, name in enumerate(("gate", "up")):
+            both, gguf_name = f"{hf}mlp.experts.gate_up_proj", f"{gguf}ffn_{name}_exps"
+            shape = (experts, width, 2 * inner)
+            yield TensorMapping(both, f"{gguf_name}.weight", shape, transposed=True, part=part)
+            yield TensorMapping(f"{both}_bias", f"{gguf_name}.bias", (experts, 2 * inner), part=part)
+        down, gguf_name = f"{hf}mlp.experts.down_proj", f"{gguf}ffn_down_exps"
+        yield TensorMapping(down, f"{gguf_name}.weight", (experts, inner, width), transposed=True)
+        yield TensorMapping(f"{down}_bias", f"{gguf_name}.bias", (experts, width))
 
 
 def _gpt2_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:

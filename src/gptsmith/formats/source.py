@@ -187,6 +187,8 @@ class ModelSource:
         """
         tensors: Any = self.tensors
         stack, _, expert = name.rpartition(".")
+        if expert != "weight" and LAYOUTS[self.config.model_type].stacked_experts:
+            return self._packed_expert(self._mappings[stack].hf[0], int(expert))
         mapping = self._mappings[name if expert == "weight" else stack]
         hf_names = mapping.hf
         if expert != "weight":
@@ -201,6 +203,33 @@ class ModelSource:
         if len(bits) > 1 or None in bits:
             matrices = [tensors[hf_name] for hf_name in hf_names]
             parts = [encode(matrix.mT if mapping.transposed else matrix, 8) for matrix in matrices]
+        codes = concatenate(parts)
+        if mapping.reordered is not None:
+            codes = codes.rows(mapping.reordered.order(len(codes.codes)).argsort())
+        return QuantizedMatrix.of(codes)
+
+    def _stack(self, hf_name: str) -> Tensor:
+        """Return a tensor of all experts; the last one is kept, since it is asked for expert by expert."""
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept_stack", {})
+        if hf_name not in kept:
+            kept.clear()
+            kept[hf_name] = self.tensors[hf_name]
+        return kept[hf_name]
+
+    def _packed_expert(self, hf_name: str, expert: int) -> QuantizedMatrix | None:
+        """Return an expert's quantized matrix where the Hugging Face tensor is that of all experts."""
+        tensors: Any = self.tensors
+        if not tensors.is_quantized(hf_name):
+            return None
+        if not hasattr(tensors, "expert_matrices"):  # MXFP4 of a directory
+            matrix = self._stack(hf_name)[expert].mT
+            if hf_name.endswith("gate_up_proj"):
+                matrix = torch.cat((matrix[::2], matrix[1::2]))
+            return QuantizedMatrix.of(encode(matrix, 8))
+        found = tensors.expert_matrices(hf_name, expert)
+        parts = [codes for _, codes in found if codes is not None]
+        if len(parts) < len(found) or len({part.bits for part in parts}) > 1:
+            parts = [encode(matrix, 8) for matrix, _ in found]
         return QuantizedMatrix.of(concatenate(parts))
 
 

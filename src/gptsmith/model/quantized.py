@@ -51,6 +51,11 @@ class Codes:
     zero_points: Tensor | None
     units: Tensor | None = None
 
+    def rows(self, order: Tensor) -> Codes:
+        """Return the rows of these indices, (n,) int64."""
+        zero_points = None if self.zero_points is None else self.zero_points[order]
+        return Codes(self.bits, self.codes[order], self.scales[order], zero_points)
+
 
 def fits_half(scales: Tensor) -> bool:
     """Return whether scales keep their precision in float16, compared with the largest of them."""
