@@ -499,6 +499,13 @@ def _later_metadata(kind: str, c: Mapping[str, Any]) -> dict[str, Any]:
     rope = c.get("rope_parameters") or {}
     if kind == "gemma3_text":
         rope = rope["full_attention"]
+    scaling = rope.get("rope_type", "default")
+    if scaling == "llama3" or (kind == "gemma3_text" and scaling not in ("default", "linear")):
+        raise UsageError(f"llama.cpp's {arch} has no RoPE scaling of type {scaling!r}.")
+    if kind == "gpt_oss" and scaling == "yarn" and rope.get("truncate", True):
+        raise UsageError("GGUF files of gpt-oss are read with YaRN that does not round (truncate=false).")
+    if scaling == "longrope" and rope.get("attention_factor", 1.0) <= 0:
+        raise UsageError("llama.cpp needs an attention_factor of longrope above 0.")
     part = rope.get("partial_rotary_factor", 1.0) if rope.get("rope_type") != "proportional" else 1.0
     settings: dict[str, Any] = {
         "vocab_size": c["vocab_size"],
