@@ -79,16 +79,16 @@ class Conversation:
         return pictures_of(self.messages)
 
 
-def pictures_of(messages: Sequence[Message]) -> list[Any]:
+def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the pictures in messages, in order, as `image_bytes` takes them."""
     lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     return [part["image"] for content in lists for part in content if part["type"] == "image"]
 
 
-def without_sources(messages: Sequence[Message]) -> list[Message]:
+def without_sources(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Return messages as chat templates take them, in which a picture is only a place."""
     return [
-        message
+        dict(message)
         if not isinstance(message.get("content"), list)
         else {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]}
         for message in messages

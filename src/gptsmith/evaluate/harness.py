@@ -23,9 +23,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gptsmith.data.conversations import pictures_of, without_sources
+from gptsmith.data.images import read_image_part
 from gptsmith.engine.engine import Engine
+from gptsmith.engine.prompt import Prompt
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.engine.text import generate_texts
+from gptsmith.engine.text import conversation_prompt, generate_texts, prepare_image
 from gptsmith.errors import DataError, GptsmithError, UsageError, nearest
 from gptsmith.evaluate.provenance import environment
 from gptsmith.evaluate.scores import mean_with_interval
@@ -797,6 +800,11 @@ class _Evaluation:
     def _chat_ids(self, conversation: Conversation) -> Sequence[int]:
         return self.template.encode(conversation)
 
+    def _with_pictures(self, conversation: Conversation) -> Prompt:
+        """Return the prompt of messages with pictures. Raise UsageError for a model that reads text alone."""
+        images = [prepare_image(self.model, read_image_part(each)) for each in pictures_of(conversation)]
+        return conversation_prompt(self.model, self.template, without_sources(conversation), images)
+
     def _answers_to_task(self, task: Task, part: Sequence[int]) -> list[Outcome]:
         """Return the outcomes of a registered task, whose examples are conversations."""
         plain = self.template.plain
@@ -806,8 +814,11 @@ class _Evaluation:
         else:
             params = replace(params, stop_ids=(*params.stop_ids, *self.template.end_ids()))
         conversations = [task.example(i) for i in part]
-        texts = ["\n".join(str(message["content"]) for message in each) for each in conversations]
-        prompts: list[str | Sequence[int]] = list(texts) if plain else [self._chat_ids(each) for each in conversations]
+        texts = ["\n".join(_text_of(message["content"]) for message in each) for each in conversations]
+        prompts: list[str | Sequence[int] | Prompt] = [
+            self._with_pictures(each) if pictures_of(each) else text if plain else self._chat_ids(each)
+            for each, text in zip(conversations, texts, strict=True)
+        ]
         answers = generate_texts(self.engine, self.tokenizer, prompts, params, continues_prompt=plain)
         return [
             _generated_outcome(i, text, found, [task.score(i, answer) for answer in found])
@@ -865,6 +876,13 @@ def _generated_outcome(
     several: dict[str, Any] = {"samples": tuple(scores), "texts": tuple(texts)} if len(texts) > 1 else {}
     score = scores[0] if len(texts) == 1 else math.fsum(scores) / len(scores)
     return Outcome(index, _sha256(prompt), texts[0], score, **values, **several)
+
+
+def _text_of(content: Any) -> str:
+    """Return the text of a message, without its pictures."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _metric_name(task: Definition) -> str:

@@ -9,6 +9,7 @@ from gptsmith.registry import Registry
 from gptsmith.tasks.arithmetic import Arithmetic
 from gptsmith.tasks.base import Task
 from gptsmith.tasks.count_letters import CountLetters
+from gptsmith.tasks.emoji import Emoji
 from gptsmith.tasks.sort_letters import SortLetters
 from gptsmith.tasks.spell_backwards import SpellBackwards
 
@@ -19,6 +20,7 @@ TASKS: Registry[TaskFactory] = Registry(
     {
         "arithmetic": Arithmetic,
         "count-letters": CountLetters,
+        "emoji": Emoji,
         "sort-letters": SortLetters,
         "spell-backwards": SpellBackwards,
     },
