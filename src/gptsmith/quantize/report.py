@@ -116,7 +116,7 @@ def planned_sizes(model: Transformer, spare: float = 0.5) -> list[Size]:
     spare: bits per weight for wider matrices.
     """
     matrices = quantizable(model)
-    layers, rows = (sum(n(weight) for weight in matrices.values()) for n in (Tensor.numel, len))
+    layers, rows = sum(w.numel() for w in matrices.values()), sum(len(w) for w in matrices.values())
     table, outer = model.embed_tokens.weight, 0
     if can_quantize(table):
         tables = 1 if model.config.tie_word_embeddings else 2
