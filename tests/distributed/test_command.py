@@ -135,6 +135,15 @@ def test_what_is_wrong_is_said_before_processes_start(run_cli: RunCli, text_file
     assert "--process-timeout must be above 0" in message(*train, "--process-timeout", 0)
     for command in ("plan", "find-lr", "scale"):
         assert f"gptsmith {command} is about a run in one process" in message(command, text_file, "--processes", 2)
+    assert "--parallel fsdp=2 is for a multiple of 2 processes, and there is 1" in message(
+        *train, "--parallel", "fsdp=2"
+    )
+    assert "--parallel fsdp=3 is for a multiple of 3 processes, and there are 2" in message(
+        *train, "--processes", 2, "--parallel", "fsdp=3"
+    )
+    assert "leave out --parallel and --exact" in message("plan", text_file, "--exact")
+    generate = ("generate", tmp_path / "run", "--parallel", "tp=2")
+    assert "--parallel tp=2 is for a multiple of 2 processes, and there is 1" in message(*generate)
     assert not (tmp_path / "run").exists()
 
 
@@ -230,3 +239,23 @@ def test_the_second_ctrl_c_quits_at_once(start: Start, text_file: Path, tmp_path
     _, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive
     verify(run / "checkpoints" / "step-00000001")
+
+
+@pytest.mark.slow
+def test_a_divided_run_resumes_and_generates(start: Start, text_file: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    """By two processes with tensor parallelism, then by one; text is that of one process."""
+    run = tmp_path / "run"
+    few = ("--steps", 20, "--model.num-attention-heads", 2, "--tokenizer", "bpe", "--vocab-size", 300)
+    process = start("gptsmith", "train", text_file, "--out", run, *TINY, *few, "--processes", 2, "--parallel", "tp=2")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "(tp=2)" in err
+    assert run_cli("train", "--resume", run, "--processes", 1, "--parallel", "dp", "--steps", 30)[0] == 0
+    options = (run, "--prompt", "the", "--max-tokens", 8, "--seed", 1)
+    code, expected, _ = run_cli("generate", *options)
+    assert code == 0
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gptsmith", "generate")
+    process = start(*torchrun, *options, "--parallel", "tp=2")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert out == expected

@@ -52,8 +52,8 @@ def fit_twice(cases: list[tuple[Any, RunConfig, Path]]) -> None:
         fit(*case)
 
 
-def resume(out: Path, **options: Any) -> None:
-    gptsmith.fit(resume=out, **options)
+def resume(out: Path, options: Any = None, **more: Any) -> None:
+    gptsmith.fit(resume=out, **(options or {}), **more)
 
 
 def rows(run: Path, *names: str) -> list[list[float]]:
@@ -70,7 +70,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-6) -> None:
         expected = rows(a, *names)
         assert expected
         assert rows(b, *names) == [pytest.approx(row, abs=tolerance) for row in expected]
-    assert rows(b, "grad_norm") == [pytest.approx(row, rel=1e-5) for row in rows(a, "grad_norm")]
+    assert rows(b, "grad_norm") == [pytest.approx(row, rel=10 * tolerance) for row in rows(a, "grad_norm")]
     expected_weights, found = weights(a), weights(b)
     assert expected_weights.keys() == found.keys()
     for name, tensor in expected_weights.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
+from gptsmith.distributed.context import ALONE, DistributedContext, environment_world_size, join_processes
+from gptsmith.distributed.layout import Layout
 from gptsmith.engine.sampling import INT32_MAX, GenerationOptions, SamplingParams, model_defaults
 from gptsmith.errors import TokenizerError, UsageError
 from gptsmith.log import duration, note
@@ -63,24 +66,48 @@ class Generate:
     adapter_model.safetensors)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    parallel: str | None = None
+    """tp=N: N processes, which torchrun has started, share each layer of a model that is too large for one."""
 
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Generate, "gptsmith generate", arguments)
+    if chosen.parallel is None:
+        return _generate(chosen, arguments, ALONE, Layout())
+    layout = Layout.parse(chosen.parallel, environment_world_size() or 1)
+    if layout.tp != layout.size:
+        raise UsageError(f"--parallel {chosen.parallel}: text is generated with tp alone, as in tp={layout.size}.")
+    with join_processes() as ranks:
+        return _generate(chosen, arguments, ranks, layout)
+
+
+def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext, layout: Layout) -> int:
     if not 1 <= chosen.num_samples <= INT32_MAX:
         raise UsageError(f"--num-samples must be at least 1 and at most {INT32_MAX:,}, not {chosen.num_samples}.")
 
     if sum(map(bool, (chosen.json_schema, chosen.regex is not None, chosen.choice, chosen.grammar))) > 1:
         raise UsageError("--json-schema, --regex, --choice and --grammar exclude each other. Use one of them.")
     _params(chosen)  # raises for bad options before the model is loaded
+    import torch
+
     from gptsmith.engine.text import answering, engine_for, prepare_image, question, stream
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
 
     pictures = [read_picture(path, "--image ") for path in chosen.image]
-    prompt = _read_input() if chosen.prompt == "-" else chosen.prompt
-    model, tokenizer = load_model(chosen.model, device=choose_device(chosen.device), quantize=chosen.quantize)
+    prompt = ranks.on_main(_read_input) if chosen.prompt == "-" else chosen.prompt
+    device = ranks.device(choose_device(chosen.device))
+    whole_on = torch.device("cpu") if layout.divides_model else device  # each process then moves its part
+    model, tokenizer = load_model(chosen.model, device=whole_on, quantize=chosen.quantize)
+    if layout.divides_model:
+        from gptsmith.distributed.parallel import parallelize
+
+        if chosen.adapter is not None:
+            raise UsageError("--adapter with --parallel: fold the adapter into the model first: gptsmith merge.")
+        layout.check(model.config)
+        ranks.arrange(layout, device)
+        parallelize(model, ranks.mesh, layout)
     context = model.config.max_position_embeddings
     if prompt == Generate.prompt and not _knows(tokenizer, prompt):  # its text has no line end
         prompt = ""
@@ -91,6 +118,9 @@ def main(arguments: list[str]) -> int:
     if (text := defaults.describe(GenerationOptions(), chosen.sampling)) is not None:
         note(f"note: {text}")
     params = replace(_params(chosen), constraint=_constraint(chosen, tokenizer))
+    if layout.divides_model:  # all processes draw the same tokens
+        params = replace(params, seed=ranks.broadcast(secrets.randbits(48) if params.seed is None else params.seed))
+    write = _write if ranks.is_main else _ignore
     spec = make_speculator(tokenizer, chosen.prompt_lookup, chosen.draft_model, chosen.device)
     engine = engine_for(model, tokenizer, params, spec)
     if chosen.adapter is not None:
@@ -114,18 +144,18 @@ def main(arguments: list[str]) -> int:
     began, first = time.perf_counter(), 0.0
     texts, reasons = [""] * params.n, [""] * params.n
     if params.n == 1:
-        _write(prompt)
+        write(prompt)
     for chunk in chunks:
         first = first or time.perf_counter() - began
         texts[chunk.index] += chunk.text
         reasons[chunk.index] = chunk.finish_reason or ""
         if params.n == 1:
-            _write(chunk.text)
+            write(chunk.text)
     seconds = time.perf_counter() - began
     if params.n == 1:
-        _write("\n")
+        write("\n")
     for i, text in enumerate(texts if params.n > 1 else ()):
-        _write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {params.n} ---\n{prompt}{text}\n")
+        write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {params.n} ---\n{prompt}{text}\n")
     if "context" in reasons:
         note(f"note: the context of {context} tokens is full. To continue beyond it, use --overflow shift.")
     if params.constraint is not None and not {"length", "context"}.isdisjoint(reasons):
@@ -228,6 +258,10 @@ def _knows(tokenizer: Tokenizer, text: str) -> bool:
         return bool(tokenizer.encode(text))
     except TokenizerError:
         return False
+
+
+def _ignore(text: str) -> None:
+    """Write nothing: another process does."""
 
 
 def _write(text: str) -> None:

@@ -131,6 +131,8 @@ def refuse_processes(config: RunConfig, command: str) -> None:
             f"gptsmith {command} is about a run in one process: leave out --processes, or add --processes 1 to a "
             "configuration that has more."
         )
+    if config.parallel.parallel != ParallelConfig.parallel or config.parallel.exact:
+        raise UsageError(f"gptsmith {command} is about a run in one process: leave out --parallel and --exact.")
 
 
 def explicit_options(arguments: Sequence[str]) -> set[str]:

@@ -90,21 +90,21 @@ def train_or_resume(
     of the resumed run).
     """
     config: RunConfig = chosen.run
-    config.check_processes()
     if (parsed := _parsing_only.get()) is not None:
         parsed.append(chosen)
         return 0
     started = environment_world_size()
-    if started is None and config.parallel.processes > 1:
-        from gptsmith.distributed.launch import launch
-
-        return launch(command, config.parallel.processes)
     if started is not None and config.parallel.processes != started:
         if "processes" in explicit_options(command):
             raise UsageError(
                 f"--processes {config.parallel.processes}: torchrun has started {started}. Leave out --processes."
             )
         config = config.replace(processes=started)
+    config.check_processes()
+    if started is None and config.parallel.processes > 1:
+        from gptsmith.distributed.launch import launch
+
+        return launch(command, config.parallel.processes)
 
     from gptsmith.report import write_report
     from gptsmith.train.run import Extras, resume, start

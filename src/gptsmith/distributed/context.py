@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gptsmith.distributed.layout import DATA_AXES, Layout
 from gptsmith.errors import GptsmithError, LostProcessError, ProcessError, UsageError
 from gptsmith.log import quiet
 
@@ -50,6 +52,22 @@ class DistributedContext:
     """How many processes there are."""
     local_world_size = 1
     """How many of them are on this machine."""
+    layout = Layout()
+    """How they share the model and the batches; see `arrange`."""
+    mesh: Any = None
+    """The processes as a `DeviceMesh`, where the layout divides the model."""
+    exact = False
+    """Whether sums are the same to the bit for 1, 2, 4, … processes: terms are added in a fixed order."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this process has."""
+        return self.rank // self.layout.tp
+
+    @property
+    def data_size(self) -> int:
+        """In how many shares a batch is divided."""
+        return self.layout.data_size
 
     @property
     def is_main(self) -> bool:
@@ -58,10 +76,15 @@ class DistributedContext:
 
     def share(self, rows: int) -> tuple[int, int]:
         """Return which rows of a batch of `rows` are this process's: [start, stop), contiguous, in order of rank."""
-        return rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
+        return rows * self.data_rank // self.data_size, rows * (self.data_rank + 1) // self.data_size
 
-    def sum(self, *tensors: Tensor) -> None:
-        """Add up each tensor over all processes, in place. Shapes and dtypes are the same on all."""
+    def arrange(self, layout: Layout, device: torch.device, *, exact: bool = False) -> None:
+        """Let the processes share the model and the batches as `layout` says. Called once, before any sum."""
+        self.exact = exact
+
+    def sum(self, *tensors: Tensor, over: Sequence[str] = DATA_AXES) -> None:
+        """Add up each tensor, in place, over the processes along some axes of the layout: by default over all that have
+        rows of their own. Shapes and dtypes are the same on all."""
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on any process."""
@@ -133,7 +156,7 @@ def environment_world_size() -> int | None:
 
 @contextlib.contextmanager
 def join_processes(timeout: float = 120.0) -> Iterator[DistributedContext]:
-    """Join the processes that torchrun has started, and yield this one's context; `ALONE` without it.
+    """Join the processes that torchrun has started, and yield this one's context; one of a single process without it.
 
     timeout: seconds within which the others must be there, and within which each must answer from then on.
     Raises GptsmithError with the numbers of the processes that are missing. An error in the block stops all processes:
@@ -144,7 +167,7 @@ def join_processes(timeout: float = 120.0) -> Iterator[DistributedContext]:
         if started_by_torchrun():
             threading.Thread(target=_end_with, args=(os.getppid(), left), daemon=True).start()
         try:
-            yield ALONE
+            yield DistributedContext()
         finally:
             left.set()
         return
@@ -173,6 +196,7 @@ class ProcessGroup(DistributedContext):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
         self.local_world_size = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world_size
+        self.layout = Layout(dp=world_size)
         self.store: Any = None
         self.hosts_store, self.backend = False, "gloo"
         self.turn = 0
@@ -264,20 +288,60 @@ class ProcessGroup(DistributedContext):
 
     # -- collectives ---------------------------------------------------------------------------------------------------
 
-    def sum(self, *tensors: Tensor) -> None:
-        import torch
-        import torch.distributed as dist
+    def arrange(self, layout: Layout, device: torch.device, *, exact: bool = False) -> None:
+        from torch.distributed.distributed_c10d import _set_pg_timeout
 
+        self.layout, self.exact = layout, exact
+        if not layout.divides_model:
+            return
+        from gptsmith.distributed.parallel import group_of, make_mesh
+
+        with self.explained():
+            self.mesh = make_mesh(layout, device.type)
+            axes = tuple(layout.sizes)
+            subsets = [each for size in range(1, len(axes) + 1) for each in itertools.combinations(axes, size)]
+            for subset in subsets:  # all now, in the same order everywhere: making one is a collective
+                _set_pg_timeout(datetime.timedelta(seconds=self.timeout), group_of(self.mesh, subset))
+
+    def _group(self, over: Sequence[str]) -> Any:
+        """Return the process group along some axes; None: all processes; False: there is no other process."""
+        axes = [axis for axis, size in self.layout.sizes.items() if size > 1]
+        among = tuple(axis for axis in axes if axis in over)
+        if not among or len(among) == len(axes):
+            return None if among else False
+        from gptsmith.distributed.parallel import group_of
+
+        return group_of(self.mesh, among)
+
+    def sum(self, *tensors: Tensor, over: Sequence[str] = DATA_AXES) -> None:
+        import torch
+
+        group = self._group(over)
+        if group is False or not tensors:
+            return
         with self.explained(), torch.no_grad():
             for bucket in _buckets(tensors):
                 if len(bucket) == 1 and bucket[0].is_contiguous():
-                    dist.all_reduce(bucket[0])
+                    self._add_up(bucket[0], group)
                     continue
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                dist.all_reduce(flat)
+                self._add_up(flat, group)
                 parts = torch.split(flat, [tensor.numel() for tensor in bucket])
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
+
+    def _add_up(self, tensor: Tensor, group: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if not self.exact:
+            dist.all_reduce(tensor, group=group)
+            return
+        terms = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(terms, tensor, group=group)
+        while len(terms) > 1:  # the upper levels of the tree that `TrainingStep` adds up its micro-batches by
+            terms = [torch.add(*pair) for pair in zip(terms[::2], terms[1::2], strict=True)]
+        tensor.copy_(terms[0])
 
     def any(self, flag: bool) -> bool:
         import torch

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Items
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.transformer import Transformer
 
 _MEMORY_FRACTION = {"cpu": 0.25, "cuda": 0.8}  # that the cache takes at most by default
 
@@ -31,6 +34,14 @@ def pool_sizes(
         full_batch = max_batch * (-(-window // block_size) + 2) + -(-max_batch_tokens // block_size)
         sizes.append(max(one_sequence, min(blocks, full_batch)))
     return sizes
+
+
+def cache_config(model: Transformer) -> ModelConfig:
+    """Return a configuration with the heads that this process has: with tensor parallelism, a part of the model's."""
+    attention: Any = model.layers[0].attention
+    if getattr(attention, "kv_heads", None) in (None, model.config.num_key_value_heads):
+        return model.config
+    return replace(model.config, num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads)
 
 
 def cache_bytes_per_token(config: ModelConfig, element_size: int) -> int:

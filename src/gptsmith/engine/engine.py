@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptsmith.engine.beam import BeamSearch
 from gptsmith.engine.block_manager import BlockManager
-from gptsmith.engine.cache_size import default_cache_tokens, pool_sizes
+from gptsmith.engine.cache_size import cache_config, default_cache_tokens, pool_sizes
 from gptsmith.engine.lifecycle import Lifecycle, as_error
 from gptsmith.engine.limits import Limits
 from gptsmith.engine.make_runner import Kernels, make_runner
@@ -118,15 +118,18 @@ class Engine:
         self.context = config.max_position_embeddings
         self.vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
         weight: Tensor = next(p for name, p in model.named_parameters() if name.endswith("norm.weight"))
+        local = cache_config(model)
+        if local is not config:  # processes share the model, and each step is one of all together
+            kernels = "never"
         if cache_tokens is None:
-            cache_tokens = default_cache_tokens(config, max_batch, block_size, weight)
+            cache_tokens = default_cache_tokens(local, max_batch, block_size, weight)
         if cache_tokens < 1:
             raise UsageError(f"cache_tokens must be at least 1, not {cache_tokens}.")
         windows = windows_of(config)
         sizes = pool_sizes(
             windows, cache_tokens, max_batch=max_batch, max_batch_tokens=max_batch_tokens, block_size=block_size
         )
-        cache = PagedCache(config, sizes, block_size, device=weight.device, dtype=weight.dtype)
+        cache = PagedCache(local, sizes, block_size, device=weight.device, dtype=weight.dtype)
         self.blocks = BlockManager(windows, sizes, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
         self._limits = Limits(self.vocab_size, self.context, self.blocks.capacity(), config.image_token_id)

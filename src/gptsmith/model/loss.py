@@ -56,8 +56,11 @@ def head_logprobs(
 ) -> Tensor:
     """Return the log-probabilities (B, T) of `targets` that `head` gives for hidden states (B, T, C), as above.
 
-    head: any module that computes logits (N, V) from hidden states (N, C): plain, quantized or adapted.
+    head: any module that computes logits (N, V) from hidden states (N, C): plain, quantized or adapted. One of
+        which each process has a part computes what is asked for itself (`logprobs`, `entropies`).
     """
+    if (own := _own_way(head, "logprobs")) is not None:
+        return _in_chunks(lambda h, y: own(h, y, temperature, tokens), hidden, targets, vocab_size)
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:  # (n, C), (n,) -> (n,)
         logits = head(hidden)[:, :tokens].float()
@@ -80,6 +83,8 @@ def head_entropies(
 
     The arguments are those of `head_logprobs`.
     """
+    if (own := _own_way(head, "entropies")) is not None:
+        return _in_chunks(lambda h, y: own(h, y, temperature, tokens), hidden, targets, vocab_size)
 
     def chunk_entropies(hidden: Tensor, targets: Tensor) -> Tensor:
         logprobs = (head(hidden)[:, :tokens].float() / temperature).log_softmax(dim=-1)
@@ -87,6 +92,12 @@ def head_entropies(
         return entropies
 
     return _in_chunks(chunk_entropies, hidden, targets, vocab_size)
+
+
+def _own_way(head: nn.Module, name: str) -> Callable[..., Tensor] | None:
+    """Return how a head computes log-probabilities or entropies itself, if it does."""
+    found: Callable[..., Tensor] | None = getattr(type(head), name, None)
+    return None if found is None else functools.partial(found, head)
 
 
 def _in_chunks(compute: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -118,6 +129,8 @@ def token_loss_sum(
     """
     pixels = None if images is None else images.pixels
     hidden = model.hidden_states(ids, pixels=pixels, document_ids=document_ids, router_logits=router_logits)
+    if _own_way(model.lm_head, "logprobs") is not None:
+        return -head_logprobs(model.lm_head, hidden, targets, model.config.vocab_size).sum()
     if targets.numel() * model.config.vocab_size <= MAX_LOGITS:
         return cross_entropy_sum(model.lm_head(hidden), targets)
     if type(model.lm_head) is not nn.Linear:  # quantized or adapted
@@ -149,16 +162,27 @@ def training_loss_sum(
     if config.router_scoring == "sigmoid":  # the balance loss is about their shares (2412.19437, equation 19)
         scores = [F.logsigmoid(logits) for logits in router_logits]
     load = expert_load(scores, config.num_experts_per_tok)
-    balance_loss = load_balancing_loss(scores, config.num_experts_per_tok, load)
+    count: Tensor = (targets != IGNORED).sum()
+    share: Tensor | float = 1.0
+    if model.sum_over_processes is not None:  # those of the whole batch, of which each process has some tokens
+        tokens = torch.tensor(float(targets.numel()), device=load.device)
+        sums = torch.cat([load * tokens, torch.stack([tokens, count.float(), torch.ones_like(tokens)])]).double()
+        model.sum_over_processes(sums)
+        load, count = (sums[:-3] / sums[-3]).float(), sums[-2].float()
+        share = (tokens / sums[-3]).float()
+    balance_loss = share * load_balancing_loss(scores, config.num_experts_per_tok, load)
     router_loss = config.router_aux_loss_coef * balance_loss
     if config.router_z_loss_coef:
-        router_loss = router_loss + config.router_z_loss_coef * router_z_loss(router_logits)
+        router_loss = router_loss + share * config.router_z_loss_coef * router_z_loss(router_logits)
+    balance = balance_loss.detach()
+    if model.sum_over_processes is not None:
+        balance = balance * sums[-1].float()  # what is logged is the mean over the processes
     metrics = {
-        "balance_loss": balance_loss.detach(),
+        "balance_loss": balance,
         "expert_load_max": load.max() * config.num_experts,
         "expert_load_min": load.min() * config.num_experts,
     }
-    return loss + (targets != IGNORED).sum() * router_loss, metrics
+    return loss + count * router_loss, metrics
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.parameters import annotate
 
 
+Biases = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]  # of both matrices of each expert
+
+
 class MixtureOfExperts(nn.Module):
     """Experts with a gate (mostly SwiGLU) behind a top-k router. No token is dropped: tokens are sorted by expert, and
     each expert computes its own run of them, so the cost is that of k experts per token, whatever E is. A shared
@@ -90,11 +93,17 @@ class MixtureOfExperts(nn.Module):
 
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         """Return each expert's output (n, C) for its run of tokens (n, C)."""
+        return self.apply_experts(runs, self.up_proj, self.down_proj, self.biases())
+
+    def apply_experts(
+        self, runs: tuple[Tensor, ...], up_proj: Tensor, down_proj: Tensor, biases: Biases
+    ) -> list[Tensor]:
+        """Return the output of each expert of two stacks of weights for its run of tokens."""
         # unbind, not indexing: then the gradient of the stacked weights is assembled once, not expert by expert.
-        parts = zip(runs, self.up_proj.unbind(), self.down_proj.unbind(), *self.biases(), strict=True)
+        parts = zip(runs, up_proj.unbind(), down_proj.unbind(), *biases, strict=True)
         return [gated(run, up, down, self.gate, up_bias, down_bias) for run, up, down, up_bias, down_bias in parts]
 
-    def biases(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    def biases(self) -> Biases:
         """Return the experts' biases of both matrices; None for each expert without."""
         if not self.has_bias:
             return (None,) * self.experts, (None,) * self.experts

@@ -11,6 +11,7 @@ Papers: attention, Vaswani et al. 2017 (1706.03762); GPT-2, Radford et al. 2019;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -347,6 +348,8 @@ class Transformer(nn.Module):
     initialize: draw random initial weights; otherwise they are undefined until they are loaded.
     activation_checkpointing (an attribute): compute the activations of each layer again in the backward pass instead of
         keeping them (Chen et al. 2016, 1604.06174). Loss and gradients stay the same.
+    sum_over_processes (an attribute): adds a tensor up, in place, over the processes that share a batch; None: there
+        are no others. A mixture's balancing loss is that of the whole batch.
     generation_config (an attribute): sampling defaults and token ids that the model came with, named as Hugging Face
         names them. They are saved with the model; `forward` does not use them.
     """
@@ -358,6 +361,7 @@ class Transformer(nn.Module):
         self.config, self.dropout = config, dropout
         self.generation_config: dict[str, Any] = {}
         self.activation_checkpointing = False
+        self.sum_over_processes: Callable[[Tensor], None] | None = None
         embedding_size = config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         if config.position == "learned":
@@ -504,10 +508,13 @@ class Transformer(nn.Module):
         if residuals is not None:
             residuals.append(x)
         for layer in self.layers:
+            own: list[Tensor] | None = None if router_logits is None else []  # FSDP replaces lists that hold gradients
             if recompute:
-                x = checkpointed(layer, x, inputs, router_logits)
+                x = checkpointed(layer, x, inputs, own)
             else:
-                x = layer(x, inputs, router_logits)  # (B, T, C)
+                x = layer(x, inputs, own)  # (B, T, C)
+            if router_logits is not None:
+                router_logits.extend(own or ())
             if residuals is not None:
                 residuals.append(x)
         if cache is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.model.parameters import ParameterInfo, parameter_info
-from gptsmith.optim.muon import Muon
+from gptsmith.optim.muon import Muon, Owners
+
+Whole = Callable[[nn.Parameter, Tensor], Tensor | None]  # (parameter, its part of a state tensor) -> the whole tensor
+Part = Callable[[nn.Parameter, Tensor], Tensor]  # (parameter, a whole state tensor) -> its part
 
 
 class Optimizers:
@@ -34,22 +37,31 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return every state tensor, as it is, under the name `parameter/key`."""
+    def state_tensors(self, whole: Whole = lambda p, value: value) -> dict[str, Tensor]:
+        """Return every state tensor, as it is, under the name `parameter/key`.
+
+        whole: where processes share a parameter, makes the whole of their parts; what it returns None for is left out.
+        """
         return {
-            f"{self.names[p]}/{key}": value.detach()
+            f"{self.names[p]}/{key}": found.detach()
             for optimizer in self.optimizers
             for p, state in _parameter_states(optimizer)
             for key, value in state.items()
+            if (found := whole(p, value) if value.shape == p.shape else value) is not None
         }
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. Raises CheckpointError if it belongs to other parameters."""
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], part: Part = lambda p, value: value) -> None:
+        """Restore what `state_tensors` returned. part: takes a parameter's part of a whole tensor.
+
+        Raises CheckpointError if it belongs to other parameters.
+        """
         by_name = {name: p for p, name in self.names.items()}
         owner = {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         for name, value in tensors.items():
             parameter_name, _, key = name.rpartition("/")
             p = by_name.get(parameter_name)
+            if p is not None and value.ndim:
+                value = part(p, value)
             if p is None or (value.ndim and value.shape != p.shape):
                 raise CheckpointError(f"the optimizer state of {parameter_name!r} does not fit this model.")
             # The fused AdamW keeps its step counter on the parameter's device, in fp32.
@@ -87,6 +99,9 @@ def build_optimizers(
     extra: Mapping[str, nn.Module] | None = None,
     extra_lr: float | None = None,
     rate_factors: Mapping[nn.Module, float] | None = None,
+    named_parameters: Callable[[nn.Module], Iterable[tuple[str, nn.Parameter]]] = nn.Module.named_parameters,
+    local: Callable[[nn.Parameter], nn.Parameter] = lambda p: p,
+    owners: Owners | None = None,
 ) -> Optimizers:
     """Return the optimizers for the trainable parameters of `model`; frozen ones (`requires_grad` False) have none.
 
@@ -96,6 +111,8 @@ def build_optimizers(
     extra: further modules to train (a value model, a reward head), by the prefix that their parameters' names get.
     extra_lr: AdamW trains those at this rate; None: they are trained as the model is.
     rate_factors: modules of the model whose rates are multiplied by a number.
+    named_parameters, local, owners: where processes share a model: its parameters, the part of each that this process
+        updates, and who has whole matrices.
     Raises UsageError if no parameter is trainable.
     """
     modules = {"": model, **{f"{prefix}.": module for prefix, module in (extra or {}).items()}}
@@ -103,7 +120,8 @@ def build_optimizers(
     infos: dict[nn.Parameter, ParameterInfo] = {}
     apart: set[nn.Parameter] = set()
     for prefix, module in modules.items():
-        for local_name, p in module.named_parameters():
+        for local_name, shared in named_parameters(module):
+            p = local(shared)
             if p.requires_grad and p not in names:
                 names[p], infos[p] = prefix + local_name, parameter_info(module, local_name)
                 if prefix and extra_lr is not None:
@@ -112,7 +130,7 @@ def build_optimizers(
         raise UsageError("there is nothing to train: all parameters are frozen.")
 
     factors: dict[nn.Parameter, float] = {
-        p: factor for module, factor in (rate_factors or {}).items() for p in module.parameters() if p in names
+        p: factor for module, factor in (rate_factors or {}).items() for p in map(local, module.parameters()) if p in names
     }
     kinds = [1.0, *sorted({factor for factor in factors.values() if factor != 1.0})]
     optimizers: list[torch.optim.Optimizer] = []
@@ -124,7 +142,14 @@ def build_optimizers(
             if (own := [p for p in matrices if factors.get(p, 1.0) == factor])
         ]
         optimizers.append(
-            Muon(muon_groups, lr=lr, momentum=momentum, weight_decay=weight_decay, steps=newton_schulz_steps)
+            Muon(
+                muon_groups,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                steps=newton_schulz_steps,
+                owners=owners,
+            )
         )
     elsewhere = apart | set(matrices)
     rest, rate = [p for p in names if p not in elsewhere], embedding_lr if name == "muon" else lr

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from gptsmith.config import from_dict, to_dict
+from gptsmith.distributed.layout import AUTO, Layout
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import LoraConfig, ModelConfig
 from gptsmith.model.families import FAMILIES
@@ -21,6 +22,7 @@ from gptsmith.optim.schedule import Schedule, learning_rate_factor
 from gptsmith.run_directory import PREFIXES
 from gptsmith.runtime import Precision
 
+EXACT_PARTS = 8  # that a batch is computed in with --exact, whatever the number of processes
 INIT_LR_FACTOR = 0.1  # peak learning rates with --init, relative to training from new weights
 
 
@@ -744,12 +746,23 @@ class ParallelConfig:
 
     processes: int = 1
     """Start this many processes on this machine, which share each batch. Under torchrun, its processes are used."""
+    parallel: str = "dp"
+    """How they share the work. dp: each has a copy of the model. fsdp: the model is divided among them. tp=N: N
+    processes share each layer. ep=N: N share the experts of a mixture. Axes multiply: fsdp=8,tp=2. auto: the simplest
+    that fits into memory."""
+    exact: bool = False
+    """Compute the same bits with 1, 2, 4, … processes, by adding up in a fixed order. Slower; with dp alone."""
     process_timeout: float = 120.0
     """Seconds within which each process must answer the others; then the run stops and names it."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "processes")
+        self.layout(None)
         _check(self.process_timeout > 0, "--process-timeout", self.process_timeout, "above 0")
+
+    def layout(self, processes: int | None) -> Layout | None:
+        """Return the layout of so many processes (None: as many as it says); None if it is chosen automatically."""
+        return None if self.parallel == AUTO else Layout.parse(self.parallel, processes)
 
 
 VISION_PARTS = ("text", "tower", "projector")
@@ -812,13 +825,24 @@ class RunConfig:
     def check_processes(self, *, planned: bool = False) -> None:
         """Raise UsageError where the processes cannot share the run. planned: a budget or depth has been applied."""
         processes, batch_size = self.parallel.processes, self.loop.batch_size
+        layout = self.parallel.layout(processes)
+        if layout is not None and layout.divides_model and self.loop.compile == "on":
+            raise UsageError(f"--compile on with --parallel {self.parallel.parallel}: a divided model is not compiled.")
+        if self.parallel.exact and layout is not None and layout.divides_model:
+            raise UsageError(f"--exact with --parallel {self.parallel.parallel}: only dp adds up in a fixed order.")
+        if self.parallel.exact and (processes & (processes - 1) or batch_size % EXACT_PARTS or EXACT_PARTS % processes):
+            raise UsageError(
+                f"--exact with {processes} processes and batches of {batch_size}: use 1, 2, 4 or {EXACT_PARTS} "
+                f"processes and a --batch-size that is a multiple of {EXACT_PARTS}."
+            )
         if processes == 1:
             return
         will_be_planned = not planned and (self.auto.budget is not None or self.auto.depth is not None)
-        if batch_size % processes and not will_be_planned:
+        shares = processes if layout is None else layout.data_size
+        if batch_size % shares and not will_be_planned:
             raise UsageError(
-                f"{processes} processes cannot share batches of {batch_size}: set a --batch-size that is a multiple of "
-                f"{processes}, or other --processes."
+                f"{shares} processes cannot share batches of {batch_size}: set a --batch-size that is a multiple of "
+                f"{shares}, or other --processes."
             )
 
     def flat(self) -> dict[str, Any]:
@@ -870,7 +894,7 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     for name, value in options.items():
         if isinstance(value, Mapping):
             name = by_prefix.get(name, name)
-        if name in places and not isinstance(value, Mapping | InitConfig):  # `init` is an option and a part
+        if name in places and not isinstance(value, Mapping | InitConfig | ParallelConfig):  # options and parts
             part, key = places[name]
             changes.setdefault(part, {})[key] = value
         elif name in parts and isinstance(value, type(parts[name])):
@@ -902,7 +926,7 @@ def options_of(values: Mapping[str, Any], method: type[MethodConfig] = PretrainC
     for name, value in values.items():
         if isinstance(value, Mapping):
             name = by_prefix.get(name, name)
-        if name in places and not isinstance(value, Mapping | InitConfig):
+        if name in places and not isinstance(value, Mapping | InitConfig | ParallelConfig):
             names.add(name)
         elif isinstance(value, Mapping) or dataclasses.is_dataclass(value):
             keys: Collection[str] = value if isinstance(value, Mapping) else to_dict(value)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from gptsmith.checkpoint import load_train_state
+from gptsmith.distributed.sharding import sharding_of
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.loading import load_model, resolve_model
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.resize import resize_embeddings
 from gptsmith.model.transformer import Transformer
-from gptsmith.optim.build import Optimizers
+from gptsmith.optim.build import Optimizers, Part
 from gptsmith.run_directory import read_info
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import adapt, is_on
@@ -203,14 +204,16 @@ def make_model(
     return adapt(model, config.adapter, config.vision, train_fully=init.train_fully if init is not None else ())
 
 
-def warm_start(optimizers: Optimizers, init: Init, config: RunConfig) -> None:
+def warm_start(optimizers: Optimizers, init: Init, config: RunConfig, part: Part = lambda p, value: value) -> None:
     """Take over the optimizer state of the model's checkpoint, for the parameters that it fits.
+
+    part: takes what this process has of a parameter from the whole.
 
     Only where the whole model is trained, by the optimizer that it was trained with.
     """
     if init.checkpoint is None or is_on(config.adapter) or config.optim.name != init.optimizer:
         return
-    shapes = {name: p.shape for p, name in optimizers.names.items()}
+    shapes = {name: sharding_of(p).shape for p, name in optimizers.names.items()}
     state = {
         name.removeprefix("optimizer/"): tensor
         for name, tensor in load_train_state(init.checkpoint).tensors.items()
@@ -219,8 +222,8 @@ def warm_start(optimizers: Optimizers, init: Init, config: RunConfig) -> None:
     fitting = {
         name: tensor
         for name, tensor in state.items()
-        if not tensor.ndim or tensor.shape == shapes.get(name.rpartition("/")[0])
+        if not tensor.ndim or tuple(tensor.shape) == shapes.get(name.rpartition("/")[0])
     }
     whole = {name.rpartition("/")[0] for name, tensor in fitting.items() if tensor.ndim}
-    optimizers.load_state_tensors({name: t for name, t in fitting.items() if name.rpartition("/")[0] in whole})
+    optimizers.load_state_tensors({name: t for name, t in fitting.items() if name.rpartition("/")[0] in whole}, part)
     note(f"optimizer state: from {init.checkpoint} (--no-warm-start starts without)")

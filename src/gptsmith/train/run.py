@@ -51,6 +51,7 @@ from gptsmith.train.budget.recipe import Plan, choose, settled
 from gptsmith.train.budget.recipe import Text as TextSize
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.config import RunConfig, with_options
+from gptsmith.train.forecast.layouts import choose_layout
 from gptsmith.train.init import (
     Init,
     adapted_to_init,
@@ -86,7 +87,7 @@ CHANGEABLE = frozenset(
     {
         *("eval_every", "save_every", "log_every", "keep_checkpoints", "sample_tokens", "sample_prompt", "device"),
         *("steps", "val"),  # where the schedule allows, and where the text is the same: both are checked
-        *("processes", "process_timeout"),
+        *("processes", "process_timeout", "parallel"),
         *("eval.tasks", "eval.every", "eval.shots", "eval.limit"),
     }
 )
@@ -383,6 +384,7 @@ def _session(
         )
     else:
         objective = method.objective(ObjectiveContext(config, tokenizer, dataset, stop, ranks, run.directory))
+    share_model(config, model_config, objective, device, run.info["precision"], ranks)
     session = Session(
         run,
         config,
@@ -397,8 +399,41 @@ def _session(
         ranks=ranks,
     )
     if init is not None and config.init.warm_start:
-        warm_start(session.training_step.optimizers, init, config)
+        warm_start(session.training_step.optimizers, init, config, session.training_step.part_of)
     return session
+
+
+def share_model(
+    config: RunConfig,
+    model_config: ModelConfig,
+    objective: Objective[Any],
+    device: torch.device,
+    precision: ChosenPrecision,
+    ranks: DistributedContext,
+) -> None:
+    """Let the processes share the model as the configuration says. UsageError where they cannot."""
+    layout = config.parallel.layout(ranks.world_size)
+    if layout is None:
+        layout = ranks.on_main(
+            lambda: choose_layout(
+                config,
+                model_config,
+                processes=ranks.world_size,
+                local=ranks.local_world_size,
+                device=device,
+                precision=precision,
+                objective=objective,
+            )
+        )
+    layout.check(model_config)
+    if layout.divides_model:
+        if not objective.can_divide:
+            raise UsageError(
+                f"--parallel {layout}: this method samples answers, so each process needs the whole model: dp."
+            )
+        if config.loop.compile == "on":
+            raise UsageError(f"--compile on with --parallel {layout}: a divided model is not compiled.")
+    ranks.arrange(layout, device, exact=config.parallel.exact)
 
 
 def resume(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gptsmith.checkpoint import CheckpointStore, load_train_state
 from gptsmith.config import to_dict
@@ -36,7 +38,7 @@ from gptsmith.train.budget.deadline import Deadline
 from gptsmith.train.budget.parse import Budget
 from gptsmith.train.callbacks import Callback
 from gptsmith.train.compile import compile_blocks, undo_compile, worth_compiling
-from gptsmith.train.config import PolicyConfig, RunConfig
+from gptsmith.train.config import EXACT_PARTS, PolicyConfig, RunConfig
 from gptsmith.train.display import Display
 from gptsmith.train.forecast.memory import fit_into_memory
 from gptsmith.train.objectives.base import Objective
@@ -86,11 +88,14 @@ class Session:
         ranks.check_same({"model": repr(to_dict(model_config)), "data": str(run.part("data").get("fingerprint"))})
         # As the run has trained so far, if it has; smaller where that does not fit into memory here and now.
         precision = run.info["precision"]
-        share, micro = config.loop.batch_size // ranks.world_size, run.info.get("micro_batch_size")
+        share, micro = config.loop.batch_size // ranks.data_size, run.info.get("micro_batch_size")
         rows = min(share, micro or config.loop.micro_batch_size or share)
+        if ranks.exact:
+            rows = min(rows, config.loop.batch_size // EXACT_PARTS)
+            torch.set_num_threads(1)  # how products are divided among threads changes their bits
         fit = ranks.broadcast(
             fit_into_memory(
-                config if ranks.world_size == 1 else config.replace(batch_size=share, micro_batch_size=None),
+                config if ranks.data_size == 1 else config.replace(batch_size=share, micro_batch_size=None),
                 model_config,
                 device=device,
                 precision=precision,
@@ -98,22 +103,28 @@ class Session:
                 micro_batch_size=rows,
                 activation_checkpointing=run.info.get("activation_checkpointing"),
                 processes=ranks.local_world_size,
+                model_parts=ranks.layout.fsdp * ranks.layout.tp,
             )
         )
         run.info["micro_batch_size"] = fit.micro_batch_size
         run.info["activation_checkpointing"] = fit.activation_checkpointing
         run.info["selection"] = objective.selection._asdict()
         torch.manual_seed(config.loop.seed)
-        self.model = make_model().to(device)
+        self.make_model, self.model = make_model, make_model()
+        if ranks.layout.divides_model:  # whole on the CPU first; each process then moves its part
+            ranks.check_same({"initial weights": fingerprint(self.model)})
+        else:
+            self.model.to(device)
         self.model.activation_checkpointing = fit.activation_checkpointing
         self.store = CheckpointStore(run.directory, base=config.init.init if self._saves_adapter() else None)
         self.display = Display(config.loop.steps)
         self.training_step: TrainingStep[Any] = TrainingStep.build(
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
+        self.whole = self.training_step.whole.policy
         prompts = objective.sample_prompts(self.training_step.models)
         texts = config.method.stop if isinstance(config.method, PolicyConfig) else ()
-        self.samples = Samples(config.loop, self.model, tokenizer, self.display, self.stop, prompts, texts)
+        self.samples = Samples(config.loop, self.whole, tokenizer, self.display, self.stop, prompts, texts)
         self.callbacks = [self.samples, *callbacks] if ranks.is_main else []
         self.trainer = Trainer(
             config=config,
@@ -135,7 +146,7 @@ class Session:
         if self.config.eval.every is not None and self.config.auto.budget is not None:
             raise UsageError("--eval.every: a --budget plans the evaluations, at each of which tasks are measured.")
         made: list[TaskEvaluation] = []
-        self.ranks.on_main(lambda: made.append(TaskEvaluation(self.config, self.model, self.tokenizer)))
+        self.ranks.on_main(lambda: made.append(TaskEvaluation(self.config, self.whole, self.tokenizer)))
         return made[0] if made else None
 
     def _saves_adapter(self) -> bool:
@@ -158,17 +169,22 @@ class Session:
     def restore(self) -> int:
         """Load the newest intact checkpoint and return its step."""
         directory = self.ranks.on_main(self.store.newest_intact)
+        model = self.make_model() if self.ranks.layout.divides_model else self.model
         if self.training_step.objective.restores_policy:
             pass  # by the trainer
         elif is_on(self.config.adapter):
-            load_adapter(directory, self.model)
+            load_adapter(directory, model)
         else:
-            if read_config(directory) != self.model.config:
+            if read_config(directory) != model.config:
                 raise CheckpointError(
                     f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
                     "Start a new run to change the model."
                 )
-            load_model_weights(self.model, directory)
+            load_model_weights(model, directory)
+        if model is not self.model:
+            from gptsmith.distributed.parallel import load_full_state
+
+            load_full_state(self.model, dict(model.named_parameters()), self.ranks.mesh)
         self.trainer.restore(load_train_state(directory))
         self.display.first_step, self.display.steps = self.trainer.step, self.trainer.steps
         return self.trainer.step
@@ -187,9 +203,13 @@ class Session:
                 if self.run.info["compile"]:
                     self._compile()
                 self._begin_together()
+                if self.ranks.exact and self.trainer.step < self.trainer.steps:
+                    self._show_cost_of_exactness()
                 outcome = self.trainer.run()
                 self._record(status=outcome, ended=now(), seconds=round(self.trainer.elapsed(), 1))
                 if outcome == "finished":
+                    if self.config.loop.sample_tokens:
+                        self.training_step.gather()
                     self.ranks.on_main(lambda: self.samples.write_final(self.run, self.trainer.step))
         except BaseException as error:
             self.ranks.fail(error)
@@ -235,6 +255,8 @@ class Session:
         if self.ranks.world_size == 1:
             return
         step.set_random_state(self.ranks.broadcast(step.random_state()))
+        if self.ranks.layout.divides_model:  # all began with the same weights, and have read the same files
+            return
         with torch.no_grad():
             if not self.ranks.is_main:
                 for p in step.parameters:
@@ -261,6 +283,8 @@ class Session:
     def _should_compile(self) -> bool:
         """Return whether to compile: where it is possible and saves clearly more time than it costs."""
         device = self.training_step.device
+        if self.ranks.layout.divides_model:
+            return False
         if self.config.loop.compile != "auto":
             return self.config.loop.compile == "on"
         if not compiler_available(device) or not self.training_step.objective.fixed_shapes:
@@ -268,6 +292,19 @@ class Session:
         seconds = min(self._probe() for _ in range(3))
         seconds *= self.training_step.batch_size // self.training_step.micro_batch_size
         return worth_compiling(seconds * (self.trainer.steps - self.trainer.step), device)
+
+    def _show_cost_of_exactness(self) -> None:
+        """Say how much longer a share of a batch takes in parts of a fixed size than at once."""
+        step = self.training_step
+        rows, parts = step.micro_batch_size, step.batch_size // step.micro_batch_size
+        in_parts = parts * min(self._probe() for _ in range(2))
+        step.micro_batch_size = step.batch_size
+        at_once = min(self._probe() for _ in range(2))
+        step.micro_batch_size = rows
+        self.display.print(
+            f"--exact: {parts} parts of {rows} sequences in each process take {in_parts:.3g} s for an update, at once "
+            f"{at_once:.3g} s; sums are gathered, {self.ranks.world_size} times the bytes"
+        )
 
     def _probe(self) -> float:
         """Return the seconds of one micro-batch's forward and backward pass.
@@ -292,6 +329,14 @@ class Session:
                 step.shrink(reason)
             except OutOfMemoryError as error:
                 raise TrainingError(self.trainer.out_of_memory_message(error)) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return what is equal for equal weights."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().flatten().view(torch.uint8).numpy().tobytes() if p.numel() else b"")
+    return digest.hexdigest()
 
 
 def now() -> str:

@@ -9,9 +9,10 @@ and metrics are sums over processes, and nothing is averaged.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
 
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.distributed.context import ALONE, DistributedContext, seed_of_rank
-from gptsmith.errors import TrainingError
+from gptsmith.distributed.layout import DATA_AXES
+from gptsmith.distributed.sharding import local, sharding_of
+from gptsmith.errors import TrainingError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.optim.build import Optimizers, build_optimizers
+from gptsmith.optim.muon import Owners
 from gptsmith.runtime import ChosenPrecision, autocast_dtype, out_of_memory
 from gptsmith.train.adapter import rate_factors
-from gptsmith.train.config import RunConfig
+from gptsmith.train.config import EXACT_PARTS, RunConfig
 from gptsmith.train.fp8 import use_fp8
 from gptsmith.train.objectives.base import Batch, LossOutput, Models, Objective, Sum
 
@@ -79,9 +83,16 @@ class TrainingStep(Generic[B]):
         self.device = models.device
         self.autocast_dtype = autocast_dtype(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        trained = (p for _, module in models.named_modules() for p in module.parameters() if p.requires_grad)
-        self.parameters: list[nn.Parameter] = list(dict.fromkeys(trained))  # shared ones once
-        self._summands, self._compared = _Summands(), False
+        named = named_parameters_of(ranks)
+        trained = (p for _, module in models.named_modules() for _, p in named(module) if p.requires_grad)
+        self._shared: list[nn.Parameter] = list(dict.fromkeys(trained))  # those that models share once
+        self.parameters: list[nn.Parameter] = [local(p) for p in self._shared]
+        """What this process has of each trained parameter, and updates."""
+        self.whole = models
+        """The models in one piece, as of the last `gather`: in the main process where the layout divides them."""
+        self._summands, self._compared, self._is_idle = _Summands(), False, False
+        if models.policy.config.num_experts and ranks.world_size > 1:
+            models.policy.sum_over_processes = self._sum_of_batch
 
     @classmethod
     def build(
@@ -98,6 +109,18 @@ class TrainingStep(Generic[B]):
         if precision == "fp8":
             use_fp8(policy)
         models = objective.models(policy.train())
+        whole = models
+        if ranks.layout.divides_model:
+            if precision in ("fp8", "fp16"):  # fp16: processes would have to agree on which updates to leave out
+                raise UsageError(f"--precision {precision} with --parallel {ranks.layout}: use bf16 or fp32.")
+            trained = Models(models.policy, value=models.value)
+            whole = copy.deepcopy(trained) if ranks.is_main else trained
+            divide(models, ranks)
+        owners: Owners | None = None
+        if ranks.world_size > 1 and not ranks.exact:
+            from gptsmith.distributed.owners import Owners as SharedOwners
+
+            owners = SharedOwners(ranks.layout, ranks.rank)
         optim = config.optim
         optimizers = build_optimizers(
             models.policy,
@@ -111,17 +134,22 @@ class TrainingStep(Generic[B]):
             rate_factors=rate_factors(models.policy, config.adapter, config.vision),
             extra_lr=config.method.extra_lr,
             extra={prefix.removesuffix("."): module for prefix, module in models.named_modules() if prefix},
+            named_parameters=named_parameters_of(ranks),
+            local=local,
+            owners=owners,
         )
-        return cls(
+        step = cls(
             models,
             objective,
             optimizers,
             precision=precision,
             micro_batch_size=micro_batch_size,
-            batch_size=max(1, config.loop.batch_size // ranks.world_size),
+            batch_size=max(1, config.loop.batch_size // ranks.data_size),
             clip=optim.clip,
             ranks=ranks,
         )
+        step.whole = whole
+        return step
 
     def __call__(self, batch: B, lr_factor: float) -> StepResult:
         """Update the models with the gradients of `batch`, all learning rates times `lr_factor`.
@@ -138,9 +166,13 @@ class TrainingStep(Generic[B]):
             reason = ""
             try:
                 with self.own_random_numbers():
-                    loss, metrics = self.accumulate(mine, count)
+                    if self.ranks.exact:
+                        loss, metrics = self.accumulate_exactly(batch, count)
+                    else:
+                        loss, metrics = self.accumulate(mine, count, batch)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                # In a divided model the others wait within the forward pass: they cannot begin again with this one.
+                if not out_of_memory(error) or self.runs_together:
                     raise
                 reason = str(error) or "out of memory"
             if not self.ranks.any(reason != ""):
@@ -154,8 +186,9 @@ class TrainingStep(Generic[B]):
 
     def sum_over_ranks(self, loss: Tensor, metrics: dict[str, Sum]) -> tuple[Tensor, dict[str, Sum]]:
         """Add up the gradients over all processes, and the loss and the metrics, which are returned."""
+        self._take_gradients()
         if self.ranks.world_size == 1:
-            return loss, metrics
+            return loss.float(), metrics
         mine = _Summands(frozenset(metrics), frozenset(i for i, p in enumerate(self.parameters) if p.grad is not None))
         if self.ranks.any(mine != self._summands):  # rarely: what has a gradient hardly changes
             everyone = self.ranks.gather(mine)
@@ -169,18 +202,24 @@ class TrainingStep(Generic[B]):
             part = metrics.get(name, Sum(torch.zeros(()), 0.0))
             values += [part.total, torch.as_tensor(part.count)]
         numbers = torch.stack([value.detach().to(self.device, torch.float64) for value in values])
+        self.ranks.sum(numbers)
         parameters = [self.parameters[i] for i in sorted(self._summands.gradients)]
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        self.ranks.sum(*(p.grad for p in parameters if p.grad is not None), numbers)
+        for axes, same in _grouped(parameters, _axes_to_sum).items():
+            self.ranks.sum(*(p.grad for p in same if p.grad is not None), over=axes)
         loss, *sums = numbers.unbind()
         pairs = zip(names, sums[::2], sums[1::2], strict=True)
         return loss.float(), {name: Sum(total, count) for name, total, count in pairs}
 
-    def accumulate(self, batch: B, count: float) -> tuple[Tensor, dict[str, Sum]]:
+    def accumulate(self, batch: B, count: float, whole: B | None = None) -> tuple[Tensor, dict[str, Sum]]:
         """Add the gradients of (loss sum of `batch`) / count, one micro-batch after the other; return it, and the sums
-        of the metrics. All of this process alone."""
+        of the metrics. All of this process alone.
+
+        whole: the batch of all processes. Where they run every forward pass together and another has more rows, this
+        one takes part with rows that do not count.
+        """
         total = torch.zeros((), device=self.device)
         if not batch.num_rows:  # fewer rows than processes
             self.scaler.scale(total)  # which makes its scale on first use
@@ -191,7 +230,53 @@ class TrainingStep(Generic[B]):
             torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
             add_sums(metrics, output.metrics)
+        if whole is not None and self.runs_together:
+            most = -(-whole.num_rows // self.ranks.data_size)
+            passes = [-(-rows // self.micro_batch_size) for rows in (batch.num_rows, most)]
+            self._is_idle = True
+            for _ in range(*passes):
+                torch.autograd.backward(self.scaler.scale(0.0 * self.loss(whole.slice(0, 1)).loss_sum))
+            self._is_idle = False
         return total, metrics
+
+    def accumulate_exactly(self, batch: B, count: float) -> tuple[Tensor, dict[str, Sum]]:
+        """Do what `accumulate` does for this process's share of the whole `batch`, in the same parts and the same order
+        of summation for any number of processes: a binary tree, whose upper levels are those of `ranks.sum`."""
+        rows, size = batch.num_rows, EXACT_PARTS // self.ranks.data_size
+        seed = torch.initial_seed()
+        nodes: list[_Node] = []
+        for part in range(self.ranks.data_rank * size, (self.ranks.data_rank + 1) * size):
+            torch.manual_seed(seed_of_rank(seed, part))
+            mine = batch.slice(rows * part // EXACT_PARTS, rows * (part + 1) // EXACT_PARTS)
+            loss, metrics = self.accumulate(mine, count)
+            self._take_gradients()
+            doubled = {name: Sum(_double(each.total), _double(each.count)) for name, each in metrics.items()}
+            node = _Node(0, loss.double(), doubled, [p.grad for p in self.parameters])
+            self.clear_gradients()
+            while nodes and nodes[-1].level == node.level:
+                node = nodes.pop().plus(node)
+            nodes.append(node)
+        for p, gradient in zip(self.parameters, nodes[0].gradients, strict=True):
+            p.grad = gradient
+        return nodes[0].loss, nodes[0].metrics
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether no process can run a forward pass alone."""
+        return self.ranks.layout.divides_model or self.models.policy.sum_over_processes is not None
+
+    def _sum_of_batch(self, values: Tensor) -> None:
+        """Add up values of a micro-batch, in place, over the processes; those of rows that do not count are 0."""
+        if self._is_idle:
+            values.zero_()
+        self.ranks.sum(values)
+
+    def _take_gradients(self) -> None:
+        """Give the gradients of divided parameters to what this process updates of them."""
+        for shared, p in zip(self._shared, self.parameters, strict=True):
+            if shared is not p and shared.grad is not None:
+                gradient: Any = shared.grad
+                p.grad, shared.grad = gradient.to_local().contiguous(), None
 
     def loss(self, rows: B) -> LossOutput:
         """Return the loss of some rows in the run's precision."""
@@ -204,10 +289,10 @@ class TrainingStep(Generic[B]):
         On a CPU an update whose norm is not finite is left out. On a GPU asking would mean waiting, so that the trainer
         finds out when it logs; with fp16 the scaler leaves it out.
         """
+        self._take_gradients()
         for optimizer in self.optimizers.optimizers:
             self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.gradient_norm()
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.optimizers.set_factor(lr_factor)
@@ -221,9 +306,50 @@ class TrainingStep(Generic[B]):
         self.clear_gradients()
         return norm
 
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of the gradients of all parameters, of which each process can have a part."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not self.ranks.layout.divides_model:
+            return torch.nn.utils.get_total_norm(gradients)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for axes, same in _grouped(self.parameters, lambda p: sharding_of(p).axes).items():
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in same if p.grad is not None]
+            square = torch.stack([*norms, torch.zeros_like(total)]).square().sum()
+            self.ranks.sum(square, over=axes)
+            total += square
+        return total.sqrt().float()
+
     def clear_gradients(self) -> None:
-        for p in self.parameters:
+        for p in (*self.parameters, *self._shared):
             p.grad = None
+
+    # -- models that are divided ---------------------------------------------------------------------------------------
+
+    def gather(self) -> Models:
+        """Return the models in one piece, with their present weights: in the main process. A collective."""
+        if self.ranks.layout.divides_model:
+            from gptsmith.distributed.parallel import full_state
+
+            # A value model can contain the policy.
+            divided, whole = self.models.value or self.models.policy, self.whole.value or self.whole.policy
+            targets = dict(whole.named_parameters())
+            with torch.no_grad():
+                for name, value in full_state(divided, self.ranks.mesh):
+                    if self.ranks.is_main:
+                        targets[name].copy_(value)
+        return self.whole
+
+    def whole_tensor(self, p: nn.Parameter, value: Tensor) -> Tensor | None:
+        """Return the whole of a tensor that is divided as `p` is, in the main process. A collective."""
+        if not sharding_of(p).splits:
+            return value
+        from gptsmith.distributed.parallel import whole_tensor
+
+        return whole_tensor(value, sharding_of(p), self.ranks.mesh)
+
+    def part_of(self, p: nn.Parameter, value: Tensor) -> Tensor:
+        """Return this process's part of a tensor, as it has one of `p`."""
+        return sharding_of(p).block(value, self.ranks.layout.coordinates(self.ranks.rank))
 
     def shrink(self, reason: str) -> None:
         """Continue with the largest divisor of the batch size that is at most half the micro-batch size.
@@ -261,12 +387,12 @@ class TrainingStep(Generic[B]):
         They follow from one number that all draw. So those outside, which batches may depend on, stay the same on all,
         and a checkpoint has nothing to hold for each process.
         """
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 and not self.ranks.exact:
             yield
             return
         seed = int(torch.randint(2**62, ()))
         common = self.random_state()
-        torch.manual_seed(seed_of_rank(seed, self.ranks.rank))
+        torch.manual_seed(seed if self.ranks.exact else seed_of_rank(seed, self.ranks.data_rank))
         try:
             yield
         finally:
@@ -286,6 +412,50 @@ class TrainingStep(Generic[B]):
             torch.cuda.set_rng_state(state["rng/cuda"], self.device)
 
 
+def divide(models: Models, ranks: DistributedContext) -> None:
+    """Divide the models that are trained among the processes, in place."""
+    from gptsmith.distributed.parallel import parallelize, to_device
+
+    divided: set[int] = set()
+    for _, module in models.named_modules():
+        if module is models.reference:
+            module.to(ranks.mesh.device_type)
+            continue
+        for part in list(module.modules()):
+            if (
+                isinstance(part, Transformer)
+                and id(part) not in divided
+                and any(p.requires_grad for p in part.parameters())
+            ):
+                parallelize(part, ranks.mesh, ranks.layout)
+                divided.add(id(part))
+        to_device(module, torch.device(ranks.mesh.device_type))  # what is not divided: a head
+
+
+def named_parameters_of(ranks: DistributedContext) -> Callable[[nn.Module], Iterable[tuple[str, nn.Parameter]]]:
+    """Return what gives names and parameters of a model that the processes share."""
+    if not ranks.layout.divides_model:
+        return nn.Module.named_parameters
+    from gptsmith.distributed.parallel import named_parameters
+
+    return named_parameters
+
+
+def _axes_to_sum(p: nn.Parameter) -> tuple[str, ...]:
+    """Return the axes over which a gradient is not the sum yet: FSDP and experts have added up theirs."""
+    return tuple(axis for axis in DATA_AXES if axis not in sharding_of(p).axes)
+
+
+K = TypeVar("K")
+
+
+def _grouped(parameters: Iterable[nn.Parameter], key: Callable[[nn.Parameter], K]) -> dict[K, list[nn.Parameter]]:
+    found: dict[K, list[nn.Parameter]] = {}
+    for p in parameters:
+        found.setdefault(key(p), []).append(p)
+    return found
+
+
 def _fingerprint(batch: Any, count: float) -> str:
     """Return what is equal for equal batches; the loss count alone where a batch cannot be written."""
     file = io.BytesIO()
@@ -302,6 +472,33 @@ class _Summands:
 
     metrics: frozenset[str] = frozenset()
     gradients: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What has been added up of a batch: 2^level of its parts."""
+
+    level: int
+    loss: Tensor
+    metrics: dict[str, Sum]
+    gradients: list[Tensor | None]
+
+    def plus(self, later: _Node) -> _Node:
+        metrics = dict(self.metrics)
+        add_sums(metrics, later.metrics)
+        gradients = [_plus(a, b) for a, b in zip(self.gradients, later.gradients, strict=True)]
+        return _Node(self.level + 1, self.loss + later.loss, metrics, gradients)
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:  # 0, as between processes: then -0 becomes 0
+        known = b if a is None else a
+        return None if known is None else known + 0.0
+    return a.add_(b)
+
+
+def _double(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value).detach().double()
 
 
 def add_sums(sums: dict[str, Sum], more: Mapping[str, Sum]) -> None:

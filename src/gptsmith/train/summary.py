@@ -39,8 +39,11 @@ def _parameters(model: Transformer) -> str:
 def _batch(config: RunConfig, step: TrainingStep[Any]) -> str:
     loop = config.loop
     batch = f"{loop.batch_size:,} sequences of {loop.context:,} tokens"
-    if step.ranks.world_size > 1:
-        batch += f", {step.batch_size:,} on each of {step.ranks.world_size} processes"
+    ranks = step.ranks
+    if ranks.world_size > 1:
+        batch += f", {step.batch_size:,} on each of {ranks.data_size} processes"
+        if ranks.layout.divides_model:
+            batch += f" ({ranks.layout})"
     return batch if step.micro_batch_size >= step.batch_size else f"{batch}, {step.micro_batch_size:,} at a time"
 
 

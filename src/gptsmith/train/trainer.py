@@ -347,13 +347,15 @@ class Trainer:
             return
         began = time.monotonic()
         self.display.say("evaluating")
-        if self.objective.shares_evaluation:
+        if self.objective.shares_evaluation or self.ranks.layout.divides_model:
             values = self._evaluate()
         else:
             random = self.training_step.random_state()
             values = self.ranks.on_main(self._evaluate)
             if self.ranks.world_size > 1:  # the others have drawn nothing
                 self.training_step.set_random_state(random)
+        if self.config.loop.sample_tokens:
+            self.training_step.gather()
         self.ranks.on_main(lambda: self._record_evaluation(values))
         if self.deadline is not None:
             self.deadline.record_evaluation(time.monotonic() - began)
@@ -362,6 +364,15 @@ class Trainer:
         return evaluation_at(self.metrics.read(), self.step, self.objective.selection) is not None
 
     def _evaluate(self) -> dict[str, float] | None:
+        objective: Any = self.objective
+        if not objective.shares_evaluation and self.ranks.layout.divides_model and hasattr(objective, "should_stop"):
+            # All compute the same together, and a stop of one alone would leave the others waiting.
+            stop, objective.should_stop = objective.should_stop, lambda: False
+            try:
+                with self.training_step.autocast():
+                    return self.objective.evaluate(self.models, self.training_step.micro_batch_size)
+            finally:
+                objective.should_stop = stop
         with self.training_step.autocast():
             return self.objective.evaluate(self.models, self.training_step.micro_batch_size)
 
@@ -400,6 +411,7 @@ class Trainer:
         if not self._tasks_due() or self._stop_agreed():
             return
         began = time.monotonic()
+        self.training_step.gather()
         self.ranks.on_main(self._measure_tasks)
         if self.deadline is not None:  # what takes time at each evaluation is a part of it
             self.deadline.record_evaluation(self.deadline.eval_seconds + time.monotonic() - began)
@@ -428,7 +440,8 @@ class Trainer:
             return
         self._finish_save()
         self._wait()
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+        finite = all(bool(torch.isfinite(p).all()) for p in self.training_step.parameters)
+        if self.ranks.any(not finite):
             self._check(math.nan, math.nan)
         objective = self.objective.state()
         values = {
@@ -448,17 +461,21 @@ class Trainer:
             "objective": objective.values,
             "scaler": self.training_step.scaler.state_dict(),
         }
-        tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        update = self.training_step
+        tensors = {f"optimizer/{n}": tensor for n, tensor in self.optimizers.state_tensors(update.whole_tensor).items()}
         for name, tensor in objective.tensors.items():  # an update changes parameters, the next batch anything else
             tensors[f"objective/{name}"] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
-        tensors |= self.training_step.random_state()
+        tensors |= update.random_state()
         if self.objective.restores_policy:
-            tensors |= {f"models/{self.optimizers.names[p]}": p.detach() for p in self.training_step.parameters}
+            for p in update.parameters:
+                if (whole := update.whole_tensor(p, p.detach())) is not None:
+                    tensors[f"models/{self.optimizers.names[p]}"] = whole
+        models = update.gather()
         state = TrainState(json.loads(json.dumps(values)), tensors)  # lists and dictionaries go on changing
         step = self.step
 
         def begin() -> None:
-            model = self.objective.saved(self.models)
+            model = self.objective.saved(models)
             self.saver.start(step, lambda read: self.store.write(step, model, self.tokenizer, state, read))
 
         self.ranks.on_main(begin)
@@ -489,7 +506,7 @@ class Trainer:
 
     def restore(self, state: TrainState) -> None:
         """Continue from a checkpoint's state (the policy's weights are loaded already)."""
-        values, tensors = migrated(state.values), state.tensors
+        values, tensors, step = migrated(state.values), state.tensors, self.training_step
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -498,10 +515,10 @@ class Trainer:
             self.objective.load_state(TrainState(values["objective"], part("objective/")))
             if self.objective.restores_policy:
                 with torch.no_grad():
-                    for p in self.training_step.parameters:
-                        p.copy_(tensors[f"models/{self.optimizers.names[p]}"])
+                    for p in step.parameters:
+                        p.copy_(step.part_of(p, tensors[f"models/{self.optimizers.names[p]}"]))
             self.training_step.scaler.load_state_dict(values["scaler"])
-            self.optimizers.load_state_tensors(part("optimizer/"))
+            self.optimizers.load_state_tensors(part("optimizer/"), step.part_of)
             self.training_step.set_random_state(tensors)
             self.step = int(values["step"])
             if self.deadline is not None:  # which has planned anew; otherwise as the configuration says

@@ -77,6 +77,7 @@ class Forecaster:
         itself takes memory; on a GPU they keep less.
     activation_checkpointing: whether blocks are recomputed in the backward pass.
     process: bytes of the process itself (default: this process, measured now; on a GPU the buffers of its products).
+    model_parts: among how many processes weights, gradients and optimizer state are divided.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class Forecaster:
         compiled: bool = False,
         activation_checkpointing: bool = False,
         process: int | None = None,
+        model_parts: int = 1,
     ) -> None:
+        self.model_parts = model_parts
         self.config, self.model_config, self.device, self.precision = config, model_config, device, precision
         self.objective = objective or example_objective(config, model_config)
         self.compiled, self.activation_checkpointing = compiled, activation_checkpointing
@@ -146,7 +149,7 @@ class Forecaster:
         }
 
     def _run(self, model_config: ModelConfig, micro_batch_size: int) -> dict[str, Parts]:
-        return run_without_storage(
+        peaks = run_without_storage(
             self.config,
             model_config,
             micro_batch_size,
@@ -156,6 +159,10 @@ class Forecaster:
             partition=self.compiled and not self.on_heap,
             activation_checkpointing=self.activation_checkpointing,
         )
+        for parts in peaks.values():
+            for part in ("weights", "gradients", "optimizer"):
+                parts[part] /= self.model_parts
+        return peaks
 
 
 # A run without storage -----------------------------------------------------------------------------------------------
@@ -443,12 +450,14 @@ def fit_into_memory(
     micro_batch_size: int | None = None,
     activation_checkpointing: bool | None = None,
     processes: int = 1,
+    model_parts: int = 1,
 ) -> Fit:
     """Return the micro-batch size to train with: the one asked for, or the largest that fits into the available memory.
 
     With `--activation-checkpointing auto`, blocks are recomputed only where not even one row fits otherwise.
     micro_batch_size, activation_checkpointing: of a resumed run, instead of the configuration's.
-    processes: how many such processes this machine runs; without a GPU they share its memory.
+    processes: how many such processes this machine runs; without a GPU they share its memory. model_parts: among how
+    many the model is divided.
     Reports a change with `note`; UsageError with the numbers where not even 1 fits.
     """
     loop = config.loop
@@ -467,8 +476,9 @@ def fit_into_memory(
             device=device,
             precision=precision,
             objective=objective,
-            compiled=likely_compiled(config, device),
+            compiled=likely_compiled(config, device) and model_parts == 1,
             activation_checkpointing=recompute,
+            model_parts=model_parts,
         )
 
     forecast = forecaster(recompute)

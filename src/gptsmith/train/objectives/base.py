@@ -131,6 +131,9 @@ class Objective(Generic[B]):
     has_reference_pass: bool = False
     """Whether a reference reads all data once, before the first update."""
 
+    can_divide: bool = True
+    """Whether the models can be divided among processes. Then all run each forward pass together, with equally many."""
+
     restores_policy: bool = False
     """Whether checkpoints hold the trained parameters of all models in the training state. Needed where `saved` is
     something else than the policy, from which it cannot be restored."""

@@ -237,6 +237,6 @@ def classify(context: Any) -> Classify:
         batch_size=config.loop.batch_size,
         seq_len=config.loop.context,
         seed=config.loop.seed,
-        directory=context.directory,
+        directory=context.directory if context.ranks.is_main else None,
         should_stop=context.should_stop,
     )

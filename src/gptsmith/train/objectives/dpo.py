@@ -372,17 +372,19 @@ class Dpo(Objective[PreferenceBatch]):
         was_training, stopped = model.training, False
         model.eval()
         try:
-            for start in range(0, len(chunks), self.ranks.world_size):
+            rank, size = self.ranks.data_rank, self.ranks.data_size
+            for start in range(0, len(chunks), size):
                 if stopped := self.ranks.any(self.should_stop()):
                     break
-                together = chunks[start : start + self.ranks.world_size]
-                if self.ranks.rank < len(together):
-                    chunk = together[self.ranks.rank]
+                together = chunks[start : start + size]
+                if rank < len(together) or self.ranks.layout.divides_model:  # then all run each pass together
+                    chunk = together[min(rank, len(together) - 1)]
                     with self.autocast():
                         values = Answers.of(Examples(examples[i] for i in chunk), self.context, self.eyes).logprobs(
                             model
                         )
-                    mine[chunk] = values.cpu().double()
+                    if rank < len(together):
+                        mine[chunk] = values.cpu().double()
                 done += [index for chunk in together for index in chunk]
                 advance(sum(map(len, together)))
         finally:

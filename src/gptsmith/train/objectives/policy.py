@@ -61,6 +61,7 @@ class PolicyObjective(Objective[RolloutBatch]):
 
     evaluates_start = True
     fixed_shapes = False
+    can_divide = False
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ class Pretrain(NextToken):
 
     def _validation_batches(self, size: int) -> Iterator[TokenBatch]:
         """Return this process's batches: every one whose number is its rank, modulo the number of processes."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
+        rank, world_size = self.ranks.data_rank, self.ranks.data_size
         batches = whole_split_batches(
             self.dataset.val,
             batch_size=size,

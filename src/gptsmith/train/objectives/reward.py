@@ -284,6 +284,6 @@ def reward(context: Any) -> Reward:
         seed=config.loop.seed,
         vocab_size=context.tokenizer.vocab_size,
         centering=method.centering,
-        directory=context.directory,
+        directory=context.directory if context.ranks.is_main else None,
         should_stop=context.should_stop,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from gptsmith.checkpoint import TrainState
@@ -11,6 +12,7 @@ from gptsmith.data.loader import TokenBatch, TokenLoader
 from gptsmith.data.packing import PackedLoader
 from gptsmith.data.pictures import Eyes
 from gptsmith.data.shards import Dataset
+from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
 from gptsmith.evaluate.validation import split_loss
@@ -31,6 +33,7 @@ class Sft(NextToken):
     """
 
     evaluates_start = True
+    shares_evaluation = True
 
     def __init__(
         self,
@@ -46,8 +49,10 @@ class Sft(NextToken):
         replay: tuple[Dataset, float] | None = None,
         augment: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
+        ranks: DistributedContext = ALONE,
     ) -> None:
         super().__init__(seq_len=seq_len, vocab_size=vocab_size, mask_documents=True)
+        self.ranks = ranks
         self.chats, self.tokenizer, self.eval_tokens, self.should_stop = chats, tokenizer, eval_tokens, should_stop
         self.replay: TokenLoader | None = None
         rows = batch_size
@@ -82,8 +87,8 @@ class Sft(NextToken):
         found = {}
         if self.val is not None:
             size = evaluation_rows(rows, self.seq_len)
-            batches = self.val.whole(size)
-            value = split_loss(models.policy, batches, should_stop=self.should_stop)
+            batches = islice(self.val.whole(size), self.ranks.data_rank, None, self.ranks.data_size)
+            value = split_loss(models.policy, batches, should_stop=self.should_stop, ranks=self.ranks)
             if value is None:
                 return None
             found["val_loss"] = value
@@ -169,4 +174,5 @@ def sft(context: Any) -> Sft:
         replay=replay,
         augment=config.vision.augment,
         should_stop=context.should_stop,
+        ranks=context.ranks,
     )
