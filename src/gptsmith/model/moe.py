@@ -19,7 +19,6 @@ from gptsmith.model.activations import gate_function
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.parameters import annotate
 
-
 Biases = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]  # of both matrices of each expert
 
 
