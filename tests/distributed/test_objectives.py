@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "".join(f"Q: {a}?\nA: yes {a}.\nA: no {a}.\n" for a in WORDS) * 60
     (place / "text.txt").write_text(text + (string.printable.replace("\r", "") + "\n") * 12)
     model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
-    config = tiny_run_config(steps=30, eval_every=30, context=64, model=model, tokenizer="bpe", vocab_size=384)
+    config = tiny_run_config(steps=30, eval_every=30, context=64, model=model, tokenizer="bpe", vocab_size=272)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "write_report", lambda directory: None)
         gptsmith.fit(place / "text.txt", config, out=place / "base")

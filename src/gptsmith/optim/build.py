@@ -130,7 +130,10 @@ def build_optimizers(
         raise UsageError("there is nothing to train: all parameters are frozen.")
 
     factors: dict[nn.Parameter, float] = {
-        p: factor for module, factor in (rate_factors or {}).items() for p in map(local, module.parameters()) if p in names
+        p: factor
+        for module, factor in (rate_factors or {}).items()
+        for p in map(local, module.parameters())
+        if p in names
     }
     kinds = [1.0, *sorted({factor for factor in factors.values() if factor != 1.0})]
     optimizers: list[torch.optim.Optimizer] = []
