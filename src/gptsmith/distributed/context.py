@@ -123,6 +123,10 @@ class DistributedContext:
         """Within, errors of a connection to another process become a LostProcessError that names it."""
         return contextlib.nullcontext()
 
+    def lost_connection(self, error: BaseException) -> GptsmithError | None:
+        """Return why the connection to another process failed, if that is what `error` is of."""
+        return None
+
     def fail(self, error: BaseException) -> bool:
         """Tell the other processes that this one fails. Return whether it is the first, which tells the user."""
         return True
@@ -488,6 +492,13 @@ class ProcessGroup(DistributedContext):
             if "out of memory" in reason.lower() or "can't allocate" in reason.lower():
                 raise
             raise self._explanation(reason) from error
+
+    def lost_connection(self, error: BaseException) -> GptsmithError | None:
+        import torch.distributed as dist
+
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        of_backend = any(name in reason.lower() for name in ("gloo", "nccl", "connection closed by peer"))
+        return self._explanation(reason) if isinstance(error, dist.DistError) or of_backend else None
 
     def _explanation(self, reason: str) -> GptsmithError:
         """Return why a collective failed: another process's error, or which process has ended or does not answer."""

@@ -45,7 +45,7 @@ class Saver:
         if self.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        self._thread = threading.Thread(target=self._run, args=(write, ready), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._run, args=(write, ready), name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _run(self, write: Write, ready: torch.cuda.Event | None) -> None:
@@ -74,11 +74,16 @@ class Saver:
         """Whether there is a checkpoint to `finish` without waiting."""
         return self._thread is not None and not self._thread.is_alive()
 
-    def finish(self) -> Path | None:
-        """Wait for the checkpoint, and return its directory; None if none is being written. Raises its error."""
+    def finish(self, timeout: float | None = None) -> Path | None:
+        """Wait for the checkpoint, and return its directory; None if none is being written. Raises its error.
+
+        timeout: seconds after which it is given up, and None is returned.
+        """
         if self._thread is None:
             return None
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return None
         self._thread, self.step = None, None
         if self._error is not None:
             raise self._error

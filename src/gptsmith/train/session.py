@@ -169,22 +169,32 @@ class Session:
     def restore(self) -> int:
         """Load the newest intact checkpoint and return its step."""
         directory = self.ranks.on_main(self.store.newest_intact)
+        if self.trainer.parts is not None:
+            self._check_architecture(directory)
+            self.trainer.parts.load_weights(directory)
+            return self._restore_state(directory)
         model = self.make_model() if self.ranks.layout.divides_model else self.model
         if self.training_step.objective.restores_policy:
             pass  # by the trainer
         elif is_on(self.config.adapter):
             load_adapter(directory, model)
         else:
-            if read_config(directory) != model.config:
-                raise CheckpointError(
-                    f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
-                    "Start a new run to change the model."
-                )
+            self._check_architecture(directory)
             load_model_weights(model, directory)
         if model is not self.model:
             from gptsmith.distributed.parallel import load_full_state
 
             load_full_state(self.model, dict(model.named_parameters()), self.ranks.mesh)
+        return self._restore_state(directory)
+
+    def _check_architecture(self, directory: Path) -> None:
+        if read_config(directory) != self.model.config:
+            raise CheckpointError(
+                f"{directory} has another architecture than {self.run.directory / 'run.json'} describes. "
+                "Start a new run to change the model."
+            )
+
+    def _restore_state(self, directory: Path) -> int:
         self.trainer.restore(load_train_state(directory))
         self.display.first_step, self.display.steps = self.trainer.step, self.trainer.steps
         return self.trainer.step

@@ -16,14 +16,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
-from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, LostProcessError, TrainingError
+from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, LostProcessError, ProcessError, TrainingError
 from gptsmith.log import JsonLines
+from gptsmith.model.lora import lora_layers
 from gptsmith.run_directory import Run, evaluation_at
 from gptsmith.runtime import out_of_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
@@ -37,11 +38,15 @@ from gptsmith.train.signals import NOTICE
 from gptsmith.train.step import OutOfMemoryError, TrainingStep, add_sums
 from gptsmith.train.task_evaluation import TaskEvaluation
 
+if TYPE_CHECKING:
+    from gptsmith.distributed.checkpoint import Parts
+
 Outcome = Literal["finished", "interrupted"]
 
 STATE_SCHEMA = 2
 FIRST_SAVE_SECONDS = 50.0  # until the first checkpoint, if none is due before: with its writing, within a minute
 SAVE_SECONDS = 600.0  # between checkpoints, if none is due before
+SETTLE_SECONDS = 30.0  # for a checkpoint that all processes write, when one of them has failed
 MOST_EMPTY_BATCHES = 100  # in a row, before an objective is held to be broken
 
 
@@ -76,7 +81,7 @@ class Trainer:
         training_step.on_shrink = self._announce_shrink
         training_step.before_update = self._before_update
         self.device = training_step.device
-        self.saver = Saver(self.device)
+        self.saver, self.parts = Saver(self.device), self._parts()
         self.saved_step = -1  # of the last checkpoint that this process has begun; the same on all
         self.is_read = True  # whether all processes know that it has been read
 
@@ -106,6 +111,10 @@ class Trainer:
         except TrainingError:
             raise
         except (RuntimeError, MemoryError) as error:  # in an optimizer's step, say, which cannot be repeated
+            if (lost := self.ranks.lost_connection(error)) is not None:  # within the passes of a divided model
+                if isinstance(lost, ProcessError):
+                    raise lost from error
+                raise LostProcessError(self._stopped(lost)) from error
             if not out_of_memory(error):
                 raise
             reason = _first_line(str(error))
@@ -155,8 +164,8 @@ class Trainer:
 
     def _settle(self) -> None:
         """Finish this process's writing; an error of its own is of no interest then."""
-        with contextlib.suppress(Exception):
-            self._complete_save()
+        with contextlib.suppress(Exception):  # another process may be gone, and this one's writing wait for it
+            self._complete_save(None if self.parts is None else SETTLE_SECONDS)
 
     def should_stop(self) -> bool:
         return self._callback_stopped or self._stop_requested()
@@ -355,7 +364,7 @@ class Trainer:
             if self.ranks.world_size > 1:  # the others have drawn nothing
                 self.training_step.set_random_state(random)
         if self.config.loop.sample_tokens:
-            self.training_step.gather()
+            self._gather()
         self.ranks.on_main(lambda: self._record_evaluation(values))
         if self.deadline is not None:
             self.deadline.record_evaluation(time.monotonic() - began)
@@ -411,7 +420,7 @@ class Trainer:
         if not self._tasks_due() or self._stop_agreed():
             return
         began = time.monotonic()
-        self.training_step.gather()
+        self._gather()
         self.ranks.on_main(self._measure_tasks)
         if self.deadline is not None:  # what takes time at each evaluation is a part of it
             self.deadline.record_evaluation(self.deadline.eval_seconds + time.monotonic() - began)
@@ -433,6 +442,15 @@ class Trainer:
         by_steps = self.step % (self.config.loop.save_every or self.eval_every) == 0
         late = self.ranks.any(time.monotonic() - self.last_save > self.save_seconds)
         return by_steps or self._evaluation_due() or self._tasks_due() or late
+
+    def _parts(self) -> Parts | None:
+        """Return what writes this process's part of checkpoints; None where the main process writes them alone."""
+        whole = self.objective.restores_policy or lora_layers(self.model)
+        if whole or not self.ranks.layout.divides_model:
+            return None
+        from gptsmith.distributed.checkpoint import Parts
+
+        return Parts(self.model, self.optimizers, self.tokenizer, self.ranks)
 
     def _save(self) -> None:
         """Begin to write a checkpoint, unless there is one of this step."""
@@ -461,46 +479,67 @@ class Trainer:
             "objective": objective.values,
             "scaler": self.training_step.scaler.state_dict(),
         }
-        update = self.training_step
-        tensors = {f"optimizer/{n}": tensor for n, tensor in self.optimizers.state_tensors(update.whole_tensor).items()}
+        values = json.loads(json.dumps(values))  # lists and dictionaries go on changing
+        tensors = self.training_step.random_state()
         for name, tensor in objective.tensors.items():  # an update changes parameters, the next batch anything else
             tensors[f"objective/{name}"] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
-        tensors |= update.random_state()
+        if self.parts is not None:
+            self.saver.start(self.step, self.parts.write(self.store.path(self.step), values, tensors))
+        else:
+            self._begin_on_main(values, tensors)
+        self.saved_step, self.is_read = self.step, False
+        self.last_save, self.save_seconds = time.monotonic(), SAVE_SECONDS
+
+    def _begin_on_main(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Let the main process write the checkpoint: of a divided model, a copy that is put together first."""
+        update, step = self.training_step, self.step
+        tensors |= {f"optimizer/{n}": t for n, t in self.optimizers.state_tensors(update.whole_tensor).items()}
         if self.objective.restores_policy:
             for p in update.parameters:
                 if (whole := update.whole_tensor(p, p.detach())) is not None:
                     tensors[f"models/{self.optimizers.names[p]}"] = whole
-        models = update.gather()
-        state = TrainState(json.loads(json.dumps(values)), tensors)  # lists and dictionaries go on changing
-        step = self.step
+        models, state = update.gather(), TrainState(values, tensors)
 
         def begin() -> None:
             model = self.objective.saved(models)
             self.saver.start(step, lambda read: self.store.write(step, model, self.tokenizer, state, read))
 
         self.ranks.on_main(begin)
-        self.saved_step, self.is_read = step, False
-        self.last_save, self.save_seconds = time.monotonic(), SAVE_SECONDS
 
     def _before_update(self) -> None:
         """Wait until the checkpoint that is being written has been read, on all processes."""
         if not self.is_read:
-            self.ranks.on_main(self.saver.wait_until_read)
+            self._on_writers(self.saver.wait_until_read)
             self.is_read = True
 
     def _note_saved(self) -> None:
         """Do what follows a checkpoint, if one has become complete."""
         if self.saver.done:
-            self._complete_save()
+            with self.ranks.explained():
+                self._complete_save()
 
     def _finish_save(self) -> None:
         """Wait until the checkpoint that is being written is complete, on all processes."""
-        self.ranks.on_main(self._complete_save)
+        self._on_writers(self._complete_save)
         self.is_read = True
 
-    def _complete_save(self) -> None:
-        step, path = self.saver.step, self.saver.finish()
-        if path is not None:
+    def _on_writers(self, work: Callable[[], None]) -> None:
+        """Do `work` in the processes that write, while the others wait, however long it takes."""
+        if self.parts is None:
+            self.ranks.on_main(work)
+            return
+        with self.ranks.explained():
+            work()
+        self.ranks.barrier()
+
+    def _gather(self) -> None:
+        """Put a divided model together in the main process, once the copy that is being saved has been read."""
+        self._before_update()
+        self.training_step.gather()
+
+    def _complete_save(self, timeout: float | None = None) -> None:
+        step, path = self.saver.step, self.saver.finish(timeout)
+        if path is not None and self.ranks.is_main:
             self.store.rotate(self.config.loop.keep_checkpoints)
             self._call("on_save", step, path)
 
