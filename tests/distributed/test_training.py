@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import gptsmith
 from gptsmith import api
@@ -18,6 +17,7 @@ from gptsmith.checkpoint import verify
 from gptsmith.data.loader import TokenBatch
 from gptsmith.distributed.context import join_processes
 from gptsmith.errors import DataError, DivergedError, GptsmithError, ProcessError, TrainingError, UsageError
+from gptsmith.formats.safetensors import open_weights
 from gptsmith.log import JsonLines
 from gptsmith.model import loss as loss_module
 from gptsmith.run_directory import read_run
@@ -62,7 +62,7 @@ def rows(run: Path, *names: str) -> list[list[float]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "last" / "model.safetensors")
+    return dict(open_weights(run / "last"))  # in one file, or in one for each layer
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float = 1e-6) -> None:
