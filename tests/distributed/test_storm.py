@@ -22,6 +22,7 @@ from gptsmith.run_directory import read_run
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3600),  # five minutes on two idle cores
     pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGKILL"),
 ]
 
