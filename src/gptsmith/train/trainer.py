@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gptsmith.checkpoint import CheckpointStore, TrainState
 from gptsmith.errors import CheckpointError, DivergedError, GptsmithError, LostProcessError, ProcessError, TrainingError
+from gptsmith.formats.hf import weight_mappings
 from gptsmith.log import JsonLines
 from gptsmith.model.lora import lora_layers
 from gptsmith.run_directory import Run, evaluation_at
@@ -445,9 +446,10 @@ class Trainer:
 
     def _parts(self) -> Parts | None:
         """Return what writes this process's part of checkpoints; None where the main process writes them alone."""
-        whole = self.objective.restores_policy or lora_layers(self.model)
-        if whole or not self.ranks.layout.divides_model:
+        if not self.ranks.layout.divides_model or self.objective.restores_policy or lora_layers(self.model):
             return None
+        if any(mapping.reordered is not None for mapping in weight_mappings(self.model.config)):
+            return None  # rows of one process would be scattered over the files
         from gptsmith.distributed.checkpoint import Parts
 
         return Parts(self.model, self.optimizers, self.tokenizer, self.ranks)
