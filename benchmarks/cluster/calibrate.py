@@ -10,6 +10,7 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from published import runs
@@ -55,13 +56,15 @@ def fit(hardware: Hardware, keys: list[str]) -> Hardware:
     chosen = [run for run in runs() if run.hardware == hardware.name and run.use == "fit"]
 
     def errors(values: np.ndarray) -> np.ndarray:
-        tried = replace(hardware, **dict(zip(keys, map(float, values), strict=True)))
+        fractions: dict[str, Any] = dict(zip(keys, map(float, values), strict=True))
+        tried = replace(hardware, **fractions)
         return np.log1p([run.errors(tried)[0] for run in chosen])
 
     lowest, highest = zip(*(BOUNDS[key] for key in keys), strict=True)
     start = [(BOUNDS[key][0] + BOUNDS[key][1]) / 2 for key in keys]
     found = least_squares(errors, start, bounds=(lowest, highest), loss="soft_l1", f_scale=0.05)
-    return replace(hardware, **dict(zip(keys, map(float, found.x), strict=True)))
+    best: dict[str, Any] = dict(zip(keys, map(float, found.x), strict=True))
+    return replace(hardware, **best)
 
 
 if __name__ == "__main__":

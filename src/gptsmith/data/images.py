@@ -169,9 +169,10 @@ def _header(source: bytes) -> _Header:
         b"GIF87a": ("GIF", _gif),
         b"GIF89a": ("GIF", _gif),
     }
+    webp: tuple[str, Callable[[bytes], _Header]] = ("WebP", _webp)
     found = next((entry for magic, entry in readers.items() if source.startswith(magic)), None)
     if source[:4] == b"RIFF" and source[8:12] == b"WEBP":
-        found = "WebP", _webp
+        found = webp
     if found is None:
         raise ImageError(f"this is no picture in a supported format ({', '.join(FORMATS)}).")
     name, reader = found

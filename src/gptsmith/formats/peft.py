@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError
-from gptsmith.formats.hf import HEAD, embeddings_name, module_name, read_json, weight_mappings
+from gptsmith.formats.hf import embeddings_name, module_name, read_json, weight_mappings
+from gptsmith.formats.hf_weights import HEAD
 from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.model.lora import (
     AdaptedPart,
@@ -117,7 +118,7 @@ def _whole_tensors(model: Transformer) -> dict[str, Tensor]:
     """Return what can be trained whole beside an adapter, by the names in transformers' class: the embeddings, an
     output matrix that is not tied to them, and the projector of a model that reads pictures."""
     state = dict(model.named_parameters())
-    found = {}
+    found: dict[str, Tensor] = {}
     for mapping in weight_mappings(model.config):
         whole = mapping.local in ("embed_tokens.weight", "lm_head.weight") or mapping.local.startswith("projector.")
         if whole and mapping.local in state:  # not quantized

@@ -74,5 +74,5 @@ def little_endian(tensor: Tensor) -> memoryview:
     """
     tensor = tensor.detach().cpu()
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    numbers = np.ascontiguousarray(tensor.view(whole).numpy())  # NumPy has no bf16
+    numbers: Any = np.ascontiguousarray(tensor.view(whole).numpy())  # NumPy has no bf16
     return memoryview(numbers.reshape(-1)).cast("B") if numbers.size else memoryview(b"")

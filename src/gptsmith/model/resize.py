@@ -31,7 +31,7 @@ def resize_embeddings(model: Transformer, vocab_size: int) -> Transformer:
     model.config = replace(model.config, vocab_size=vocab_size)
     embeddings = _extended(model.embed_tokens.weight, vocab_size)
     head = embeddings if model.config.tie_word_embeddings else _extended(model.lm_head.weight, vocab_size)
-    model.embed_tokens = nn.Embedding(*embeddings.shape, _weight=embeddings)
+    model.embed_tokens = nn.Embedding(embeddings.shape[0], embeddings.shape[1], _weight=embeddings)
     model.embed_tokens.weight.requires_grad_(True)
     model.lm_head = nn.Linear(head.shape[1], vocab_size, bias=False, device="meta")
     model.lm_head.weight = model.embed_tokens.weight if head is embeddings else nn.Parameter(head)

@@ -61,7 +61,8 @@ class VisionBlock(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D)
         x = x + self.out(y)
-        return x + self.fc2(self.activation(self.fc1(self.norm_2(x))))
+        z: Tensor = self.fc2(self.activation(self.fc1(self.norm_2(x))))
+        return x + z
 
 
 class VisionTower(nn.Module):

@@ -43,7 +43,7 @@ class Saver:
         self._read.clear()
         ready = None
         if self.device.type == "cuda":
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         self._thread = threading.Thread(target=self._run, args=(write, ready), name=f"save-{step}", daemon=True)
         self._thread.start()
@@ -52,7 +52,7 @@ class Saver:
         try:
             with contextlib.ExitStack() as stack:
                 if ready is not None:  # read beside the kernels of the next step, after those of the last
-                    stream = torch.cuda.Stream(self.device)
+                    stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
                     stream.wait_event(ready)
                     stack.enter_context(torch.cuda.stream(stream))
                 self._result = write(self._read.set)
