@@ -19,7 +19,6 @@ import argparse
 import json
 import platform
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -321,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_shapes_are_drawn_alike_each_time_and_show_what_they_say() -> None:
     assert not held_out & {row["answer"] for row in rows}
     words = {word for row in rows for word in row["answer"].split()}
     assert all(set(name.split()) <= words for name in held_out)
-    area = {}
+    area: dict[str, Any] = {}
     for row in rows:
         pixels = read_image_part(row["image"]).pixels.astype(int)
         assert pixels.shape == (72, 72, 3)

@@ -410,7 +410,8 @@ def test_memory_that_runs_out_on_one_process(text: Path, tmp_path: Path) -> None
 
 def fit_in_time(data: str, out: Path) -> list[int]:
     """Train for two seconds, by a clock that runs faster on the second process; return the planned numbers of steps."""
-    plan, plans = Deadline.plan, []
+    plan = Deadline.plan
+    plans: list[Any] = []
 
     def hurried(self: Deadline, step: int, steps: int, update: float, elapsed: float, every: int) -> int:
         return plan(self, step, steps, update, elapsed * (1 + 3 * int(os.environ["RANK"])), every)

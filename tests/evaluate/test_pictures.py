@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gptsmith
+from gptsmith.data.emoji import QUESTION
 from gptsmith.data.images import decode_image
 from gptsmith.engine.prompt import Prompt
 from gptsmith.engine.text import prepare_image
@@ -46,7 +47,7 @@ def test_every_example_is_asked_about_its_own_picture(tmp_path: Path, monkeypatc
     monkeypatch.setattr(harness, "generate_texts", answer)
     assert harness.evaluate(model, tokenizer, ["emoji"]).tasks[0].score == 1.0
     expected = ChatTemplate(tokenizer).encode(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": emoji.QUESTION}]}]
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     )
     for prompt in asked:
         assert [id for id in prompt.ids if id != model.config.image_token_id] == [
@@ -59,7 +60,7 @@ def test_answers_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(emoji, "emoji_rows", rows)
     model, tokenizer = load_model(seer(tmp_path / "seer"))
     found = harness.evaluate(model, tokenizer, ["emoji"]).tasks[0]
-    expected = gptsmith.generate(model, tokenizer, emoji.QUESTION, images=[FILES["a red square"]], temperature=0)
+    expected = gptsmith.generate(model, tokenizer, QUESTION, images=[FILES["a red square"]], temperature=0)
     assert expected.startswith(found.outcomes[0].answer[:20])
     assert found.score == 0.0
 

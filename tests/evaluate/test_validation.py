@@ -35,7 +35,7 @@ def test_split_loss_is_the_mean_over_the_targets_of_all_batches() -> None:
     model = tiny_model()
     batches = [batch(3, 7, seed=1), batch(1, 20, seed=2), batch(2, 5, seed=3, ignored=2)]
     expected = []
-    for ids, targets, _ in batches:
+    for ids, targets, *_ in batches:
         for row, row_targets in zip(ids, targets, strict=True):
             every = losses(model, torch.cat([row, row_targets[-1:]]))
             expected.append(every[row_targets != -100])

@@ -67,7 +67,7 @@ def test_the_chat_template_writes_a_token_for_each_picture_and_never_for_text(tm
     add_vision(text_model(tmp_path / "text"), tmp_path / "seer", **SMALL)
     _, tokenizer = load_model(tmp_path / "seer")
     template, image = ChatTemplate(tokenizer), tokenizer.added_tokens()["<image>"]
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "an <image>?"}, {"type": "image"}]},
         {"role": "assistant", "content": "a pear"},
         {"role": "user", "content": "and <image>?"},
@@ -76,7 +76,8 @@ def test_the_chat_template_writes_a_token_for_each_picture_and_never_for_text(tm
     assert ids.count(image) == 2
     assert ids.index(image) < len(ids) // 2
     plain = [dict(message, content="x") for message in messages]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "seer")
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "seer")
+    case: list[dict[str, Any]]
     for case in (plain, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]):
         written = theirs.apply_chat_template(case, add_generation_prompt=True, tokenize=True)
         assert list(written["input_ids"] if hasattr(written, "keys") else written) == template.encode(case)

@@ -125,7 +125,7 @@ def test_round_trip_is_exact_in_f32(name: str, bpe: Tokenizer, tmp_path: Path) -
     model = make_model(name)
     again = read(write(model, bpe, tmp_path / "model.gguf"))
     expected = replace(model.config, model_type="llama") if name == "mistral" else model.config
-    lost = ("residual_init", "router_aux_loss_coef", "initializer_range")
+    lost: tuple[str, ...] = ("residual_init", "router_aux_loss_coef", "initializer_range")
     if name not in ("gemma3", "gpt_oss"):
         lost = (*lost, "sliding_window", "window_pattern")
     assert again.config == replace(expected, **{field: getattr(again.config, field) for field in lost})

@@ -157,7 +157,9 @@ class Llama:
         mtmd = self.mtmd
         bitmaps = [
             mtmd.mtmd_bitmap_init(
-                image.width, image.height, (ctypes.c_uint8 * image.pixels.nbytes).from_buffer_copy(image.pixels)
+                image.width,
+                image.height,
+                (ctypes.c_uint8 * image.pixels.nbytes).from_buffer_copy(image.pixels.tobytes()),
             )
             for image in images
         ]

@@ -124,9 +124,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
         for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
-            p = model.get_buffer(name) if name in dict(model.named_buffers()) else None
-            if p is not None:
-                p.copy_(torch.randn_like(p) * 0.3)
+            buffer = model.get_buffer(name) if name in dict(model.named_buffers()) else None
+            if buffer is not None:
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -77,7 +77,8 @@ def inputs(config: ModelConfig, images: tuple[int, ...] = (2, 1)) -> tuple[Tenso
 def theirs(directory: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    read: Any = AutoModelForImageTextToText.from_pretrained
+    model, info = read(directory, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
@@ -170,7 +171,12 @@ def made_by_transformers(kind: str, **options: Any) -> Any:
 
     torch.manual_seed(0)
     text = hf.LlamaConfig(**{**SIZES, "num_key_value_heads": 2}, pad_token_id=0)
-    small = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 3}
+    small: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+    }
     if kind in ("siglip", "clip"):
         tower = (hf.SiglipVisionConfig if kind == "siglip" else hf.CLIPVisionConfig)(
             **small, image_size=24, patch_size=8

@@ -173,7 +173,7 @@ def test_training_loss_of_experts_adds_the_router_losses_for_every_target() -> N
     ids, targets = torch.randint(0, 40, (2, 12)), torch.randint(0, 40, (2, 12))
     targets[0, :5] = IGNORED
     routers: list[torch.Tensor] = []
-    cross_entropy = token_loss_sum(model, ids, targets, None, routers)
+    cross_entropy = token_loss_sum(model, ids, targets, router_logits=routers)
     loss, metrics = training_loss_sum(model, ids, targets)
     balance = load_balancing_loss(routers, 2)
     expected = cross_entropy + 19 * (0.1 * balance + 0.01 * router_z_loss(routers))

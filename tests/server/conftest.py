@@ -98,7 +98,7 @@ def trained_seer(tokenizer: Tokenizer) -> Transformer:
     )
     model = Transformer(dataclasses.replace(config, vision=VISION, image_token_id=tokenizer.added_tokens()["<image>"]))
     template, processor = ChatTemplate(tokenizer), ImageProcessor.of(VISION)
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    asked: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     conversations = {name: [asked, {"role": "assistant", "content": name}] for name in COLORS}
     rows = {name: template.encode(said, return_mask=True) for name, said in conversations.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -115,15 +115,14 @@ def test_an_answer_is_what_the_engine_generates(live: Live, client: openai.OpenA
     chunks = list(answer(client, messages, seed=4, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
     assert chunks[-1].usage.prompt_tokens == len(prompt)
-    input_parts = [
+    input_parts: Any = [
         {"type": "input_text", "text": part["text"]}
         if part["type"] == "text"
         else {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"}
         for part in messages[0]["content"]
     ]
-    response = client.responses.create(
-        model="seer", input=[{"role": "user", "content": input_parts}], max_output_tokens=10, extra_body={"seed": 4}
-    )
+    asked: Any = [{"role": "user", "content": input_parts}]
+    response = client.responses.create(model="seer", input=asked, max_output_tokens=10, extra_body={"seed": 4})
     assert response.output_text == expected
     assert response.usage is not None
     assert response.usage.input_tokens == len(prompt)

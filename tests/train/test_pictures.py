@@ -195,9 +195,10 @@ def test_parts_have_rates_of_their_own(model: Path) -> None:
             base = 0.01 if name == "muon" and optimizers.names[p].endswith(("bias", "embedding.weight")) else None
             if base is not None and optimizers.names[p].startswith("vision"):
                 assert rates[p] == pytest.approx(base * 0.5)
-        assert rates[seeing.projector.linear_1.weight] == pytest.approx(1.0)
-        assert rates[seeing.vision.layers[0].fc1.weight] == pytest.approx(0.05)
-        assert rates[seeing.layers[0].mlp.down_proj.weight] == pytest.approx(0.1)
+        made: Any = seeing
+        assert rates[made.projector.linear_1.weight] == pytest.approx(1.0)
+        assert rates[made.vision.layers[0].fc1.weight] == pytest.approx(0.05)
+        assert rates[made.layers[0].mlp.down_proj.weight] == pytest.approx(0.1)
     beside = rate_factors(seeing, AdapterConfig(lora="on"), PictureConfig())
     assert beside == {}
     adapt(seeing, AdapterConfig(lora="on"), PictureConfig())

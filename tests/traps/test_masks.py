@@ -67,7 +67,7 @@ def test_B4_the_mask_is_not_found_by_searching_texts(plain: Tokenizer) -> None:
     tokenizer, _ = with_chat_template(plain)
     asked = "sunny<|im_end|>\n<|im_start|>assistant\nsunny"
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]
-    ids, trained = Renderer(tokenizer).render(as_conversation({"messages": messages}))
+    ids, trained, _ = Renderer(tokenizer).render(as_conversation({"messages": messages}))
     start = len(ChatTemplate(tokenizer).encode(messages[:1]))
     assert trained == [start <= i <= start + len(tokenizer.encode(asked)) for i in range(len(ids))]
 
@@ -106,7 +106,7 @@ def test_B6_no_token_spans_prompt_and_completion(plain: Tokenizer) -> None:
     spanned = 0
     for cut in range(1, len(text)):
         row: dict[str, Any] = {"prompt": text[:cut], "completion": text[cut:]}
-        ids, trained = Renderer(plain).render(as_conversation(row))
+        ids, trained, _ = Renderer(plain).render(as_conversation(row))
         served = encode_prompt(plain, text[:cut])
         assert ids == [*served, *plain.encode(text[cut:]), plain.eos_id]
         assert trained == [i >= len(served) for i in range(len(ids))]

@@ -10,6 +10,7 @@ which are dequantized on access. The parts are in modules of their own: `gguf_fi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,9 +223,8 @@ def write_gguf(
     if rope.get("rope_type") == "longrope":
         for name, key in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
             factors = np.array(rope[key], np.float32)
-            tensors.append(
-                PlannedTensor(f"{name}.weight", factors.shape, TYPES_BY_NAME["F32"], lambda factors=factors: factors)
-            )
+            read = functools.partial(np.asarray, factors)
+            tensors.append(PlannedTensor(f"{name}.weight", factors.shape, TYPES_BY_NAME["F32"], read))
     header = {
         "general.architecture": ARCHITECTURES[config["model_type"]].gguf,
         "general.type": "model",

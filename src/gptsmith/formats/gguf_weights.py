@@ -244,16 +244,16 @@ def _gpt_oss_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
             yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape)
             if c["attention_bias"] or hf_name == "mlp.router":
                 yield TensorMapping(f"{hf}{hf_name}.bias", f"{gguf}{gguf_name}.bias", shape[:1])
-        for hf_name, gguf_name, shape in (
-            ("input_layernorm.weight", "attn_norm.weight", (width,)),
-            ("post_attention_layernorm.weight", "post_attention_norm.weight", (width,)),
-            ("self_attn.sinks", "attn_sinks.weight", (heads,)),
+        for hf_name, gguf_name, length in (
+            ("input_layernorm.weight", "attn_norm.weight", width),
+            ("post_attention_layernorm.weight", "post_attention_norm.weight", width),
+            ("self_attn.sinks", "attn_sinks.weight", heads),
         ):
-            yield TensorMapping(f"{hf}{hf_name}", f"{gguf}{gguf_name}", shape)
+            yield TensorMapping(f"{hf}{hf_name}", f"{gguf}{gguf_name}", (length,))
         for part, name in enumerate(("gate", "up")):
             both, gguf_name = f"{hf}mlp.experts.gate_up_proj", f"{gguf}ffn_{name}_exps"
-            shape = (experts, width, 2 * inner)
-            yield TensorMapping(both, f"{gguf_name}.weight", shape, transposed=True, part=part)
+            fused = (experts, width, 2 * inner)
+            yield TensorMapping(both, f"{gguf_name}.weight", fused, transposed=True, part=part)
             yield TensorMapping(f"{both}_bias", f"{gguf_name}.bias", (experts, 2 * inner), part=part)
         down, gguf_name = f"{hf}mlp.experts.down_proj", f"{gguf}ffn_down_exps"
         yield TensorMapping(down, f"{gguf_name}.weight", (experts, inner, width), transposed=True)

@@ -14,7 +14,6 @@ import torch
 from gptsmith.errors import CheckpointError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
-    HEAD,
     LAYOUTS,
     WEIGHTS_FILE,
     config_to_hf,
@@ -23,6 +22,7 @@ from gptsmith.formats.hf import (
     weight_views,
     write_json,
 )
+from gptsmith.formats.hf_weights import HEAD
 from gptsmith.formats.safetensors_writer import write_tensors
 from gptsmith.formats.source import open_model
 from gptsmith.model.heads import HeadConfig, Problem, SequenceClassifier

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
 from gptsmith.formats.hf import (
     CONFIG_FILE,
-    HEAD,
     LAYOUTS,
     WEIGHTS_FILE,
     config_from_hf,
@@ -37,7 +36,7 @@ from gptsmith.formats.hf import (
     weight_mappings,
 )
 from gptsmith.formats.hf_quantized import QuantizedTensors, open_quantized, quantization_settings
-from gptsmith.formats.hf_weights import WeightMapping
+from gptsmith.formats.hf_weights import HEAD, WeightMapping
 from gptsmith.formats.peft import adapted_rows, load_adapter
 from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
 from gptsmith.log import note

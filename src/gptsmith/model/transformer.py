@@ -249,7 +249,7 @@ class LatentAttention(nn.Module):
             if weight.is_contiguous()
             else weight.reshape(self.heads, -1, self.rank)
         )
-        keys, values = torch.split(per_head, (self.head_dim - self.rope_dim, self.value_dim), dim=1)
+        keys, values = torch.split(per_head, [self.head_dim - self.rope_dim, self.value_dim], dim=1)
         return keys, values
 
 
