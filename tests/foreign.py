@@ -122,6 +122,12 @@ def write_model(
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
         }
+        if model_type == "deepseek_v3":
+            sizes |= {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "v_head_dim": 8}
+            sizes |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8}
+            sizes |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+        if model_type in ("gemma3_text", "olmo2", "opt", "phi3", "smollm3"):  # theirs may be beyond the vocabulary
+            sizes["pad_token_id"] = None
     config = AutoConfig.for_model(model_type, **{**sizes, "bos_token_id": None, "eos_token_id": None, **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()

@@ -72,6 +72,15 @@ def tiny(model_type: str) -> Any:
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
         }
+        if model_type in ("gpt_neox", "stablelm", "deepseek_v3"):  # heads have no width of their own
+            del values["head_dim"]
+            values |= {"rotary_pct": 1 / 3, "partial_rotary_factor": 1 / 3}
+        if model_type == "deepseek_v3":
+            values |= {"num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 10, "v_head_dim": 5}
+            values |= {"qk_rope_head_dim": 2, "qk_nope_head_dim": 4, "n_group": 2, "topk_group": 1}
+            values |= {"first_k_dense_replace": 1}
+        if model_type in ("gemma3_text", "olmo2", "opt", "phi3", "smollm3"):  # theirs may be beyond the vocabulary
+            values["pad_token_id"] = None
     config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
