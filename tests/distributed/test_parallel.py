@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
+from gptsmith.model.transformer import Transformer
+from gptsmith.run_directory import read_run
 from gptsmith.train.objectives.base import LossOutput, Models
 from gptsmith.train.objectives.pretrain import NextToken
 from gptsmith.train.step import TrainingStep
@@ -261,3 +264,29 @@ def generated(family: str, divided: bool) -> list[list[int]]:
 def test_the_engine_generates_what_one_process_does(family: str, tmp_path: Path) -> None:
     alone = generated(family, False)
     assert results(run_processes(2, tmp_path, generated, family, True)) == [alone, alone]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def killed_in_the_forward_pass(data: str, out: Path, config: Any) -> None:
+    hidden_states = Transformer.hidden_states
+
+    def killed(self: Transformer, *arguments: Any, **options: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and os.environ["RANK"] == "1" and (out / "checkpoints" / "step-00000003").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hidden_states(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "hidden_states", killed)
+        fit(data, config, out)
+
+
+def test_a_process_that_is_killed_in_a_forward_pass_is_named(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = CONFIG.replace(parallel="fsdp")
+    first, second = run_processes(2, tmp_path, killed_in_the_forward_pass, str(text), out, config)
+    assert second.code == -signal.SIGKILL
+    assert "process 1 of 2 ended without a message" in str(first.error)
+    resume(out, parallel="dp")
+    assert read_run(out).status == "finished"

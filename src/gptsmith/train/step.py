@@ -165,7 +165,7 @@ class TrainingStep(Generic[B]):
             random = self.random_state()
             reason = ""
             try:
-                with self.own_random_numbers():
+                with self.own_random_numbers(), self._explained():
                     if self.ranks.exact:
                         loss, metrics = self.accumulate_exactly(batch, count)
                     else:
@@ -259,6 +259,10 @@ class TrainingStep(Generic[B]):
         for p, gradient in zip(self.parameters, nodes[0].gradients, strict=True):
             p.grad = gradient
         return nodes[0].loss, nodes[0].metrics
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        """Where a forward pass needs the other processes, name the one that is missing."""
+        return self.ranks.explained() if self.ranks.layout.divides_model else contextlib.nullcontext()
 
     @property
     def runs_together(self) -> bool:
