@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from gptsmith.engine.async_engine import AsyncEngine
+from gptsmith.engine.prompt import Prompt, as_prompt
 from gptsmith.tokenizer.chat import ChatTemplate
 
 from .conftest import Live
@@ -48,8 +49,8 @@ def test_the_prompt_of_a_request_is_a_prefix_of_the_training_ids(
     prompts: list[list[int]] = []
     submit = AsyncEngine.submit
 
-    def spy(engine: AsyncEngine, prompt: Sequence[int], *options: Any) -> Any:
-        prompts.append(list(prompt))
+    def spy(engine: AsyncEngine, prompt: Sequence[int] | Prompt, *options: Any) -> Any:
+        prompts.append(list(as_prompt(prompt).ids))
         return submit(engine, prompt, *options)
 
     monkeypatch.setattr(AsyncEngine, "submit", spy)
