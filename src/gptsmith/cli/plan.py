@@ -84,13 +84,14 @@ def main(arguments: list[str]) -> int:
         from gptsmith.cli import plan_cluster
         from gptsmith.train.forecast.cluster_plan import plan_cluster as plan_for
 
-        given = "micro_batch_size" in explicit_options(arguments)
+        given = explicit_options(arguments)
         spread = plan_for(
             config,
             model_config,
             cluster,
             price_per_hour=chosen.price_per_hour,
-            micro_batch_size=config.loop.micro_batch_size if given else None,
+            micro_batch_size=config.loop.micro_batch_size if "micro_batch_size" in given else None,
+            layout=config.parallel.layout(cluster.count) if "parallel" in given else None,
         )
         print(json.dumps(spread.to_dict(), indent=2) if chosen.json else plan_cluster.describe(spread, config))
         return 0

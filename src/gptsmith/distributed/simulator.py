@@ -7,8 +7,9 @@ written; tests/distributed/test_simulator.py would find out.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gptsmith.distributed.context import ProcessGroup
+from gptsmith.distributed.layout import Layout
 from gptsmith.errors import GptsmithError
+
+T = TypeVar("T")
 
 OLDEST, NEWEST = (2, 9), (2, 13)  # versions of torch that this was tested with
 NAMESPACES = ("c10d", "_c10d_functional")
@@ -42,6 +46,20 @@ class SimulatedProcess(ProcessGroup):
     def is_main(self) -> bool:
         """Return False: the main process does what no other does (it keeps the whole model on its CPU, and writes)."""
         return False
+
+    def arrange(self, layout: Layout, device: torch.device, *, exact: bool = False) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # of groups that never wait
+            super().arrange(layout, device, exact=exact)
+
+    def any(self, flag: bool) -> bool:
+        """Return the flag of this process; the others are as it is."""
+        dist.all_reduce(torch.tensor([int(flag)]), op=dist.ReduceOp.MAX)
+        return flag
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of this process for each; values that are no tensors are not communicated."""
+        return [value] * self.world_size
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

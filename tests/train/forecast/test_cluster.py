@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gptsmith.distributed.layout import Layout
 from gptsmith.errors import UsageError
 from gptsmith.model.families import llama, qwen3_moe
 from gptsmith.model.flops import count_parameters, flops_per_token
@@ -211,6 +212,16 @@ def test_a_given_micro_batch_is_kept() -> None:
         assert found.work.batch(found.spread) == 512
     with pytest.raises(UsageError, match="--micro-batch-size 3 does not divide"):
         plan_cluster(config, model, Cluster.parse("64xH100"), micro_batch_size=3)
+
+
+def test_a_given_layout_is_kept() -> None:
+    config = preset("llama3.1-8b")
+    model = config.model.build(config.init.vocab_size, config.loop.context)
+    for text in ("fsdp", "hsdp=8x8", "fsdp=8,tp=8"):
+        found = plan_cluster(config, model, Cluster.parse("64xH100"), layout=Layout.parse(text, 64)).found
+        assert Layout.parse(parallel_option(found.spread), 64) == Layout.parse(text, 64)
+    with pytest.raises(UsageError, match="cannot be divided by tp=16"):
+        plan_cluster(config, model, Cluster.parse("64xH100"), layout=Layout.parse("tp=16", 64))
 
 
 def test_what_does_not_fit_or_divide() -> None:

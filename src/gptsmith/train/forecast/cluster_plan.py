@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gptsmith.distributed.layout import Layout
 from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
@@ -149,24 +150,27 @@ def plan_cluster(
     *,
     price_per_hour: float | None = None,
     micro_batch_size: int | None = None,
+    layout: Layout | None = None,
 ) -> ClusterPlan:
     """Return the plan of a pretraining run.
 
-    price_per_hour: of one accelerator, instead of the file's. micro_batch_size: the one to plan with, not the best.
+    price_per_hour: of one accelerator, instead of the file's. micro_batch_size, layout: to plan with, not the best ones.
     Raises UsageError for what such a plan does not know.
     """
     if config.adapter.lora == "on":
         raise UsageError("--cluster forecasts training of all weights; leave out --lora.")
+    if config.parallel.exact:
+        raise UsageError("--cluster does not know what --exact costs; leave it out.")
     if config.loop.precision not in ("auto", "bf16"):
         raise UsageError(f"--cluster forecasts training in bf16; leave out --precision {config.loop.precision}.")
 
     def candidates_for(batch: int) -> list[Forecast]:
-        found = _candidates(config, model, cluster, batch)
+        found = _candidates(config, model, cluster, batch, layout)
         return [each for each in found if micro_batch_size in (None, each.work.micro_batch)]
 
     candidates, reasons = candidates_for(config.loop.batch_size), []
     if not candidates:
-        batch = _possible_batch(config, model, cluster)
+        batch = _possible_batch(config, model, cluster, layout)
         candidates = candidates_for(batch)
         if not candidates:
             raise UsageError(f"--micro-batch-size {micro_batch_size} does not divide any share of a batch of {batch}.")
@@ -221,11 +225,18 @@ def parallel_option(spread: Spread) -> str:
 # Candidates ----------------------------------------------------------------------------------------------------------
 
 
-def spreads(model: ModelConfig, cluster: Cluster) -> Iterator[Spread]:
-    """Yield the layouts that gptsmith can run: products of dp, fsdp, tp within a machine and ep."""
+def spreads(model: ModelConfig, cluster: Cluster, layout: Layout | None = None) -> Iterator[Spread]:
+    """Yield the layouts that gptsmith can run, products of dp, fsdp, tp within a machine and ep; or the one given.
+
+    UsageError if that one does not fit the model.
+    """
+    if layout is not None:
+        layout.check(model)
+        yield Spread(dp=layout.dp, fsdp=layout.fsdp, tp=layout.tp, ep=layout.ep)
+        return
     count, inside = cluster.count, cluster.hardware.per_machine
     for tp in _divisors(math.gcd(count, inside)):
-        if not _divides(model, tp):
+        if any(Layout(tp=tp).problems(model)):
             continue
         rest = count // tp
         for ep in _divisors(math.gcd(rest, model.num_experts) if model.num_experts else 1):
@@ -233,15 +244,11 @@ def spreads(model: ModelConfig, cluster: Cluster) -> Iterator[Spread]:
                 yield Spread(dp=rest // ep // fsdp, fsdp=fsdp, tp=tp, ep=ep)
 
 
-def _divides(c: ModelConfig, tp: int) -> bool:
-    sizes = [c.num_attention_heads, c.num_key_value_heads, c.vocab_size, c.intermediate_size]
-    sizes += [c.shared_expert_intermediate_size] if c.shared_expert_intermediate_size else []
-    return all(size % tp == 0 for size in sizes)
-
-
-def _candidates(config: RunConfig, model: ModelConfig, cluster: Cluster, batch: int) -> Iterator[Forecast]:
+def _candidates(
+    config: RunConfig, model: ModelConfig, cluster: Cluster, batch: int, layout: Layout | None = None
+) -> Iterator[Forecast]:
     wanted, room = config.loop.activation_checkpointing, USABLE * cluster.hardware.memory
-    for spread in spreads(model, cluster):
+    for spread in spreads(model, cluster, layout):
         if batch % spread.data:
             continue
         rows = batch // spread.data
@@ -259,9 +266,9 @@ def _candidates(config: RunConfig, model: ModelConfig, cluster: Cluster, batch: 
                     break
 
 
-def _possible_batch(config: RunConfig, model: ModelConfig, cluster: Cluster) -> int:
+def _possible_batch(config: RunConfig, model: ModelConfig, cluster: Cluster, layout: Layout | None) -> int:
     """Return the nearest batch size that some layout can divide."""
-    sizes = {spread.data for spread in spreads(model, cluster)}
+    sizes = {spread.data for spread in spreads(model, cluster, layout)}
     wanted = config.loop.batch_size
     batches = [size * max(1, round(wanted / size)) for size in sizes]
     return min(batches, key=lambda batch: (abs(batch - wanted), batch))

@@ -196,9 +196,10 @@ def _run(rank: int, config: RunConfig, model_config: ModelConfig, layout: Layout
             weights = sum(_bytes(p) for p in step.parameters)
             with recorder:
                 recorder.begin("micro-batch")
-                step.accumulate(objective.example_batch(micro), 1.0)
+                loss, metrics = step.accumulate(objective.example_batch(micro), 1.0)
                 gradients = sum(_bytes(p) for p in step.parameters if p.requires_grad)
                 recorder.begin("update")
+                step.sum_over_ranks(loss, metrics)
                 step.apply(1.0)
             state = sum(
                 _bytes(value)
