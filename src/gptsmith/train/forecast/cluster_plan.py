@@ -154,7 +154,7 @@ def plan_cluster(
 ) -> ClusterPlan:
     """Return the plan of a pretraining run.
 
-    price_per_hour: of one accelerator, instead of the file's. micro_batch_size, layout: to plan with, not the best ones.
+    price_per_hour: of one accelerator, not the file's. micro_batch_size, layout: to plan with, not the best ones.
     Raises UsageError for what such a plan does not know.
     """
     if config.adapter.lora == "on":
