@@ -168,14 +168,14 @@ def test_quantized_types_round_trip_within_their_precision(
     read(path)
 
 
-@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "mxfp4"])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_matrices_stay_quantized(name: str, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
     """The matrices have exactly the file's numbers, and every matrix that can stay quantized does."""
     path = write(make_model(name), bpe, tmp_path / "model.gguf", dtype)
     plain, packed = open_model(path).model(), open_model(path).model(packed=True)
     few = [module for module in packed.modules() if isinstance(module, QuantizedMatrix)]
-    assert {module.bits for module in few} == ({8} if dtype == "q8_0" else {4, 8})
+    assert {module.bits for module in few} == {"q8_0": {8}, "q4_0": {4, 8}, "mxfp4": {5, 8}}[dtype]
     left = {n for n, p in packed.named_parameters() if p.dim() > 1}
     kept = ("router", "gate", "positions", "_bias")
     assert all(any(part in n for part in kept) for n in left)
@@ -185,7 +185,7 @@ def test_quantized_matrices_stay_quantized(name: str, dtype: str, bpe: Tokenizer
         torch.testing.assert_close(again[n], expected, atol=0, rtol=0)
 
 
-def test_other_block_types_are_requantized_to_eight_bits(tmp_path: Path, bpe: Tokenizer) -> None:
+def test_parts_of_one_matrix_may_be_of_several_types(tmp_path: Path, bpe: Tokenizer) -> None:
     """One of the three matrices that are loaded as one is stored in another type than the others."""
     path = write(make_model("llama"), bpe, tmp_path / "model.gguf", "q4_0")
     file = open_gguf(path)
@@ -201,9 +201,25 @@ def test_other_block_types_are_requantized_to_eight_bits(tmp_path: Path, bpe: To
     packed, plain = source.model(packed=True), source.model()
     layers: Any = packed.layers
     bits = [(layer.attention.qkv_proj.weight.bits, layer.mlp.down_proj.weight.bits) for layer in layers]
-    assert bits == [(4, 4), (8, 8)]
+    assert bits == [(4, 4), (5, 5)]
     for actual, expected in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, atol=0.01 * float(expected.detach().abs().max()), rtol=0)
+        torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_stay_near_their_numbers(dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    path = write(make_model("llama", **WIDE), bpe, tmp_path / "model.gguf", dtype)
+    plain, packed = open_model(path).model(), open_model(path).model(packed=True)
+    layers: Any = packed.layers
+    found = {(layer.attention.o_proj.weight.bits, layer.mlp.up_proj.weight.bits) for layer in layers}
+    assert found == {"q4_k_m": {(5, 4)}, "q5_k_m": {(5, 5)}, "q6_k": {(8, 6)}}[dtype]  # o_proj has rows of 64
+    assert {layer.mlp.down_proj.weight.bits for layer in layers} == {"q4_k_m": {4, 6}, "q5_k_m": {5, 6}}.get(dtype, {6})
+    modules = packed.named_modules(remove_duplicate=False)
+    sizes = {n: 0.03 if m.bits == 6 else 2e-3 for n, m in modules if isinstance(m, QuantizedMatrix)}
+    rebuilt = make_plain(packed).state_dict()
+    for name, expected in plain.state_dict().items():
+        allowed = sizes.get(name, 0.0) * float(expected.abs().max())
+        torch.testing.assert_close(rebuilt[name], expected, atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_k_m"])

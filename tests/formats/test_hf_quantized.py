@@ -212,6 +212,7 @@ KEPT = {  # bits of the matrices that stay as they are stored; others are rounde
     "awq": 4,
     "compressed": 4,
     "compressed-8": 8,
+    "compressed-6": 6,
     "int8": 8,
 }
 
@@ -334,6 +335,67 @@ def test_experts_and_transposed_matrices(tmp_path: Path) -> None:
         for key, tensor in weights_to_hf(open_model(directory).model()).items():
             torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=0)
         open_model(directory).model(packed=True)
+
+
+@pytest.mark.parametrize("family", [families.gpt3, families.gpt_neox])
+def test_matrices_that_are_stored_in_another_form(family: Any, tmp_path: Path) -> None:
+    """GPT-Neo's queries include the scale of the scores; GPT-NeoX stores the rows of each head together."""
+    model = make(family(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    stored: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for key, tensor in weights_to_hf(model).items():
+        expected[key] = tensor
+        if tensor.dim() == 2 and re.search(r"(proj|fc|query_key_value|dense|4h|_h)\.weight$", key):
+            parts, expected[key] = gptq(tensor, 4, 32, order=False, symmetric=True)
+            stored |= {key.removesuffix("weight") + end: part for end, part in parts.items()}
+        else:
+            stored[key] = tensor.contiguous()
+    save_model(model, tmp_path)
+    save_file(stored, tmp_path / "model.safetensors")
+    change(tmp_path, quantization_config=METHODS["gptq"][0])
+    plain, packed = open_model(tmp_path).model(), open_model(tmp_path).model(packed=True)
+    for key, tensor in weights_to_hf(plain).items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-5)
+    assert len([module for module in packed.modules() if isinstance(module, QuantizedMatrix)]) == 8
+    for actual, wide in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, wide, atol=1e-3 * float(wide.detach().abs().max()), rtol=0)
+
+
+def test_experts_of_gpt_oss_stay_in_mxfp4(tmp_path: Path) -> None:
+    config = families.gpt_oss(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = make(config)
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    expected = {}
+    for key, tensor in weights_to_hf(model).items():
+        expected[key] = tensor.contiguous()
+        if key.endswith(("gate_up_proj", "down_proj")) and tensor.dim() == 3:
+            E, K, R = tensor.shape
+            blocks = torch.randint(256, (E, R, K // 32, 16), generator=generator, dtype=torch.uint8)
+            exponents = torch.randint(120, 126, (E, R, K // 32), generator=generator, dtype=torch.uint8)
+            stored |= {f"{key}_blocks": blocks, f"{key}_scales": exponents}
+            values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+            numbers = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1).flatten(-2)
+            expected[key] = (numbers * 2.0 ** (exponents.float() - 127)[..., None]).reshape(E, R, K).mT
+        else:
+            stored[key] = expected[key]
+    save_model(model, tmp_path)
+    save_file(stored, tmp_path / "model.safetensors")
+    change(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    source = open_model(tmp_path)
+    plain, packed = source.model(), source.model(packed=True)
+    for key, tensor in weights_to_hf(plain).items():
+        torch.testing.assert_close(tensor, expected[key], atol=0, rtol=0)
+    assert {m.bits for m in packed.modules() if isinstance(m, QuantizedMatrix)} == {5}
+    for actual, wide in zip(make_plain(packed).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, wide, atol=0, rtol=0)
+    stored.pop(next(key for key in stored if key.endswith("down_proj_scales")))
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="have no scales: the tensor .*down_proj_scales is missing"):
+        open_model(tmp_path)
 
 
 def test_settings_in_files_of_their_own(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class _LazyTensors(Mapping[str, Tensor]):
         return self._file.tensors[self._mappings[name].gguf].type.block_size > 1
 
     def codes(self, name: str) -> Codes | None:
-        """Return a quantized matrix, in the file's orientation; None if its block type is not one that is kept."""
+        """Return a quantized matrix, in the file's orientation; None if it is not quantized."""
         mapping = self._mappings[name]
         codes = self._file.codes(mapping.gguf, mapping.expert)
         if codes is None or not (mapping.permuted_heads or mapping.reordered):

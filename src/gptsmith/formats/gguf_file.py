@@ -33,7 +33,8 @@ from gptsmith.formats.gguf_blocks import (
     encode,
     split,
 )
-from gptsmith.model.quantized import Codes, fits_half
+from gptsmith.model.quantized import Bits, Codes, fits_half
+from gptsmith.model.quantized import encode as quantize_matrix
 from gptsmith.storage import atomic_file
 
 MAGIC = b"GGUF"
@@ -117,32 +118,36 @@ class GgufFile:
         return numbers
 
     def codes(self, name: str, part: int | None = None) -> Codes | None:
-        """Return a matrix as quantized codes; None for a type whose numbers these cannot represent.
+        """Return a matrix as quantized codes; None for a type that is not quantized.
 
-        They are exact, but for scales that are a product in the file (Q4_K, IQ4_XS), which are rounded to float16.
-        part: only that index of the first dimension, for a tensor of several matrices.
-        Raises CheckpointError if a scale is not finite.
+        They are exact, but for scales that are a product in the file (K-quants, IQ4_XS), which are rounded to float16.
+        Types with a scale for 16 numbers are rounded again. part: only that index of the first dimension, for a tensor
+        of several matrices. Raises CheckpointError if a scale is not finite.
         """
         raw, type, shape = self._raw(name, part)
-        if type.name not in _KEPT:
+        if type.block_size == 1:
             return None
+        if type.name not in _KEPT:
+            return quantize_matrix(torch.from_numpy(self.read(name, part)), _ROUNDED[type.name])
         with np.errstate(all="ignore"):
             parts = split(type.name, raw.reshape(-1, type.block_bytes))
+        bits, codes = _KEPT[type.name], parts.codes
+        zero = ZERO_CODES.get(type.name, 0)
+        if type.name in TABLES:
+            zero = 12 if bits < 8 else 128  # MXFP4's values are whole numbers from -12 to 12
+            codes = (TABLES[type.name].astype(np.int16) + zero).astype(np.uint8)[codes]
         scales = torch.from_numpy(parts.scales).view(shape[0], -1)
-        zero_points = None if parts.minima is None else torch.from_numpy(parts.minima).view(shape[0], -1)
-        if type.name == "Q4_0":
-            zero_points = -8 * scales
+        zero_points = None
+        if parts.minima is not None:
+            zero_points = torch.from_numpy(parts.minima).view(shape[0], -1)
+        elif bits < 8:
+            zero_points = -zero * scales
         if not all(bool(numbers.isfinite().all()) for numbers in (scales, zero_points) if numbers is not None):
             raise self._not_finite(name)
         if not all(fits_half(numbers) for numbers in (scales, zero_points) if numbers is not None):
-            return None
-        codes = parts.codes
-        if type.name in TABLES:
-            codes = (TABLES[type.name].view(np.uint8) ^ 128)[codes]
-        elif zero_points is None:
-            codes = codes + np.uint8(128 - ZERO_CODES[type.name])
+            return quantize_matrix(torch.from_numpy(self.read(name, part)), 8)
         return Codes(
-            8 if zero_points is None else 4,
+            bits,
             torch.from_numpy(codes).view(shape[0], -1),
             scales.half(),
             None if zero_points is None else zero_points.half(),
@@ -160,8 +165,11 @@ class GgufFile:
         return CheckpointError(f"{self.path} is damaged: tensor {name!r} has numbers that are not finite.")
 
 
-_KEPT = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4")
-"""Types whose numbers `Codes` can represent."""
+_KEPT: dict[str, Bits] = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "MXFP4": 5}
+_KEPT |= {"Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8}
+"""Types whose numbers `Codes` can represent, and its bits."""
+_ROUNDED: dict[str, Bits] = {"Q2_K": 5, "Q3_K": 6, "Q6_K": 6}
+"""Bits with which other types are rounded again: the error is at most about that of the type itself."""
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

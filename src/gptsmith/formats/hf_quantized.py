@@ -35,7 +35,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, first_few
 from gptsmith.formats.hf import read_json
 from gptsmith.formats.safetensors import SafetensorsFiles
-from gptsmith.model.quantized import GROUP, Codes, fits_half
+from gptsmith.model.quantized import BITS, GROUP, Codes, fits_half
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is column 8 j + _AWQ_ORDER[i]
@@ -65,8 +65,8 @@ class Grouped:
     def kept(self, bits: int) -> Codes | None:
         """Return the matrix as it can be kept; None if its groups are not whole runs of 32 columns.
 
-        bits: of its codes. Up to 4 become 4, others 8. Scales and zero points are rounded to float16, in which most of
-        them are stored.
+        bits: of its codes; they become the next of 4, 5, 6 and 8. Scales and zero points are rounded to float16, in
+        which most of them are stored.
         """
         K = self.codes.shape[1]
         G = self.scales.shape[1]
@@ -74,8 +74,9 @@ class Grouped:
             return None
         repeat = K // G // GROUP
         scales, zeros = (part.repeat_interleave(repeat, dim=1) for part in (self.scales, self.zeros))
-        if bits <= 4:
-            return Codes(4, self.codes, scales.half(), (-zeros * scales).half())
+        width = next(each for each in BITS if each >= bits)
+        if width < 8:
+            return Codes(width, self.codes, scales.half(), (-zeros * scales).half())
         shifted = self.codes - self.zeros.repeat_interleave(K // G, dim=1) + 128
         if not bool(((shifted >= 0) & (shifted <= 255)).all()):
             return None
@@ -90,7 +91,9 @@ class StoredMatrix:
     bits: int
     grouped: Callable[[], Grouped] | None = None
     plain: Callable[[], Tensor] | None = None
-    """Dequantize it, for a method whose numbers are not codes of groups."""
+    """Dequantize it, for a method whose numbers are not codes of groups, and for a stack of experts."""
+    expert: Callable[[int], Grouped] | None = None
+    """Read the matrix of one expert of a stack, as (outputs, inputs)."""
 
 
 class QuantizedTensors(Mapping[str, Tensor]):
@@ -120,7 +123,11 @@ class QuantizedTensors(Mapping[str, Tensor]):
         tensor = matrix.plain() if matrix.plain is not None else self._grouped(name).dequantized()
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{self._files.where} is damaged: {name} has numbers that are not finite.")
-        return tensor.mT if self._transposed(name) else tensor
+        return tensor.mT if self._is_transposed(name) else tensor
+
+    def _is_transposed(self, name: str) -> bool:
+        """Return whether a matrix is stored as (R, K), but (K, R) in full precision. Stacks are read as they are."""
+        return self._matrices[name].expert is None and self._transposed(name)
 
     def _grouped(self, name: str) -> Grouped:
         grouped = self._matrices[name].grouped
@@ -131,9 +138,11 @@ class QuantizedTensors(Mapping[str, Tensor]):
         """Return whether the tensor is stored quantized."""
         return name in self._matrices
 
-    def codes(self, name: str) -> Codes | None:
-        """Return a quantized matrix; None if it cannot be kept as it is."""
+    def codes(self, name: str, expert: int | None = None) -> Codes | None:
+        """Return a quantized matrix, of a stack that of one expert; None if it cannot be kept as it is."""
         matrix = self._matrices[name]
+        if matrix.expert is not None and expert is not None:
+            return matrix.expert(expert).kept(matrix.bits)
         return None if matrix.grouped is None else self._grouped(name).kept(matrix.bits)
 
     def stored(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
@@ -141,7 +150,7 @@ class QuantizedTensors(Mapping[str, Tensor]):
         stored = self._files.stored()
         plain = {name: stored[name] for name in self._plain}
         shapes = {
-            name: matrix.shape[::-1] if self._transposed(name) else matrix.shape
+            name: matrix.shape[::-1] if self._is_transposed(name) else matrix.shape
             for name, matrix in self._matrices.items()
         }
         return plain | {name: (None, shape) for name, shape in shapes.items()}
@@ -534,7 +543,20 @@ class _Mxfp4Reader(_Reader):
             if half != 16:
                 raise self.fail(f"{base}_blocks has blocks of {half} bytes, expected 16")
             self.expect(f"{base}_scales", E, R, G)
-            yield base, StoredMatrix((E, G * 32, R), 4, plain=self.reading(base))
+            yield base, StoredMatrix((E, G * 32, R), 5, plain=self.reading(base), expert=self.expert(base))
+
+    def expert(self, base: str) -> Callable[[int], Grouped]:
+        """Twice the values are whole numbers from -12 to 12, which are codes of 5 bits."""
+
+        def read(e: int) -> Grouped:
+            blocks = self.tensor(f"{base}_blocks", torch.uint8)[e]
+            exponents = self.tensor(f"{base}_scales", torch.uint8)[e]
+            doubled = torch.tensor([*_E2M1, *(-value for value in _E2M1)]) * 2 + 12
+            codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(1)
+            scales = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 128)
+            return Grouped(doubled.to(torch.uint8)[codes.int()], scales, torch.full_like(scales, 12))
+
+        return read
 
     def reading(self, base: str) -> Callable[[], Tensor]:
         def read() -> Tensor:

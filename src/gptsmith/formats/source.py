@@ -44,6 +44,7 @@ from gptsmith.model.config import ModelConfig
 from gptsmith.model.lora import lora_parts, merge_lora
 from gptsmith.model.quantized import (
     Bits,
+    Codes,
     QuantizedMatrix,
     bits_of,
     bits_of_config,
@@ -197,39 +198,50 @@ class ModelSource:
         hf_names = tuple(named.stored_name(hf_name) for hf_name in hf_names)
         if not all(tensors.is_quantized(hf_name) for hf_name in hf_names):
             return None
-        parts = [tensors.codes(hf_name) for hf_name in hf_names]
-        bits = {part.bits if part is not None else None for part in parts}
-        if len(bits) > 1 or None in bits:
-            matrices = [tensors[hf_name] for hf_name in hf_names]
-            parts = [encode(matrix.mT if mapping.transposed else matrix, 8) for matrix in matrices]
-        codes = concatenate(parts)
-        if mapping.reordered is not None:
-            codes = codes.rows(mapping.reordered.order(len(codes.codes)).argsort())
-        return QuantizedMatrix.of(codes)
 
-    def _stack(self, hf_name: str) -> Tensor:
-        """Return a tensor of all experts; the last one is kept, since it is asked for expert by expert."""
-        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept_stack", {})
-        if hf_name not in kept:
-            kept.clear()
-            kept[hf_name] = self.tensors[hf_name]
-        return kept[hf_name]
+        def plain(i: int) -> Tensor:
+            matrix: Tensor = tensors[hf_names[i]]
+            return matrix.mT if mapping.transposed else matrix
+
+        parts = _of_one_width([tensors.codes(hf_name) for hf_name in hf_names], plain)
+        whole = concatenate([parts[0].scaled(mapping.scale), *parts[1:]])
+        if mapping.reordered is not None:
+            whole = whole.rows(mapping.reordered.order(len(whole.codes)).argsort())
+        return QuantizedMatrix.of(whole)
 
     def _packed_expert(self, hf_name: str, expert: int) -> QuantizedMatrix | None:
         """Return an expert's quantized matrix where the Hugging Face tensor is that of all experts."""
         tensors: Any = self.tensors
         if not tensors.is_quantized(hf_name):
             return None
-        if not hasattr(tensors, "expert_matrices"):  # MXFP4 of a directory
-            matrix = self._stack(hf_name)[expert].mT
-            if hf_name.endswith("gate_up_proj"):
-                matrix = torch.cat((matrix[::2], matrix[1::2]))
-            return QuantizedMatrix.of(encode(matrix, 8))
-        found = tensors.expert_matrices(hf_name, expert)
-        parts = [codes for _, codes in found if codes is not None]
-        if len(parts) < len(found) or len({part.bits for part in parts}) > 1:
-            parts = [encode(matrix, 8) for matrix, _ in found]
-        return QuantizedMatrix.of(concatenate(parts))
+        if hasattr(tensors, "expert_matrices"):  # of a GGUF file
+            found = tensors.expert_matrices(hf_name, expert)
+            return QuantizedMatrix.of(concatenate(_of_one_width([codes for _, codes in found], lambda i: found[i][0])))
+        codes = tensors.codes(hf_name, expert)
+        if codes is None:
+            raise CheckpointError(f"{self.path}: {hf_name} has scales beyond the range of 16 bits.")
+        if hf_name.endswith("gate_up_proj"):
+            codes = codes.rows(torch.arange(len(codes.codes)).view(-1, 2).T.flatten())
+        return QuantizedMatrix.of(codes)
+
+
+def _of_one_width(parts: list[Codes | None], plain: Callable[[int], Tensor]) -> list[Codes]:
+    """Return the parts of a matrix with the same number of bits.
+
+    Codes of 4 and 5 bits are codes of more. A part of 8 bits is rounded to 6 if others have fewer. If a part cannot be
+    kept as it is (None), all are rounded to 8. plain: part i in full precision, (outputs, inputs).
+    """
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return [encode(plain(i), 8) for i in range(len(parts))]
+    widths = {part.bits for part in known}
+    if len(widths) == 1:
+        return known
+    bits = min(6, max(widths))
+    return [
+        replace(part, bits=bits, units=None) if part.bits < 8 else encode(plain(i), bits)
+        for i, part in enumerate(known)
+    ]
 
 
 def open_model(path: Path) -> ModelSource:

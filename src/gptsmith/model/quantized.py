@@ -56,6 +56,13 @@ class Codes:
         zero_points = None if self.zero_points is None else self.zero_points[order]
         return Codes(self.bits, self.codes[order], self.scales[order], zero_points)
 
+    def scaled(self, factor: float) -> Codes:
+        """Return the matrix times a number."""
+        if factor == 1:
+            return self
+        zero_points = None if self.zero_points is None else (self.zero_points.float() * factor).half()
+        return Codes(self.bits, self.codes, (self.scales.float() * factor).half(), zero_points)
+
 
 def fits_half(scales: Tensor) -> bool:
     """Return whether scales keep their precision in float16, compared with the largest of them."""
