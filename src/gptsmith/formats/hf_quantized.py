@@ -35,7 +35,7 @@ from torch import Tensor
 from gptsmith.errors import CheckpointError, first_few
 from gptsmith.formats.hf import read_json
 from gptsmith.formats.safetensors import SafetensorsFiles
-from gptsmith.model.quantized import BITS, GROUP, Codes, fits_half
+from gptsmith.model.quantized import BITS, GROUP, Codes, encode, fits_half
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is column 8 j + _AWQ_ORDER[i]
@@ -142,7 +142,8 @@ class QuantizedTensors(Mapping[str, Tensor]):
         """Return a quantized matrix, of a stack that of one expert; None if it cannot be kept as it is."""
         matrix = self._matrices[name]
         if matrix.expert is not None and expert is not None:
-            return matrix.expert(expert).kept(matrix.bits)
+            grouped = matrix.expert(expert)
+            return grouped.kept(matrix.bits) or encode(grouped.dequantized(), 8)
         return None if matrix.grouped is None else self._grouped(name).kept(matrix.bits)
 
     def stored(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:

@@ -217,9 +217,7 @@ class ModelSource:
         if hasattr(tensors, "expert_matrices"):  # of a GGUF file
             found = tensors.expert_matrices(hf_name, expert)
             return QuantizedMatrix.of(concatenate(_of_one_width([codes for _, codes in found], lambda i: found[i][0])))
-        codes = tensors.codes(hf_name, expert)
-        if codes is None:
-            raise CheckpointError(f"{self.path}: {hf_name} has scales beyond the range of 16 bits.")
+        codes: Codes = tensors.codes(hf_name, expert)
         if hf_name.endswith("gate_up_proj"):
             codes = codes.rows(torch.arange(len(codes.codes)).view(-1, 2).T.flatten())
         return QuantizedMatrix.of(codes)
