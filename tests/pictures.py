@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from gptsmith.export.export import write_directory
-from gptsmith.export.vision import VisionOptions, with_vision
+from gptsmith.export.vision import with_vision
+from gptsmith.export.vision_options import VisionOptions
 from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer.bpe import train_bpe

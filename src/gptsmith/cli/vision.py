@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from gptsmith.cli.parser import parse_subcommand
-from gptsmith.export.vision import VisionOptions
+from gptsmith.export.vision_options import VisionOptions
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ add_vision("runs/chat", "models/seer", image_size=72, patch_size=12)
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from gptsmith.errors import UsageError
 from gptsmith.export.export import dtype_name, read_verified, reject_existing, write_directory
 from gptsmith.export.model_card import About, model_card
+from gptsmith.export.vision_options import VisionOptions
 from gptsmith.loading import source_of
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig, VisionConfig
@@ -25,43 +26,6 @@ from gptsmith.tokenizer.chatml import IMAGE_TOKEN, with_image_token
 from gptsmith.train.init import Init, with_tokens
 
 _WORDS = 16  # a context must have room for a picture and so many tokens
-
-
-@dataclass(frozen=True)
-class VisionOptions:
-    """The size of a new vision tower."""
-
-    image_size: int = 72
-    """Pixels per side of the square that every picture is made to fit."""
-    patch_size: int = 12
-    """Pixels per side of a patch. A picture becomes (image size / patch size)² tokens."""
-    hidden_size: int = 192
-    """Width of the tower."""
-    num_hidden_layers: int = 4
-    """Number of its blocks."""
-    num_attention_heads: int = 4
-    """Number of its attention heads."""
-    intermediate_size: int | None = None
-    """Width of its feed-forward layers (default: 4x)."""
-    seed: int = 1337
-    """Seed of the initial weights."""
-
-    def build(self) -> VisionConfig:
-        """Return the configuration. Raise UsageError where sizes do not fit together."""
-        if self.image_size % max(1, self.patch_size):
-            raise UsageError(
-                f"--image-size {self.image_size} is not a multiple of --patch-size {self.patch_size}: pixels at the "
-                "edge would be in no patch."
-            )
-        return VisionConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            image_token=IMAGE_TOKEN,
-        )
 
 
 def add_vision(model: str | Path | Run, out: str | Path, **options: int | None) -> Path:
