@@ -614,7 +614,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "key not UTF-8": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"\xff", 0) + bytes(64), "not UTF-8"),
     "alignment": (contents(general__alignment=24), "alignment is 24"),
     "alignment 0": (contents(general__alignment=0), "alignment is 0"),
-    "architecture": (contents(general__architecture="mamba"), "unknown architecture 'mamba'. Supported: gemma3, gpt-oss"),
+    "architecture": (contents(general__architecture="mamba"), "unknown architecture 'mamba'. Supported: gemma3"),
     "no architecture": (contents(general__architecture=None), "unknown architecture"),
     "layers": (contents(qwen3__block_count=1_000_000_000), "block_count is 1,000,000,000"),
     "context": (contents(qwen3__context_length=1 << 30), "a context of 1,073,741,824"),
