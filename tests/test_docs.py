@@ -26,7 +26,7 @@ PAGE_NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SOURCES = Path(gptsmith.__file__).parent
 # They take most of the options of a run, some with other defaults.
 TUNE_COMMANDS = ("sft", "distill", "ppo", "grpo", "dpo", "reward", "classify")
-RUN_COMMANDS = ("train", "plan", "find-lr", "scale")  # they take all options of a run
+RUN_COMMANDS = ("dry-run", "train", "plan", "find-lr", "scale")  # they take all options of a run
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w./-])((?:src|tests|docs|benchmarks|notebooks|\.ci)/[\w./-]*\w)")

@@ -44,7 +44,6 @@ def test_a_near_match_is_suggested(name: str, choices: tuple[str, ...], suggesti
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("version", COMMANDS),
         ("finetune", COMMANDS),
         ("fine-tune", COMMANDS),
         ("lora", COMMANDS),

@@ -56,6 +56,12 @@ def models(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Callable
             if model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
                 values |= {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
                 values |= {"num_experts": 4, "shared_expert_intermediate_size": 24}
+            if model_type in ("phi3", "smollm3"):
+                values["pad_token_id"] = 0  # theirs is beyond this vocabulary
+            if model_type == "deepseek_v3":
+                values |= {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+                values |= {"topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32, "kv_lora_rank": 16}
+                values |= {"q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
             config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **values)
             torch.manual_seed(0)
             hf_model = AutoModelForCausalLM.from_config(config)
@@ -125,7 +131,9 @@ def test_exported_models_load_in_transformers(
     # Seeded, because two experts can have exactly the same router logit for some tokens, and then the choice is open.
     ids = torch.randint(0, VOCABULARY, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(our_model(ids), hf_model.float().eval()(ids).logits, atol=1e-4, rtol=1e-4)
+        # Gemma's class rounds the factor of its embeddings to the dtype that it was loaded in.
+        close = 5e-3 if model_type == "gemma3_text" and dtype != "fp32" else 1e-4
+        torch.testing.assert_close(our_model(ids), hf_model.float().eval()(ids).logits, atol=close, rtol=close)
     text = "bako mi tensha"
     assert AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
 

@@ -204,7 +204,6 @@ def test_kubernetes_accepts_the_manifests(run_cli: Cli, options: list[str]) -> N
         (["slurm", "--nodes", "3", "--", "train", "notes", "--batch-size", "16"], "24 processes cannot share"),
         (["slurm", "--", "train", "notes", "--batch-size", "16", "--processes", "8"], "leave out --processes"),
         (["slurm", "--", "train", "notes", "--batch-size", "16", "--processes=8"], "leave out --processes"),
-        (["slurm", "--", "train", "notes", "--budget", "2h", "--batch-size", "16"], "a budget of time"),
         (["slurm", "--", "classify", "runs/x", "--predict", "rows.jsonl"], "does not train"),
         (["slurm", "--time", "tomorrow", *TRAIN], "--time tomorrow"),
         (["slurm", "--time", "2m", *TRAIN], "--time must be longer"),

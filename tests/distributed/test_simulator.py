@@ -17,7 +17,7 @@ def test_a_process_of_many() -> None:
     with simulated_process(1023, 1024) as ranks:
         assert (dist.get_rank(), dist.get_world_size()) == (1023, 1024)
         ranks.arrange(Layout(fsdp=128, tp=8), torch.device("cpu"))
-        assert ranks.mesh.get_coordinate() == [127, 7]
+        assert tuple(ranks.mesh.get_coordinate()) == (127, 7)
         with FakeTensorMode():
             x = torch.zeros(1 << 40)
             dist.all_reduce(x)

@@ -172,7 +172,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 LIMITED = """
 import re, resource, sys
-import numpy, torch
+import numpy, safetensors, torch
 import gptsmith.report.curves, gptsmith.train.run, matplotlib.figure
 from gptsmith.cli import main
 x = torch.nn.Parameter(torch.zeros(256, 256))

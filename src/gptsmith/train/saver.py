@@ -46,7 +46,10 @@ class Saver:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         self._thread = threading.Thread(target=self._run, args=(write, ready), name=f"save-{step}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no memory for another thread: training waits for the checkpoint instead
+            self._thread.run()
 
     def _run(self, write: Write, ready: torch.cuda.Event | None) -> None:
         try:
@@ -81,7 +84,8 @@ class Saver:
         """
         if self._thread is None:
             return None
-        self._thread.join(timeout)
+        if self._thread.ident is not None:  # it could be started
+            self._thread.join(timeout)
         if self._thread.is_alive():
             return None
         self._thread, self.step = None, None
