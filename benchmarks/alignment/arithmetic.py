@@ -88,6 +88,7 @@ def measure(model: Any, problems: list[dict[str, str]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=1, help="0 was for choosing rate and batch")
     parser.add_argument("--pretraining", type=int, default=1200, help="updates")
     parser.add_argument("--steps", type=int, default=150, help="updates of GRPO")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -99,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         problems = prepare(place)
-        for seed in range(1, options.seeds + 1):  # 0 was for choosing rate and batch
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             base = gptsmith.fit(
                 place / "text.txt",
                 out=place / f"base-{seed}",
