@@ -100,7 +100,8 @@ def _real_meshes() -> Iterator[None]:
     before = {name: own[name] for name in ("__init__", "__hash__", "mesh") if name in own}
     try:
         for name, what in before.items():
-            setattr(DeviceMesh, name, property(real(what.fget)) if isinstance(what, property) else real(what))
+            method: Any = what.fget if isinstance(what, property) else what
+            setattr(DeviceMesh, name, property(real(method)) if isinstance(what, property) else real(method))
         yield
     finally:
         for name, what in before.items():
@@ -128,7 +129,7 @@ def group_of_collective(arguments: Any) -> str | None:
             return leaf
         if isinstance(leaf, torch.ScriptObject):
             with contextlib.suppress(Exception):
-                return str(dist.ProcessGroup.unbox(leaf).group_name)  # type: ignore[attr-defined]
+                return str(dist.ProcessGroup.unbox(leaf).group_name)
     return None
 
 

@@ -17,6 +17,7 @@ from gptsmith.model.flops import count_parameters
 from gptsmith.train.config import RunConfig, run_config
 from gptsmith.train.forecast import dry_run as module
 from gptsmith.train.forecast.dry_run import DryRun, dry_run
+from gptsmith.train.step import TrainingStep
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -89,14 +90,14 @@ def test_processes_with_unequal_parts() -> None:
 
 
 def test_another_sequence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module.TrainingStep.apply
+    original = TrainingStep.apply
 
     def apply(self: Any, factor: float) -> torch.Tensor:
         if self.ranks.rank == 3:
             self.ranks.sum(torch.zeros(5))
         return original(self, factor)
 
-    monkeypatch.setattr(module.TrainingStep, "apply", apply)
+    monkeypatch.setattr(TrainingStep, "apply", apply)
     found, _ = run("fsdp", 4)
     assert not found.same
     assert "process 3" in str(found.difference)

@@ -36,6 +36,7 @@ from gptsmith.distributed.simulator import (
 from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
+from gptsmith.runtime import ChosenPrecision
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.config import RunConfig
 from gptsmith.train.step import TrainingStep
@@ -182,7 +183,7 @@ def _run(rank: int, config: RunConfig, model_config: ModelConfig, layout: Layout
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     objective = example_objective(config, model_config)
-    precision = "bf16" if config.loop.precision in ("auto", "bf16") else "fp32"
+    precision: ChosenPrecision = "bf16" if config.loop.precision in ("auto", "bf16") else "fp32"
     with simulated_process(rank, layout.size) as ranks:
         ranks.arrange(layout, torch.device("cpu"))
         names = _names_of_groups(ranks)
@@ -236,7 +237,8 @@ def _names_of_groups(ranks: SimulatedProcess) -> dict[str, tuple[str, int]]:
     import torch.distributed as dist
 
     sizes = {axis: size for axis, size in ranks.layout.sizes.items() if size > 1}
-    found = {dist.group.WORLD.group_name: (",".join(sizes), ranks.world_size)}
+    world: Any = dist.group.WORLD
+    found = {world.group_name: (",".join(sizes), ranks.world_size)}
     if ranks.mesh is not None:
         from gptsmith.distributed.parallel import group_of
 
@@ -248,11 +250,11 @@ def _names_of_groups(ranks: SimulatedProcess) -> dict[str, tuple[str, int]]:
     return found
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that are made and still there, and records collectives."""
 
     def __init__(self, groups: Mapping[str, tuple[str, int]], world_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.groups, self.world_size = groups, world_size
         self.moment, self.held = "", 0
         self.known: dict[int, int] = {}
@@ -278,11 +280,11 @@ class _Recorder(TorchDispatchMode):
             return result
 
         setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010  a method of C
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         setattr(torch.UntypedStorage, "resize_", self.resize)  # noqa: B010
 
     def __torch_dispatch__(
