@@ -313,7 +313,9 @@ def new_tab(page: Page) -> Page:
 
 
 def turns(page: Page) -> list[str]:
-    return page.locator(".turn .body").all_inner_texts()
+    return [
+        text.strip() for text in page.locator(".turn .body").all_inner_texts()
+    ]  # a line break at the end comes with the buttons
 
 
 def test_two_tabs_keep_all_conversations(site: Any, open_page: Open) -> None:
