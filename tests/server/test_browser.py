@@ -313,9 +313,8 @@ def new_tab(page: Page) -> Page:
 
 
 def turns(page: Page) -> list[str]:
-    return [
-        text.strip() for text in page.locator(".turn .body").all_inner_texts()
-    ]  # a line break at the end comes with the buttons
+    page.locator(".turn").last.wait_for()  # what is not shown yet has its source as its text
+    return page.locator(".turn .body").all_inner_texts()
 
 
 def test_two_tabs_keep_all_conversations(site: Any, open_page: Open) -> None:
@@ -799,7 +798,14 @@ def answers_shown(page: Page) -> list[str]:
 
 
 def counted(page: Page, text: str) -> None:
-    page.locator(".counter", has_text=re.compile(f"^{text}")).wait_for()
+    try:
+        page.locator(".counter", has_text=re.compile(f"^{text}")).wait_for()
+    except playwright.TimeoutError as error:
+        said = page.locator(".counter, .toast, .view-compare .help, .failed").all_inner_texts()
+        focus = page.evaluate("() => document.activeElement.outerHTML.slice(0, 200)")
+        choices = "(all) => all.map((e) => `${e.dataset.choice} ${e.disabled}`)"
+        chosen = page.locator("[data-choice]").evaluate_all(choices)
+        raise AssertionError(f"not {text}: {said}, {chosen}, focus {focus}") from error
 
 
 def test_ten_clicks_make_ten_preferences(collecting: Any, open_page: Open, tmp_path: Path) -> None:
@@ -1014,11 +1020,7 @@ def test_stopping_two_answers(collecting: Any, open_page: Open) -> None:
         page.locator(".choices:visible").wait_for()
         assert collecting.settled(lambda: engine.stats.running == 0)
     assert page.locator(".answer .stats").all_inner_texts() == ["stopped", "stopped"]
-    for _ in range(20):  # a loaded machine may not have given the keyboard to the choices yet
-        page.keyboard.press("2")
-        page.wait_for_timeout(500)
-        if not page.locator(".choices:visible").count():
-            break
+    page.keyboard.press("2")
     counted(page, "2 comparisons")
     assert read_lines(collecting.file)[1]["finish_reasons"] == ["stopped", "stopped"]
 

@@ -178,11 +178,15 @@ export function mount(root) {
     const text = input.value;
     if (state !== "asking" || !text.trim()) return;
     setState("answering");
-    round = { question: text, answers: drawSeeds().map((seed) => ({ seed, text: "", finish: "stop" })) };
+    const answers = drawSeeds().map((seed) => ({ seed, text: "", finish: "stop" }));
+    round = { question: text, answers, controller: new AbortController() };
+    const { signal } = round.controller;
     try {
       await prepare(text);
+      signal.throwIfAborted();
     } catch (error) {
-      toast(error.message, "error");
+      if (!signal.aborted) toast(error.message, "error");
+      round = null;
       setState("asking");
       input.focus();
       return;
@@ -234,7 +238,6 @@ export function mount(root) {
   async function answer() {
     const { answers } = round;
     const asked = round;
-    round.controller = new AbortController();
     const { signal } = round.controller;
     await Promise.all(answers.map((_, index) => generate(index, signal)));
     const texts = () => answers.map(({ text }) => text);
@@ -280,6 +283,7 @@ export function mount(root) {
   async function again() {
     if (state !== "choosing") return;
     round.answers = drawSeeds().map((seed) => ({ seed, text: "", finish: "stop" }));
+    round.controller = new AbortController();
     setState("answering");
     draw();
     pair.focus({ preventScroll: true });
@@ -352,9 +356,9 @@ export function mount(root) {
     setChildren(log, [...turns, question, text].filter(Boolean).map(drawTurn));
     log.hidden = !log.children.length;
     newButton.hidden = !turns.length;
-    if (!round) return;
     views = [];
-    pair.replaceChildren(h("div"), h("div"));
+    pair.replaceChildren(h("div"), h("div")); // also without a round: old answers must not show while new ones are prepared
+    if (!round) return;
     round.answers.forEach((_, index) => drawAnswer(index));
     setState(state);
   }
