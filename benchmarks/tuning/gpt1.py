@@ -89,7 +89,10 @@ class Task:
         random.Random(9).shuffle(texts)
         self.text = place / "reviews.txt"
         self.text.write_text("\n\n".join(texts) + "\n")
-        if not (place / "base" / "report.html").exists():
+        if (place / "base" / "run.json").exists():
+            if read_run(place / "base").status != "finished":
+                gptsmith.fit(resume=place / "base")
+        else:
             size = {"tokenizer": "bpe", "vocab_size": 4096, "steps": steps, "seed": 9, "compile": "on"}
             self._pretrain("base", size | {"eval_tokens": 50_000})
         self.base = read_run(place / "base")
