@@ -51,7 +51,8 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree / "src")},
+            # An older tree may lack the installed entry points of torch.
+            env={**os.environ, "PYTHONPATH": str(tree / "src"), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         )
 
     def seconds(self, number: int) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +249,20 @@ def test_characters_that_the_tokenizer_lacks_are_errors(tmp_path: Path) -> None:
             model.loglikelihood([Request(text, " a")], disable_tqdm=True)
 
 
+def tiny_task(folder: Path) -> dict[str, Any]:
+    """Return a task over `rows.jsonl` in a folder."""
+    return {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "c",
+        "doc_to_target": "a",
+    }
+
+
 def test_the_command_line(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,17 +275,7 @@ def test_the_command_line(
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", only_own)
     monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "rows.jsonl").write_text('{"q": "The quick", "c": ["fox", "dog"], "a": 0}\n' * 3)
-    task = {
-        "task": "tiny",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "c",
-        "doc_to_target": "a",
-    }
-    (tmp_path / "tiny.yaml").write_text(json.dumps(task))
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_task(tmp_path)))
     options = ["--model", "gptsmith", "--tasks", "tiny", "--include_path", str(tmp_path), "--log_samples"]
     options += ["--output_path", str(tmp_path / "out"), "--model_args"]
     assert main([*options, f"pretrained={llama}"]) == 0
@@ -278,3 +285,35 @@ def test_the_command_line(
     assert "model_sha" in json.loads(results.read_text())["config"]
     assert main([*options, f"pretrained={tmp_path / 'nowhere'}"]) == 1
     assert "error: there is no model at" in capsys.readouterr().err
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which the package's entry points are those of this tree's pyproject.toml."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "installed" / "gptsmith_entry_points-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gptsmith-entry-points\nVersion: 0\n")
+    (group,) = project["entry-points"].items()
+    lines = [f"[{group[0]}]", *(f"{name} = {target}" for name, target in group[1].items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    path = os.pathsep.join([str(metadata.parent), *sys.path])
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_harness_finds_the_model_by_its_name(installed: dict[str, str]) -> None:
+    look = "import lm_eval, torch; from lm_eval.api.registry import get_model as m; print(m('gptsmith'), m('dummy'))"
+    out = subprocess.run([sys.executable, "-c", look], env=installed, check=True, capture_output=True, text=True).stdout
+    assert "GptsmithLM" in out
+    assert "DummyLM" in out  # its own models are still there
+
+
+@pytest.mark.slow
+def test_the_harnesss_own_command(llama: Path, tmp_path: Path, installed: dict[str, str]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"q": "The quick", "c": ["fox", "dog"], "a": 0}\n' * 3)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_task(tmp_path)))
+    command = [Path(sys.executable).with_name("lm_eval"), "--model", "gptsmith", "--tasks", "tiny"]
+    command += ["--include_path", str(tmp_path), "--model_args", f"pretrained={llama}"]
+    done = subprocess.run(command, env=installed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "|tiny|" in done.stdout

@@ -75,7 +75,7 @@ OTHER_WORDS = {  # what people try first, and what there is instead
     "evaluate": _EVALUATION,
     "benchmark": _EVALUATION,
     "perplexity": _EVALUATION,
-    "lm-eval": "Use: python -m gptsmith.evaluate.lm_eval --model gptsmith --model_args pretrained=MODEL --tasks …",
+    "lm-eval": "Use: lm_eval --model gptsmith --model_args pretrained=MODEL --tasks …",
     "resume": "To continue a run from its last checkpoint, use: gptsmith train --resume RUN",
     "convert": "Use `gptsmith import` for models from elsewhere, and `gptsmith export` for other programs.",
 }

@@ -1,9 +1,10 @@
 """gptsmith as a model of EleutherAI's lm-evaluation-harness.
 
-    python -m gptsmith.evaluate.lm_eval --model gptsmith --model_args pretrained=runs/bard --tasks piqa
+    lm_eval --model gptsmith --model_args pretrained=runs/bard --tasks piqa
 
-is the harness's own command, `lm_eval`, with this model known to it (the harness has no plug-ins). From Python,
-importing this module registers the model: `lm_eval.simple_evaluate(model="gptsmith", model_args={"pretrained": …})`.
+finds it through `gptsmith.lm_eval_plugin`; `python -m gptsmith.evaluate.lm_eval` is the same command, with errors in
+one line. From Python, importing this module registers the model:
+`lm_eval.simple_evaluate(model="gptsmith", model_args={"pretrained": …})`.
 
 Texts are encoded as its Hugging Face backend encodes them, so scores are equal item by item. Log-probabilities come
 from `evaluate.scoring`, which computes shared prefixes once; generated texts come from the engine.
