@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
 from gptsmith.model.cache import Chunk, PagedCache, attend_grouped
+from gptsmith.model.lora import Adapter
 from gptsmith.model.transformer import Transformer
 
 _MIN_BLOCKS = 8
@@ -97,8 +98,15 @@ class GraphRunner(Runner):
         self._pool: Any = None
 
     def _logits(
-        self, ids: list[int], chunks: list[Chunk], rows: list[int], features: list[tuple[int, Tensor]]
+        self,
+        ids: list[int],
+        chunks: list[Chunk],
+        rows: list[int],
+        features: list[tuple[int, Tensor]],
+        adapted: Sequence[tuple[Adapter, list[int]]] = (),
     ) -> Tensor:
+        if adapted:
+            return super()._logits(ids, chunks, rows, features, adapted)
         longest = max(chunk.past + chunk.size for chunk in chunks)
         if features or any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
             return super()._logits(ids, chunks, rows, features)

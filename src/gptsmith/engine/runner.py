@@ -114,11 +114,7 @@ class Runner:
             adapter = s.request.adapter
             if adapter is not None:
                 adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
-        if adapted:
-            with applied(self.model, list(adapted.values())):
-                logits = Runner._logits(self, ids, chunks, rows, features)
-        else:
-            logits = self._logits(ids, chunks, rows, features)
+        logits = self._logits(ids, chunks, rows, features, list(adapted.values()))
         finite: list[bool] = logits.sum(dim=-1).isfinite().tolist()  # a sum is finite only if all its terms are
         all_finite, outputs, start = all(finite), [], 0
         for each, count in zip(batch, num_rows, strict=True):
@@ -142,16 +138,22 @@ class Runner:
         return found
 
     def _logits(
-        self, ids: list[int], chunks: list[Chunk], rows: list[int], features: list[tuple[int, Tensor]]
+        self,
+        ids: list[int],
+        chunks: list[Chunk],
+        rows: list[int],
+        features: list[tuple[int, Tensor]],
+        adapted: Items[tuple[Adapter, list[int]]] = (),
     ) -> Tensor:
         """Return the logits (R, V) float32 after the ids at these positions (`rows`).
 
-        features: what stands in place of token embeddings from a position on.
+        features: what stands in place of token embeddings from a position on. adapted: adapters, each with the
+            positions of its tokens.
         """
         device = self.cache.keys[0].device
         paged = PagedBatch(self.cache, chunks, self.context)
         tokens = torch.tensor([ids], device=device)
-        with self._evaluating():
+        with self._evaluating(), applied(self.model, adapted) if adapted else contextlib.nullcontext():
             if features:
                 embeddings = place(self.model.embed(tokens)[0], features)[None]  # (1, N, C)
                 hidden = self.model.hidden_states(inputs_embeds=embeddings, cache=paged)[0]  # (N, C)

@@ -1,4 +1,4 @@
-"""The forward pass of a dense model on a CPU, for decoding. Compiled by numba when first used (numba includes LLVM, so
+"""The forward pass of a model on a CPU, for decoding. Compiled by numba when first used (numba includes LLVM, so
 no compiler has to be installed).
 
 Decoding reads every weight once per token, so weights are stored in the order in which they are read: quantized
@@ -253,6 +253,16 @@ _s_1_1, _s_2_1, _s_3_1, _s_4_1 = (_weighted_sum(T, 1) for T in (1, 2, 3, 4))
 
 
 @intrinsic
+def _longs(ctx, address):
+    """Return the address as a pointer to int64."""
+
+    def codegen(context, b, signature, args):
+        return b.inttoptr(args[0], _i64.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
 def _floats(ctx, address):
     """Return the address as a pointer to float32."""
 
@@ -287,35 +297,46 @@ def _exp_of(b: Any, x: Any) -> Any:
 def _gate(kind: int) -> Any:
     """Return a function that applies an activation to n floats, a multiple of 16. Its arguments are addresses.
 
-    kind: 0: silu(x) · up. 1: GELU's tanh approximation.
+    kind: one of those of `forward`, but for 2 and 4. alpha, limit: of the clamped SwiGLU.
     """
 
     @intrinsic
-    def activate(ctx, x, up, n, out):
+    def activate(ctx, x, up, n, out, alpha, limit):
         def codegen(context, b, signature, args):
-            x, up, n, out = args
+            x, up, n, out, alpha, limit = args
             one, zero = (ir.Constant(_FLOATS, [value] * 16) for value in (1.0, 0.0))
+            smaller = _function(b, "llvm.minnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+            larger = _function(b, "llvm.maxnum.v16f32", _FLOATS, _FLOATS, _FLOATS)
+            most, gain = _broadcast(b, limit, _FLOATS), _broadcast(b, alpha, _FLOATS)
             with cgutils.for_range(b, b.lshr(n, ir.Constant(_i64, 4))) as loop:
                 value = _load(b, _at(b, x, (loop.index, 64)), _FLOATS)
-                slope = value
-                if kind == 1:  # gelu(x) = x · sigmoid(1.6 (x + 0.045 x³))
+                if kind == 5:
+                    over = b.fcmp_ordered(">", value, most)  # NaN stays NaN
+                    value = b.select(over, most, value)
+                slope = b.fmul(value, gain) if kind == 5 else value
+                if kind in (1, 3):  # gelu(x) = x · sigmoid(1.6 (x + 0.045 x³))
                     inner = b.fmul(b.fmul(value, value), ir.Constant(_FLOATS, [2 * 0.7978845608028654 * 0.044715] * 16))
                     slope = b.fmul(value, b.fadd(inner, ir.Constant(_FLOATS, [2 * 0.7978845608028654] * 16)))
                 e = b.call(_function(b, "llvm.fabs.v16f32", _FLOATS, _FLOATS), [slope])
                 e = _exp_of(b, b.fsub(zero, e))
                 above = b.select(b.fcmp_ordered(">=", slope, zero), one, e)
                 result = b.fmul(value, b.fdiv(above, b.fadd(one, e)))
-                if kind == 0:
-                    result = b.fmul(result, _load(b, _at(b, up, (loop.index, 64)), _FLOATS))
+                if kind != 1:
+                    factor = _load(b, _at(b, up, (loop.index, 64)), _FLOATS)
+                    if kind == 5:
+                        clamped = b.call(larger, [b.call(smaller, [factor, most]), b.fsub(zero, most)])
+                        clamped = b.select(b.fcmp_unordered("uno", factor, factor), factor, clamped)
+                        factor = b.fadd(clamped, one)
+                    result = b.fmul(result, factor)
                 _store(b, result, _at(b, out, (loop.index, 64)))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 4, types.float32, types.float32), codegen
 
     return activate
 
 
-_swiglu, _gelu = _gate(0), _gate(1)
+_swiglu, _gelu, _geglu, _clamped_swiglu = _gate(0), _gate(1), _gate(3), _gate(5)
 
 
 @intrinsic
@@ -478,15 +499,21 @@ def _round(x: Any, n: int, kind: int, xq: Any, xs: Any, xsum: Any) -> None:
     as (G, W, 32) or (G, W, 64), and (G, W), in the order in which it is read.
     """
     N, K = x.shape
+    _round_row(x.ctypes.data + 4 * n * K, n, N, K, kind, xq.ctypes.data, xs.ctypes.data, xsum.ctypes.data)
+
+
+@_inline
+def _round_row(row: int, n: int, N: int, K: int, kind: int, xq: int, xs: int, xsum: int) -> None:
+    """Round token n of N, at the address `row`, as `_round` does. Arguments are addresses."""
     G = K // GROUP
     begin, W = _tile(n, N)
     place = begin * G + n - begin
     for g in range(G):
-        source, scale, total = x.ctypes.data + 4 * (n * K + g * GROUP), xs.ctypes.data, xsum.ctypes.data
+        source, scale, total = row + 4 * g * GROUP, xs + 4 * place, xsum + 4 * place
         if kind == 8:
-            _round_group_wide(source, xq.ctypes.data + 2 * place * GROUP, scale + 4 * place, total + 4 * place)
+            _round_group_wide(source, xq + 2 * place * GROUP, scale, total)
         else:
-            _round_group(source, xq.ctypes.data + place * GROUP, scale + 4 * place, total + 4 * place)
+            _round_group(source, xq + place * GROUP, scale, total)
         place += W
 
 
@@ -622,9 +649,16 @@ def _exp(x: Any) -> Any:
 
 
 @_inline
-def _norm(x: Any, weight: int, bias: int, eps: float, centered: bool, out: Any) -> None:
-    """Normalize x (C,) into out: RMSNorm, or LayerNorm if centered. weight, bias: addresses; 0 for no bias."""
+def _norm(x: Any, weight: int, bias: int, eps: Any, centered: bool, unit: Any, out: Any) -> None:
+    """Normalize x (C,) into out: RMSNorm, or LayerNorm if centered. weight, bias: addresses; 0 for no bias.
+
+    unit: added to the weights. Without a weight (0), copy x.
+    """
     C = len(x)
+    if weight == 0:
+        for i in range(C):
+            out[i] = x[i]
+        return
     mean = np.float32(0.0)
     if centered:
         for i in range(C):
@@ -633,46 +667,38 @@ def _norm(x: Any, weight: int, bias: int, eps: float, centered: bool, out: Any) 
     square = np.float32(0.0)
     for i in range(C):
         square += (x[i] - mean) * (x[i] - mean)
-    scale = np.float32(1.0) / np.sqrt(square / np.float32(C) + np.float32(eps))
+    scale = np.float32(1.0) / np.sqrt(square / np.float32(C) + eps)
     w = numba.carray(_floats(weight), (C,))
     if bias:
         add = numba.carray(_floats(bias), (C,))
         for i in range(C):
-            out[i] = (x[i] - mean) * scale * w[i] + add[i]
+            out[i] = (x[i] - mean) * scale * (w[i] + unit) + add[i]
     else:
         for i in range(C):
-            out[i] = (x[i] - mean) * scale * w[i]
+            out[i] = (x[i] - mean) * scale * (w[i] + unit)
 
 
 @_inline
-def _head(q: Any, D: int, norm: int, eps: float, rotary: bool, cos: Any, sin: Any) -> None:
-    """Normalize a head's query or key (D,) in place, unless `norm` (an address) is 0, and rotate it if rotary."""
-    if norm:
-        square = np.float32(0.0)
-        for d in range(D):
-            square += q[d] * q[d]
-        scale = np.float32(1.0) / np.sqrt(square / np.float32(D) + np.float32(eps))
-        w = numba.carray(_floats(norm), (D,))
-        for d in range(D):
-            q[d] = q[d] * scale * w[d]
-    if rotary:
-        half = D // 2
-        for d in range(half):
-            a, b = q[d], q[d + half]
-            q[d] = a * cos[d] - b * sin[d]
-            q[d + half] = b * cos[d] + a * sin[d]
+def _rotate(q: Any, R: int, cos: Any, sin: Any) -> None:
+    """Rotate the first R numbers of a head's query or key (D,) in place."""
+    half = R // 2
+    for d in range(half):
+        a, b = q[d], q[d + half]
+        q[d] = a * cos[d] - b * sin[d]
+        q[d + half] = b * cos[d] + a * sin[d]
 
 
 @_inline
 def _attend(
     q: int, ldq: int, T: int, step: int, p: int, window: int, D: int, scale: float, keys: int, values: int, row: int,
-    table: Any, Z: int, scores: Any, out: int, ldo: int,
+    table: Any, Z: int, scores: Any, out: int, ldo: int, sinks: int, next_sink: int,
 ) -> None:  # fmt: skip
     """Compute the attention of up to four queries with the same keys: q (T, D), ldq apart -> out (T, D), ldo apart.
 
     Query t is at position p + t · step and sees up to `window` tokens that end there (0: all). keys, values: the
     address of a head's first token in block 0; tokens are `row` floats apart, and blocks have Z. scores: (4, more than
-    the tokens seen), work space.
+    the tokens seen), work space. sinks: the address of the first query's sink, 0 without; those of the next queries are
+    `next_sink` floats further each.
     """
     oldest = max(0, p + 1 - window) if window else 0
     newest = p + (T - 1) * step
@@ -705,7 +731,10 @@ def _attend(
         last = p + t * step + 1
         first = max(0, last - window) if window else 0
         part = scores[t, first - base : last - base]
-        _softmax(part, np.float32(scale))
+        sink = np.float32(-3e38)
+        if sinks:
+            sink = numba.carray(_floats(sinks + 4 * t * next_sink), (1,))[0]
+        _softmax(part, np.float32(scale), sink)
         scores[t, oldest - base : first - base] = np.float32(0.0)
         scores[t, last - base : newest + 1 - base] = np.float32(0.0)
         whole = numba.carray(_floats(out + 4 * t * ldo), (D,))
@@ -740,12 +769,15 @@ def _attend(
 
 
 @_inline
-def _softmax(x: Any, scale: Any) -> None:
-    """Replace x by softmax(scale · x)."""
-    most = _largest(x.ctypes.data, len(x))
+def _softmax(x: Any, scale: Any, sink: Any) -> None:
+    """Replace x by softmax(scale · x) with one more score, `sink`, that is left out; -3e38: without."""
+    most = _largest(x.ctypes.data, len(x)) * scale
     weight = np.float32(0.0)
+    if sink > np.float32(-3e38):
+        most = most if most > sink else sink
+        weight = _exp(sink - most)
     for i in range(len(x)):
-        e = _exp((x[i] - most) * scale)
+        e = _exp(x[i] * scale - most)
         x[i] = e
         weight += e
     inverse = np.float32(1.0) / weight
@@ -753,12 +785,26 @@ def _softmax(x: Any, scale: Any) -> None:
         x[i] *= inverse
 
 
-# Columns of the table of addresses that `forward` reads, which has a row per layer.
+# Columns of the table of addresses that `forward` reads, which has a row per layer. A matrix has four: kind, weights,
+# scales, zero points.
 (
     A_NORM, A_NORM_BIAS, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, M_NORM, M_NORM_BIAS, UP, UP_BIAS, DOWN,
-    DOWN_BIAS, KEYS, VALUES, WINDOW, TABLES,
-) = (0, 1, 2, 6, 7, 8, 9, 13, 14, 15, 16, 20, 21, 25, 26, 27, 28, 29)  # fmt: skip
-COLUMNS = 30  # a matrix has four: kind, weights, scales, zero points
+    DOWN_BIAS, KEYS, VALUES, WINDOW, TABLES, ROPE, SINKS, A_OUT_NORM, A_OUT_NORM_BIAS, M_OUT_NORM, M_OUT_NORM_BIAS,
+    EXPERTS, ROUTER, ROUTER_BIAS, SHARED_GATE,
+) = (
+    0, 1, 2, 6, 7, 8, 9, 13, 14, 15, 16, 20, 21, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39,
+)  # fmt: skip
+COLUMNS = 40
+# Columns of a layer's table of experts, which has a row per expert; the shared expert, if there is one, is the last.
+X_UP, X_DOWN, X_UP_BIAS, X_DOWN_BIAS, X_WIDTH, EXPERT_COLUMNS = 0, 4, 8, 9, 10, 11
+# The model's settings, as `forward` takes them.
+(
+    HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, CENTERED, POSITION, PARALLEL, ACTIVATION, QK_SCOPE, ROTARY,
+    TOP_K, NORMALIZE,
+) = range(13)  # fmt: skip
+EPS, UNIT, ALPHA, LIMIT = range(4)
+# Columns of an update of some rows of a matrix by an adapter: B A x, then with `gain` (y - bias) · gain + bias.
+U_FIRST, U_ROWS, U_RANK, U_A, U_B, U_GAIN, U_BIAS, UPDATE_COLUMNS = range(8)
 
 
 @_inline
@@ -768,86 +814,369 @@ def _prepare(tid: int, threads: int, N: int) -> Any:
 
 
 @_inline
-def _add_product(
-    a: Any, matrix: int, bias: int, tid: int, threads: int, y: Any, yq: Any, ys: Any, ysum: Any, product: Any, x: Any
-) -> None:
-    """Add y (N, K) times a matrix, and its bias, to x (N, C): a thread's share."""
-    N, C = x.shape
-    first, last = _share(tid, threads, C)
-    _multiply(
-        a[matrix], a[matrix + 1], a[matrix + 2], a[matrix + 3], y.shape[1], first, last, y, yq, ys, ysum,
-        product.ctypes.data, product.shape[1],
-    )  # fmt: skip
-    for n in range(N):
+def _adapt(updates: Any, x: int, K: int, y: Any, begin: int, end: int) -> None:
+    """Add an adapter's updates of a matrix to the rows begin ... end of a token's output y. x: its input's address."""
+    for i in range(len(updates)):
+        u = updates[i]
+        first, last = max(begin, u[U_FIRST]), min(end, u[U_FIRST] + u[U_ROWS])
+        if first >= last:
+            continue
+        rank = u[U_RANK]
+        z = np.empty(rank, np.float32)
+        row = numba.carray(_floats(x), (K,))
+        A = numba.carray(_floats(u[U_A]), (rank, K))
+        for j in range(rank):
+            total = np.float32(0.0)
+            for k in range(K):
+                total += A[j, k] * row[k]
+            z[j] = total
+        B = numba.carray(_floats(u[U_B]), (u[U_ROWS], rank))
         for r in range(first, last):
-            x[n, r] += product[n, r]
+            total = np.float32(0.0)
+            own = r - u[U_FIRST]
+            for j in range(rank):
+                total += B[own, j] * z[j]
+            y[r] += total
+            if u[U_GAIN]:
+                bias = np.float32(0.0)
+                if u[U_BIAS]:
+                    bias = numba.carray(_floats(u[U_BIAS]), (u[U_ROWS],))[own]
+                gain = numba.carray(_floats(u[U_GAIN]), (u[U_ROWS],))[own]
+                y[r] = (y[r] - bias) * gain + bias
+
+
+@_inline
+def _product(
+    a: Any, matrix: int, bias: int, tid: int, threads: int, y: Any, yq: Any, ys: Any, ysum: Any, product: Any, R: int,
+    routes: Any, updates: Any, kind: int,
+) -> None:  # fmt: skip
+    """Compute y (N, K) times a matrix of R rows, with its bias and adapters, into product (N, R): a thread's share.
+
+    updates: (adapters, 4, parts, UPDATE_COLUMNS) of the layer; kind: which of the four matrices this is.
+    """
+    N, K = y.shape
+    first, last = _share(tid, threads, R)
+    _multiply(
+        a[matrix], a[matrix + 1], a[matrix + 2], a[matrix + 3], K, first, last, y, yq, ys, ysum, product.ctypes.data,
+        product.shape[1],
+    )  # fmt: skip
     if a[bias]:
-        add = numba.carray(_floats(a[bias]), (C,))
+        add = numba.carray(_floats(a[bias]), (R,))
         for n in range(N):
             for r in range(first, last):
-                x[n, r] += add[r]
+                product[n, r] += add[r]
+    if len(updates):
+        for n in range(N):
+            if routes[n] >= 0:
+                _adapt(updates[routes[n], kind], y.ctypes.data + 4 * n * K, K, product[n], first, last)
+
+
+@_inline
+def _activate(kind: int, at: int, up: int, n: int, to: int, alpha: Any, limit: Any) -> None:
+    """Apply an activation of `forward` to n floats at an address; `up`: what a gate multiplies."""
+    if kind == 0:
+        _swiglu(at, up, n, to, alpha, limit)
+    elif kind == 1:
+        _gelu(at, up, n, to, alpha, limit)
+    elif kind == 3:
+        _geglu(at, up, n, to, alpha, limit)
+    elif kind == 5:
+        _clamped_swiglu(at, up, n, to, alpha, limit)
+    else:
+        x, y = numba.carray(_floats(at), (n,)), numba.carray(_floats(to), (n,))
+        if kind == 2:
+            for i in range(n):
+                y[i] = np.float32(0.5) * x[i] * np.float32(1.0 + math.erf(x[i] * 0.7071067811865476))
+        else:
+            for i in range(n):
+                y[i] = np.float32(0.0) if x[i] < np.float32(0.0) else x[i]  # NaN stays NaN
+
+
+@_inline
+def _into_residual(
+    tid: int, threads: int, counter: int, met: int, mode: int, result: Any, side: Any, x: Any, norm: int, bias: int,
+    eps: Any, centered: bool, unit: Any, h: Any,
+) -> Any:  # fmt: skip
+    """Add result (N, C) to the residual stream x (N, C); a thread has computed its share of the columns. Return `met`.
+
+    mode: 0: x + result. 1: keep it in `side` until the other part of a parallel block is there. 2: x + side + result.
+        3: x + norm(result). 4: norm(x + result). h: (N, C), work space.
+    """
+    N, C = x.shape
+    first, last = _share(tid, threads, C)
+    if mode <= 2:
+        for n in range(N):
+            if mode == 0:
+                for r in range(first, last):
+                    x[n, r] += result[n, r]
+            elif mode == 1:
+                for r in range(first, last):
+                    side[n, r] = result[n, r]
+            else:
+                for r in range(first, last):
+                    x[n, r] += side[n, r] + result[n, r]
+    else:
+        met += threads
+        _meet(counter, met)
+        for n in range(tid, N, threads):
+            if mode == 3:
+                _norm(result[n, :C], norm, bias, eps, centered, unit, h[n])
+                for r in range(C):
+                    x[n, r] += h[n, r]
+            else:
+                for r in range(C):
+                    x[n, r] += result[n, r]
+                _norm(x[n], norm, bias, eps, centered, unit, h[n])
+                for r in range(C):
+                    x[n, r] = h[n, r]
+    met += threads
+    _meet(counter, met)
+    return met
+
+
+@_inline
+def _choose(logits: Any, k: int, normalize: bool, experts: Any, weights: Any) -> None:
+    """Choose the k experts with the largest logits (E,), which are overwritten, and their weights."""
+    E = len(logits)
+    most = logits[0]
+    for e in range(1, E):
+        most = logits[e] if logits[e] > most else most
+    total = np.float32(0.0)
+    for e in range(E):
+        logits[e] = _exp(logits[e] - most)
+        total += logits[e]
+    used = np.float32(0.0)
+    for j in range(k):
+        best = 0
+        for e in range(1, E):
+            if logits[e] > logits[best]:
+                best = e
+        experts[j], weights[j] = best, logits[best]
+        used += logits[best]
+        logits[best] = np.float32(-1.0)
+    inverse = np.float32(1.0) / (used if normalize else total)
+    for j in range(k):
+        weights[j] *= inverse
+
+
+@_inline
+def _mixture(
+    tid: int, threads: int, counter: int, met: int, a: Any, options: Any, numbers: Any, hc: Any, routing: Any,
+    experts: Any, weights: Any, order: Any, starts: Any, xg: Any, gq: Any, gs: Any, gsum: Any, wide: Any, hidden: Any,
+    result: Any,
+) -> Any:  # fmt: skip
+    """Compute a mixture of experts of hc (N, C) into a thread's share of the columns of result (N, C). Return `met`.
+
+    Work space for P = N · k pairs of a token and an expert, which are sorted by expert: routing (N, E rounded up);
+        experts, weights: (N, k); order: (threads, P); starts: (threads, E + 2); xg: (P, C); gq, gs, gsum: rounded
+        inputs of P tokens; wide: (P, two of the largest widths); hidden: (P · largest width,).
+    """
+    N, C = hc.shape
+    k = experts.shape[1]
+    E = starts.shape[1] - 2 if a[SHARED_GATE] else starts.shape[1] - 1
+    table = numba.carray(_longs(a[EXPERTS]), (starts.shape[1] - 1, EXPERT_COLUMNS))
+    first, last = _share(tid, threads, E)
+    _multiply(32, a[ROUTER], 0, 0, C, first, last, hc, gq, gs, gsum, routing.ctypes.data, routing.shape[1])
+    met += threads
+    _meet(counter, met)
+    chosen = k - 1 if a[SHARED_GATE] else k
+    for n in range(tid, N, threads):
+        if a[ROUTER_BIAS]:
+            bias = numba.carray(_floats(a[ROUTER_BIAS]), (E,))
+            for e in range(E):
+                routing[n, e] += bias[e]
+        _choose(routing[n, :E], chosen, options[NORMALIZE] != 0, experts[n], weights[n])
+        if a[SHARED_GATE]:
+            gate, total = numba.carray(_floats(a[SHARED_GATE]), (C,)), np.float32(0.0)
+            for i in range(C):
+                total += gate[i] * hc[n, i]
+            e_ = _exp(-abs(total))
+            experts[n, chosen] = E
+            weights[n, chosen] = (np.float32(1.0) if total >= 0 else e_) / (np.float32(1.0) + e_)
+    met += threads
+    _meet(counter, met)
+    # sort the pairs by expert, in each thread for itself
+    begins, mine = starts[tid], order[tid]
+    begins[:] = 0
+    for n in range(N):
+        for j in range(k):
+            begins[experts[n, j] + 1] += 1
+    for e in range(1, len(begins)):
+        begins[e] += begins[e - 1]
+    for n in range(N):
+        for j in range(k):
+            e = experts[n, j]
+            mine[begins[e]] = n * k + j
+            begins[e] += 1
+    for e in range(len(begins) - 1, 0, -1):
+        begins[e] = begins[e - 1]
+    begins[0] = 0
+    q, s, m = gq.ctypes.data, gs.ctypes.data, gsum.ctypes.data
+    for e in range(len(table)):
+        o, count = begins[e], begins[e + 1] - begins[e]
+        for i in range(count):
+            if (o + i) % threads != tid:
+                continue
+            source = hc[mine[o + i] // k]
+            for c in range(C):
+                xg[o + i, c] = source[c]
+            if table[e, X_UP] != 32:
+                place = o * C
+                _round_row(
+                    xg.ctypes.data + 4 * (o + i) * C, i, count, C, table[e, X_UP], q + 2 * place,
+                    s + 4 * (place // GROUP), m + 4 * (place // GROUP),
+                )  # fmt: skip
+    met += threads
+    _meet(counter, met)
+    alpha, limit = numbers[ALPHA], numbers[LIMIT]
+    widest = wide.shape[1]
+    for e in range(len(table)):
+        o, count = begins[e], begins[e + 1] - begins[e]
+        if count == 0:
+            continue
+        t, F = table[e], table[e, X_WIDTH]
+        first, last = _share(tid, threads, F)
+        place = o * C
+        for half in range(2):
+            _multiply(
+                t[X_UP], t[X_UP + 1], t[X_UP + 2], t[X_UP + 3], C, first + half * F, last + half * F, xg[o : o + count],
+                gq[2 * place :], gs[place // GROUP :], gsum[place // GROUP :], wide.ctypes.data + 4 * o * widest,
+                widest,
+            )  # fmt: skip
+        for i in range(o, o + count):
+            if t[X_UP_BIAS]:
+                bias = numba.carray(_floats(t[X_UP_BIAS]), (2 * F,))
+                for r in range(first, last):
+                    wide[i, r] += bias[r]
+                    wide[i, F + r] += bias[F + r]
+            at = wide.ctypes.data + 4 * (i * widest + first)
+            to = hidden.ctypes.data + 4 * (i * (widest // 2) + first)
+            _activate(options[ACTIVATION], at, at + 4 * F, last - first, to, alpha, limit)
+    met += threads
+    _meet(counter, met)
+    # Rows of `hidden` are half of `widest` apart; those of an expert are packed together, as it multiplies them.
+    for e in range(len(table)):
+        o, count, F = begins[e], begins[e + 1] - begins[e], table[e, X_WIDTH]
+        for i in range(count):
+            if (o + i) % threads != tid:
+                continue
+            row = hidden.ctypes.data + 4 * (o + i) * (widest // 2)
+            if table[e, X_DOWN] != 32:
+                place = o * (widest // 2)
+                _round_row(
+                    row, i, count, F, table[e, X_DOWN], q + 2 * place, s + 4 * (place // GROUP),
+                    m + 4 * (place // GROUP),
+                )  # fmt: skip
+            else:
+                packed = numba.carray(_floats(wide.ctypes.data + 4 * (o * widest + i * F)), (F,))
+                source = numba.carray(_floats(row), (F,))
+                for r in range(F):
+                    packed[r] = source[r]
+    met += threads
+    _meet(counter, met)
+    first, last = _share(tid, threads, C)
+    for n in range(N):
+        for r in range(first, last):
+            result[n, r] = np.float32(0.0)
+    for e in range(len(table)):
+        o, count = begins[e], begins[e + 1] - begins[e]
+        if count == 0:
+            continue
+        t, F = table[e], table[e, X_WIDTH]
+        place = o * (widest // 2)
+        inputs = numba.carray(_floats(wide.ctypes.data + 4 * o * widest), (count, F))
+        _multiply(
+            t[X_DOWN], t[X_DOWN + 1], t[X_DOWN + 2], t[X_DOWN + 3], F, first, last, inputs, gq[2 * place :],
+            gs[place // GROUP :], gsum[place // GROUP :], xg.ctypes.data + 4 * o * C, C,
+        )  # fmt: skip
+        for i in range(o, o + count):
+            pair = mine[i]
+            n, weight = pair // k, weights[pair // k, pair % k]
+            if t[X_DOWN_BIAS]:
+                bias = numba.carray(_floats(t[X_DOWN_BIAS]), (C,))
+                for r in range(first, last):
+                    result[n, r] += weight * (xg[i, r] + bias[r])
+            else:
+                for r in range(first, last):
+                    result[n, r] += weight * xg[i, r]
+    return met
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def forward(
-    tid: int, threads: int, counter: int, layers: Any, head: Any, H: int, J: int, D: int, F: int, V: int,
-    scale: float, eps: float, centered: bool, activation: int, positions: Any, units: Any, cos: Any, sin: Any,
-    tables: Any, pools: Any, Z: int, wanted: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any,
-    wide: Any, product: Any, scores: Any, logits: Any,
+    tid: int, threads: int, counter: int, layers: Any, head: Any, options: Any, numbers: Any, layer_scales: Any,
+    positions: Any, units: Any, cos: Any, sin: Any, tables: Any, pools: Any, Z: int, wanted: Any, routes: Any,
+    updates: Any, x: Any, h: Any, xq: Any, xs: Any, xsum: Any, qkv: Any, mixed: Any, wide: Any, product: Any,
+    scores: Any, side: Any, routing: Any, experts: Any, weights: Any, order: Any, starts: Any, xg: Any, gq: Any,
+    gs: Any, gsum: Any, expert_wide: Any, expert_hidden: Any, logits: Any,
 ) -> None:  # fmt: skip
-    """Compute a thread's share of the forward pass of a dense pre-norm model over N tokens.
+    """Compute a thread's share of the forward pass of a model over N tokens.
 
     layers: (L, COLUMNS), addresses and numbers. head: addresses of weight and bias of the final norm, and the four
         entries of the output matrix.
-    scale: of attention scores. activation: 0: SwiGLU, 1: GELU (tanh), 2: GELU (exact).
+    options, numbers: the model's settings. POSITION of norms: 0: before, 1: after the residual, 2: after each part,
+        3: before and after each part. ACTIVATION: 0: SwiGLU, 1: GELU (tanh), 2: GELU (exact), 3: GELU (tanh) with a
+        gate, 4: ReLU, 5: clamped SwiGLU. QK_SCOPE: 0: norms of each head with the same weights, 1: with its own, 2: of
+        all heads together. layer_scales: (L,), of attention scores.
     positions: (N,). units: (any, 2), which tokens attend together: the first one and how many, up to four, consecutive
-        tokens of its sequence. cos, sin: (N, D/2); empty for learned positions.
+        tokens of its sequence. cos, sin: (2, N, R/2), of all layers and of those with their own; empty for learned
+        positions.
     tables: (groups, N, blocks), the blocks of each token's sequence. pools: (groups,), the number of blocks of a pool.
     wanted: the tokens whose logits are to be computed.
+    routes: (N,), each token's adapter; -1: none. updates: (L, adapters, 4, parts, UPDATE_COLUMNS), of each layer's
+        four matrices.
     x: (N, C), the embedded tokens.
     Work space: h: (threads, N · largest number of columns); xq: twice that; xs, xsum: the same divided by GROUP;
         qkv: (N, (H + 2J)·D); mixed: (N, H·D); wide: (N, F); product: (N, largest number of rows);
-        scores: (threads, 4, context + two blocks).
+        scores: (threads, 4, context + two blocks); side: (N, C), of parallel blocks; the others: see `_mixture`.
     logits: (wanted, V rounded up), the result.
     """
     N, C = x.shape
+    H, J, D, F, V = (options[HEADS], options[KV_HEADS], options[HEAD_DIM], options[INTERMEDIATE], options[VOCABULARY])
+    centered, place, parallel = options[CENTERED] != 0, options[POSITION], options[PARALLEL] != 0
+    eps, unit, activation = numbers[EPS], numbers[UNIT], options[ACTIVATION]
+    gated = activation == 0 or activation == 3 or activation == 5
     met = 0
-    rotary = cos.shape[0] > 0
+    rotary = cos.shape[1] > 0
     space = tid if N == 1 else 0
     begin, end, step = _prepare(tid, threads, N)
     hc, q8, s8, m8 = h[space, : N * C].reshape(N, C), xq[space], xs[space], xsum[space]
+    hs = h[0, : N * C].reshape(N, C)
     R = qkv.shape[1]
     for layer in range(layers.shape[0]):
-        a = layers[layer]
+        a, own_updates = layers[layer], updates[layer]
         # queries, keys, values
         for n in range(begin, end, step):
-            _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centered, hc[n])
+            _norm(x[n], a[A_NORM], a[A_NORM_BIAS], eps, centered, unit, hc[n])
             if a[QKV] != 32:
                 _round(hc, n, a[QKV], q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
-        first, last = _share(tid, threads, R)
-        _multiply(
-            a[QKV], a[QKV + 1], a[QKV + 2], a[QKV + 3], C, first, last, hc, q8, s8, m8, qkv.ctypes.data, R
-        )  # fmt: skip
-        if a[QKV_BIAS]:
-            bias = numba.carray(_floats(a[QKV_BIAS]), (R,))
-            for n in range(N):
-                for r in range(first, last):
-                    qkv[n, r] += bias[r]
+        _product(a, QKV, QKV_BIAS, tid, threads, hc, q8, s8, m8, qkv, R, routes, own_updates, 0)
         met += threads
         _meet(counter, met)
         # normalize and rotate queries and keys; store keys and values
+        if a[Q_NORM] and options[QK_SCOPE] == 2:
+            for item in range(tid, 2 * N, threads):
+                n = item // 2
+                row = qkv[n, : H * D] if item % 2 == 0 else qkv[n, H * D : (H + J) * D]
+                _norm(row, a[Q_NORM] if item % 2 == 0 else a[K_NORM], 0, eps, centered, unit, row)
+            met += threads
+            _meet(counter, met)
         group = a[TABLES]
         keys = numba.carray(_floats(a[KEYS]), (pools[group], Z, J, D))
         values = numba.carray(_floats(a[VALUES]), (pools[group], Z, J, D))
         for item in range(tid, N * (H + J), threads):
             n, i = item // (H + J), item % (H + J)
             part = qkv[n, i * D : (i + 1) * D]
-            row = n if rotary else 0
-            if a[Q_NORM] or rotary:
-                _head(part, D, a[Q_NORM] if i < H else a[K_NORM], eps, rotary, cos[row], sin[row])
+            if a[Q_NORM] and options[QK_SCOPE] < 2:
+                weight = a[Q_NORM] if i < H else a[K_NORM]
+                if options[QK_SCOPE] == 1:
+                    weight += 4 * D * (i if i < H else i - H)
+                _norm(part, weight, 0, eps, centered, unit, part)
+            if rotary and a[ROPE] > 0:
+                _rotate(part, options[ROTARY], cos[a[ROPE] - 1, n], sin[a[ROPE] - 1, n])
             if i >= H:
                 p = positions[n]
                 block = tables[group, n, p // Z]
@@ -857,7 +1186,7 @@ def forward(
         met += threads
         _meet(counter, met)
         queries, results, item = qkv.ctypes.data, mixed.ctypes.data, 0
-        shared = H // J
+        shared, scale, sinks = H // J, layer_scales[layer], a[SINKS]
         for u in range(len(units)):
             n, T = units[u]
             p = positions[n]
@@ -866,7 +1195,7 @@ def forward(
                     _attend(
                         queries + 4 * (n * R + i * D), R, T, 1, p, a[WINDOW], D, scale, a[KEYS] + 4 * D * (i // shared),
                         a[VALUES] + 4 * D * (i // shared), J * D, tables[group, n], Z, scores[tid],
-                        results + 4 * (n * H + i) * D, H * D,
+                        results + 4 * (n * H + i) * D, H * D, sinks + 4 * i if sinks else 0, 0,
                     )  # fmt: skip
                 item += H
                 continue
@@ -876,68 +1205,79 @@ def forward(
                         _attend(
                             queries + 4 * (n * R + i * D), D, min(4, (j + 1) * shared - i), 0, p, a[WINDOW], D, scale,
                             a[KEYS] + 4 * D * j, a[VALUES] + 4 * D * j, J * D, tables[group, n], Z, scores[tid],
-                            results + 4 * (n * H + i) * D, D,
+                            results + 4 * (n * H + i) * D, D, sinks + 4 * i if sinks else 0, 1,
                         )  # fmt: skip
             item += J
         met += threads
         _meet(counter, met)
-        # output projection, added to the residual stream
+        # output projection
         if a[OUT] != 32:
             for n in range(begin, end, step):
                 _round(mixed, n, a[OUT], q8, s8, m8)
             if N > 1:
                 met += threads
                 _meet(counter, met)
-        _add_product(a, OUT, OUT_BIAS, tid, threads, mixed, q8, s8, m8, product, x)
-        met += threads
-        _meet(counter, met)
+        _product(a, OUT, OUT_BIAS, tid, threads, mixed, q8, s8, m8, product, C, routes, own_updates, 1)
+        mode = 4 if place == 1 else 3 if place > 1 else 1 if parallel else 0
+        met = _into_residual(
+            tid, threads, counter, met, mode, product, side, x, a[A_OUT_NORM], a[A_OUT_NORM_BIAS], eps, centered, unit,
+            hs,
+        )  # fmt: skip
         # feed-forward layer
         for n in range(begin, end, step):
-            _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centered, hc[n])
-            if a[UP] != 32:
+            _norm(x[n], a[M_NORM], a[M_NORM_BIAS], eps, centered, unit, hc[n])
+            if a[UP] != 32 and a[EXPERTS] == 0:
                 _round(hc, n, a[UP], q8, s8, m8)
         if N > 1:
             met += threads
             _meet(counter, met)
-        first, last = _share(tid, threads, F)
-        for half in range(2 if activation == 0 else 1):
-            _multiply(
-                a[UP], a[UP + 1], a[UP + 2], a[UP + 3], C, first + half * F, last + half * F, hc, q8, s8, m8,
-                product.ctypes.data, product.shape[1],
+        if a[EXPERTS]:
+            met = _mixture(
+                tid, threads, counter, met, a, options, numbers, hc, routing, experts, weights, order, starts, xg, gq,
+                gs, gsum, expert_wide, expert_hidden, product,
             )  # fmt: skip
-        if a[UP_BIAS]:
-            bias = numba.carray(_floats(a[UP_BIAS]), (2 * F if activation == 0 else F,))
+        else:
+            first, last = _share(tid, threads, F)
+            for half in range(2 if gated else 1):
+                _multiply(
+                    a[UP], a[UP + 1], a[UP + 2], a[UP + 3], C, first + half * F, last + half * F, hc, q8, s8, m8,
+                    product.ctypes.data, product.shape[1],
+                )  # fmt: skip
+            if a[UP_BIAS]:
+                bias = numba.carray(_floats(a[UP_BIAS]), (2 * F if gated else F,))
+                for n in range(N):
+                    for r in range(first, last):
+                        product[n, r] += bias[r]
+                        if gated:
+                            product[n, F + r] += bias[F + r]
             for n in range(N):
-                for r in range(first, last):
-                    product[n, r] += bias[r]
-                    if activation == 0:
-                        product[n, F + r] += bias[F + r]
-        for n in range(N):
-            at, to = product.ctypes.data + 4 * (n * product.shape[1] + first), wide.ctypes.data + 4 * (n * F + first)
-            if activation == 0:
-                _swiglu(at, at + 4 * F, last - first, to)
-            elif activation == 1:
-                _gelu(at, 0, last - first, to)
-            else:
-                for r in range(first, last):
-                    x_ = product[n, r]
-                    wide[n, r] = np.float32(0.5) * x_ * np.float32(1.0 + math.erf(x_ * 0.7071067811865476))
-        met += threads
-        _meet(counter, met)
-        if a[DOWN] != 32:
-            for n in range(begin, end, step):
-                _round(wide, n, a[DOWN], q8, s8, m8)
-            if N > 1:
-                met += threads
-                _meet(counter, met)
-        _add_product(a, DOWN, DOWN_BIAS, tid, threads, wide, q8, s8, m8, product, x)
-        met += threads
-        _meet(counter, met)
+                if len(own_updates) and routes[n] >= 0:
+                    changes, row = own_updates[routes[n], 2], hc.ctypes.data + 4 * n * C
+                    _adapt(changes, row, C, product[n], first, last)
+                    if gated:
+                        _adapt(changes, row, C, product[n], F + first, F + last)
+                at = product.ctypes.data + 4 * (n * product.shape[1] + first)
+                to = wide.ctypes.data + 4 * (n * F + first)
+                _activate(activation, at, at + 4 * F, last - first, to, numbers[ALPHA], numbers[LIMIT])
+            met += threads
+            _meet(counter, met)
+            if a[DOWN] != 32:
+                for n in range(begin, end, step):
+                    _round(wide, n, a[DOWN], q8, s8, m8)
+                if N > 1:
+                    met += threads
+                    _meet(counter, met)
+            _product(a, DOWN, DOWN_BIAS, tid, threads, wide, q8, s8, m8, product, C, routes, own_updates, 3)
+        mode = 4 if place == 1 else 3 if place > 1 else 2 if parallel else 0
+        met = _into_residual(
+            tid, threads, counter, met, mode, product, side, x, a[M_OUT_NORM], a[M_OUT_NORM_BIAS], eps, centered, unit,
+            hs,
+        )  # fmt: skip
     # logits
     M = len(wanted)
     hm = h[0, : M * C].reshape(M, C)
     for i in range(tid, M, threads):
-        _norm(x[wanted[i]], head[0], head[1], eps, centered, hm[i])
+        _norm(x[wanted[i]], head[0], head[1], eps, centered, unit, hm[i])
         if head[2] != 32:
             _round(hm, i, head[2], xq[0], xs[0], xsum[0])
     met += threads
