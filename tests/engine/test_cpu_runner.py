@@ -108,6 +108,16 @@ def test_what_is_not_compiled_is_said_in_a_line(family: str, reason: str, capsys
     assert f"compiled program for CPUs has no {reason}" in lines[0]
 
 
+def test_all_families_share_one_compiled_program() -> None:
+    """Compiling takes half a minute: no kind of model or batch may need it again."""
+    from gptsmith.kernels import cpu_decode
+
+    for family in SUPPORTED:
+        engine = Engine(make_model(family, num_hidden_layers=1), max_batch=4, max_batch_tokens=8)
+        engine.generate([[1, 2, 3], [4], list(range(12))], SamplingParams(max_tokens=2))
+    assert len(cpu_decode.forward.signatures) == 1
+
+
 def test_uses_weights_that_were_replaced_or_changed(naive: Any) -> None:
     model, greedy = make_model("qwen3"), SamplingParams(max_tokens=8, temperature=0)
     engine = Engine(model, prefix_caching=False)

@@ -43,8 +43,10 @@ def unsupported(model: Transformer) -> str | None:
         return "latent attention"
     if c.mlp not in _ACTIVATIONS:
         return f"the activation {c.mlp}"
-    if c.router_scoring != "softmax" or c.n_group > 1 or c.routed_scaling_factor != 1 or c.first_k_dense_replace:
+    if c.router_scoring != "softmax" or c.n_group > 1 or c.routed_scaling_factor != 1:
         return "routers other than softmax"
+    if c.first_k_dense_replace:
+        return "dense layers before those with experts"
     if c.shared_expert_intermediate_size and not c.shared_expert_gate:
         return "a shared expert without a gate"
     if c.qk_norm and c.norm == "layernorm" and c.qk_norm_scope != "heads":
@@ -111,7 +113,7 @@ class CpuRunner(Runner):
         if c.position == "learned":
             x = x + self.model.embed_positions.weight[torch.from_numpy(positions) + c.position_offset]
         else:
-            cos, sin = self._cos[:, positions], self._sin[:, positions]
+            cos, sin = (np.ascontiguousarray(table[:, positions]) for table in (self._cos, self._sin))
         longest = max(len(table) for chunk in chunks for table in chunk.tables)
         tables = np.zeros((len(self.cache.windows), N, longest), dtype=np.int64)
         n, units = 0, []
@@ -138,7 +140,8 @@ class CpuRunner(Runner):
         if projected:
             with self._evaluating():
                 hidden = self.model.embedding_out_proj(torch.from_numpy(logits))
-                return self.model.lm_head(hidden)[:, : self.vocab_size]
+                outputs: Tensor = self.model.lm_head(hidden)
+            return outputs[:, : self.vocab_size]
         return torch.from_numpy(logits)[:, : self.vocab_size]
 
     def _can_adapt(self, adapter: Adapter) -> bool:
