@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gptsmith.distributed.layout import Layout
 from gptsmith.distributed.sharding import sharding_of
@@ -39,6 +36,7 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.config import RunConfig
+from gptsmith.train.forecast.storages import StorageMode
 from gptsmith.train.step import TrainingStep
 
 MOMENTS = ("micro-batch", "update")
@@ -250,32 +248,30 @@ def _names_of_groups(ranks: SimulatedProcess) -> dict[str, tuple[str, int]]:
     return found
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that are made and still there, and records collectives."""
+class _Recorder(StorageMode):
+    """Counts the bytes of live storages, and records collectives."""
 
     def __init__(self, groups: Mapping[str, tuple[str, int]], world_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.groups, self.world_size = groups, world_size
         self.moment, self.held = "", 0
-        self.known: dict[int, int] = {}
         self.peaks: dict[str, int] = {}
         self.collectives: list[Collective] = []
-        self.shares: Iterator[int] = iter(())
 
     def begin(self, moment: str) -> None:
         self.moment = moment
         self.peaks[moment] = self.held
 
     def __enter__(self) -> Self:
-        """Begin. FSDP gives memory back by making storages shorter: that is followed, too."""
+        """Begin. FSDP frees memory by resizing storages: those are followed, too."""
         self.resize = torch.UntypedStorage.resize_
         recorder = self
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             before = storage.nbytes()
             result = recorder.resize(storage, size)
-            if storage._cdata in recorder.known:
-                recorder.known[storage._cdata] = storage.nbytes()
+            if storage._cdata in recorder.live:
+                recorder.live[storage._cdata] = storage.nbytes()
                 recorder._hold(storage.nbytes() - before)
             return result
 
@@ -290,13 +286,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # How many tokens each expert gets depends on numbers that are not there: let all get the same.
-        if function is torch.ops.aten.bincount.default:
-            tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength") or args[2])
-            self.shares = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
-            return torch.zeros(experts, dtype=torch.int64, device=args[0].device)
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return next(self.shares, 1)
         if is_collective(function):
             axes, size = self.groups.get(group_of_collective((args, kwargs)) or "", ("all", self.world_size))
             count, dtype = payload((args, kwargs))
@@ -304,27 +293,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if kind == "all_gather" and "into" in str(function._opname):  # the argument is one process's part
                 count *= size
             self.collectives.append(Collective(self.moment, kind, axes, size, dtype, count))
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor)
-        return result
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known[key] = storage.nbytes()
-        self._hold(storage.nbytes())
-        weakref.finalize(storage, self._leave, key)
+    def allocated(self, key: int, size: int) -> None:
+        self._hold(size)
+
+    def freed(self, key: int, size: int) -> None:
+        self.held -= size
 
     def _hold(self, size: int) -> None:
         self.held += size
         self.peaks[self.moment] = max(self.peaks.get(self.moment, 0), self.held)
-
-    def _leave(self, key: int) -> None:
-        self.held -= self.known.pop(key)
 
 
 # All processes -------------------------------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ On a CPU the forecast is of peak resident memory, on a GPU of allocated memory.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gptsmith.errors import UsageError
 from gptsmith.log import note
@@ -35,6 +31,7 @@ from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.compile import compile_blocks, partitioned, undo_compile
 from gptsmith.train.config import RunConfig
+from gptsmith.train.forecast.storages import StorageMode
 from gptsmith.train.objectives.base import Models, Objective
 from gptsmith.train.objectives.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
 from gptsmith.train.step import TrainingStep
@@ -243,7 +240,7 @@ def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
     register(call)
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Ledger(StorageMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages by part, and keeps them for the peak of each moment."""
 
     @classmethod
@@ -252,26 +249,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.moment, self.part = "start", "weights"
-        self.live: dict[int, tuple[str, int]] = {}
+        self.part_of: dict[int, str] = {}
         self.total: Parts = dict.fromkeys(PARTS, 0.0)
         self.peaks: dict[str, Parts] = {}
-        self.shares: Iterator[int] = iter(())
-        self.counts = True
 
     def begin(self, moment: str, part: str) -> None:
         """Attribute what follows to `moment`, and new storages to `part`."""
         self.moment, self.part = moment, part
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count storages meanwhile."""
-        self.counts = False
-        try:
-            yield
-        finally:
-            self.counts = True
 
     def watch(self, models: Models) -> None:
         """Tell activations, logits and gradients apart as the policy runs, and the stages of the backward pass."""
@@ -292,10 +278,10 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def is_gradient(p: Tensor) -> None:
             if p.grad is not None and (key := p.grad.untyped_storage()._cdata) in self.live:
-                part, size = self.live[key]
-                self.live[key] = ("gradients", size)
-                self.total[part] -= size
+                size = self.live[key]
+                self.total[self.part_of[key]] -= size
                 self.total["gradients"] += size
+                self.part_of[key] = "gradients"
 
         model.layers[0].register_forward_hook(first_block)
         model.layers[-1].register_forward_pre_hook(last_block)
@@ -305,38 +291,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             register: Any = p.register_post_accumulate_grad_hook
             register(is_gradient)
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # How many tokens each expert gets depends on numbers that are not there: let all get the same.
-        if function is torch.ops.aten.bincount.default:
-            tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength") or args[2])
-            self.shares = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
-            return torch.zeros(experts, dtype=torch.int64, device=args[0].device)
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return next(self.shares, 1)
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result) if self.counts else ():
-            if isinstance(tensor, Tensor):
-                self._enter(tensor)
-        return result
-
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.live:
-            return
-        size = storage.nbytes()
-        self.live[key] = (self.part, size)
+    def allocated(self, key: int, size: int) -> None:
+        self.part_of[key] = self.part
         self.total[self.part] += size
         peak = self.peaks.get(self.moment)
         if peak is None or sum(self.total.values()) > sum(peak.values()):
             self.peaks[self.moment] = dict(self.total)
-        weakref.finalize(storage, self._leave, key)
 
-    def _leave(self, key: int) -> None:
-        part, size = self.live.pop(key)
-        self.total[part] -= size
+    def freed(self, key: int, size: int) -> None:
+        self.total[self.part_of.pop(key)] -= size
 
 
 # The machine ---------------------------------------------------------------------------------------------------------
