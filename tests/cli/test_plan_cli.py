@@ -20,12 +20,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_printed_forecast(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
-    code, out, _ = run_cli("plan", text_file, *tiny, "--price-per-hour", "3.6")
+    code, out, _ = run_cli("plan", text_file, *tiny, "--price-per-hour", "3.6", "--eval.tasks", "arithmetic")
     assert code == 0
     for word in ("parameters", "FLOP per token", "weights", "activations", "available", "tokens/s", "per evaluation"):
         assert word in out
     assert "largest micro-batch that fits: 4" in out
     assert "at 3.60 per hour" in out
+    assert "without the tasks of --eval.tasks" in out
     assert not (tmp_path / "runs").exists()
 
 

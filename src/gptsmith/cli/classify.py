@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from gptsmith.cli.run_options import FLAT
 from gptsmith.cli.train import train_or_resume
-from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.cli.tune_options import TuneOptions, parse_tune
 from gptsmith.errors import UsageError
 from gptsmith.train.config import ClassifyConfig
 
@@ -26,7 +27,7 @@ class Classify(TuneOptions):
 
     predict: Path | None = None
     """Label the rows of this file with MODEL, a trained classifier, instead of training; prints a line of JSON each."""
-    method: Annotated[ClassifyConfig, _FLAT] = field(default_factory=ClassifyConfig)
+    method: Annotated[ClassifyConfig, FLAT] = field(default_factory=ClassifyConfig)
     """task"""
 
     @property

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from gptsmith.cli.train import train_or_resume
-from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.cli.run_options import FLAT
+from gptsmith.cli.tune_options import TuneOptions, run_tuning
 from gptsmith.errors import UsageError
 from gptsmith.train.config import DistillConfig
 
@@ -22,18 +22,13 @@ class Distill(TuneOptions):
     answers to the prompts in DATA.
     """
 
-    method: Annotated[DistillConfig, _FLAT] = field(default_factory=DistillConfig)
+    method: Annotated[DistillConfig, FLAT] = field(default_factory=DistillConfig)
     """distillation"""
+
+    def check(self, command: str) -> None:
+        if self.method.teacher is None:
+            raise UsageError(f"No teacher given. Use: gptsmith {command} STUDENT DATA --teacher MODEL")
 
 
 def main(arguments: list[str]) -> int:
-    chosen, overrides = parse_tune(Distill, DistillConfig, "distill", arguments)
-    check(chosen)
-    return train_or_resume(chosen, overrides, ["distill", *arguments], began=BEGAN, objective="distill")
-
-
-def check(chosen: TuneOptions) -> None:
-    """Raise UsageError where a new run has no teacher."""
-    assert isinstance(chosen.method, DistillConfig)
-    if chosen.resume is None and chosen.method.teacher is None:
-        raise UsageError("No teacher given. Use: gptsmith distill STUDENT DATA --teacher MODEL")
+    return run_tuning(Distill, DistillConfig, "distill", arguments, began=BEGAN)

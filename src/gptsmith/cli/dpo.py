@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from gptsmith.cli.train import train_or_resume
-from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.cli.run_options import FLAT
+from gptsmith.cli.tune_options import TuneOptions, run_tuning
 from gptsmith.train.config import DpoConfig
 
 BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
@@ -22,10 +22,9 @@ class Dpo(TuneOptions):
     tenth of those of sft.
     """
 
-    method: Annotated[DpoConfig, _FLAT] = field(default_factory=DpoConfig)
+    method: Annotated[DpoConfig, FLAT] = field(default_factory=DpoConfig)
     """preferences"""
 
 
 def main(arguments: list[str]) -> int:
-    chosen, overrides = parse_tune(Dpo, DpoConfig, "dpo", arguments)
-    return train_or_resume(chosen, overrides, ["dpo", *arguments], began=BEGAN, objective="dpo")
+    return run_tuning(Dpo, DpoConfig, "dpo", arguments, began=BEGAN)

@@ -189,6 +189,8 @@ def describe(plan: Forecast) -> str:
         rows.append(("", "without evaluations, whose time depends on the text"))
     elif plan.text.val_tokens:
         rows.append(("", f"{length(t.evaluation)} per evaluation, {length(t.save)} per checkpoint"))
+    if config.eval.tasks is not None:
+        rows.append(("", "without the tasks of --eval.tasks, whose time is not forecast"))
     if t.reference:
         rows.append(("", f"{length(t.reference)} before the first update, for the reference"))
     if plan.cost is not None:

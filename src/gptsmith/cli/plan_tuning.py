@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from gptsmith.cli.classify import Classify
 from gptsmith.cli.distill import Distill
-from gptsmith.cli.distill import check as check_distill
 from gptsmith.cli.dpo import Dpo
 from gptsmith.cli.grpo import Grpo
 from gptsmith.cli.plan import check_price, describe
@@ -108,8 +107,6 @@ def main(name: str, arguments: list[str]) -> int:
         raise UsageError("a forecast is of a new run; leave out --resume.")
     chosen, overrides = parse_tune(command, options, f"plan {name}", arguments)
     assert isinstance(chosen, PlanSft | PlanDistill | PlanReward | PlanDpo | PlanPpo | PlanGrpo | PlanClassify)
-    if isinstance(chosen, PlanDistill):
-        check_distill(chosen)
     if isinstance(chosen, PlanClassify) and chosen.predict is not None:
         raise UsageError("a forecast is of training; leave out --predict.")
     config, began = chosen.run, time.monotonic()

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from gptsmith.cli.train import train_or_resume
-from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.cli.run_options import FLAT
+from gptsmith.cli.tune_options import TuneOptions, run_tuning
 from gptsmith.train.config import RewardConfig
 
 BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
@@ -21,10 +21,9 @@ class Reward(TuneOptions):
     `bestofn` take the run as --reward.
     """
 
-    method: Annotated[RewardConfig, _FLAT] = field(default_factory=RewardConfig)
+    method: Annotated[RewardConfig, FLAT] = field(default_factory=RewardConfig)
     """reward model"""
 
 
 def main(arguments: list[str]) -> int:
-    chosen, overrides = parse_tune(Reward, RewardConfig, "reward", arguments)
-    return train_or_resume(chosen, overrides, ["reward", *arguments], began=BEGAN, objective="reward")
+    return run_tuning(Reward, RewardConfig, "reward", arguments, began=BEGAN)

@@ -39,7 +39,7 @@ from gptsmith.train.config import (
     with_options,
 )
 
-_FLAT = tyro.conf.arg(name="")  # the options of the part do not carry its name
+FLAT = tyro.conf.arg(name="")  # the options of the part do not carry its name
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class RunOptions:
     """Start from a named configuration (see below); other options override it."""
     config: Path | None = None
     """Start from a file: run.json of a run, or JSON or YAML with the names of the options."""
-    auto: Annotated[AutoConfig, _FLAT] = field(default_factory=AutoConfig)
+    auto: Annotated[AutoConfig, FLAT] = field(default_factory=AutoConfig)
     """automatic choices"""
-    text: Annotated[DataConfig, _FLAT] = field(default_factory=DataConfig)
+    text: Annotated[DataConfig, FLAT] = field(default_factory=DataConfig)
     """data"""
-    init: Annotated[InitConfig, _FLAT] = field(default_factory=InitConfig)
+    init: Annotated[InitConfig, FLAT] = field(default_factory=InitConfig)
     """initialization"""
     lora: Literal["auto", "on", "off"] = "auto"
     """With --init: train a low-rank adapter (LoRA) and leave the model's weights unchanged. auto: if another --lora
@@ -63,17 +63,17 @@ class RunOptions:
     """model"""
     adapter: Annotated[LoraOptions, tyro.conf.arg(name="lora")] = field(default_factory=LoraOptions)
     """low-rank adapter"""
-    method: Annotated[PretrainConfig, _FLAT] = field(default_factory=PretrainConfig)
+    method: Annotated[PretrainConfig, FLAT] = field(default_factory=PretrainConfig)
     """pretraining"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimizer"""
-    loop: Annotated[LoopConfig, _FLAT] = field(default_factory=LoopConfig)
+    loop: Annotated[LoopConfig, FLAT] = field(default_factory=LoopConfig)
     """training loop"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """tasks during training"""
     vision: PictureConfig = field(default_factory=PictureConfig)
     """pictures"""
-    parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
     @property
@@ -110,8 +110,7 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
     base, whole = base_config(arguments)
     explicit = explicit_options(arguments)
     parts = {"text" if part.name == "data" else part.name: getattr(base, part.name) for part in fields(base)}
-    held = {name: value for name, value in vars(base.adapter).items() if name != "lora"}
-    parts |= {"lora": base.adapter.lora, "adapter": LoraOptions(**held)}
+    parts |= adapter_parts(base.adapter)
     presets = [
         Section("presets", describe_own()),
         Section(
@@ -122,6 +121,12 @@ def parse_run(command: type[RunOptions], name: str, arguments: Sequence[str], **
     if options.init.init is not None:
         _refuse_with_init(options.init.init, explicit)
     return ParsedRun(options, explicit | (settled(base) if whole else set()))
+
+
+def adapter_parts(adapter: AdapterConfig) -> dict[str, Any]:
+    """Return the options of an adapter as commands have them: whether to train one, and the rest."""
+    values = dict(vars(adapter))
+    return {"lora": values.pop("lora"), "adapter": LoraOptions(**values)}
 
 
 def refuse_processes(config: RunConfig, command: str) -> None:

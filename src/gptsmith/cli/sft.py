@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from gptsmith.cli.train import train_or_resume
-from gptsmith.cli.tune_options import _FLAT, TuneOptions, parse_tune
+from gptsmith.cli.run_options import FLAT
+from gptsmith.cli.tune_options import TuneOptions, run_tuning
 from gptsmith.train.config import SftConfig
 
 BEGAN = time.monotonic()  # the command starts by loading this module: a budget of time counts from here
@@ -21,10 +21,9 @@ class Sft(TuneOptions):
     metrics, samples and report.html; generate, chat, serve and export take it as they take any model.
     """
 
-    method: Annotated[SftConfig, _FLAT] = field(default_factory=SftConfig)
+    method: Annotated[SftConfig, FLAT] = field(default_factory=SftConfig)
     """fine-tuning"""
 
 
 def main(arguments: list[str]) -> int:
-    chosen, overrides = parse_tune(Sft, SftConfig, "sft", arguments)
-    return train_or_resume(chosen, overrides, ["sft", *arguments], began=BEGAN, objective="sft")
+    return run_tuning(Sft, SftConfig, "sft", arguments, began=BEGAN)

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gptsmith.cli.parser import parse
-from gptsmith.cli.run_options import ParsedRun, base_config, explicit_options, option_value
+from gptsmith.cli.run_options import FLAT, ParsedRun, adapter_parts, base_config, explicit_options, option_value
+from gptsmith.cli.train import train_or_resume
 from gptsmith.errors import UsageError
 from gptsmith.train.budget.recipe import settled
 from gptsmith.train.config import (
@@ -26,10 +27,9 @@ from gptsmith.train.config import (
     OptimConfig,
     ParallelConfig,
     PictureConfig,
+    PolicyConfig,
     RunConfig,
 )
-
-_FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class TuneOptions:
     """Start from a file: run.json of a run, or JSON or YAML with the names of the options."""
     budget: str | None = None
     """Time (5m, 2h), compute (1e15flop) or tokens (2Mtok) to spend, instead of --steps and --epochs."""
-    text: Annotated[TuneData, _FLAT] = field(default_factory=TuneData)
+    text: Annotated[TuneData, FLAT] = field(default_factory=TuneData)
     """data"""
-    method: Annotated[MethodConfig, _FLAT] = field(default_factory=MethodConfig)
+    method: Annotated[MethodConfig, FLAT] = field(default_factory=MethodConfig)
     """method"""
     lora: Literal["auto", "on", "off"] = "auto"
     """Train a low-rank adapter (LoRA) and leave the model's weights unchanged; off: train all weights. auto: on for sft
@@ -98,19 +98,22 @@ class TuneOptions:
     the same."""
     optim: TuneOptim = field(default_factory=TuneOptim)
     """optimizer"""
-    loop: Annotated[TuneLoop, _FLAT] = field(default_factory=TuneLoop)
+    loop: Annotated[TuneLoop, FLAT] = field(default_factory=TuneLoop)
     """training loop"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """tasks during training"""
     vision: PictureConfig = field(default_factory=PictureConfig)
     """pictures"""
-    parallel: Annotated[ParallelConfig, _FLAT] = field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, FLAT] = field(default_factory=ParallelConfig)
     """processes"""
 
     @property
     def needs_data(self) -> bool:
         """Whether the command, with these options, takes DATA."""
         return True
+
+    def check(self, command: str) -> None:
+        """Raise UsageError where a new run lacks something besides MODEL and DATA. command: its name."""
 
     @property
     def run(self) -> RunConfig:
@@ -128,6 +131,16 @@ class TuneOptions:
         )
 
 
+@dataclass(frozen=True)
+class RewardedOptions(TuneOptions):
+    """Base of the commands that train by a reward."""
+
+    def check(self, command: str) -> None:
+        assert isinstance(self.method, PolicyConfig)
+        if not self.method.reward:
+            raise UsageError(f"No reward given. Use: gptsmith {command} MODEL PROMPTS --reward module:function")
+
+
 def parse_tune(
     command: type[TuneOptions], method: type[MethodConfig], name: str, arguments: Sequence[str]
 ) -> ParsedRun:
@@ -142,8 +155,7 @@ def parse_tune(
         "budget": base.auto.budget,
         "text": TuneData(base.data.val, base.data.val_fraction),
         "method": base.method,
-        "lora": base.adapter.lora,
-        "adapter": LoraOptions(**_without(vars(base.adapter), "lora")),
+        **adapter_parts(base.adapter),
         "warm_start": base.init.warm_start,
         "optim": TuneOptim(**vars(base.optim)) if whole else TuneOptim(),
         "loop": TuneLoop(**vars(base.loop)),
@@ -161,8 +173,14 @@ def parse_tune(
     elif options.model is None or (options.data is None and options.needs_data):
         missing = "model and no data" if options.model is None else "data"
         raise UsageError(f"No {missing} given. Use: gptsmith {name} MODEL DATA")
+    else:
+        options.check(name)
     return ParsedRun(options, explicit_options(arguments) | (settled(base) if whole else set()))
 
 
-def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
+def run_tuning(
+    command: type[TuneOptions], method: type[MethodConfig], name: str, arguments: Sequence[str], *, began: float
+) -> int:
+    """Parse the arguments of the command `name` and run it. Return the exit code."""
+    chosen, overrides = parse_tune(command, method, name, arguments)
+    return train_or_resume(chosen, overrides, [name, *arguments], began=began, objective=name)
