@@ -135,15 +135,15 @@ def test_what_is_wrong_is_said_before_processes_start(run_cli: RunCli, text_file
     assert "--process-timeout must be above 0" in message(*train, "--process-timeout", 0)
     for command in ("plan", "find-lr", "scale"):
         assert f"gptsmith {command} is about a run in one process" in message(command, text_file, "--processes", 2)
-    assert "--parallel fsdp=2 is for a multiple of 2 processes, and there is 1" in message(
+    assert "--parallel fsdp=2 needs a multiple of 2 processes, not 1" in message(
         *train, "--parallel", "fsdp=2"
     )
-    assert "--parallel fsdp=3 is for a multiple of 3 processes, and there are 2" in message(
+    assert "--parallel fsdp=3 needs a multiple of 3 processes, not 2" in message(
         *train, "--processes", 2, "--parallel", "fsdp=3"
     )
     assert "leave out --parallel and --exact" in message("plan", text_file, "--exact")
     generate = ("generate", tmp_path / "run", "--parallel", "tp=2")
-    assert "--parallel tp=2 is for a multiple of 2 processes, and there is 1" in message(*generate)
+    assert "--parallel tp=2 needs a multiple of 2 processes, not 1" in message(*generate)
     assert not (tmp_path / "run").exists()
 
 

@@ -161,8 +161,8 @@ def test_layouts() -> None:
 @pytest.mark.parametrize(
     ("text", "processes", "message"),
     [
-        ("fsdp=8,tp=2", 12, "is for a multiple of 16 processes, and there are 12"),
-        ("dp=2,tp=2", 8, "is for 4 processes, and there are 8"),
+        ("fsdp=8,tp=2", 12, "needs a multiple of 16 processes, not 12"),
+        ("dp=2,tp=2", 8, "needs 4 processes, not 8"),
         ("fsdp,tp", 8, "fsdp and tp have no size; only one axis can"),
         ("pp=2", 2, "'pp=2' is no axis with a size"),
         ("tp=0", 2, "'tp=0' is no axis with a size"),

@@ -65,9 +65,9 @@ class Layout:
             rest = open_axis or ("dp" if "dp" not in sizes else None)
             if processes % taken or (rest is None and processes != taken):
                 raise UsageError(
-                    f"--parallel {text} is for {'a multiple of ' if rest else ''}{taken} "
-                    f"process{'es' if taken > 1 else ''}, and there {'are' if processes > 1 else 'is'} {processes}. "
-                    "Start as many as the sizes of the axes make when multiplied, or change the sizes."
+                    f"--parallel {text} needs {'a multiple of ' if rest else ''}{taken} "
+                    f"process{'es' if taken > 1 else ''}, not {processes}: change the sizes of its axes, or the number "
+                    "of processes."
                 )
             if rest is not None:
                 sizes[rest] = processes // taken

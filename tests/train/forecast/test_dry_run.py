@@ -139,7 +139,7 @@ def test_wrong_layouts(text: str, processes: int, options: dict[str, Any], messa
     ("arguments", "message"),
     [
         (["--ranks", "1"], "--ranks must be at least 2"),
-        (["--parallel", "auto"], "name the layout"),
+        (["--parallel", "auto"], "needs a layout"),
         (["--ranks", "8", "--parallel", "fsdp=3"], "a multiple of 3"),
         (["--processes", "2"], "leave out --processes"),
         (["--budget", "1h"], "leave out --budget"),
