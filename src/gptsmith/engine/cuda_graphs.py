@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.engine.runner import Runner
-from gptsmith.model.cache import Chunk, PagedCache, attend_grouped
+from gptsmith.model.cache import Chunk, PagedCache, Scoring, attend_single_tokens
 from gptsmith.model.lora import Adapter
 from gptsmith.model.transformer import Transformer
 
@@ -59,28 +59,13 @@ class StaticBatch:
     def positions(self, T: int) -> Tensor:
         return self._positions
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
-        _, H, B, D = q.shape
-        K = k.shape[1]
-        keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
-        values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
-        flat = self.tables[group].flatten()
-        k, v = (pool.index_select(0, flat).view(B, -1, K, pool.shape[-1]).transpose(1, 2) for pool in (keys, values))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        group, keys, values = self.cache.store(layer, self.slots, k, v)
+        flat, size = self.tables[group].flatten(), (self.batch, -1, k.shape[1])
+        k, v = (pool.index_select(0, flat).view(*size, pool.shape[-1]).transpose(1, 2) for pool in (keys, values))
         first, last = self.visible_range[group]
         mask = (self._at >= first[:, None]) & (self._at < last[:, None])  # (B, S)
-        grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = attend_grouped(grouped, k, v, mask[:, None, None], scale, sinks)
-        return y.reshape(B, H, -1).transpose(0, 1)[None]
+        return attend_single_tokens(q, k, v, mask[:, None, None], scoring)
 
     def advance(self, T: int) -> None:
         """Do nothing: the scheduler keeps the lengths of sequences."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,22 +24,21 @@ from gptsmith.model.attention import attend, attend_with_sinks
 from gptsmith.model.config import ModelConfig
 
 
+class Scoring(NamedTuple):
+    """How a layer scores keys; see `attention.attend`."""
+
+    window: int | None = None
+    scale: float | None = None
+    sinks: Tensor | None = None
+
+
 class Cache(Protocol):
     """What a forward pass needs of a cache."""
 
     def positions(self, T: int) -> slice | Tensor:
         """Return the positions of the T new tokens. Raises IndexError beyond the context or the capacity."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store the new k and v: (B, K, T, D), and return the attention of q over all tokens so far: (B, H, T, D)."""
 
     def advance(self, T: int) -> None:
@@ -76,21 +75,12 @@ class KVCache:
             raise IndexError(f"{end} tokens are more than the cache's capacity of {self.capacity}")
         return slice(self.length, end)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        return attend(q, keys, values, window=window, scale=scale, sinks=sinks)
+        return attend(q, keys, values, **scoring._asdict())
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -138,6 +128,16 @@ class PagedCache:
         self.keys, self.latent = pools(), config.kv_lora_rank
         self.values = pools() if self.latent is None else [keys[..., : self.latent] for keys in self.keys]
 
+    def store(self, layer: int, slots: Sequence[Tensor] | Tensor, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Store k and v: (1, K, N, D) in a layer. Return its group, and its pools of keys and values.
+
+        slots: for each group, where the N tokens are to be: block · Z + place in the block.
+        """
+        group, keys, values = self.group_of[layer], self.keys[layer], self.values[layer]
+        keys.flatten(0, 1)[slots[group]] = k[0].transpose(0, 1)
+        values.flatten(0, 1)[slots[group]] = v[0].transpose(0, 1)
+        return group, keys, values
+
     def bytes(self) -> int:
         """Return the size of all blocks together."""
         return sum(tensor.nbytes for tensor in (*self.keys, *(self.values if self.latent is None else ())))
@@ -172,16 +172,18 @@ def windows_of(config: ModelConfig) -> list[int | None]:
     return sorted(widths, key=lambda w: (w is not None, w or 0))
 
 
-def attend_grouped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None
-) -> Tensor:
-    """Return the attention of one token of each of B sequences: q (B, K, H/K, D) over k, v: (B, K, S, D).
+def attend_single_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Return the attention of one token of each of B sequences: q (1, H, B, D) over k, v: (B, K, S, D): (1, H, B, D).
 
-    mask: (B, 1, 1, S) bool; None: all keys are seen. sinks: (H,).
+    mask: (B, 1, 1, S) bool; None: all keys are seen. The window of `scoring` is in the mask.
     """
-    if sinks is not None:
-        return attend_with_sinks(q, k, v, sinks.view(*q.shape[1:3], 1), mask, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    (B, K), (_, H, _, D) = k.shape[:2], q.shape
+    grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)  # the H/K queries of a key head, as tokens of one head
+    if scoring.sinks is None:
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scoring.scale)
+    else:
+        y = attend_with_sinks(grouped, k, v, scoring.sinks.view(K, H // K, 1), mask, scale=scoring.scale)
+    return y.reshape(B, H, -1).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True)
@@ -233,40 +235,20 @@ class PagedBatch:
             raise IndexError(f"{self._longest} tokens are more than the context of {self.context}")
         return self._positions
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        group, keys, values = self.cache.group_of[layer], self.cache.keys[layer], self.cache.values[layer]
-        keys.flatten(0, 1)[self.slots[group]] = k[0].transpose(0, 1)
-        values.flatten(0, 1)[self.slots[group]] = v[0].transpose(0, 1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        group, keys, values = self.cache.store(layer, self.slots, k, v)
         reads = self.reads[group]
         if len(reads) == 1:
-            return self._read(reads[0], q, keys, values, window, scale, sinks)
+            return self._read(reads[0], q, keys, values, scoring)
         y = q.new_empty(*q.shape[:-1], v.shape[-1])
         for read in reads:
-            y[:, :, read.rows] = self._read(read, q[:, :, read.rows], keys, values, window, scale, sinks)
+            y[:, :, read.rows] = self._read(read, q[:, :, read.rows], keys, values, scoring)
         return y
 
     def advance(self, T: int) -> None:
         """Do nothing: the engine keeps track of the sequences' lengths."""
 
-    def _read(
-        self,
-        read: _Read,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        window: int | None,
-        scale: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _read(self, read: _Read, q: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of q: (1, H, B, D), one token of each of B sequences, or (1, H, T, D), T of one."""
         if isinstance(read.blocks, slice):
             k, v = keys[read.blocks].flatten(0, 1)[None], values[read.blocks].flatten(0, 1)[None]
@@ -277,14 +259,9 @@ class PagedBatch:
             v = values.index_select(0, flat).view(B, -1, *values.shape[2:])
         k = k[:, read.first : read.last].transpose(1, 2)  # (B, K, S, D)
         v = v[:, read.first : read.last].transpose(1, 2)
-        _, H, T, D = q.shape
-        B, K = k.shape[:2]
-        if B == 1 and T > 1:
-            return attend(q, k, v, window=window, scale=scale, sinks=sinks)
-        # One token per sequence: the H/K queries that share a key head become the tokens of one head.
-        grouped = q[0].transpose(0, 1).reshape(B, K, H // K, D)
-        y = attend_grouped(grouped, k, v, read.mask, scale, sinks)
-        return y.reshape(B, H, -1).transpose(0, 1)[None]
+        if k.shape[0] == 1 and q.shape[2] > 1:
+            return attend(q, k, v, **scoring._asdict())
+        return attend_single_tokens(q, k, v, read.mask, scoring)
 
     def _read_chunk(self, group: int, chunk: Chunk, start: int) -> _Read:
         window, Z = self.cache.windows[group], self.cache.block_size

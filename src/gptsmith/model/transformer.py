@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gptsmith.errors import UsageError
 from gptsmith.model.activations import FUNCTIONS, gate_function
 from gptsmith.model.attention import attend, causal_mask
-from gptsmith.model.cache import Cache
+from gptsmith.model.cache import Cache, Scoring
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.documents import Documents
 from gptsmith.model.dropout import dropout
@@ -164,7 +164,7 @@ class Attention(nn.Module):
             inputs.weights.append(attention_weights(q, k, self._mask(q, inputs.documents), self.scale, self.sinks))
         # y = attention_weights(q, k, mask) @ v: (B, H, T, D)
         if inputs.cache is not None:
-            y = inputs.cache.attend(self.layer, q, k, v, self.window, self.scale, self.sinks)
+            y = inputs.cache.attend(self.layer, q, k, v, Scoring(self.window, self.scale, self.sinks))
         else:
             y = attend(
                 q,
@@ -225,7 +225,7 @@ class LatentAttention(nn.Module):
             keys, values = self._latent_matrices()  # (H, D - R, rank), (H, V, rank)
             q = torch.cat((q @ keys.to(q.dtype), q_rope), dim=-1)  # (B, H, T, rank + R)
             k = torch.cat((latent[:, None], k_rope), dim=-1)  # (B, 1, T, rank + R)
-            y = inputs.cache.attend(self.layer, q, k, latent[:, None], None, self.scale or self.head_dim**-0.5)
+            y = inputs.cache.attend(self.layer, q, k, latent[:, None], Scoring(scale=self.scale or self.head_dim**-0.5))
             y = y @ values.to(y.dtype).mT  # (B, H, T, V)
         else:
             kv = self.kv_b_proj(latent).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D - R + V)
