@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,7 @@ ITEMS_AT_ONCE = 128  # between two updates of the progress bar and of the log
 _SHOWN_TOKENS = 12
 _KEPT_FOR_SHOTS = 0.1  # of a task's examples, if it has no others to take shots from
 
+T = TypeVar("T")
 TaskSpec: TypeAlias = str | Path | Definition | Task
 """A name or the path of a YAML file, or what these stand for."""
 
@@ -699,23 +700,42 @@ class _Evaluation:
         )
 
     def _fitted(self, task: Definition, items: Sequence[Item], shots: list[list[Item]]) -> list[list[Continuation]]:
-        """Return the requests of each item. Shots are removed, the first ones first, from prompts that are too long."""
-        requests: list[list[Continuation]] = [[] for _ in items]
-        waiting = list(range(len(items)))
+        """Return the requests of each item, with as many of its shots as fit."""
+        return self._with_shots_that_fit(
+            task, items, shots, lambda which: self._encoded(task, items, shots, which), _length
+        )
+
+    def _with_shots_that_fit(
+        self,
+        task: Definition,
+        items: Sequence[Item],
+        shots: list[list[Item]],
+        encode: Callable[[Sequence[int]], Iterable[T]],
+        length: Callable[[T], int],
+        answer_tokens: int = 0,
+    ) -> list[T]:
+        """Return the encoded prompts of all items. Remove shots, the first ones first, from prompts that are too long.
+
+        encode: yields the prompts of some items, with their shots as they are now. length: of a prompt, in tokens.
+        answer_tokens: room to leave for an answer. Raises DataError for an item that does not fit even without shots.
+        """
+        found: dict[int, T] = {}
+        waiting: Sequence[int] = range(len(items))
         while waiting:
-            for i, encoded in zip(waiting, self._encoded(task, items, shots, waiting), strict=True):
-                requests[i] = encoded
-            too_long = [i for i in waiting if _length(requests[i]) > self.context]
-            for i in too_long:
+            found.update(zip(waiting, encode(waiting), strict=True))
+            waiting = [i for i in waiting if length(found[i]) + answer_tokens > self.context]
+            for i in waiting:
                 if not shots[i]:
+                    most, advice = f"more than the context of {self.context}", "leave the example out"
+                    if answer_tokens:
+                        most = f"which leaves no room for {answer_tokens} more in the context of {self.context}"
+                        advice = "set max_tokens lower"
                     raise DataError(
-                        f"{task.name}: example {items[i].index} has {_length(requests[i])} tokens even without shots, "
-                        f"more than the context of {self.context}. Use a model with a longer context, or leave the "
-                        "example out."
+                        f"{task.name}: example {items[i].index} has {length(found[i])} tokens even without shots, "
+                        f"{most}. Use a model with a longer context, or {advice}."
                     )
                 shots[i] = shots[i][1:]
-            waiting = too_long
-        return requests
+        return [found[i] for i in range(len(items))]
 
     def _encoded(
         self, task: Definition, items: Sequence[Item], shots: list[list[Item]], which: Sequence[int]
@@ -774,24 +794,13 @@ class _Evaluation:
     def _generation_prompts(
         self, task: Definition, items: Sequence[Item], shots: list[list[Item]], params: SamplingParams
     ) -> list[Sequence[int]]:
-        """Return the ids of prompts. Shots are removed, the first ones first, where there is no room for the answer."""
+        """Return the ids of prompts, with as many of their shots as leave room for the answer."""
         chat = self.uses_chat(task)
-        prompts = []
-        for i, item in enumerate(items):
-            while True:
-                text = prompt_text(task, item, shots[i])
-                ids = self._prompt_ids(text, chat)
-                if len(ids) + params.max_tokens <= self.context:
-                    break
-                if not shots[i]:
-                    raise DataError(
-                        f"{task.name}: example {item.index} has {len(ids)} tokens even without shots, which leaves no "
-                        f"room for {params.max_tokens} more in the context of {self.context}. Set max_tokens lower, or "
-                        "use a model with a longer context."
-                    )
-                shots[i] = shots[i][1:]
-            prompts.append(ids)
-        return prompts
+
+        def encode(which: Sequence[int]) -> Iterator[Sequence[int]]:
+            return (self._prompt_ids(prompt_text(task, items[i], shots[i]), chat) for i in which)
+
+        return self._with_shots_that_fit(task, items, shots, encode, len, params.max_tokens)
 
     def _prompt_ids(self, text: str, chat: bool) -> Sequence[int]:
         """Return the ids of a prompt: a message of the user, or the text as it is."""
