@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,8 @@ from gptsmith.tokenizer.chatml import with_chat_template
 from gptsmith.train.budget import tuning
 from gptsmith.train.config import PreferenceConfig, RunConfig, SftConfig
 from gptsmith.train.init import Init, with_tokens
-from gptsmith.train.row_files import RowFiles, num_held_out
+from gptsmith.train.row_files import RowFiles, num_held_out, with_context, with_epochs
 
-MOST_CONTEXT = 1024  # default sequence length, where conversations are long and the model allows more
-_STEP = 64  # contexts are a multiple of it
 SHOWN = 3  # held-out conversations that are kept whole, to be answered in previews
 
 
@@ -182,22 +179,14 @@ def settle(config: RunConfig, overrides: Collection[str], prepared: Any) -> RunC
     from gptsmith.data.packing import pack
 
     assert isinstance(prepared, Chats)
-    method, most = config.method, config.loop.context
+    method = config.method
     assert isinstance(method, SftConfig)
-    if "context" not in overrides:
-        needed = -(-prepared.longest // _STEP) * _STEP
-        config = config.replace(context=max(1, min(most, MOST_CONTEXT, needed)))
+    config = with_context(config, overrides, prepared.longest)
     chats = prepared.within(config.loop.context, on_long=method.too_long)
     rows = len(pack(chats.train.lengths - 1, config.loop.context)) if method.packing else len(chats.train)
-    if "batch_size" not in overrides:
-        size = tuning.batch_for(rows) if tuning.has_rules(config) else config.loop.batch_size
-        config = config.replace(batch_size=min(size, rows))
-    if "steps" not in overrides:
-        steps = max(1, math.ceil(method.epochs * rows / config.loop.batch_size))
-        config = config.replace(steps=steps)
-        if "eval_every" not in overrides:
-            config = config.replace(eval_every=max(1, min(config.loop.eval_every, math.ceil(steps / 4))))
-    return config
+    if "batch_size" not in overrides and tuning.has_rules(config):
+        config = config.replace(batch_size=tuning.batch_for(rows))
+    return with_epochs(config, overrides, method.epochs, rows)
 
 
 def shown_prompts(chats: Chats, tokenizer: Tokenizer, model: Transformer) -> list[tuple[str, list[int]]]:

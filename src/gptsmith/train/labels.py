@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from gptsmith.log import note, progress
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import ClassifyConfig, RunConfig
 from gptsmith.train.init import Init, with_tokens
-from gptsmith.train.row_files import RowFiles
+from gptsmith.train.row_files import RowFiles, with_epochs
 
 _STEP = 32  # contexts are a multiple of it
 
@@ -115,15 +114,3 @@ def without_samples(config: RunConfig, overrides: Collection[str]) -> RunConfig:
     if "sample_prompt" in overrides or ("sample_tokens" in overrides and config.loop.sample_tokens):
         raise UsageError("a model with a task head writes no text: leave out --sample-tokens and --sample-prompt.")
     return config.replace(sample_tokens=0)
-
-
-def with_epochs(config: RunConfig, overrides: Collection[str], epochs: float, rows: int) -> RunConfig:
-    """Return the configuration with the batch size, steps and evaluations that suit so many rows."""
-    if "batch_size" not in overrides:
-        config = config.replace(batch_size=min(config.loop.batch_size, rows))
-    if "steps" not in overrides:
-        steps = max(1, math.ceil(epochs * rows / config.loop.batch_size))
-        config = config.replace(steps=steps)
-        if "eval_every" not in overrides:
-            config = config.replace(eval_every=max(1, min(config.loop.eval_every, math.ceil(steps / 4))))
-    return config

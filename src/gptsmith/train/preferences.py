@@ -10,7 +10,6 @@ Pairs and rated answers are kept as flat arrays; `Pairs.chosen`, `Pairs.rejected
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,7 @@ from gptsmith.errors import DataError, UsageError
 from gptsmith.log import note, progress
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.config import PreferenceConfig, RunConfig
-from gptsmith.train.row_files import RowFiles, hold_out, remind_of_template
-
-MOST_CONTEXT = 1024  # default sequence length, where answers are long and the model allows more
-_STEP = 64  # contexts are a multiple of it
+from gptsmith.train.row_files import RowFiles, hold_out, remind_of_template, with_context, with_epochs
 
 
 class Pair(NamedTuple):
@@ -318,17 +314,8 @@ def settle_preferences(config: RunConfig, overrides: Collection[str], prepared: 
     A batch has --batch-size pairs (or rated answers).
     """
     assert isinstance(prepared, Preferences)
-    method, most = config.method, config.loop.context
+    method = config.method
     assert isinstance(method, PreferenceConfig)
-    if "context" not in overrides:
-        needed = -(-prepared.longest // _STEP) * _STEP
-        config = config.replace(context=max(1, min(most, MOST_CONTEXT, needed)))
+    config = with_context(config, overrides, prepared.longest)
     rows = len(prepared.within(config.loop.context, on_long=method.too_long).train)
-    if "batch_size" not in overrides:
-        config = config.replace(batch_size=min(config.loop.batch_size, rows))
-    if "steps" not in overrides:
-        steps = max(1, math.ceil(method.epochs * rows / config.loop.batch_size))
-        config = config.replace(steps=steps)
-        if "eval_every" not in overrides:
-            config = config.replace(eval_every=max(1, min(config.loop.eval_every, math.ceil(steps / 4))))
-    return config
+    return with_epochs(config, overrides, method.epochs, rows)

@@ -22,6 +22,9 @@ from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.train.config import RunConfig
 
+MOST_CONTEXT = 1024  # default sequence length, where rows are long and the model allows more
+_CONTEXT_STEP = 64  # default sequence lengths are a multiple of it
+
 
 @dataclass(frozen=True)
 class RowFiles(abc.ABC):
@@ -128,3 +131,23 @@ def remind_of_template(tokenizer: Tokenizer, form: PromptForm, num_texts: int) -
             f"{num_texts:,} prompts are plain text and do not go through the model's chat template; --prompt-form chat "
             "makes each a message of the user"
         )
+
+
+def with_context(config: RunConfig, overrides: Collection[str], longest: int) -> RunConfig:
+    """Return the configuration with the context that rows of up to `longest` tokens need, unless it is set."""
+    if "context" in overrides:
+        return config
+    needed = -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP
+    return config.replace(context=max(1, min(config.loop.context, MOST_CONTEXT, needed)))
+
+
+def with_epochs(config: RunConfig, overrides: Collection[str], epochs: float, rows: int) -> RunConfig:
+    """Return the configuration with the batch size, steps and evaluations that suit so many rows."""
+    if "batch_size" not in overrides:
+        config = config.replace(batch_size=min(config.loop.batch_size, rows))
+    if "steps" not in overrides:
+        steps = max(1, math.ceil(epochs * rows / config.loop.batch_size))
+        config = config.replace(steps=steps)
+        if "eval_every" not in overrides:
+            config = config.replace(eval_every=max(1, min(config.loop.eval_every, math.ceil(steps / 4))))
+    return config

@@ -17,7 +17,7 @@ from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import UsageError
 from gptsmith.registry import Registry
 from gptsmith.tokenizer import Tokenizer
-from gptsmith.train.chats import MOST_CONTEXT, ChatFiles, settle, with_template
+from gptsmith.train.chats import ChatFiles, settle, with_template
 from gptsmith.train.config import (
     ClassifyConfig,
     DistillConfig,
@@ -44,6 +44,7 @@ from gptsmith.train.objectives.reward import reward, settle_reward
 from gptsmith.train.objectives.sft import sft
 from gptsmith.train.preferences import PreferenceFiles
 from gptsmith.train.prompts import PromptFiles
+from gptsmith.train.row_files import MOST_CONTEXT
 from gptsmith.train.text import Text
 
 
