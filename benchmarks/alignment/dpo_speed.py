@@ -25,19 +25,10 @@ from typing import Any
 import torch
 
 import gptsmith
-from gptsmith.formats.hf import save_model
-from gptsmith.model.families import FAMILIES
-from gptsmith.model.transformer import Transformer
-from gptsmith.tokenizer import train_bpe
 
-VOCABULARY = (
-    *("the", "a", "cat", "dog", "bird", "fish", "house", "tree", "runs", "sleeps", "eats", "sees", "likes"),
-    *("blue", "green", "small", "large", "and", "but", "or", "why", "who"),
-)
-
-
-def text(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(VOCABULARY) for _ in range(words))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from against_trl import OURS, make_model, text, trl_settings
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -53,26 +44,6 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-def make_model(place: Path, width: int, layers: int) -> Path:
-    """Save a random Llama with a tokenizer that has an end-of-text token."""
-    rng = random.Random(1)
-    tokenizer = train_bpe([text(rng, 20_000) + string.printable], 1024)
-    torch.manual_seed(0)
-    heads = width // 32
-    config = FAMILIES["llama"](
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=512,
-    )
-    place.mkdir()
-    save_model(Transformer(config), place, end_ids=tokenizer.end_ids)
-    tokenizer.save(place)
-    return place
-
-
 def ours(model: Path, data: Path, out: Path, steps: int, batch_size: int) -> tuple[float, float]:
     """Return pairs per second, and the loss of the first step."""
     run = gptsmith.dpo(
@@ -81,14 +52,10 @@ def ours(model: Path, data: Path, out: Path, steps: int, batch_size: int) -> tup
         out=out,
         steps=steps,
         batch_size=batch_size,
-        val_fraction=0.0,
-        lora="off",
-        optim={"name": "adamw", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"},
-        sample_tokens=0,
         log_every=1,
         eval_every=steps,
         compile="off",
-        device="cpu",
+        **OURS,
     )
     rows = [row for row in run.metrics if "loss" in row]
     return steps * batch_size / rows[-1]["time"], rows[0]["loss"]
@@ -107,21 +74,9 @@ def theirs(
         model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         ref_model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=DPOConfig(
-            output_dir=str(out),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            gradient_checkpointing=False,
+            **trl_settings(out, steps, batch_size),
             precompute_ref_log_probs=precompute,
             max_length=512,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            fp16=False,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(model),
@@ -146,7 +101,14 @@ def main() -> None:
     speeds: dict[str, list[float]] = {"gptsmith": [], "trl": [], "trl, reference computed before": []}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = make_model(place / "model", arguments.width, arguments.layers)
+        model = make_model(
+            place / "model",
+            arguments.width,
+            arguments.layers,
+            vocabulary=1024,
+            context=512,
+            characters=string.printable,
+        )
         rows = pairs(arguments.steps * arguments.batch_size)
         data = place / "pairs.jsonl"
         data.write_text("\n".join(map(json.dumps, rows)))
@@ -167,7 +129,6 @@ def main() -> None:
         "ratios": {name: medians["gptsmith"] / value for name, value in medians.items() if name != "gptsmith"},
     }
     print(result["ratios"])
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from machine import save
 
     print(save("dpo_speed", result))

@@ -28,15 +28,11 @@ from typing import Any
 import torch
 
 import gptsmith
-from gptsmith.formats.hf import save_model
-from gptsmith.model.families import FAMILIES
-from gptsmith.model.transformer import Transformer
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dpo_speed import text
+from against_trl import OURS, make_model, text, trl_settings
 
-from gptsmith.tokenizer import train_bpe
 from gptsmith.train.callbacks import Callback
 
 GROUP = 8
@@ -45,24 +41,6 @@ GROUP = 8
 def vowels(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
     """Return the share of vowels in each answer."""
     return [sum(letter in "aeiou" for letter in each) / max(1, len(each)) for each in completions]
-
-
-def make_model(place: Path, width: int, layers: int, vocabulary: int) -> Path:
-    """Save a random Llama with a tokenizer that has an end-of-text token."""
-    tokenizer = train_bpe([text(random.Random(1), 20_000)], vocabulary)
-    torch.manual_seed(0)
-    config = FAMILIES["llama"](
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=256,
-    )
-    place.mkdir()
-    save_model(Transformer(config), place, end_ids=tokenizer.end_ids)
-    tokenizer.save(place)
-    return place
 
 
 def ours(name: str, model: Path, data: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -95,16 +73,12 @@ def ours(name: str, model: Path, data: Path, out: Path, options: argparse.Namesp
             batch_size=options.batch,
             answer_tokens=options.tokens,
             context=64 + options.tokens,
-            val_fraction=0.0,
             check_rewards=False,
-            lora="off",
-            optim={"name": "adamw", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"},
-            sample_tokens=0,
             eval_every=options.steps,
-            device="cpu",
             fast_rollouts="fast" in name,
             passes=1,
             callbacks=[Clock()],
+            **OURS,
             **({"group_size": GROUP} if method == "grpo" else {}),
         )
     finally:
@@ -143,22 +117,10 @@ def theirs(model: Path, rows: list[dict[str, str]], out: Path, options: argparse
         model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
         args=GRPOConfig(
-            output_dir=str(out),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
+            **trl_settings(out, options.steps, options.batch),
             num_generations=GROUP,
             max_completion_length=options.tokens,
             beta=0.0,
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            fp16=False,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -185,7 +147,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"grpo": [], "grpo fast": [], "ppo": [], "trl grpo": []}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = make_model(place / "model", options.width, options.layers, options.vocabulary)
+        model = make_model(place / "model", options.width, options.layers, vocabulary=options.vocabulary, context=256)
         rng = random.Random(0)
         rows = [{"prompt": f"{text(rng, rng.randint(4, 12))}?"} for _ in range(options.batch * options.steps)]
         data = place / "prompts.jsonl"
