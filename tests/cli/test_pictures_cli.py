@@ -119,7 +119,7 @@ def test_generate_in_python(place: Path, tokenizer: Tokenizer) -> None:
     [
         ("seer", "missing.png", "there is no picture at"),
         ("seer", "damaged.png", "incomplete"),
-        ("seer", "words.txt", "no picture in a supported format"),
+        ("seer", "words.txt", "not a picture in a supported format"),
         ("seer", ".", "there is no picture at"),
         ("text", "dog.jpg", "reads text only"),
     ],

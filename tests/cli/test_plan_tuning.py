@@ -124,7 +124,10 @@ def test_mistakes_are_explained(base: Path, chats: Path, run_cli: Any) -> None:
     for arguments, message in (
         (("sft",), "No model and no data given. Use: gptsmith plan sft MODEL DATA"),
         (("distill", base, chats), "No teacher given"),
-        (("ppo", "no model", chats), "No reward given. Use: gptsmith plan ppo MODEL PROMPTS --reward"),  # before loading
+        (
+            ("ppo", "no model", chats),
+            "No reward given. Use: gptsmith plan ppo MODEL PROMPTS --reward",
+        ),  # before loading
         (("grpo", base), "Use: gptsmith plan grpo MODEL DATA"),
         (("sft", base, chats, "--budget", "nonsense"), "nonsense"),
         (("sft", base, chats, "--price-per-hour", -1), "--price-per-hour"),

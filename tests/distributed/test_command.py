@@ -135,9 +135,7 @@ def test_what_is_wrong_is_said_before_processes_start(run_cli: RunCli, text_file
     assert "--process-timeout must be above 0" in message(*train, "--process-timeout", 0)
     for command in ("plan", "find-lr", "scale"):
         assert f"gptsmith {command} is about a run in one process" in message(command, text_file, "--processes", 2)
-    assert "--parallel fsdp=2 needs a multiple of 2 processes, not 1" in message(
-        *train, "--parallel", "fsdp=2"
-    )
+    assert "--parallel fsdp=2 needs a multiple of 2 processes, not 1" in message(*train, "--parallel", "fsdp=2")
     assert "--parallel fsdp=3 needs a multiple of 3 processes, not 2" in message(
         *train, "--processes", 2, "--parallel", "fsdp=3"
     )

@@ -164,11 +164,11 @@ def test_layouts() -> None:
         ("fsdp=8,tp=2", 12, "needs a multiple of 16 processes, not 12"),
         ("dp=2,tp=2", 8, "needs 4 processes, not 8"),
         ("fsdp,tp", 8, "fsdp and tp have no size; only one axis can"),
-        ("pp=2", 2, "'pp=2' is no axis with a size"),
-        ("tp=0", 2, "'tp=0' is no axis with a size"),
-        ("hsdp", 4, "'hsdp' is no axis with a size"),
-        ("tp=2,tp=2", 4, "tp is there twice"),
-        ("", 4, "'' is no axis with a size"),
+        ("pp=2", 2, "'pp=2' is not an axis with a size"),
+        ("tp=0", 2, "'tp=0' is not an axis with a size"),
+        ("hsdp", 4, "'hsdp' is not an axis with a size"),
+        ("tp=2,tp=2", 4, "tp is given twice"),
+        ("", 4, "'' is not an axis with a size"),
     ],
 )
 def test_layouts_that_make_no_sense(text: str, processes: int, message: str) -> None:

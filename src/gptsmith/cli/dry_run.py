@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     if config.auto.budget is not None or config.auto.depth is not None or config.init.init is not None:
         raise UsageError("dry-run needs a model of a given size: leave out --budget, --depth and --init.")
     if config.adapter.lora == "on":
-        raise UsageError("dry-run is of training all weights; leave out --lora.")
+        raise UsageError("dry-run trains all weights: leave out --lora.")
     layout = config.parallel.layout(chosen.ranks)
     if layout is None:
         raise UsageError("--parallel auto: dry-run needs a layout, such as fsdp=8,tp=2.")

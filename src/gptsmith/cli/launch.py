@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.distributed.launch_files import Job, seconds_of
 
     if not command:
-        raise UsageError(f"Which run? Give the training command after `--`: {EXAMPLE}")
+        raise UsageError(f"No command given. Write a training command after `--`: {EXAMPLE}")
     if chosen.out is not None and chosen.out.exists():
         raise UsageError(f"{chosen.out} exists. Choose another --out.")
     checked = check(command, chosen.nodes * chosen.processes, chosen.name)
@@ -199,12 +199,14 @@ def check(command: Sequence[str], processes: int, name: str | None = None) -> Ch
     if not command or command[0] not in TRAINING:
         first = command[0] if command else ""
         hint = nearest(first, TRAINING) if first not in COMMANDS else ""
-        raise UsageError(f"launch starts a training command, not {first!r}.{hint} Those are: {', '.join(TRAINING)}.")
+        raise UsageError(
+            f"launch starts a training command, not {first!r}.{hint} Training commands: {', '.join(TRAINING)}."
+        )
     kind, *rest = command
     if option_value(rest, "--processes") is not None:
         raise UsageError(
-            "leave out --processes behind `--`: the file starts the processes. Before it, --nodes and --processes say "
-            "how many."
+            "leave out --processes after `--`: the launch file starts the processes. Set --nodes and --processes before "
+            "`--`."
         )
     if kind == "classify" and option_value(rest, "--predict") is not None:
         raise UsageError("classify --predict does not train; launch starts runs.")
@@ -267,7 +269,7 @@ def contents(chosen: Options, job: object) -> str:
         )
     assert isinstance(chosen, Kubernetes)
     if chosen.image is None:
-        raise UsageError("--image: which container image has gptsmith?")
+        raise UsageError("--image is missing: a container image with gptsmith.")
     selector = {}
     for each in chosen.node_selector:
         key, equals, value = each.partition("=")

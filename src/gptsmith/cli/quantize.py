@@ -123,7 +123,7 @@ def _quantize(
     before = _stored_size(model)
     if names := left_wide(model):
         note(
-            f"note: {len(names)} matrices stay in full precision, since their width is no multiple of 32: "
+            f"note: {len(names)} matrices stay in full precision, since their width is not a multiple of 32: "
             f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         )
     partial = out.with_name(f"{out.name}.partial")
@@ -172,7 +172,7 @@ def _kept(partial: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        note(f"Interrupted. Give the same command again to go on, or delete {partial}.")
+        note(f"Interrupted. Run the same command again to continue, or delete {partial}.")
         raise
 
 

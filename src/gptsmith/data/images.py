@@ -97,7 +97,7 @@ def decode_image(
     try:
         with pillow.open(io.BytesIO(header.data), formats=[header.format.upper()]) as image:
             if image.size != (width, height):
-                raise ImageError(f"the {header.format} picture contradicts itself: two sizes are given in it.")
+                raise ImageError(f"the {header.format} picture is damaged: it gives two different sizes.")
             image.load()
             pixels = _rgb(image, background)
     except ImageError:
@@ -174,7 +174,7 @@ def _header(source: bytes) -> _Header:
     if source[:4] == b"RIFF" and source[8:12] == b"WEBP":
         found = webp
     if found is None:
-        raise ImageError(f"this is no picture in a supported format ({', '.join(FORMATS)}).")
+        raise ImageError(f"this is not a picture in a supported format ({', '.join(FORMATS)}).")
     name, reader = found
     try:
         return reader(source)
@@ -227,7 +227,7 @@ def _jpeg(source: bytes) -> _Header:
         segment = source[position:end]
         if marker in _JPEG_SIZES:
             if size is not None:
-                raise ImageError("the JPEG picture contradicts itself: two sizes are given in it.")
+                raise ImageError("the JPEG picture is damaged: it gives two different sizes.")
             size = struct.unpack_from(">HH", source, position + 5)
         if marker == 0xDA or marker == 0xD9:  # pixels follow, or the end
             break
@@ -342,7 +342,7 @@ def image_bytes(part: Any, *, base: Path | None = None, limits: ImageLimits = DE
             return image_bytes(found, base=base, limits=limits)
         found = part.get("bytes") if part.get("bytes") is not None else part.get("path")
         if kind is not None or found is None:
-            raise ImageError(f"a part of type {kind!r} is no picture.")
+            raise ImageError(f"a part of type {kind!r} is not a picture.")
         return image_bytes(found, base=base, limits=limits)
     if isinstance(part, bytes | bytearray | memoryview):
         if len(part) > limits.max_bytes:

@@ -199,7 +199,7 @@ def load_weight_pieces(model: Transformer, tensors: Mapping[str, Tensor], at: Ma
     """
     pieces = weight_pieces(model, at)
     if missing := sorted(pieces.keys() - tensors.keys()):
-        raise CheckpointError(f"{where} lacks {len(missing)} tensors of the model, {missing[0]} among them.")
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors of the model, such as {missing[0]}.")
     for name, piece in pieces.items():
         load_piece(piece, tensors[name], f"{where}: {name}")
 

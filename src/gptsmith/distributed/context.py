@@ -406,7 +406,9 @@ class ProcessGroup(DistributedContext):
         if device.type == "cpu":
             return device
         if str(device) != "cuda":  # one of a number, or of another kind
-            raise UsageError(f"--device {device}: several processes use the CPU, or a CUDA GPU each: --device cuda.")
+            raise UsageError(
+                f"--device {device}: several processes need --device cpu, or --device cuda with a GPU each."
+            )
         if self.local_world_size > torch.cuda.device_count():
             raise UsageError(
                 f"{self.local_world_size} processes need a GPU each, and this machine has {torch.cuda.device_count()}. "
@@ -594,5 +596,5 @@ def _number(name: str) -> int:
     except ValueError:
         value = -1
     if value < 0:
-        raise UsageError(f"the environment variable {name} is {os.environ[name]!r}, not a number of torchrun's.")
+        raise UsageError(f"the environment variable {name} is {os.environ[name]!r}, not a number as torchrun sets it.")
     return value

@@ -47,8 +47,8 @@ class Job:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise UsageError(
-                f"--name {self.name}: a job is called by lower-case letters, digits and hyphens, from a letter on, at "
-                "most 52."
+                f"--name {self.name}: use lower-case letters, digits and hyphens, starting with a letter, at most 52 "
+                "characters."
             )
         if self.seconds is not None and self.seconds <= SAVE_SECONDS:
             raise UsageError(f"--time must be longer than the {SAVE_SECONDS // 60} minutes that saving may take.")
@@ -115,7 +115,7 @@ def folded(words: Sequence[str], indent: str = "") -> str:
 def torchrun_file(job: Job, *, head: str | None = None, port: int = PORT) -> str:
     """Return a shell script to execute on every machine. head: name or address of one of them, which all can reach."""
     if job.nodes > 1 and not head:
-        raise UsageError("--head says on which machine the others meet: its name or address.")
+        raise UsageError("--head is missing: the name or address of the first machine, to which the others connect.")
     about = f"Execute this on each of the {job.nodes} machines" if job.nodes > 1 else "Execute this"
     return "\n".join(
         [
@@ -249,8 +249,8 @@ def sky_file(job: Job, resources: SkyResources) -> str:
         folder = job.run_directory.split("/")[0]
         if job.run_directory.startswith("/") or folder in ("", ".", "..") or "/" not in job.run_directory:
             raise UsageError(
-                f"--bucket: the bucket becomes the folder of the run directory {job.run_directory}, which must be a "
-                "relative one with a folder of its own, such as runs/NAME."
+                f"--bucket is mounted as the folder that holds the run directory: use a relative path such as "
+                f"--out runs/NAME, not {job.run_directory}."
             )
         task["file_mounts"] = {f"~/sky_workdir/{folder}": {"source": r.bucket, "mode": "MOUNT_CACHED"}}
     task["setup"] = _Literal("\n".join(job.setup or ("pip install gptsmith",)) + "\n")

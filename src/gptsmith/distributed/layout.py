@@ -56,9 +56,9 @@ class Layout:
                 axes = [(name, value)]
             for axis, number in axes:
                 if axis not in AXES or (axis != open_axis and not (number.isdecimal() and int(number))):
-                    raise UsageError(f"--parallel {text}: {part.strip()!r} is no axis with a size. {FORMS}.")
+                    raise UsageError(f"--parallel {text}: {part.strip()!r} is not an axis with a size. {FORMS}.")
                 if axis in sizes:
-                    raise UsageError(f"--parallel {text}: {axis} is there twice.")
+                    raise UsageError(f"--parallel {text}: {axis} is given twice.")
                 sizes[axis] = int(number or 1)
         taken = math.prod(sizes.values())
         if processes is not None:

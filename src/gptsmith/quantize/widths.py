@@ -54,7 +54,7 @@ def quantizable(model: Transformer) -> dict[str, Tensor]:
 
 
 def left_wide(model: Transformer) -> list[str]:
-    """Return the matrices of the layers that stay in full precision since their width is no multiple of 32."""
+    """Return the matrices of the layers that stay in full precision since their width is not a multiple of 32."""
     chosen = quantizable(model)
     return [n for n in matrices_of(model) if n.startswith("layers.") and not kept_wide(n) and n not in chosen]
 

@@ -95,7 +95,7 @@ def load_hardware(name: str) -> Hardware:
     known = hardware_names()
     if name.lower() not in known:
         raise UsageError(
-            f"no accelerator {name!r} is known.{nearest(name.lower(), known)} Known are: {', '.join(known)}."
+            f"unknown accelerator {name!r}.{nearest(name.lower(), known)} Accelerators: {', '.join(known)}."
         )
     text = (resources.files("gptsmith.train.forecast") / "hardware" / f"{name.lower()}.yaml").read_text(
         encoding="utf-8"

@@ -47,7 +47,7 @@ class Cluster:
         if not found or int(found[1]) < 1:
             names = ", ".join(hardware_names())
             raise UsageError(
-                f"--cluster {text}: write a number and an accelerator, such as 1024xH100. Known are: {names}."
+                f"--cluster {text}: write a number and an accelerator, such as 1024xH100. Accelerators: {names}."
             )
         hardware = load_hardware(found[2])
         count = int(found[1])
@@ -160,7 +160,7 @@ def plan_cluster(
     if config.adapter.lora == "on":
         raise UsageError("--cluster forecasts training of all weights; leave out --lora.")
     if config.parallel.exact:
-        raise UsageError("--cluster does not know what --exact costs; leave it out.")
+        raise UsageError("--cluster does not support --exact: leave it out.")
     if config.loop.precision not in ("auto", "bf16"):
         raise UsageError(f"--cluster forecasts training in bf16; leave out --precision {config.loop.precision}.")
 
