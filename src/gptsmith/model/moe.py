@@ -78,17 +78,21 @@ class MixtureOfExperts(nn.Module):
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and numbers of each token's experts, two (N, k), from the router's logits (N, E)."""
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        experts = self.choose(scores)
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if self.sigmoid else 0.0))
+        return weights * self.scaling if self.scaling != 1 else weights, experts
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the numbers of each token's experts (N, k) from the scores of all (N, E)."""
         choice = scores + self.score_correction_bias if self.sigmoid else scores
         if self.groups > 1:
             grouped = choice.view(len(choice), self.groups, -1)
             best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices  # (N, groups used)
             used = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
             choice = grouped.masked_fill(~used[..., None], -torch.inf).flatten(1)
-        experts = choice.topk(self.top_k, dim=-1).indices
-        weights = scores.gather(1, experts)
-        if self.normalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + (1e-20 if self.sigmoid else 0.0))
-        return weights * self.scaling if self.scaling != 1 else weights, experts
+        return choice.topk(self.top_k, dim=-1).indices
 
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         """Return each expert's output (n, C) for its run of tokens (n, C)."""
