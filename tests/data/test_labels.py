@@ -192,10 +192,10 @@ def test_labels_outside_the_declared_classes(tmp_path: Path) -> None:
         (reviews("a", "b", "c"), "classification", "each of the 3 rows has a label of its own"),
         (reviews("Pos", "pos", "Pos"), "classification", "'Pos' and 'pos' differ only in case"),
         (reviews(1, 0.25), "classification", "line 2: the label 0.25 is a number, not a class. Use the task regress"),
-        (reviews(1, "high"), "regression", "line 2: the label 'high' is not a finite number"),
-        (reviews(1, "inf"), "regression", "line 2: the label 'inf' is not a finite number"),
+        (reviews(1, "high"), "regression", "line 2: the label is not a finite number: 'high'"),
+        (reviews(1, "inf"), "regression", "line 2: the label is not a finite number: 'inf'"),
         (reviews(1, 10**400), "regression", "line 2: the label 1000"),
-        (reviews(1, True), "regression", "line 2: the label True is not a finite number"),
+        (reviews(1, True), "regression", "line 2: the label is not a finite number: True"),
         ([{"text": "a", "label": 1}, {"x": 1}], "classification", "line 2: the fields x have no text"),
     ],
 )

@@ -140,7 +140,7 @@ def test_margins() -> None:
     with pytest.raises(RowError, match="score_chosen is below score_rejected"):
         only({**texts, "score_chosen": 1, "score_rejected": 2}, score_margins=True)
     for bad in (True, "much", float("nan"), float("inf"), [1]):
-        with pytest.raises(RowError, match="margin is not a number"):
+        with pytest.raises(RowError, match="margin is not a finite number"):
             only({**texts, "margin": bad})
 
 
@@ -233,7 +233,7 @@ def test_rated_answers(label: Any) -> None:
         ("completions has 1 answers", {"prompt": "q", "completions": ["a"], "ranks": [1]}),
         ("the completions\\[0\\] answer equals", {"prompt": "q", "completions": ["a", "a"], "ranks": [1, 2]}),
         ("completions\\[1\\] answer is empty", {"prompt": "q", "completions": ["a", ""], "ranks": [1, 2]}),
-        ("scores\\[1\\] is not a number", {"prompt": "q", "completions": ["a", "b"], "scores": [1, None]}),
+        ("scores\\[1\\] is not a finite number", {"prompt": "q", "completions": ["a", "b"], "scores": [1, None]}),
         ("but no prompt", {"completions": ["a", "b"], "scores": [1, 2]}),
         ("label is 'good'", {"prompt": "q", "completion": "a", "label": "good"}),
         ("kto_tag is 2", {"prompt": "q", "completion": "a", "kto_tag": 2}),

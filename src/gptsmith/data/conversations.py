@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,17 @@ REASONS_SHOWN = 3
 
 class RowError(DataError):
     """A row that cannot be trained on. The message does not say where it is."""
+
+
+def finite_number(value: Any, name: str) -> float:
+    """Return a field as a number, also from a text. Raise RowError, with its name, if it is not a finite one."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"{name} is not a finite number: {value!r}.")
+    return number
 
 
 # Forms ---------------------------------------------------------------------------------------------------------------

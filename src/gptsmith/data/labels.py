@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from gptsmith.data.conversations import Counts, RowError, bad_row
+from gptsmith.data.conversations import Counts, RowError, bad_row, finite_number
 from gptsmith.data.rows import Split, read_rows
 from gptsmith.errors import DataError, UsageError, nearest
 
@@ -489,14 +489,8 @@ def _look_like_scores(labels: Sequence[Any]) -> bool:
     return any(not number.is_integer() for number in numbers)
 
 
-def _number(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError(f"the label {value!r} is not a finite number.")
-    return number
+def _number(label: Any) -> float:
+    return finite_number(label, "the label")
 
 
 def _converted(

@@ -18,7 +18,6 @@ An optional margin, or score_chosen and score_rejected, says by how much an answ
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from gptsmith.data.conversations import (
     as_conversation,
     as_messages,
     bad_row,
+    finite_number,
     with_pictures,
 )
 from gptsmith.data.pictures import Eyes
@@ -276,24 +276,14 @@ def _start(
 
 def _margin(row: Mapping[str, Any], score_margins: bool) -> float | None:
     if "margin" in row:
-        return _number(row["margin"], "margin")
+        return finite_number(row["margin"], "margin")
     for names in _SCORE_PAIRS if score_margins else ():
         if all(name in row for name in names):
-            chosen, rejected = (_number(row[name], name) for name in names)
+            chosen, rejected = (finite_number(row[name], name) for name in names)
             if chosen < rejected:
                 raise RowError(f"{names[0]} is below {names[1]}, but the answer was chosen.")
             return chosen - rejected
     return None
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError(f"{name} is not a number: {value!r}.")
-    return number
 
 
 # Ratings -------------------------------------------------------------------------------------------------------------
@@ -370,11 +360,11 @@ def _numbers(row: Mapping[str, Any], names: Sequence[str], field: str, of_one: S
         if isinstance(value, list | tuple):
             if len(value) != len(row[field]):
                 raise RowError(f"{name} has {len(value)} entries, but {field} has {len(row[field])}.")
-            return [_number(each, f"{name}[{i}]") for i, each in enumerate(value)]
+            return [finite_number(each, f"{name}[{i}]") for i, each in enumerate(value)]
     answers = [value if isinstance(value, Mapping) else {} for value in row[field]]
     for name in of_one:
         if any(name in answer for answer in answers):
-            return [_number(answer.get(name), f"{field}[{i}], {name}") for i, answer in enumerate(answers)]
+            return [finite_number(answer.get(name), f"{field}[{i}], {name}") for i, answer in enumerate(answers)]
     return None
 
 

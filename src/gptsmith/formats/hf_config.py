@@ -494,22 +494,12 @@ def llama_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     rope = whole_heads(rope_from_hf(hf, theta=1e6 if kind == "mixtral" else 10000.0), head_dim)
     window, pattern = _windows_from_hf(hf)
     values: dict[str, Any] = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "num_hidden_layers": hf["num_hidden_layers"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "num_key_value_heads": hf["num_key_value_heads"] or hf["num_attention_heads"],
+        **shared_from_hf(hf),
         "head_dim": head_dim,
-        "intermediate_size": hf["intermediate_size"],
         "mlp": gated_activation(hf["hidden_act"]),
-        "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-        "rope_theta": rope.theta,
-        "rope_scaling": rope.scaling,
+        **rope.fields(hf["max_position_embeddings"]),
         "sliding_window": window,
         "window_pattern": pattern,
-        "norm_eps": hf["rms_norm_eps"],
-        "initializer_range": hf["initializer_range"],
-        "tie_word_embeddings": hf["tie_word_embeddings"],
     }
     if kind in ("llama", "qwen3", "qwen3_moe"):
         values["attention_bias"] = hf["attention_bias"]
@@ -635,6 +625,15 @@ class Rope:
         if s is not None and s.short_factor != s.long_factor:
             return min(context, s.original_max_position_embeddings or context)
         return context
+
+    def fields(self, context: int) -> dict[str, Any]:
+        """Return the fields of a `ModelConfig` that describe these positions. context: that of the configuration."""
+        return {
+            "max_position_embeddings": self.context(context),
+            "rope_theta": self.theta,
+            "rope_scaling": self.scaling,
+            "partial_rotary_factor": self.part,
+        }
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")

@@ -80,10 +80,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return families.gpt_neox(
         **shared
         | {
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
-            "partial_rotary_factor": rope.part,
+            **rope.fields(hf["max_position_embeddings"]),
             "mlp": choice(hf["hidden_act"], ACTIVATIONS, "hidden_act"),
             "parallel_residual": bool(hf["use_parallel_residual"]),
             "attention_bias": bool(hf["attention_bias"]),

@@ -111,9 +111,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         **shared
         | {
             "head_dim": head_dim,
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
+            **rope.fields(hf["max_position_embeddings"]),
             "num_experts": hf["num_local_experts"],
             "num_experts_per_tok": hf["num_experts_per_tok"],
             "router_aux_loss_coef": hf["router_aux_loss_coef"],

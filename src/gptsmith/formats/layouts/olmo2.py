@@ -49,9 +49,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         **shared
         | {
             "head_dim": head_dim,
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
+            **rope.fields(hf["max_position_embeddings"]),
             "mlp": gated_activation(hf["hidden_act"]),
             "attention_bias": bool(hf["attention_bias"]),
         }

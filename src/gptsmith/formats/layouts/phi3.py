@@ -81,10 +81,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         **shared
         | {
             "head_dim": hf.get("head_dim") or shared["head_dim"],
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
-            "partial_rotary_factor": rope.part,
+            **rope.fields(hf["max_position_embeddings"]),
             "mlp": gated_activation(hf["hidden_act"]),
             "sliding_window": window,
             "window_pattern": () if window is None else (True,),

@@ -75,9 +75,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         **shared
         | {
             "head_dim": head_dim,
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
+            **rope.fields(hf["max_position_embeddings"]),
             "rope_pattern": () if all(rotary) else shortest_pattern(rotary),
             "mlp": gated_activation(hf["hidden_act"]),
             "sliding_window": window,

@@ -54,10 +54,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return families.stablelm(
         **shared_from_hf(hf, norm_eps="layer_norm_eps")
         | {
-            "max_position_embeddings": rope.context(hf["max_position_embeddings"]),
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
-            "partial_rotary_factor": rope.part,
+            **rope.fields(hf["max_position_embeddings"]),
             "mlp": gated_activation(hf["hidden_act"]),
             "attention_bias": bool(hf["use_qkv_bias"]),
             "qk_norm": bool(hf["qk_layernorm"]),

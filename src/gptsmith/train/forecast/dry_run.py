@@ -36,11 +36,9 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.runtime import ChosenPrecision
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.config import RunConfig
-from gptsmith.train.forecast.storages import StorageMode
+from gptsmith.train.forecast.storages import StorageMode, shallow_depths
 from gptsmith.train.step import TrainingStep
 
-MOMENTS = ("micro-batch", "update")
-SHALLOW = 2  # layers of the smaller of the two models that are run
 MOST_CLASSES = 8  # of processes that are run; more are named
 
 
@@ -119,12 +117,12 @@ def dry_run(config: RunConfig, model_config: ModelConfig, layout: Layout) -> Dry
     layout.check(model_config)
     batch = config.loop.batch_size
     if layout.ep > 1:
-        raise UsageError("dry-run cannot follow tokens to the processes of their experts; leave out ep.")
+        raise UsageError("dry-run does not support ep, whose traffic depends on the tokens: leave it out.")
     if batch % layout.data_size:
         raise UsageError(f"a batch of {batch} cannot be divided among {layout.data_size}: set another --batch-size.")
     rows = batch // layout.data_size
     micro = min(config.loop.micro_batch_size or rows, rows)
-    low, high = _depths(model_config)
+    low, high = shallow_depths(model_config)
     runs = {
         depth: _run(0, config, replace(model_config, num_hidden_layers=depth), layout, micro) for depth in (low, high)
     }
@@ -154,14 +152,6 @@ def dry_run(config: RunConfig, model_config: ModelConfig, layout: Layout) -> Dry
         difference=difference,
         seconds=time.monotonic() - began,
     )
-
-
-def _depths(c: ModelConfig) -> tuple[int, int]:
-    period = max(1, len(c.window_pattern))
-    few = -(-SHALLOW // period) * period
-    if c.num_hidden_layers <= few + period:
-        return c.num_hidden_layers, c.num_hidden_layers
-    return few, few + period
 
 
 # One process ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from gptsmith.train.adapter import adapt, is_on
 from gptsmith.train.budget.machine import example_objective
 from gptsmith.train.compile import compile_blocks, partitioned, undo_compile
 from gptsmith.train.config import RunConfig
-from gptsmith.train.forecast.storages import StorageMode
+from gptsmith.train.forecast.storages import StorageMode, shallow_depths
 from gptsmith.train.objectives.base import Models, Objective
 from gptsmith.train.objectives.pretrain import EVAL_TOKENS_AT_ONCE, evaluation_rows
 from gptsmith.train.step import TrainingStep
@@ -39,7 +39,6 @@ from gptsmith.train.step import TrainingStep
 Parts = dict[str, float]
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
-SHALLOW = 2  # layers of the smaller of the two models that are run
 USABLE = 0.92  # of what is available: forecasts err, and other programs need some
 
 # Measured on Linux (glibc) by benchmarks/forecast.py.
@@ -133,13 +132,12 @@ class Forecaster:
     def _peaks(self, micro_batch_size: int) -> dict[str, Parts]:
         """Return the bytes by part at each moment's peak, for the whole depth."""
         c = self.model_config
-        period = max(1, len(c.window_pattern))
-        few = -(-SHALLOW // period) * period
-        if c.num_hidden_layers <= few + period:
-            return self._run(c, micro_batch_size)
+        few, more = shallow_depths(c)
         low = self._run(replace(c, num_hidden_layers=few), micro_batch_size)
-        high = self._run(replace(c, num_hidden_layers=few + period), micro_batch_size)
-        times = (c.num_hidden_layers - few) / period
+        if few == more:
+            return low
+        high = self._run(replace(c, num_hidden_layers=more), micro_batch_size)
+        times = (c.num_hidden_layers - few) / (more - few)
         return {
             moment: {part: low[moment][part] + times * (high[moment][part] - low[moment][part]) for part in PARTS}
             for moment in low

@@ -1,4 +1,4 @@
-"""Follow the storages that operators allocate and free, for runs on tensors without storage."""
+"""Runs on tensors without storage, of shallow models: which storages operators allocate and free."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gptsmith.model.config import ModelConfig
+
+SHALLOW = 2  # layers of the smaller of two models
+
+
+def shallow_depths(c: ModelConfig) -> tuple[int, int]:
+    """Return two small depths from which any other is extrapolated; twice the depth itself, if it is small.
+
+    They differ by a period of the layers' sliding windows.
+    """
+    period = max(1, len(c.window_pattern))
+    few = -(-SHALLOW // period) * period
+    if c.num_hidden_layers <= few + period:
+        return c.num_hidden_layers, c.num_hidden_layers
+    return few, few + period
 
 
 class StorageMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
