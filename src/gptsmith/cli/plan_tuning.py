@@ -121,18 +121,15 @@ def main(name: str, arguments: list[str]) -> int:
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.forecast.memory import process_memory
     from gptsmith.train.forecast.plan import forecast
-    from gptsmith.train.init import adapted_to_init, load_init
+    from gptsmith.train.init import load_init
     from gptsmith.train.objectives.registry import METHODS, ObjectiveContext
-    from gptsmith.train.row_files import RowFiles
-    from gptsmith.train.run import planned
+    from gptsmith.train.run import adapt_to_init, planned
 
     method, device = METHODS[name], choose_device(config.loop.device)
     keep_freed_memory()
     opened = method.open_data(chosen.data, config)
     init = method.adapt_init(load_init(str(chosen.model)), config, opened)
-    config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
-    if isinstance(opened, RowFiles):
-        opened = opened.for_model(init.config)
+    config, opened = adapt_to_init(config, overrides, init, opened, method, name)
     dataset = opened.prepare(config, init.tokenizer)
     note(dataset.summary())
     config = method.settle(config, overrides, dataset)

@@ -243,15 +243,10 @@ def _start_in(
         raise GptsmithError("--compile on needs a C++ compiler; g++ and clang++ are missing. Use --compile auto.")
     init: Init | None = None
     if config.init.init is not None:
-        init = ranks.main_first(lambda: method.adapt_init(load_init(str(config.init.init)), config, opened))
-        config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
+        asked = config  # for the closure
+        init = ranks.main_first(lambda: method.adapt_init(load_init(str(asked.init.init)), asked, opened))
+        config, opened = adapt_to_init(config, overrides, init, opened, method, objective_name)
         tokenizer = init.tokenizer
-        if init.config.vision is not None and method.reads_text_alone:
-            raise UsageError(
-                f"{config.init.init} reads pictures, and {objective_name} is for models that read text alone."
-            )
-        if isinstance(opened, RowFiles):
-            opened = opened.for_model(init.config)
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
     elif opened is not None:
@@ -291,28 +286,7 @@ def _start_in(
         model_config = init.config
     else:
         model_config = config.model.build(tokenizer.vocab_size, config.loop.context)
-    info: dict[str, Any] = {
-        "schema": SCHEMA,
-        "version": gptsmith.__version__,
-        "status": "running",
-        "started": now(),
-        "config": to_dict(config),
-        "model": to_dict(model_config),
-        "data": _describe_data(opened, dataset),
-        "objective": objective_name if extras.batches is None else reference_to(BatchStream),
-        "precision": precision,
-        "machine": describe_machine(),
-    }
-    if launch_name() is not None:
-        info["launch"] = launch_name()
-    if extras.factory is not None:
-        info["model_factory"] = reference_to(extras.factory)
-    if plan is not None:
-        info["plan"] = {
-            "reasons": plan.reasons,
-            "eval_seconds": plan.eval_seconds,
-            "teardown_seconds": plan.teardown_seconds,
-        }
+    info = _describe(config, model_config, opened, dataset, objective_name, precision, extras, plan)
     session = _session(
         Run(directory, info), config, tokenizer, model_config, dataset, init, device, method, extras, ranks, began=began
     )
@@ -325,6 +299,21 @@ def _start_in(
         session.run.update(parameters=session.model.num_parameters())
         note(summary(session, config, dataset))
         return session.train(on_end)
+
+
+def adapt_to_init(
+    config: RunConfig,
+    overrides: Collection[str],
+    init: Init,
+    opened: TrainingData | None,
+    method: Method,
+    objective_name: str,
+) -> tuple[RunConfig, TrainingData | None]:
+    """Return the configuration and the data of a run that starts from a model. UsageError if it does not fit."""
+    config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
+    if init.config.vision is not None and method.reads_text_alone:
+        raise UsageError(f"{config.init.init} reads pictures, and {objective_name} is for models that read text alone.")
+    return config, opened.for_model(init.config) if isinstance(opened, RowFiles) else opened
 
 
 def planned(
@@ -537,6 +526,42 @@ def _check_processes(config: RunConfig, ranks: DistributedContext) -> None:
 
 def _default_name(data: TrainingData | None, objective: str) -> str:
     return data.name if data is not None else objective.rpartition(":")[2].rpartition(".")[2].lower()
+
+
+def _describe(
+    config: RunConfig,
+    model_config: ModelConfig,
+    opened: TrainingData | None,
+    dataset: Prepared | None,
+    objective_name: str,
+    precision: str,
+    extras: Extras,
+    plan: Plan | None,
+) -> dict[str, Any]:
+    """Return the record of a run that begins, for run.json."""
+    info: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": gptsmith.__version__,
+        "status": "running",
+        "started": now(),
+        "config": to_dict(config),
+        "model": to_dict(model_config),
+        "data": _describe_data(opened, dataset),
+        "objective": objective_name if extras.batches is None else reference_to(BatchStream),
+        "precision": precision,
+        "machine": describe_machine(),
+    }
+    if launch_name() is not None:
+        info["launch"] = launch_name()
+    if extras.factory is not None:
+        info["model_factory"] = reference_to(extras.factory)
+    if plan is not None:
+        info["plan"] = {
+            "reasons": plan.reasons,
+            "eval_seconds": plan.eval_seconds,
+            "teardown_seconds": plan.teardown_seconds,
+        }
+    return info
 
 
 def _describe_data(data: TrainingData | None, dataset: Prepared | None) -> dict[str, Any]:
