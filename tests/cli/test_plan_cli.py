@@ -102,7 +102,7 @@ def test_a_cluster(run_cli: Cli) -> None:
     ("arguments", "message"),
     [
         (["--cluster", "many"], "write a number and an accelerator"),
-        (["--cluster", "8xB9000"], "no accelerator 'B9000'"),
+        (["--cluster", "8xB9000"], "unknown accelerator 'B9000'"),
         (["--cluster", "12xH100"], "a multiple"),
         (["--cluster", "8xH100", "--budget", "1h"], "a --budget is for this machine"),
         (["--cluster", "8xH100", "--precision", "fp32"], "leave out --precision fp32"),

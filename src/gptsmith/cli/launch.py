@@ -205,8 +205,8 @@ def check(command: Sequence[str], processes: int, name: str | None = None) -> Ch
     kind, *rest = command
     if option_value(rest, "--processes") is not None:
         raise UsageError(
-            "leave out --processes after `--`: the launch file starts the processes. Set --nodes and --processes before "
-            "`--`."
+            "leave out --processes after `--`: the launch file starts the processes. Set their number before it, with "
+            "--nodes and --processes."
         )
     if kind == "classify" and option_value(rest, "--predict") is not None:
         raise UsageError("classify --predict does not train; launch starts runs.")

@@ -31,8 +31,8 @@ def check_version() -> None:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not OLDEST <= version <= NEWEST:
         raise GptsmithError(
-            f"dry-run uses private parts of torch that are known from {'.'.join(map(str, OLDEST))} to "
-            f"{'.'.join(map(str, NEWEST))}; this is torch {torch.__version__}."
+            f"dry-run needs torch {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}, whose private parts it "
+            f"uses; this is torch {torch.__version__}."
         )
 
 

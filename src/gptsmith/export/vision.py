@@ -72,9 +72,7 @@ def with_vision(
     image_token_id = tokenizer.added_tokens()[IMAGE_TOKEN]
     config = replace(text.config, vision=vision, image_token_id=image_token_id)
     if config.position == "learned" and config.tie_word_embeddings:
-        note(
-            "embeddings and output matrix are no longer tied: transformers does not tie those of GPT-1, 2 and 3 in its llava layout"
-        )
+        note("embeddings and output matrix are no longer tied: the llava layout has no tied ones of GPT-1, 2 and 3")
         config = replace(config, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
