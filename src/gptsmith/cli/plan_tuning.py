@@ -129,8 +129,9 @@ def main(name: str, arguments: list[str]) -> int:
     keep_freed_memory()
     opened = method.open_data(chosen.data, config)
     init = method.adapt_init(load_init(str(chosen.model)), config, opened)
-    config, opened = adapt_to_init(config, overrides, init, opened, method, name)
-    dataset = opened.prepare(config, init.tokenizer)
+    config, adapted = adapt_to_init(config, overrides, init, opened, method, name)
+    assert adapted is not None
+    dataset = adapted.prepare(config, init.tokenizer)
     note(dataset.summary())
     config = method.settle(config, overrides, dataset)
     if config.auto.budget is not None:
