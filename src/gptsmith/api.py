@@ -144,7 +144,7 @@ def sft(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
 
 
 def classify(model: str | Path | Run, data: str | Path, **options: Any) -> Run:
-    """Train a model with a task head on labelled texts and return the run, as `gptsmith classify MODEL DATA` does.
+    """Train a model with a task head on labeled texts and return the run, as `gptsmith classify MODEL DATA` does.
 
     options: as for `fit`, and those of the command (`task="entailment"`, `aux_loss=0`, `labels=("no", "yes")`).
     """

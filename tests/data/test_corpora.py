@@ -224,7 +224,7 @@ def test_demonstration_sets_are_unchanged(tmp_path: Path) -> None:
     assert built("c4_demo", source) == rows
 
 
-def test_summaries_and_labelled_texts(tmp_path: Path) -> None:
+def test_summaries_and_labeled_texts(tmp_path: Path) -> None:
     article = {"title": "A", "extract": "text of A", "description": "d", "topic": "Arts"}
     reviews = "text,label,source\n" + "".join(f'"review ""{i}"", {i % 2}",{i % 2},imdb\n' for i in range(20))
     news = {

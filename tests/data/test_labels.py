@@ -1,4 +1,4 @@
-"""Labelled rows: the forms that public data has, label sets, and what cannot be learned from."""
+"""Labeled rows: the forms that public data has, label sets, and what cannot be learned from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptsmith.data.conversations import RowError
-from gptsmith.data.labels import LabelledData, Task, as_labelled, read_labelled
+from gptsmith.data.labels import LabeledData, Task, as_labeled, read_labeled
 from gptsmith.errors import DataError, UsageError
 
 
@@ -25,8 +25,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(tmp_path: Path, rows: list[dict[str, Any]], task: Task, **options: Any) -> LabelledData:
-    return read_labelled(write(tmp_path / "rows.jsonl", rows), task, **options)
+def read(tmp_path: Path, rows: list[dict[str, Any]], task: Task, **options: Any) -> LabeledData:
+    return read_labeled(write(tmp_path / "rows.jsonl", rows), task, **options)
 
 
 def reviews(*labels: Any) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def reviews(*labels: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_fields(task: Task, values: dict[str, Any], texts: tuple[str, ...] | None, label: Any) -> None:
-    found = as_labelled(values, task)
+    found = as_labeled(values, task)
     assert found[:2] == (texts or ("It rains.", "It is wet."), label)
 
 
@@ -103,7 +103,7 @@ def test_fields(task: Task, values: dict[str, Any], texts: tuple[str, ...] | Non
     ],
 )
 def test_multiple_choice(values: dict[str, Any], context: str, choices: list[str], answer: int) -> None:
-    assert as_labelled(values, "multiple-choice")[:2] == ((context, *choices), answer)
+    assert as_labeled(values, "multiple-choice")[:2] == ((context, *choices), answer)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_multiple_choice(values: dict[str, Any], context: str, choices: list[str
 )
 def test_rows_that_cannot_be_used(task: Task, values: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
-        as_labelled(values, task)
+        as_labeled(values, task)
 
 
 def test_classes_are_found_and_sorted(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_numbers_as_classes_are_sorted_as_numbers_however_written(tmp_path: Path
 
 def test_csv(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", reviews("pos", "neg", "pos"))
-    data = read_labelled(path, "classification")
+    data = read_labeled(path, "classification")
     assert [row.label for row in data.rows] == [1, 0, 1]
     assert data.rows[0].where.endswith("rows.csv, line 2")
 

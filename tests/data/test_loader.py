@@ -49,8 +49,8 @@ def test_permutations_look_random() -> None:
     for place in range(0, n, 7):
         chi_squared = np.sum((np.bincount(order[:, place], minlength=n) - expected) ** 2) / expected
         assert chi_squared < 100  # with 49 degrees of freedom, 100 is exceeded once in fifty thousand
-    neighbours = np.mean(np.diff(order, axis=1) % n == 1)
-    assert neighbours == pytest.approx(1 / n, rel=0.1)
+    neighbors = np.mean(np.diff(order, axis=1) % n == 1)
+    assert neighbors == pytest.approx(1 / n, rel=0.1)
     assert np.bincount(offsets, minlength=4).min() > epochs / 4 * 0.85
 
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.data.conversations import Counts, RowError
-from gptsmith.data.labels import Labelled, LabelledData, Task
+from gptsmith.data.labels import Labeled, LabeledData, Task
 from gptsmith.data.task_inputs import (
     DELIMITER,
     EXTRACT,
     START,
-    LabelledExamples,
-    LabelledLoader,
+    LabeledExamples,
+    LabeledLoader,
     TaskInput,
-    labelled_batch,
+    labeled_batch,
     task_inputs,
     with_task_tokens,
 )
@@ -38,10 +38,10 @@ def tokenizer() -> Tokenizer:
     return with_task_tokens(train_bpe([TEXT], 300))[0]
 
 
-def data_of(task: Task, rows: list[tuple[tuple[str, ...], float]]) -> LabelledData:
-    labelled = [Labelled(f"rows.jsonl, line {i}", texts, label) for i, (texts, label) in enumerate(rows, 1)]
+def data_of(task: Task, rows: list[tuple[tuple[str, ...], float]]) -> LabeledData:
+    labeled = [Labeled(f"rows.jsonl, line {i}", texts, label) for i, (texts, label) in enumerate(rows, 1)]
     names = () if task in ("regression", "multiple-choice") else ("no", "yes")
-    return LabelledData(task, labelled, names, Counts())
+    return LabeledData(task, labeled, names, Counts())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_cut_rows_fit_and_keep_their_form(tokenizer: Tokenizer, task: Task, leng
     assert removed == sum(lengths) - len(kept)
 
 
-def data_with_long_row() -> LabelledData:
+def data_with_long_row() -> LabeledData:
     return data_of("classification", [(("good",), 1), (("It rains " * 30,), 0), (("bad",), 0)])
 
 
@@ -168,16 +168,16 @@ def _characters(alphabet: str) -> str:
     return train_char([alphabet]).to_json()
 
 
-def examples_of(per_row: list[list[int]], *, labels: list[float] | None = None) -> LabelledExamples:
+def examples_of(per_row: list[list[int]], *, labels: list[float] | None = None) -> LabeledExamples:
     random = np.random.default_rng(0)
     found = [[random.integers(1, 30, n).tolist() for n in row] for row in per_row]
     values = labels or [float(i % 2) for i in range(len(found))]
-    return LabelledExamples(zip(found, values, strict=True), has_numbers=False)
+    return LabeledExamples(zip(found, values, strict=True), has_numbers=False)
 
 
 def test_batches() -> None:
     examples = examples_of([[5, 7], [3], [9, 4, 2]])
-    batch = labelled_batch(examples, [2, 1, 0])
+    batch = labeled_batch(examples, [2, 1, 0])
     assert batch.ids.shape == (3, 3, 9)
     assert batch.lengths.tolist() == [[9, 4, 2], [3, 0, 0], [5, 7, 0]]
     assert batch.labels.tolist() == [0, 1, 0]
@@ -199,8 +199,8 @@ def test_the_head_reads_the_last_token_of_each_row_whatever_its_ids(family: str)
     (huggingface/transformers#35352 takes the first pad id, an end-of-text token inside the prompt, as the end)."""
     model = tiny_model(family)
     rows = [[[4, 0, 0, 9, 0]], [[1, 2, 3, 4, 5, 6, 7, 0, 0]], [[0, 0]]]
-    examples = LabelledExamples(((row, float(i % 2)) for i, row in enumerate(rows)), has_numbers=False)
-    batch = labelled_batch(examples, range(3))
+    examples = LabeledExamples(((row, float(i % 2)) for i, row in enumerate(rows)), has_numbers=False)
+    batch = labeled_batch(examples, range(3))
     with torch.no_grad():
         logits = model(batch.ids[:, 0])
         for b, (sequence,) in enumerate(rows):
@@ -210,14 +210,14 @@ def test_the_head_reads_the_last_token_of_each_row_whatever_its_ids(family: str)
 
 @pytest.mark.parametrize("longest", [5, 40, 90])
 def test_batches_are_not_wider_than_the_context(longest: int) -> None:
-    assert labelled_batch(examples_of([[3], [longest]]), [0, 1]).ids.shape[2] <= longest
+    assert labeled_batch(examples_of([[3], [longest]]), [0, 1]).ids.shape[2] <= longest
 
 
 def test_the_position_is_the_only_state() -> None:
     examples = examples_of([[n] for n in range(2, 13)])
-    loader = LabelledLoader(examples, batch_size=2, seed=3)
+    loader = LabeledLoader(examples, batch_size=2, seed=3)
     batches = [next(loader) for _ in range(11)]
-    again = LabelledLoader(examples, batch_size=2, seed=3)
+    again = LabeledLoader(examples, batch_size=2, seed=3)
     again.load_state_dict({**loader.state_dict(), "position": 8})
     assert torch.equal(next(again).ids, batches[4].ids)
     seen = [int(n) for batch in batches for n in batch.lengths[:, 0]]
@@ -225,8 +225,8 @@ def test_the_position_is_the_only_state() -> None:
     assert seen[:11] != seen[11:]
     assert [int(n) for batch in loader.whole(4) for n in batch.lengths[:, 0]] == list(range(2, 13))
     for other in (
-        LabelledLoader(examples, batch_size=2, seed=4),
-        LabelledLoader(examples.select(range(10)), batch_size=2, seed=3),
+        LabeledLoader(examples, batch_size=2, seed=4),
+        LabeledLoader(examples.select(range(10)), batch_size=2, seed=3),
     ):
         with pytest.raises(CheckpointError, match="cannot resume"):
             other.load_state_dict(loader.state_dict())
@@ -262,6 +262,6 @@ def test_split_of_files_sorted_by_label() -> None:
 
 def test_numbers_stay_numbers(tmp_path: Path) -> None:
     rows: list[Any] = [([[1, 2]], 0.5), ([[3, 4]], 2.25)]
-    batch = labelled_batch(LabelledExamples(rows, has_numbers=True), [1, 0])
+    batch = labeled_batch(LabeledExamples(rows, has_numbers=True), [1, 0])
     assert batch.labels.dtype == torch.float32
     assert batch.labels.tolist() == [2.25, 0.5]

@@ -149,8 +149,8 @@ def test_random_numbers_of_a_seed_are_uniform_and_independent() -> None:
     for purpose in (0, 1):
         numbers = torch.tensor([one.uniform(ahead, purpose) for ahead in range(10_000)], dtype=torch.float64)
         assert abs(numbers.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100
-        centred = numbers - 0.5
-        assert abs((centred[1:] * centred[:-1]).mean() * 12) < 0.04
+        centered = numbers - 0.5
+        assert abs((centered[1:] * centered[:-1]).mean() * 12) < 0.04
         assert ((numbers >= 0) & (numbers < 1)).all()
     expected = one.uniform(2)
     one.push(0)

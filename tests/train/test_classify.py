@@ -1,4 +1,4 @@
-"""Task heads, from rows of labelled texts to a classifier that transformers loads."""
+"""Task heads, from rows of labeled texts to a classifier that transformers loads."""
 
 from __future__ import annotations
 

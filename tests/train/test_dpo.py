@@ -23,7 +23,7 @@ from gptsmith.tokenizer.char import train_char
 from gptsmith.train.config import DpoConfig
 from gptsmith.train.objectives.base import LossHistory, Models
 from gptsmith.train.objectives.dpo import Answers, Dpo
-from gptsmith.train.preferences import Labelled, LabelledRows, Pair, Pairs, Preferences
+from gptsmith.train.preferences import Labeled, LabeledRows, Pair, Pairs, Preferences
 from tests.factories import tiny_model, tiny_run_config
 
 QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off", "log_every": 1}
@@ -199,8 +199,8 @@ def test_kto_mismatches_prompts_with_answers_to_other_prompts() -> None:
 
 
 def test_one_sided_batches_and_a_part_of_the_validation_data() -> None:
-    rows = [Labelled(one, i < 4, "here") for i, (one, _) in enumerate(examples(9))]
-    data = Preferences(LabelledRows(rows[:6]), LabelledRows(rows[6:]), Counts())
+    rows = [Labeled(one, i < 4, "here") for i, (one, _) in enumerate(examples(9))]
+    data = Preferences(LabeledRows(rows[:6]), LabeledRows(rows[6:]), Counts())
     method = DpoConfig(loss="kto", eval_tokens=1)
     dpo = Dpo(data, TOKENIZER, method, batch_size=2, context=16, seed=1)
     models = Models(small_model())

@@ -177,7 +177,7 @@ LENGTH, BETA = 3, 0.7
 
 
 def population_gradient(name: str, policy: Tree, reference: Tensor, score: Tensor, options: LossOptions) -> float:
-    """The norm of the expected gradient over all pairs, drawn from the reference and labelled by Bradley and Terry."""
+    """The norm of the expected gradient over all pairs, drawn from the reference and labeled by Bradley and Terry."""
     logprobs = policy.logprobs()
     n = len(logprobs)
     one, other = (index.flatten() for index in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))

@@ -13,7 +13,7 @@ from gptsmith.errors import DataError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_char
 from gptsmith.train.config import PreferenceConfig, RunConfig
 from gptsmith.train.preferences import (
-    LabelledRows,
+    LabeledRows,
     Pair,
     Pairs,
     PreferenceFiles,
@@ -72,7 +72,7 @@ def test_pairs(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_rated_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = prepare(write(tmp_path / "p.jsonl", rated([True, False] * 10)), tokenizer)
-    train, val = data.labelled()
+    train, val = data.labeled()
     assert [row.desirable for row in train] == [True, False] * 9
     assert (len(val), data.record()["desirable"]) == (2, 9)
     with pytest.raises(UsageError, match="are rated answers .*--loss kto"):
@@ -81,7 +81,7 @@ def test_rated_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_pairs_as_rated_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = prepare(write(tmp_path / "p.jsonl", pairs(10)), tokenizer)
-    train, _ = data.labelled()
+    train, _ = data.labeled()
     pair = data.pairs()[0][3]
     assert [(row.example, row.desirable) for row in train[6:8]] == [(pair.chosen, True), (pair.rejected, False)]
 
@@ -193,7 +193,7 @@ def test_fingerprints_tell_data_apart(tmp_path: Path, tokenizer: Tokenizer) -> N
 
 def test_kinds() -> None:
     assert not Pairs([]).lengths()
-    assert not LabelledRows([]).lengths()
+    assert not LabeledRows([]).lengths()
 
 
 @pytest.mark.network

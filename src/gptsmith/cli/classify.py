@@ -1,4 +1,4 @@
-"""`gptsmith classify`: train a model with a task head on labelled texts, or label texts with one."""
+"""`gptsmith classify`: train a model with a task head on labeled texts, or label texts with one."""
 
 from __future__ import annotations
 

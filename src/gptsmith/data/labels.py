@@ -1,6 +1,6 @@
-"""Labelled texts from rows, in the forms that people have them in: what task heads are trained on.
+"""Labeled texts from rows, in the forms that people have them in: what task heads are trained on.
 
-    data = read_labelled(Path("reviews.csv"), "classification")
+    data = read_labeled(Path("reviews.csv"), "classification")
     data.names, data.rows[0].texts, data.rows[0].label       # ("neg", "pos"), ("A fine film.",), 1
 
 | task | texts of a row | label |
@@ -69,7 +69,7 @@ _WHOLE = re.compile(r"[+-]?\d+")
 Fields = Mapping[str, Any]  # by normalized name; empty values are left out
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """A row: where it is, its texts, and its label: an index (of a class or choice) or a number."""
 
     where: str
@@ -78,11 +78,11 @@ class Labelled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledData:
-    """Labelled rows of one task. names: of the classes; () where labels are numbers or choices."""
+class LabeledData:
+    """Labeled rows of one task. names: of the classes; () where labels are numbers or choices."""
 
     task: Task
-    rows: list[Labelled]
+    rows: list[Labeled]
     names: tuple[str, ...]
     counts: Counts
 
@@ -111,7 +111,7 @@ class LabelledData:
         return text
 
 
-def read_labelled(
+def read_labeled(
     path: Path,
     task: Task,
     *,
@@ -122,7 +122,7 @@ def read_labelled(
     advance: Callable[[int], None] | None = None,
     needs_variety: bool = True,
     split: Split = "train",
-) -> LabelledData:
+) -> LabeledData:
     """Read a file or folder of rows.
 
     labels: the names of the classes, in the order of their outputs; by default those in the data, sorted. Where they
@@ -157,7 +157,7 @@ def read_labelled(
         rows = [(where, row_texts, label, form) for (where, row_texts, _, form), label in texts]
         names = tuple(labels) or _found_names([label for _, label in texts], path)
         convert = _ClassIndex(names, declared=bool(labels))
-    data = LabelledData(task, list(_converted(rows, convert, on_bad, counts)), names, counts)
+    data = LabeledData(task, list(_converted(rows, convert, on_bad, counts)), names, counts)
     _check_variety(data, path, needs_variety)
     return data
 
@@ -172,7 +172,7 @@ def _read(
 ) -> Iterator[_Raw]:
     for row in read_rows(path, advance, split=split):
         try:
-            texts, label, form = as_labelled(row.values, task)
+            texts, label, form = as_labeled(row.values, task)
         except RowError as error:
             bad_row(error, row.where, on_bad, counts)
             continue
@@ -180,7 +180,7 @@ def _read(
         yield row.where, texts, label, form
 
 
-def as_labelled(values: Mapping[str, Any], task: Task) -> tuple[tuple[str, ...], Any, str]:
+def as_labeled(values: Mapping[str, Any], task: Task) -> tuple[tuple[str, ...], Any, str]:
     """Return the texts of a row, its label as it is written, and the fields they come from. Raise RowError.
 
     The label of a multiple-choice row is the index of the right choice.
@@ -208,14 +208,14 @@ def as_labelled(values: Mapping[str, Any], task: Task) -> tuple[tuple[str, ...],
     return texts, label, "+".join((*fields, name))
 
 
-def unlabelled_texts(values: Mapping[str, Any], task: Task) -> tuple[str, ...]:
-    """Return the texts of a row as `as_labelled` does; it needs no label. Raise RowError."""
+def unlabeled_texts(values: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    """Return the texts of a row as `as_labeled` does; it needs no label. Raise RowError."""
     row = dict(values)
     if task == "multiple-choice":
         kept = {name: value for name, value in row.items() if _normalized(name) not in ANSWER_FIELDS}
-        return as_labelled({**kept, "answer_idx": 0}, task)[0]
+        return as_labeled({**kept, "answer_idx": 0}, task)[0]
     row = {name: value for name, value in row.items() if _normalized(name) not in LABEL_FIELDS}
-    return as_labelled({**row, "label": 0}, task)[0]
+    return as_labeled({**row, "label": 0}, task)[0]
 
 
 def _is_missing(value: Any) -> bool:
@@ -345,8 +345,8 @@ def _choices(row: Fields, values: Mapping[str, Any]) -> tuple[str, list[Any], li
         raise RowError(f"{name} is not a list.")
     if found and all(isinstance(choice, Mapping) and "text" in choice for choice in found):
         texts = [choice["text"] for choice in found]
-        labelled = all("label" in choice for choice in found)
-        return name, texts, [str(choice["label"]) for choice in found] if labelled else []
+        labeled = all("label" in choice for choice in found)
+        return name, texts, [str(choice["label"]) for choice in found] if labeled else []
     beside = row.get("labels")  # the keys in a field of their own
     if isinstance(beside, list | tuple) and len(beside) == len(found):
         return name, list(found), [str(key) for key in beside]
@@ -495,16 +495,16 @@ def _number(label: Any) -> float:
 
 def _converted(
     rows: Sequence[_Raw], convert: Callable[[Any], float], on_bad: OnBad, counts: Counts
-) -> Iterator[Labelled]:
+) -> Iterator[Labeled]:
     for where, texts, label, form in rows:
         try:
-            yield Labelled(where, texts, convert(label))
+            yield Labeled(where, texts, convert(label))
         except RowError as error:
             counts.forms[form] -= 1
             bad_row(error, where, on_bad, counts)
 
 
-def _check_variety(data: LabelledData, path: Path, needs_variety: bool) -> None:
+def _check_variety(data: LabeledData, path: Path, needs_variety: bool) -> None:
     if not data.rows:
         raise DataError(f"{path} has no row that can be used. {data.counts.describe_skipped()}".strip())
     labels = {row.label for row in data.rows}

@@ -1,8 +1,8 @@
-"""Labelled texts as token ids, in the shapes that a task head reads, and batches of them.
+"""Labeled texts as token ids, in the shapes that a task head reads, and batches of them.
 
     tokenizer, new = with_task_tokens(tokenizer)                       # new: ids that the model has no embedding for
     examples, lengths = task_inputs(data, tokenizer, seq_len=512)
-    loader = LabelledLoader(examples, batch_size=8, seed=0)
+    loader = LabeledLoader(examples, batch_size=8, seed=0)
     batch = next(loader)                                               # the head reads position lengths - 1
 
 The shapes are those of GPT-1 (Radford et al. 2018, section 3.2 and figure 1):
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptsmith.data.conversations import RowError, bad_row
-from gptsmith.data.labels import LabelledData, OnBad, Task
+from gptsmith.data.labels import LabeledData, OnBad, Task
 from gptsmith.data.loader import RowLoader, permuted, seed_key
 from gptsmith.errors import DataError, TokenizerError, UsageError
 from gptsmith.model.config import IGNORED
@@ -150,7 +150,7 @@ class _LongRowError(RowError):
     """A row that does not fit into the context, where nothing is to be cut."""
 
 
-class LabelledExamples:
+class LabeledExamples:
     """Sequences and labels in flat arrays.
 
     ids: (N,) int32, of all sequences. starts: where each sequence begins, and N. rows: the first sequence of each row,
@@ -181,12 +181,12 @@ class LabelledExamples:
         """Return the sequences of a row."""
         return [self.ids[self.starts[s] : self.starts[s + 1]] for s in range(self.rows[row], self.rows[row + 1])]
 
-    def select(self, indices: Iterable[int]) -> LabelledExamples:
+    def select(self, indices: Iterable[int]) -> LabeledExamples:
         """Return the examples with these indices."""
         chosen = ((self.sequences(i), float(self.labels[i])) for i in indices)
-        return LabelledExamples(chosen, has_numbers=self.has_numbers)
+        return LabeledExamples(chosen, has_numbers=self.has_numbers)
 
-    def split(self, fraction: float, *, seed: int, stratify: bool) -> tuple[LabelledExamples, LabelledExamples]:
+    def split(self, fraction: float, *, seed: int, stratify: bool) -> tuple[LabeledExamples, LabeledExamples]:
         """Return training and validation examples, chosen at random: files are often sorted by label.
 
         stratify: take the fraction of each label, so that rare classes are in both. At least one row is held out if
@@ -211,7 +211,7 @@ class LabelledExamples:
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of ids, lengths and labels."""
-        digest = hashlib.sha256(b"labelled examples\n")
+        digest = hashlib.sha256(b"labeled examples\n")
         for array in (self.ids, self.starts, self.rows, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -237,14 +237,14 @@ class Lengths:
 
 
 def task_inputs(
-    data: LabelledData,
+    data: LabeledData,
     tokenizer: Tokenizer,
     *,
     seq_len: int,
     on_long: OnLong = "truncate",
     on_bad: OnBad = "error",
     advance: Callable[[int], None] | None = None,
-) -> tuple[LabelledExamples, Lengths]:
+) -> tuple[LabeledExamples, Lengths]:
     """Return the rows of `data` as token ids, and what was cut off.
 
     on_long: cut rows that are longer than `seq_len`, leave them out and count them in `data.counts`, or stop.
@@ -253,7 +253,7 @@ def task_inputs(
     """
     inputs, lengths = TaskInput(tokenizer, data.task, seq_len=seq_len, on_long=on_long), Lengths()
     rows = _rendered(data, inputs, lengths, on_bad, advance)
-    examples = LabelledExamples(rows, has_numbers=data.has_numbers)
+    examples = LabeledExamples(rows, has_numbers=data.has_numbers)
     if not len(examples):
         raise DataError(f"no row is left to train on: {data.counts.describe_skipped()}.")
     if data.task != "multiple-choice" and len(examples) < len(data.rows) and len(np.unique(examples.labels)) == 1:
@@ -262,7 +262,7 @@ def task_inputs(
 
 
 def _rendered(
-    data: LabelledData, inputs: TaskInput, lengths: Lengths, on_bad: OnBad, advance: Callable[[int], None] | None
+    data: LabeledData, inputs: TaskInput, lengths: Lengths, on_bad: OnBad, advance: Callable[[int], None] | None
 ) -> Iterator[tuple[list[list[int]], float]]:
     for first in range(0, len(data.rows), _ROWS_AT_ONCE):
         rows = data.rows[first : first + _ROWS_AT_ONCE]
@@ -298,7 +298,7 @@ def _without_errors(parts: Sequence[list[int] | RowError]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabeledBatch:
     """A batch of rows.
 
     ids: (B, C, T) int64, zeros after the end of a sequence. lengths: (B, C) int64, 0 where a row has fewer than C
@@ -324,32 +324,32 @@ class LabelledBatch:
         position = torch.arange(self.ids.shape[2], device=self.ids.device)
         return targets.masked_fill(position + 1 >= self.lengths[..., None], IGNORED)
 
-    def slice(self, start: int, stop: int) -> LabelledBatch:
+    def slice(self, start: int, stop: int) -> LabeledBatch:
         """Return rows [start, stop), without copying."""
-        return LabelledBatch(self.ids[start:stop], self.lengths[start:stop], self.labels[start:stop])
+        return LabeledBatch(self.ids[start:stop], self.lengths[start:stop], self.labels[start:stop])
 
-    def to(self, device: torch.device) -> LabelledBatch:
+    def to(self, device: torch.device) -> LabeledBatch:
         """Return the batch on `device`."""
-        return LabelledBatch(self.ids.to(device), self.lengths.to(device), self.labels.to(device))
+        return LabeledBatch(self.ids.to(device), self.lengths.to(device), self.labels.to(device))
 
 
-class LabelledLoader(RowLoader[LabelledBatch]):
+class LabeledLoader(RowLoader[LabeledBatch]):
     """Endless batches: every row once in each epoch, in an order that depends on the seed."""
 
-    def __init__(self, examples: LabelledExamples, *, batch_size: int, seed: int) -> None:
+    def __init__(self, examples: LabeledExamples, *, batch_size: int, seed: int) -> None:
         if not len(examples):
-            raise DataError("there is no labelled row to train on.")
+            raise DataError("there is no labeled row to train on.")
         self.examples = examples
         super().__init__(len(examples), batch_size=batch_size, seed=seed)
 
-    def batch_of(self, rows: Sequence[int]) -> LabelledBatch:
-        return labelled_batch(self.examples, rows)
+    def batch_of(self, rows: Sequence[int]) -> LabeledBatch:
+        return labeled_batch(self.examples, rows)
 
     def _identity(self) -> dict[str, Any]:
         return {"examples": self.examples.fingerprint(), "seed": self.seed, "batch_size": self.batch_size}
 
 
-def labelled_batch(examples: LabelledExamples, rows: Sequence[int]) -> LabelledBatch:
+def labeled_batch(examples: LabeledExamples, rows: Sequence[int]) -> LabeledBatch:
     """Return these rows as a batch, padded on the right to the longest sequence."""
     import torch
 
@@ -363,4 +363,4 @@ def labelled_batch(examples: LabelledExamples, rows: Sequence[int]) -> LabelledB
             lengths[b, c] = len(sequence)
     labels = torch.from_numpy(examples.labels[list(rows)])
     labels = labels.float() if examples.has_numbers else labels.long()
-    return LabelledBatch(torch.from_numpy(ids), torch.from_numpy(lengths), labels)
+    return LabeledBatch(torch.from_numpy(ids), torch.from_numpy(lengths), labels)

@@ -6,7 +6,7 @@ ep      as dp, but the experts of a mixture are divided among the processes
 tp      processes share rows, and each computes a part of every layer
 
 The axes multiply. Ranks are numbered with tp innermost, then ep, fsdp, dp: tensor parallelism talks most, so its
-processes are neighbours.
+processes are neighbors.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import torch
 
 from gptsmith.data.conversations import RowError
-from gptsmith.data.labels import Task, unlabelled_texts
+from gptsmith.data.labels import Task, unlabeled_texts
 from gptsmith.data.rows import read_rows
-from gptsmith.data.task_inputs import LabelledExamples, TaskInput, labelled_batch
+from gptsmith.data.task_inputs import LabeledExamples, TaskInput, labeled_batch
 from gptsmith.errors import DataError, UsageError
 from gptsmith.formats.hf_heads import load_classifier
 from gptsmith.loading import resolve_model
@@ -46,8 +46,8 @@ class Classifier:
     def label(self, rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Return what the model says of each row of texts: a label with its probability, a number, or a choice (from
         0). Raise RowError for a row that cannot be encoded."""
-        examples = LabelledExamples(((self.inputs(texts), 0.0) for texts in rows), has_numbers=True)
-        batch = labelled_batch(examples, range(len(rows)))
+        examples = LabeledExamples(((self.inputs(texts), 0.0) for texts in rows), has_numbers=True)
+        batch = labeled_batch(examples, range(len(rows)))
         single = batch.ids.shape[1] == 1 and self.task != "multiple-choice"
         ids, last = (batch.ids[:, 0], batch.lengths[:, 0] - 1) if single else (batch.ids, batch.lengths - 1)
         scores = self.model(ids, last=last).float()
@@ -65,7 +65,7 @@ class Classifier:
         chunk: list[tuple[str, tuple[str, ...]]] = []
         for row in read_rows(path):
             try:
-                texts = unlabelled_texts(row.values, self.task)
+                texts = unlabeled_texts(row.values, self.task)
                 self.inputs(texts)
             except RowError as error:
                 raise DataError(f"{row.where}: {error}") from None

@@ -175,7 +175,7 @@ def corpus_of_data(spec: str) -> Corpus:
 
 
 def corpus_of_rows(specs: Sequence[str], name: str, fingerprint: str) -> Corpus:
-    """Return all strings of rows, of whatever form: conversations, preferences, prompts, labelled texts."""
+    """Return all strings of rows, of whatever form: conversations, preferences, prompts, labeled texts."""
     files: list[Path] = []
     for spec in specs:
         path = corpus_path(spec) if spec in CORPORA else Path(spec).expanduser()

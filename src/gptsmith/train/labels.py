@@ -1,4 +1,4 @@
-"""The labelled texts of a run, as token ids: the data of task heads."""
+"""The labeled texts of a run, as token ids: the data of task heads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptsmith.data.labels import LabelledData, read_labelled
+from gptsmith.data.labels import LabeledData, read_labeled
 from gptsmith.data.rows import Split, row_files
-from gptsmith.data.task_inputs import LabelledExamples, Lengths, task_inputs, with_task_tokens
+from gptsmith.data.task_inputs import LabeledExamples, Lengths, task_inputs, with_task_tokens
 from gptsmith.errors import UsageError
 from gptsmith.log import note, progress
 from gptsmith.tokenizer import Tokenizer
@@ -23,11 +23,11 @@ _STEP = 32  # contexts are a multiple of it
 
 @dataclass(frozen=True)
 class Labels:
-    """Labelled texts ready for training. seq_len: what they were cut to."""
+    """Labeled texts ready for training. seq_len: what they were cut to."""
 
-    train: LabelledExamples
-    val: LabelledExamples
-    data: LabelledData
+    train: LabeledExamples
+    val: LabeledExamples
+    data: LabeledData
     lengths: Lengths
     seq_len: int
 
@@ -57,21 +57,21 @@ class Labels:
 
 @dataclass(frozen=True)
 class LabelFiles(RowFiles):
-    """Files of labelled texts, opened but not yet read."""
+    """Files of labeled texts, opened but not yet read."""
 
     def prepare(self, config: RunConfig, tokenizer: Tokenizer) -> Labels:
         """Read and encode all rows. Raise DataError for the first bad row, or as the options say."""
         method = config.method
         assert isinstance(method, ClassifyConfig)
 
-        def read(path: Path, split: Split, **options: Any) -> LabelledData:
+        def read(path: Path, split: Split, **options: Any) -> LabeledData:
             size = sum(file.stat().st_size for file in row_files(path, split))
             with progress(size, f"Reading {path.name}", "B") as bar:
-                return read_labelled(
+                return read_labeled(
                     path, method.task, on_bad=method.bad_rows, advance=bar.advance, split=split, **options
                 )
 
-        def encode(data: LabelledData) -> tuple[LabelledExamples, Lengths]:
+        def encode(data: LabeledData) -> tuple[LabeledExamples, Lengths]:
             return task_inputs(
                 data, tokenizer, seq_len=config.loop.context, on_long=method.too_long, on_bad=method.bad_rows
             )

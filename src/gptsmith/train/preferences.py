@@ -3,7 +3,7 @@
     preferences = PreferenceFiles.open("preferences.jsonl", config).prepare(config, tokenizer).within(context)
     preferences.train[0].chosen.ids
 
-Pairs and rated answers are kept as flat arrays; `Pairs.chosen`, `Pairs.rejected` and `LabelledRows.examples` go into
+Pairs and rated answers are kept as flat arrays; `Pairs.chosen`, `Pairs.rejected` and `LabeledRows.examples` go into
 `gptsmith.data.packing.packed_batch` as they are.
 """
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
     place: str
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """An answer with its prompt, and whether it is a good one; the mask is as for `Pair`."""
 
     example: Example
@@ -74,10 +74,10 @@ class Pairs(Sequence[Pair]):
         return f"pairs {self.chosen.fingerprint()} {self.rejected.fingerprint()} {self.margins}"
 
 
-class LabelledRows(Sequence[Labelled]):
+class LabeledRows(Sequence[Labeled]):
     """Rated answers. places: the file and line of each."""
 
-    def __init__(self, rows: Sequence[Labelled]) -> None:
+    def __init__(self, rows: Sequence[Labeled]) -> None:
         self.examples = Examples(row.example for row in rows)
         self.desirable = [row.desirable for row in rows]
         self.places = [row.place for row in rows]
@@ -86,24 +86,24 @@ class LabelledRows(Sequence[Labelled]):
         return len(self.places)
 
     @overload
-    def __getitem__(self, index: int) -> Labelled: ...
+    def __getitem__(self, index: int) -> Labeled: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+    def __getitem__(self, index: slice) -> list[Labeled]: ...
+    def __getitem__(self, index: int | slice) -> Labeled | list[Labeled]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return Labelled(self.examples[index], self.desirable[index], self.places[index])
+        return Labeled(self.examples[index], self.desirable[index], self.places[index])
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each answer, with its prompt."""
         return [int(length) for length in self.examples.lengths]
 
     def fingerprint(self) -> str:
-        return f"labelled {self.examples.fingerprint()} {self.desirable}"
+        return f"labeled {self.examples.fingerprint()} {self.desirable}"
 
 
-Part: TypeAlias = Pairs | LabelledRows
+Part: TypeAlias = Pairs | LabeledRows
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class Preferences:
             "chosen and rejected. Rated answers are for --loss kto."
         )
 
-    def labelled(self) -> tuple[LabelledRows, LabelledRows]:
+    def labeled(self) -> tuple[LabeledRows, LabeledRows]:
         """Return the rated answers of training and validation; of a pair, the chosen one is good, the other bad."""
         train, val = (
-            part if isinstance(part, LabelledRows) else LabelledRows(list(_rated(part)))
+            part if isinstance(part, LabeledRows) else LabeledRows(list(_rated(part)))
             for part in (self.train, self.val)
         )
         return train, val
@@ -157,7 +157,7 @@ class Preferences:
             if name == "train":
                 sizes["trained_tokens"] = sum(each.num_trained for each in parts)
         record: dict[str, Any] = {"kind": "pairs" if self.are_pairs else "rated", **sizes}
-        if isinstance(self.train, LabelledRows):
+        if isinstance(self.train, LabeledRows):
             record["desirable"] = sum(self.train.desirable)
         return {**record, "forms": dict(+self.counts.forms), "skipped": dict(self.counts.skipped)}
 
@@ -206,18 +206,18 @@ class Preferences:
 def _chosen(part: Part, keep: Sequence[bool]) -> Part:
     if isinstance(part, Pairs):
         return Pairs([part[i] for i, chosen in enumerate(keep) if chosen])
-    return LabelledRows([part[i] for i, chosen in enumerate(keep) if chosen])
+    return LabeledRows([part[i] for i, chosen in enumerate(keep) if chosen])
 
 
-def _rated(pairs: Pairs) -> Iterator[Labelled]:
+def _rated(pairs: Pairs) -> Iterator[Labeled]:
     for pair in pairs:
-        yield Labelled(pair.chosen, True, pair.place)
-        yield Labelled(pair.rejected, False, pair.place)
+        yield Labeled(pair.chosen, True, pair.place)
+        yield Labeled(pair.rejected, False, pair.place)
 
 
 def check_two_sided(part: Part) -> None:
     """Raise DataError for rated answers that are all good, or all bad: nothing can be learned from them."""
-    if isinstance(part, LabelledRows) and len(set(part.desirable)) == 1:
+    if isinstance(part, LabeledRows) and len(set(part.desirable)) == 1:
         side = "good" if part.desirable[0] else "bad"
         raise DataError(
             f"all {len(part):,} answers to train on are rated {side} (first: {part.places[0]}): preferences need both "
@@ -252,15 +252,15 @@ class PreferenceFiles(RowFiles):
                     score_margins=method.score_margins,
                 )
 
-        def rendered(path: Path, split: Split = "train") -> list[Pair] | list[Labelled]:
+        def rendered(path: Path, split: Split = "train") -> list[Pair] | list[Labeled]:
             pairs: list[Pair] = []
-            labelled: list[Labelled] = []
+            labeled: list[Labeled] = []
             nonlocal num_texts
             for row, preference in read(path, split):
                 try:
                     if isinstance(preference, Rated):
                         example = renderer.render(preference.conversation, preference.start, row.folder)
-                        labelled.append(Labelled(example, preference.desirable, row.where))
+                        labeled.append(Labeled(example, preference.desirable, row.where))
                     else:
                         pairs.append(Pair(*renderer.pair(preference, row.folder), preference.margin, row.where))
                 except RowError as error:
@@ -268,7 +268,7 @@ class PreferenceFiles(RowFiles):
                     bad_row(error, row.where, method.bad_rows, counts)
                     continue
                 num_texts += preference.start == 0
-            return pairs or labelled
+            return pairs or labeled
 
         found = rendered(self.path)
         if not found:
@@ -297,10 +297,10 @@ class PreferenceFiles(RowFiles):
 
 def _part(items: Sequence[Any], *, like: Sequence[Any] = ()) -> Part:
     kind = (items or like)[0]
-    return Pairs(items) if isinstance(kind, Pair) else LabelledRows(items)
+    return Pairs(items) if isinstance(kind, Pair) else LabeledRows(items)
 
 
-def _prompt(item: Pair | Labelled) -> bytes:
+def _prompt(item: Pair | Labeled) -> bytes:
     """Return the ids of the prompt and its pictures, compactly."""
     example = item.chosen if isinstance(item, Pair) else item.example
     start = example.trained.index(True)

@@ -105,7 +105,7 @@ def load_hardware(name: str) -> Hardware:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a model and its batch are spread over devices; the sizes multiply. Neighbours are along tp, then cp, then
+    """How a model and its batch are spread over devices; the sizes multiply. Neighbors are along tp, then cp, then
     fsdp."""
 
     dp: int = 1

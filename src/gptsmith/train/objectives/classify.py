@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.checkpoint import TrainState
-from gptsmith.data.task_inputs import LabelledBatch, LabelledExamples, LabelledLoader, TaskInput
+from gptsmith.data.task_inputs import LabeledBatch, LabeledExamples, LabeledLoader, TaskInput
 from gptsmith.errors import UsageError
 from gptsmith.evaluate.scores import classification, correlations, mean_with_interval
 from gptsmith.log import JsonLines
@@ -38,8 +38,8 @@ SHOWN = 10  # mistakes that are kept
 _MOST_CHARACTERS = 400  # of a mistake
 
 
-class Classify(Objective[LabelledBatch]):
-    """A head on the policy, trained on labelled texts. directory: where the details of evaluations are written."""
+class Classify(Objective[LabeledBatch]):
+    """A head on the policy, trained on labeled texts. directory: where the details of evaluations are written."""
 
     fixed_shapes = False
     restores_policy = True
@@ -64,7 +64,7 @@ class Classify(Objective[LabelledBatch]):
         else:
             head = HeadConfig(self.names, "single_label_classification", method.task)
         self.head = head
-        self.loader = LabelledLoader(labels.train, batch_size=batch_size, seed=seed)
+        self.loader = LabeledLoader(labels.train, batch_size=batch_size, seed=seed)
         self.pad_id = TaskInput(tokenizer, method.task, seq_len=seq_len).start[0]  # which ends no text
         self.directory, self.should_stop = directory, should_stop
         self.updates = 0  # made so far
@@ -88,7 +88,7 @@ class Classify(Objective[LabelledBatch]):
         classifier.pad_id = self.pad_id
         return classifier
 
-    def next_batch(self, models: Models, step: int) -> LabelledBatch:
+    def next_batch(self, models: Models, step: int) -> LabeledBatch:
         self.updates = step + 1
         return next(self.loader)
 
@@ -102,10 +102,10 @@ class Classify(Objective[LabelledBatch]):
     def sample_prompts(self, models: Models) -> list[tuple[str, list[int]]]:
         return []
 
-    def normalizer(self, batch: LabelledBatch) -> tuple[float, int]:
+    def normalizer(self, batch: LabeledBatch) -> tuple[float, int]:
         return float(batch.num_rows), int(batch.lengths.sum())
 
-    def loss(self, models: Models, batch: LabelledBatch) -> LossOutput:
+    def loss(self, models: Models, batch: LabeledBatch) -> LossOutput:
         scores, hidden = self._scores(models, batch)
         task = _head_of(models).losses(scores, batch.labels).sum()
         metrics = {"task_loss": Sum(task, float(batch.num_rows))}
@@ -120,7 +120,7 @@ class Classify(Objective[LabelledBatch]):
         metrics["text_loss"] = Sum(text, float(batch.num_rows))
         return LossOutput(task + self.method.aux_loss * text, metrics)
 
-    def _scores(self, models: Models, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+    def _scores(self, models: Models, batch: LabeledBatch) -> tuple[Tensor, Tensor]:
         """Return the scores, (B, N) or of choices (B, C), and the hidden states (B, C, T, H)."""
         hidden = models.policy.hidden_states(batch.ids.flatten(0, 1))
         hidden = hidden.view(*batch.ids.shape, -1)
@@ -145,7 +145,7 @@ class Classify(Objective[LabelledBatch]):
         models.policy.eval()
         found, losses = [], []
         try:
-            loader = LabelledLoader(self.val, batch_size=1, seed=0)
+            loader = LabeledLoader(self.val, batch_size=1, seed=0)
             for batch in loader.whole(evaluation_rows(rows, self.seq_len)):
                 if self.should_stop():
                     return None
@@ -203,13 +203,13 @@ class Classify(Objective[LabelledBatch]):
         ids = self.val.sequences(row)[right][1:-1].tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=False)[:_MOST_CHARACTERS]
 
-    def example_batch(self, rows: int) -> LabelledBatch:
+    def example_batch(self, rows: int) -> LabeledBatch:
         sequences = max(1, int(np.diff(self.loader.examples.rows).max()))
         vocab_size = min(self.tokenizer.vocab_size, LARGEST_EXAMPLE_ID)
         labels = torch.zeros(rows) if self.has_numbers else torch.zeros(rows, dtype=torch.int64)
         length = min(self.seq_len, self.loader.examples.longest)
         ids = torch.randint(vocab_size, (rows, sequences, length))
-        return LabelledBatch(ids, torch.full((rows, sequences), length), labels)
+        return LabeledBatch(ids, torch.full((rows, sequences), length), labels)
 
 
 def _head_of(models: Models) -> SequenceClassifier:
@@ -217,7 +217,7 @@ def _head_of(models: Models) -> SequenceClassifier:
     return models.value
 
 
-def _first(examples: LabelledExamples, tokens: int | None) -> LabelledExamples:
+def _first(examples: LabeledExamples, tokens: int | None) -> LabeledExamples:
     """Return the rows from the start that have so many tokens, one at least."""
     if tokens is None or not len(examples):
         return examples
@@ -229,7 +229,7 @@ def classify(context: Any) -> Classify:
     """Make the objective of an `ObjectiveContext`."""
     config, method, labels = context.config, context.config.method, context.dataset
     if not isinstance(method, ClassifyConfig) or not isinstance(labels, Labels):
-        raise UsageError("a task head needs labelled texts: gptsmith classify MODEL DATA.")
+        raise UsageError("a task head needs labeled texts: gptsmith classify MODEL DATA.")
     return Classify(
         labels,
         context.tokenizer,

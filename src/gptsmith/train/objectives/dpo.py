@@ -54,7 +54,7 @@ from gptsmith.train.objectives.preference_losses import (
     rewards,
 )
 from gptsmith.train.objectives.pretrain import EVAL_TOKENS_AT_ONCE, LARGEST_EXAMPLE_ID
-from gptsmith.train.preferences import LabelledRows, Pairs, Preferences, settle_preferences
+from gptsmith.train.preferences import LabeledRows, Pairs, Preferences, settle_preferences
 
 LR_FACTOR = 0.1  # learning rates relative to those of fine-tuning
 SHOWN = 3  # prompts that are answered in previews
@@ -220,7 +220,7 @@ class _Part:
     the next row.
     """
 
-    def __init__(self, part: Pairs | LabelledRows, context: int, *, has_reference: bool) -> None:
+    def __init__(self, part: Pairs | LabeledRows, context: int, *, has_reference: bool) -> None:
         self.num_rows = len(part)
         self.desirable: Tensor | None = None
         self.mismatched = 0
@@ -243,7 +243,7 @@ class _Part:
         return PreferenceBatch([self.examples[i] for i in index], self.reference[index], desirable, baselines)
 
 
-def _mismatched(part: LabelledRows, context: int) -> Iterator[Example]:
+def _mismatched(part: LabeledRows, context: int) -> Iterator[Example]:
     """Yield every prompt with the answer of another row, which is cut where the two are longer than the context."""
     examples = [row.example for row in part]
     starts = [example.trained.index(True) for example in examples]
@@ -255,14 +255,14 @@ def _mismatched(part: LabelledRows, context: int) -> Iterator[Example]:
         yield Example([*prompt, *answer], mask, images)
 
 
-def _first(part: Pairs | LabelledRows, tokens: int | None) -> Pairs | LabelledRows:
+def _first(part: Pairs | LabeledRows, tokens: int | None) -> Pairs | LabeledRows:
     """Return the rows from the start that have so many tokens; one pair or two rated answers at least."""
     if tokens is None:
         return part
     if isinstance(part, Pairs):
         lengths = part.chosen.lengths + part.rejected.lengths
         return Pairs(part[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))])
-    return LabelledRows(part[: max(2, int(np.searchsorted(np.cumsum(part.lengths()), tokens, side="right")))])
+    return LabeledRows(part[: max(2, int(np.searchsorted(np.cumsum(part.lengths()), tokens, side="right")))])
 
 
 def _chunks(examples: Examples) -> list[list[int]]:
@@ -314,7 +314,7 @@ class Dpo(Objective[PreferenceBatch]):
         self.should_stop, self.ranks = should_stop, ranks
         self.options = LossOptions(method.scale, method.label_smoothing, method.gamma)
         self.is_paired = method.loss != "kto"
-        train, val = preferences.pairs() if self.is_paired else preferences.labelled()
+        train, val = preferences.pairs() if self.is_paired else preferences.labeled()
         if not self.is_paired and min(len(train), batch_size) < 2:
             raise UsageError("--loss kto compares answers with those to other prompts: it needs a --batch-size of 2.")
         self.train = _Part(train, context, has_reference=self.has_reference)
