@@ -184,6 +184,31 @@ def test_command_options(command: str) -> None:
     assert option_table(section[1]) == expected
 
 
+# -- architecture ------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_lists_every_module() -> None:
+    """Each module is named beside its package, and nothing is there that is not."""
+    page = read("docs/architecture.md")
+    block = page[page.index("src/gptsmith/\n") :]
+    block = block[: block.index("```")]
+    listed: dict[Path, str] = {}  # the text beside each package or module
+    package = where = SOURCES
+    for line in block.splitlines()[1:]:
+        if found := re.match(r"  (  )?([\w/]+/|\w+\.py)  +(.*)", line):
+            package = package if found[1] else SOURCES / found[2]
+            where = package / found[2] if found[1] else package
+            assert where.exists(), line
+            listed[where] = found[3]
+        else:
+            listed[where] += line
+    for package, text in listed.items():
+        if package.is_dir() and package.name != "cli":
+            modules = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
+            assert modules - set(re.findall(r"\w+", text)) == set(), package
+    assert {path for path in SOURCES.glob("*.py") if not path.stem.startswith("_")} <= listed.keys()
+
+
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
