@@ -1,4 +1,4 @@
-"""The eyes of a model as GGUF: what the file holds, and the logits that llama.cpp computes with it."""
+"""Vision towers and projectors as GGUF: what the file holds, and the logits that llama.cpp computes with it."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _BUILTIN = {
     "report": "rewrite report.html of a run",
     "data": "list and fetch named corpora",
     "tokenizer": "train a tokenizer",
-    "vision": "give a text model eyes, so that it can learn to read pictures",
+    "vision": "add a vision tower to a text model, so that it can learn to read pictures",
     "import": "import a model from elsewhere: a Hugging Face directory, a hub id or a GGUF file",
     "merge": "fold adapters into a model, or average models",
     "quantize": "quantize a model to 4 to 8 bits",

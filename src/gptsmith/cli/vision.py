@@ -1,4 +1,4 @@
-"""`gptsmith vision`: give a text model eyes."""
+"""`gptsmith vision`: add a vision tower to a text model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Init:
 
 
 def main(arguments: list[str]) -> int:
-    chosen: Init = parse_subcommand({"init": Init}, "gptsmith vision", arguments, "Give a text model eyes.")
+    chosen: Init = parse_subcommand({"init": Init}, "gptsmith vision", arguments, "Add a vision tower to a text model.")
 
     from gptsmith.export.vision import add_vision
     from gptsmith.formats.hf import read_config

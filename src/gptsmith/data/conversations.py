@@ -479,7 +479,7 @@ class Renderer:
 
     def _check_eyes(self) -> Eyes:
         if self.eyes is None:
-            raise RowError("it has a picture, and this model reads none. Give it eyes: gptsmith vision init MODEL.")
+            raise RowError("it has a picture, and this model reads none: add a vision tower with gptsmith vision init.")
         return self.eyes
 
     def prompt(self, conversation: Conversation) -> list[int]:

@@ -95,7 +95,7 @@ def export_gguf(
 ) -> tuple[Transformer, list[Path]]:
     """Write the model that `spec` refers to as a GGUF file for llama.cpp and compatible programs.
 
-    The eyes of a model that reads pictures become a second file beside it; see `mmproj_path`.
+    The vision tower and projector of a model become a second file beside it; see `mmproj_path`.
     dtype: see `write_gguf`. transform: applied to the model before it is written. calibration: a text that tells which
     inputs of a layer are large, so that their weights are rounded more carefully (None: a built-in mixture), for
     WEIGHTED_TYPES; calibration_tokens: how much of it, 0: none. part_bytes: split the file, as `write_gguf` does.
@@ -128,7 +128,7 @@ def export_gguf(
 
 
 def mmproj_path(out: Path) -> Path:
-    """Return where the eyes of a model are written whose text model is the GGUF file `out`."""
+    """Return the file of the vision tower and projector of a model whose text model is the GGUF file `out`."""
     return out.with_name(f"{out.stem}-mmproj.gguf")
 
 

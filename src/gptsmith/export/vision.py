@@ -1,4 +1,4 @@
-"""Give a text model eyes: an untrained vision tower and projector, to be trained on pictures with words.
+"""Add an untrained vision tower and projector to a text model, to be trained on captioned pictures.
 
 add_vision("runs/chat", "models/seer", image_size=72, patch_size=12)
 """
@@ -63,7 +63,7 @@ def add_vision(model: str | Path | Run, out: str | Path, **options: int | None) 
 def with_vision(
     text: Transformer, tokenizer: Tokenizer, vision: VisionConfig, *, seed: int = VisionOptions.seed
 ) -> tuple[Transformer, Tokenizer]:
-    """Return a model with the weights of `text` and new eyes, and its tokenizer."""
+    """Return a model with the weights of `text` and a new vision tower and projector, and its tokenizer."""
     before = tokenizer
     tokenizer, _ = with_image_token(before)
     if not before.config().get("chat_template"):

@@ -1,4 +1,4 @@
-"""The eyes of a model as GGUF: the file that llama.cpp calls mmproj, and reads beside that of the text model.
+"""The vision tower and projector of a model as GGUF: llama.cpp calls it mmproj and reads it beside the text model.
 
 write_mmproj(model, Path("seer-mmproj.gguf"), "f16")
 
@@ -39,7 +39,7 @@ def text_part(model: Transformer) -> Transformer:
 
 
 def check_mmproj(vision: VisionConfig) -> None:
-    """Raise UsageError for eyes that llama.cpp's `mlp` projector cannot express."""
+    """Raise UsageError for a vision tower that llama.cpp's `mlp` projector cannot express."""
     problem = None
     if vision.projector != "mlp" or vision.pixel_shuffle > 1 or vision.post_norm:
         problem = f"the layout {vision.model_type}"

@@ -81,7 +81,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The eyes of a model: a vision transformer (`gptsmith.model.vision`), a projector, and how pictures are prepared.
+    """How a model reads pictures: a vision transformer (`model.vision`), a projector, and how pictures are prepared.
 
     The defaults are SigLIP's tower in LLaVA's layout.
     """
@@ -281,7 +281,7 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     """Weight of the router z-loss in training."""
     vision: VisionConfig | None = None
-    """The eyes of a model that reads pictures; None: it reads text alone."""
+    """How the model reads pictures; None: it reads text alone."""
     image_token_id: int | None = None
     """The token in whose places pictures stand."""
 

@@ -1,4 +1,4 @@
-"""Eyes for a GPT: a vision transformer and the layers that make its output look like embeddings of tokens.
+"""Vision for a GPT: a vision transformer and the layers that make its output look like embeddings of tokens.
 
     picture (3, S, S) -> patches of P×P pixels -> VisionTower -> one vector per patch -> Projector -> "words"
 
