@@ -5,10 +5,10 @@
         train/state-00001-of-00014.safetensors …  state.safetensors.index.json  state.json
         manifest.json
 
-A Hugging Face directory with one file for each layer, which transformers opens as it is, and which says nothing of how
-many processes wrote it: any number of them reads it in any layout. DCP plans who writes what, once, and finds out if a
-process fails. Each process writes its numbers where they belong in the files. So there is nothing to put together
-afterwards, and beside the model there is one tensor in memory.
+This is a Hugging Face directory with one file for each layer. It does not depend on the processes that wrote it: any
+number of processes reads it in any layout. DCP plans once who writes what, and notices if a process fails. Each process
+writes its values to their place in the files, so nothing has to be merged afterwards, and besides the model one tensor
+is in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One process of many that are not there: torch's process group without communication, for tensors without storage.
+"""Simulate one process of many: torch's process group without communication, for tensors without storage.
 
-These are private parts of torch, used nowhere else. `check_version` says whether they are as they were when this was
-written; tests/distributed/test_simulator.py would find out.
+This module uses private parts of torch, as no other does. `check_version` refuses versions with which it was not
+tested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMESPACES = ("c10d", "_c10d_functional")
 
 
 def check_version() -> None:
-    """Raise GptsmithError where this version of torch has no such parts, or may have others."""
+    """Raise GptsmithError for a version of torch with which this module was not tested."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not OLDEST <= version <= NEWEST:
         raise GptsmithError(
@@ -37,14 +37,14 @@ def check_version() -> None:
 
 
 class SimulatedProcess(ProcessGroup):
-    """A process whose collectives return at once, with numbers that mean nothing."""
+    """A process whose collectives return at once, with arbitrary values."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(rank, world_size, timeout=60.0)
 
     @property
     def is_main(self) -> bool:
-        """Return False: the main process does what no other does (it keeps the whole model on its CPU, and writes)."""
+        """Return False, since the main process does more than the others: it holds the whole model, and writes."""
         return False
 
     def arrange(self, layout: Layout, device: torch.device, *, exact: bool = False) -> None:
@@ -53,7 +53,7 @@ class SimulatedProcess(ProcessGroup):
             super().arrange(layout, device, exact=exact)
 
     def any(self, flag: bool) -> bool:
-        """Return the flag of this process; the others are as it is."""
+        """Return the flag of this process; the others are taken to have the same."""
         dist.all_reduce(torch.tensor([int(flag)]), op=dist.ReduceOp.MAX)
         return flag
 
@@ -69,7 +69,7 @@ class SimulatedProcess(ProcessGroup):
 
 @contextlib.contextmanager
 def simulated_process(rank: int, world_size: int) -> Iterator[SimulatedProcess]:
-    """Be process `rank` of `world_size` for as long as the context lasts."""
+    """Simulate process `rank` of `world_size` within the context."""
     check_version()
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -85,7 +85,7 @@ def simulated_process(rank: int, world_size: int) -> Iterator[SimulatedProcess]:
 
 @contextlib.contextmanager
 def _real_meshes() -> Iterator[None]:
-    """Let device meshes compute with the numbers of processes, also where other tensors have no storage."""
+    """Let device meshes compute with real ranks, also where other tensors have no storage."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.distributed.device_mesh import DeviceMesh
 

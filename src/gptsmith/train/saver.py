@@ -1,11 +1,11 @@
-"""Saving beside training: a thread writes the checkpoint while the next step computes.
+"""Asynchronous saving: a thread writes the checkpoint while the next step computes.
 
-    read     weights and optimizer state go into files from where training has them: no copy of them is made
+    read     weights and optimizer state are written from the tensors of training: they are not copied
     update   the next update of the weights waits for the end of that, and for nothing else
-    finish   checksums, fsync and the renaming go on beside the steps that follow
+    finish   checksums, fsync and the renaming overlap with the following steps
 
-Until the update comes nothing changes what is read, so what is saved is the state after the step, to the bit. Beside
-the model there is at most one tensor in memory: one that has to be laid out in another order, or comes from a GPU.
+Nothing changes the weights before the next update, so the checkpoint has exactly the state after its step. Besides the
+model, at most one tensor is in memory: one that is stored in another layout, or comes from a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 Write = Callable[[Callable[[], None]], Path]
-"""Writes a checkpoint and returns its directory; calls its argument as soon as it has read all of the state."""
+"""Writes a checkpoint and returns its directory; calls its argument once it has read the whole state."""
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread. Its errors are raised where one waits for it."""
+    """Writes one checkpoint at a time, in a thread. `wait_until_read` and `finish` raise its errors."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,8 +37,8 @@ class Saver:
         self._error: BaseException | None = None
 
     def start(self, step: int, write: Write) -> None:
-        """Begin to write the checkpoint of `step`. The one before must be finished."""
-        assert self._thread is None, "the checkpoint before is not finished"
+        """Begin to write the checkpoint of `step`. The previous one must be finished."""
+        assert self._thread is None, "the previous checkpoint is not finished"
         self.step, self._result, self._error = step, None, None
         self._read.clear()
         ready = None
@@ -80,7 +80,7 @@ class Saver:
     def finish(self, timeout: float | None = None) -> Path | None:
         """Wait for the checkpoint, and return its directory; None if none is being written. Raises its error.
 
-        timeout: seconds after which it is given up, and None is returned.
+        timeout: seconds after which to stop waiting and return None.
         """
         if self._thread is None:
             return None

@@ -1,11 +1,11 @@
-"""Run an update of many processes without them: the real model, optimizer and layout, one process at a time.
+"""Run an update of many simulated processes: the real model, optimizer and layout, one process at a time.
 
 Each process is simulated (`distributed/simulator.py`): its collectives return at once, and its tensors have no storage.
-So what is counted is what the code does: the bytes that a process holds, and every collective with its size.
+So the results are counts of what the code does: the bytes that a process holds, and every collective with its size.
 
-Processes that have parts of the same shapes and as many rows run the same program: of each such class one is run, and
-the last process of all (with Muon, processes also own different matrices). Blocks are alike, too: models of few layers
-are run, and the rest is extrapolated.
+Processes whose parts have the same shapes run the same program: one process of each such class is run, and the last
+process of all (with Muon, processes also own different matrices). All blocks are alike, so two models of few layers are
+run, and the rest is extrapolated.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from gptsmith.train.config import RunConfig
 from gptsmith.train.forecast.storages import StorageMode, shallow_depths
 from gptsmith.train.step import TrainingStep
 
-MOST_CLASSES = 8  # of processes that are run; more are named
+MOST_CLASSES = 8  # of processes that are run
 
 
 class Collective(NamedTuple):
     """A collective of one process."""
 
     moment: str
-    """micro-batch: the forward and backward pass of one. update: what follows the last."""
+    """micro-batch: the forward and backward pass of one. update: everything after the last micro-batch."""
     kind: str
     axes: str
-    """Along which axes of the layout: "fsdp", "dp,fsdp"."""
+    """The axes of the layout, such as "fsdp" or "dp,fsdp"."""
     size: int
-    """Of how many processes."""
+    """Number of processes."""
     dtype: str
     bytes: int
     """Of what is reduced, gathered or scattered, whole."""
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Return what must be the same in all processes: in an all-to-all, each gives and takes as much as it has."""
+        """Return what must be the same in all processes; in an all-to-all the sizes may differ."""
         return self[:-1] if self.kind == "all_to_all" else tuple(self)
 
 
