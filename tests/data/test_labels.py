@@ -194,7 +194,7 @@ def test_labels_outside_the_declared_classes(tmp_path: Path) -> None:
         (reviews(1, 0.25), "classification", "line 2: the label 0.25 is a number, not a class. Use the task regress"),
         (reviews(1, "high"), "regression", "line 2: the label is not a finite number: 'high'"),
         (reviews(1, "inf"), "regression", "line 2: the label is not a finite number: 'inf'"),
-        (reviews(1, 10**400), "regression", "line 2: the label 1000"),
+        (reviews(1, 10**400), "regression", "line 2: the label is not a finite number: 1000"),
         (reviews(1, True), "regression", "line 2: the label is not a finite number: True"),
         ([{"text": "a", "label": 1}, {"x": 1}], "classification", "line 2: the fields x have no text"),
     ],
