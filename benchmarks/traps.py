@@ -3,10 +3,9 @@
     python benchmarks/traps.py             # writes docs/traps.md and benchmarks/results/traps.json
     python benchmarks/traps.py --only B1 C1
 
-gptsmith is asked by `tests/traps`, whose tests are named after the traps. A case is put to TRL or PEFT where they have
-the function that it is about: it *passes* if the result is right or the input is refused, *warns* if the result is
-wrong and a warning says so, and *fails* if nothing does. Everything runs on a CPU, with a model of two layers and each
-program's defaults.
+gptsmith is tested by `tests/traps`, whose tests are named after the traps. TRL and PEFT are tested where they have the
+feature: they *pass* if the result is right or the input is refused, *warn* if the result is wrong and a warning says
+so, and *fail* otherwise. Everything runs on a CPU, with a model of two layers and each program's defaults.
 """
 
 from __future__ import annotations
@@ -40,44 +39,44 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TRAPS = {
     "A1": "the gradient does not depend on the micro-batch",
-    "A2": "the gradient of a policy does not depend on how answers are split up",
-    "A3": "answers that were cut are left out of the loss and of what it is divided by",
-    "A4": "rows without a trained token are refused, or left out and counted",
+    "A2": "the gradient of the policy does not depend on how answers are split into micro-batches",
+    "A3": "truncated answers are excluded from the loss and from its denominator",
+    "A4": "rows without a trained token are refused, or skipped and counted",
     "A5": "IPO averages over the tokens of each answer",
-    "A6": "every loss that can be chosen is another loss",
-    "B1": "the end is learned although padding has its id",
-    "B2": "texts begin once",
-    "B3": "templates without generation tags have a mask",
-    "B4": "the mask is not found by searching texts",
-    "B5": "no step between rows and batches loses the mask",
+    "A6": "every selectable loss computes a different loss",
+    "B1": "the end token is trained even if it is also the padding token",
+    "B2": "a sequence has one beginning-of-sequence token",
+    "B3": "chat templates without generation tags get a loss mask",
+    "B4": "the loss mask is not found by string search",
+    "B5": "no preprocessing step loses the loss mask",
     "B6": "no token spans prompt and completion",
-    "B7": "the template of training is exported",
-    "B8": "a text ends at any of several end tokens",
-    "C1": "documents of a row do not see each other",
-    "C2": "long conversations do not fill the buffer",
+    "B7": "the chat template of training is exported",
+    "B8": "generation stops at any of several end tokens",
+    "C1": "documents packed into a row do not attend to each other",
+    "C2": "long conversations do not fill the packing buffer",
     "C3": "packing works without FlashAttention",
-    "D1": "an adapter has the embeddings of new tokens",
-    "D2": "merging leaves tied embeddings alone",
-    "D3": "the head of a task is trained and saved with an adapter",
-    "D4": "merging an adapter of quantized weights changes little",
-    "D5": "adapters have ten times the learning rate, in all linear layers",
-    "D6": "generation has the adapter that is trained",
-    "E1": "the sampler gives the probabilities that are trained",
-    "E2": "the penalty has the gradient of the divergence",
-    "E3": "what was sampled is not encoded again",
-    "E4": "long prompts are left out and counted, not cut",
-    "E5": "what follows the end of an answer counts for nothing",
-    "E6": "groups without differences are marked",
-    "E7": "a reward that fails is no zero; one that pays for nothing is found",
+    "D1": "an adapter includes the embeddings of new tokens",
+    "D2": "merging leaves tied embeddings unchanged",
+    "D3": "the task head is trained and saved with an adapter",
+    "D4": "merging an adapter into quantized weights changes little",
+    "D5": "adapters get ten times the learning rate, and all linear layers",
+    "D6": "generation during training uses the adapter",
+    "E1": "sampling has the probabilities that are trained",
+    "E2": "the KL penalty has the gradient of the KL divergence",
+    "E3": "sampled tokens are not encoded again from text",
+    "E4": "prompts that are too long are skipped and counted, not truncated",
+    "E5": "tokens after the end of an answer have no effect",
+    "E6": "groups of answers with equal rewards are reported",
+    "E7": "a failing reward is not a reward of zero; a reward that pays for empty answers is reported",
     "E8": "the same seed gives the same run",
-    "E9": "an alarm names the step where the reward rises and quality falls",
+    "E9": "a warning names the step at which the reward rises and quality falls",
     "F1": "the score is read at the last token",
-    "F2": "the first loss of DPO is ln 2 although the model has dropout",
+    "F2": "the first loss of DPO is ln 2 even if the model has dropout",
     "F3": "the log-probabilities of chosen and rejected answers are both logged",
-    "F4": "KTO never compares an answer with its own prompt",
-    "F5": "rewards have the scale that is stored with their model",
-    "F6": "another tokenizer than the policy's is refused",
-    "G1": "a run that is not there is not started anew",
+    "F4": "KTO never pairs an answer with its own prompt as a mismatch",
+    "F5": "rewards use the scale that is stored with the reward model",
+    "F6": "a reward model with another tokenizer than the policy's is refused",
+    "G1": "resuming a run that does not exist is an error",
     "G2": "a misspelled option is an error",
     "G4": "forgetting is measured",
 }
@@ -739,13 +738,13 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Traps",
         "",
-        "Defects of fine-tuning and alignment that users of public tools have reported, replayed on a model of two",
-        "layers. gptsmith is asked by `tests/traps`, whose tests name the reports. TRL and PEFT are asked where they",
-        "have the function that a case is about, with their defaults: they pass if the result is right or the input is",
-        "refused, warn if the result is wrong and a warning says so, and fail if nothing does.",
+        "Users of public tools have reported these defects of fine-tuning and alignment; here they are reproduced",
+        "with a model of two layers. gptsmith is tested by `tests/traps`, whose tests name the reports. TRL and PEFT",
+        "are tested with their defaults, where they have the feature: they pass if the result is right or the input",
+        "is refused, warn if the result is wrong and a warning says so, and fail otherwise.",
         "`python benchmarks/traps.py` writes this page.",
         "",
-        "| | what is right | " + " | ".join(programs.values()) + " |",
+        "| | correct behavior | " + " | ".join(programs.values()) + " |",
         "|---|---|" + "---|" * len(programs),
     ]
     words = {"passes": "passes", "warns": "warns", "fails": "**fails**", "": "–"}
@@ -753,7 +752,7 @@ def page(result: dict[str, Any]) -> str:
         cells = [words[result["verdicts"][program].get(trap, ("",))[0]] for program in programs]
         if any(cell != "–" for cell in cells):
             lines.append(f"| {trap} | {right} | " + " | ".join(cells) + " |")
-    lines += ["", "–: the case cannot be put to it, or has not been.", "", "## What was seen", ""]
+    lines += ["", "–: not applicable, or not tested.", "", "## Observations", ""]
     for program in CASES:
         for trap, (verdict, seen) in result["verdicts"][program].items():
             lines.append(f"- {trap}, {program} {verdict}: {seen.rstrip('.')}.")
