@@ -29,7 +29,7 @@ def compare(model: Transformer, captured: bool, tolerance: float) -> int:
 
     def both(*arguments: Any) -> torch.Tensor:
         nonlocal steps
-        ids, _, rows, _ = arguments
+        ids, _, rows, *_ = arguments
         steps += len(ids) == len(rows)
         actual, expected = compute(*arguments), Runner._logits(runner, *arguments)
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
