@@ -138,6 +138,14 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def return_freed_memory() -> None:
+    """Make glibc return the memory that `keep_freed_memory` has kept. Does nothing with another C library."""
+    import ctypes
+
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def describe_machine() -> dict[str, str | int]:
     """Return the machine's description in run.json: processor, cores, GPU, system, Python and torch versions."""
     import torch

@@ -160,6 +160,8 @@ class Attention(nn.Module):
         rope = {"none": None, "global": inputs.rope, "local": inputs.local_rope}[self.rope]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+            if v.requires_grad:
+                v = v.clone()  # a view would keep q and k before rotation, too, for the backward pass
         if inputs.weights is not None:
             inputs.weights.append(attention_weights(q, k, self._mask(q, inputs.documents), self.scale, self.sinks))
         # y = attention_weights(q, k, mask) @ v: (B, H, T, D)

@@ -31,7 +31,7 @@ from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Run
-from gptsmith.runtime import compiler_available, out_of_memory, synchronize
+from gptsmith.runtime import compiler_available, out_of_memory, return_freed_memory, synchronize
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.adapter import is_on
 from gptsmith.train.budget.deadline import Deadline
@@ -240,6 +240,7 @@ class Session:
         return RunResult(self.run, outcome, max(self.ranks.gather(self.stop.number)))
 
     def _end(self, on_end: Callable[[Path], object]) -> None:
+        return_freed_memory()  # the report loads the model once more
         try:
             on_end(self.run.directory)
         except (RuntimeError, MemoryError) as error:
