@@ -137,7 +137,7 @@ def test_the_built_in_text(model_directory: Path, tmp_path: Path, run_cli: Cli) 
 def test_a_recommendation(model_directory: Path, tmp_path: Path, run_cli: Cli) -> None:
     code, said, err = run_cli("quantize", model_directory, "--memory", "1GB", "--json", tmp_path / "x.json")
     assert code == 0, err
-    assert re.search(r"8 bits: .* MB in memory, .* MB on disk: recommended\n6 bits: .*: fits", said)
+    assert re.search(r"8 bits: .* [KM]B in memory, .* [KM]B on disk: recommended\n6 bits: .*: fits", said)
     sizes = {size["bits"]: size for size in json.loads((tmp_path / "x.json").read_text())["sizes"]}
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
     for bits in (4, 8):

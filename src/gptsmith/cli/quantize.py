@@ -92,16 +92,16 @@ def _recommend(chosen: Quantize, model: Transformer, sizes: list[Size], memory: 
     best = recommended(sizes, memory)
     for size in sizes[::-1]:
         fits = "recommended" if size == best else "fits" if size.memory <= memory else "too large"
-        print(f"{size.bits} bits: {_mb(size.memory)} in memory, {_mb(size.file)} on disk: {fits}")
+        print(f"{size.bits} bits: {_size(size.memory)} in memory, {_size(size.file)} on disk: {fits}")
     record |= {"sizes": [asdict(size) for size in sizes], "recommended": None if best is None else best.bits}
     if best is None:
-        raise UsageError(f"--memory {chosen.memory} is too little for this model: 4 bits take {_mb(sizes[0].memory)}.")
+        raise UsageError(f"--memory {chosen.memory} is too little for this model: 4 bits take {_size(sizes[0].memory)}.")
     if chosen.bits is None:
         return best.bits
     wanted = next(size for size in sizes if size.bits == chosen.bits)
     if wanted.memory > memory:
         raise UsageError(
-            f"--bits {chosen.bits} takes {_mb(wanted.memory)}, more than --memory {chosen.memory}. Use --bits "
+            f"--bits {chosen.bits} takes {_size(wanted.memory)}, more than --memory {chosen.memory}. Use --bits "
             f"{best.bits}."
         )
     return chosen.bits
@@ -143,7 +143,7 @@ def _quantize(
         shutil.rmtree(partial, ignore_errors=True)
     after, in_memory = _stored_size(model), sum(tensor.nbytes for tensor in _tensors(model))
     counts = count_widths(widths.values())
-    print(f"{out}: {bits} bits, {_mb(before)} in fp32 -> {_mb(after)}, {_mb(in_memory)} in memory")
+    print(f"{out}: {bits} bits, {_size(before)} in fp32 -> {_size(after)}, {_size(in_memory)} in memory")
     if len(counts) > 1:
         print("matrices of the layers: " + ", ".join(f"{n:,} in {width} bits" for width, n in counts.items()))
     record = {"out": str(out), "bits": bits, "widths": widths, "bytes_fp32": before, "bytes": after}
@@ -204,8 +204,8 @@ def _tensors(model: Transformer) -> list[Any]:
     return list({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _size(size: int) -> str:
+    return f"{size / 1e3:,.0f} KB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
 
 
 def _text(path: Path | None) -> str:
