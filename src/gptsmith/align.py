@@ -40,8 +40,7 @@ QUESTIONS = (
     "How do you like the story?",
     "Write a line about the movie.",
 )
-SHARES = {"base": 0.5, "chat": 0.13, "reward": 0.1}  # of the budget; PPO has the rest
-LAST_SHARE = 0.03  # for the comparison
+SHARES = {"base": 0.5, "chat": 0.13, "reward": 0.1, "aligned": 0.24}  # of the budget; the comparison has the rest
 LONGEST = 160  # characters of a review that is an answer
 PAIRS = 2000
 ANSWER_TOKENS = 48
@@ -70,9 +69,9 @@ def align_demo(out: str | Path = "runs/align", *, budget: str = "30m", seed: int
 
     def stage(name: str, what: str, method: Callable[..., Run], *arguments: Any, **options: Any) -> Run:
         """Train within the stage's share of the budget, with fewer updates than are sensible if need be."""
-        spent = time.monotonic() - began
-        seconds = total.amount * SHARES[name] if name in SHARES else total.amount * (1 - LAST_SHARE) - spent
-        seconds = max(1.0, seconds)
+        left = total.amount * sum(SHARES.values()) - (time.monotonic() - began)
+        still_to_come = sum(itertools.islice(SHARES.values(), list(SHARES).index(name), None))
+        seconds = max(1.0, left * SHARES[name] / still_to_come)  # a stage that was late shortens all that follow
         note(f"\n== {what}: {duration(seconds)} of {duration(total.amount)} ==")
         options |= {"out": out / name, "seed": seed, "verbose": True}
         try:
