@@ -95,7 +95,8 @@ def _recommend(chosen: Quantize, model: Transformer, sizes: list[Size], memory: 
         print(f"{size.bits} bits: {_size(size.memory)} in memory, {_size(size.file)} on disk: {fits}")
     record |= {"sizes": [asdict(size) for size in sizes], "recommended": None if best is None else best.bits}
     if best is None:
-        raise UsageError(f"--memory {chosen.memory} is too little for this model: 4 bits take {_size(sizes[0].memory)}.")
+        least = _size(sizes[0].memory)
+        raise UsageError(f"--memory {chosen.memory} is too little for this model: 4 bits take {least}.")
     if chosen.bits is None:
         return best.bits
     wanted = next(size for size in sizes if size.bits == chosen.bits)
