@@ -91,8 +91,7 @@ def write_adapter(directory: Path) -> Path:
 
 @pytest.mark.parametrize("bits", [8, 5, 4])
 def test_calibrated(bits: int, model_directory: Path, tmp_path: Path, words: str, run_cli: Cli) -> None:
-    """Better than rounding to the nearest, but for 8 bits, where what is left is which expert a token chooses; the
-    report as JSON; nothing else is left behind."""
+    """Better than rounding to the nearest; the report as JSON; nothing else is left behind."""
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text(words[:20_000])
     other.write_text(words[-3000:])
@@ -115,7 +114,13 @@ def test_calibrated(bits: int, model_directory: Path, tmp_path: Path, words: str
         assert (code, adapted != plain) == (0, True), err
         shutil.rmtree(adapter)
     ours, nearest = reports["ours"], reports["nearest"]
-    assert ours["kl_divergence"] < (1.5 if bits == 8 else 0.5) * nearest["kl_divergence"]
+    # With 8 bits, nearly all that remains of a mixture's divergence comes from near ties of its router, which any
+    # rounding can decide either way: over five seeds, the ratio is 0.5 to 1.13. Without experts it is 0.51 to 0.58.
+    has_experts = model_directory.name == "mixtral"
+    bound = 0.5 if bits < 8 else 1.25 if has_experts else 0.65
+    assert ours["kl_divergence"] < bound * nearest["kl_divergence"]
+    if bits == 8:
+        assert ours["kl_divergence"] < (0.02 if has_experts else 0.001)
     assert ours["bytes"] < 1.15 * nearest["bytes"]
     assert ours["bytes"] == pytest.approx((tmp_path / "ours" / "model.safetensors").stat().st_size, rel=0.2)
     assert ours["perplexity_after"] > 1
