@@ -1,7 +1,7 @@
 """Supervised fine-tuning on a CPU against TRL's SFTTrainer: python benchmarks/tuning/speed.py [--save]
 
 One pass over the same rows of alpaca_en_demo, prompts and completions, by the same llama-layout model of 5.7M
-parameters in fp32 with AdamW, 8 rows a batch. Conversations have at most 1,200 characters, so that nobody has to
+parameters in fp32 with AdamW, 8 rows per batch. Conversations have at most 1,200 characters, so that nobody has to
 truncate to 512 tokens. TRL runs as its documentation has it, but without gradient checkpointing, which only costs
 time here. Each contestant is a process of its own; they take turns, and the figures are medians. Tokens are those
 that are predicted from (no padding). Seconds are those of the processor, with one thread, since the machine may be

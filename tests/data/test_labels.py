@@ -122,7 +122,7 @@ def test_multiple_choice(values: dict[str, Any], context: str, choices: list[str
         ("entailment", {"text": "a", "label": 1}, "compares two texts; the fields text, label have none such"),
         ("entailment", {"premise": "a", "hypothesis": "", "label": 1}, "hypothesis is missing or empty"),
         ("multiple-choice", {"question": "a", "choices": ["x"], "answer": 0}, "has 1 choice; at least 2"),
-        ("multiple-choice", {"question": "a", "choices": ["x", "x"], "answer": 0}, "the right choice is there twice"),
+        ("multiple-choice", {"question": "a", "choices": ["x", "x"], "answer": 0}, "the right choice is given twice"),
         ("multiple-choice", {"question": "a", "choices": ["x", ""], "answer": 0}, "choice 2 is empty"),
         ("multiple-choice", {"question": "a", "choices": ["x", "y"], "answer": 2}, "an index from 0 to 1"),
         ("multiple-choice", {"question": "a", "choices": ["x", "y"], "answer": -1}, "an index from 0 to 1"),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Quantize:
     """Quantize the weights of a model to 4 to 8 bits, and compare it with the full model: perplexity, KL divergence,
-    agreement on the most likely token, and size. An interrupted command goes on when it is given again."""
+    agreement on the most likely token, and size. Run an interrupted command again to continue."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run (its best checkpoint), a model directory, a .gguf file, ORG/NAME on the hub, or smollm2-135m."""

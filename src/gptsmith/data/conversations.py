@@ -554,7 +554,7 @@ def read_conversations(
 ) -> Iterator[tuple[Row, Conversation]]:
     """Yield the conversations of a file, or of a split of a folder of rows.
 
-    on_bad: stop at the first row that is none with a DataError that names it, or leave it out and count it in `counts`.
+    on_bad: stop at the first bad row with a DataError that names it, or leave it out and count it in `counts`.
     """
     counts = Counts() if counts is None else counts
     for row in read_rows(path, advance, split=split):

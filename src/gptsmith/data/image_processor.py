@@ -85,7 +85,7 @@ class ImageProcessor:
 
         resampling = Image.Resampling(RESAMPLE_IDS[self.resample])
         box = (0.0, 0.0, float(image.width), float(image.height))
-        if self.crop:  # cut in the original, where pixels around the square still count, lest a long picture gets huge
+        if self.crop:  # in the original, where pixels around the square count: a resized long picture would be huge
             short = min(image.width, image.height)
             longer = [int(self.size * side / short) for side in (image.width, image.height)]
             scale = [side / long for side, long in zip((image.width, image.height), longer, strict=True)]

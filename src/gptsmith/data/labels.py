@@ -302,7 +302,7 @@ def _choices_of(row: Fields, values: Mapping[str, Any]) -> tuple[tuple[str, ...]
         raise RowError(_no_field("answer", ANSWER_FIELDS, values))
     index = _answer(row[answer], answer, texts, keys)
     if texts.count(texts[index]) > 1:
-        raise RowError("the right choice is there twice.")
+        raise RowError("the right choice is given twice.")
     return (joined, *texts), index, "+".join((*context, name, answer))
 
 

@@ -265,7 +265,7 @@ def _start(
         if any(message["role"] not in ("assistant", "tool") for message in turns[start:]):
             raise RowError(
                 f"the prompts of {names[0]} and {names[1]} differ: after message {common + 1}, where the answers "
-                f"begin, the {name} one goes on with other messages. A pair is two answers to one prompt."
+                f"begin, the {name} one continues with other messages. A pair is two answers to one prompt."
             )
     if start == 0:
         raise RowError("the conversations begin with the assistant, so there is no prompt.")
@@ -431,7 +431,7 @@ def read_preferences(
 ) -> Iterator[tuple[Row, Preference | Rated]]:
     """Yield the preferences of a file, or of a split of a folder of rows; all are pairs, or all are rated answers.
 
-    on_bad: stop at the first row that is none with a DataError that names it, or leave it out and count it in `counts`.
+    on_bad: stop at the first bad row with a DataError that names it, or leave it out and count it in `counts`.
     Ties are left out and counted in any case. score_margins: as for `as_preferences`.
     """
     counts = Counts() if counts is None else counts

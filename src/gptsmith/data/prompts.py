@@ -166,7 +166,7 @@ def read_prompts(
 ) -> Iterator[tuple[str, PromptRow]]:
     """Yield the prompts of a file, or of a split of a folder of rows, each with its place.
 
-    on_bad: stop at the first row that is none with a DataError that names it, or leave it out and count it in `counts`.
+    on_bad: stop at the first bad row with a DataError that names it, or leave it out and count it in `counts`.
     """
     counts = Counts() if counts is None else counts
     if path.is_file() and not is_table(path):

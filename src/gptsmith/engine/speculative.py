@@ -64,7 +64,7 @@ class Speculator:
 
     For each number of sequences in a step, it compares the seconds per token of steps with and without drafts (by the
     median of recent steps, since single measurements are noisy). The slower mode is tried again from time to time, in
-    case the text has become predictable, or ceased to be; the more rarely, the more often that was in vain.
+    case the text has become predictable, or ceased to be; the more rarely, the more often that failed.
 
     Trials are paid from an allowance: a fraction of the time that steps without drafts take, plus what right drafts
     saved. So all of it together costs no more than that fraction of plain decoding, and one trial.

@@ -7,8 +7,8 @@ Each layer is rounded for the inputs that the quantized layers before it produce
 rounded in the order in which they are computed, each with the ones before it already rounded. Of all texts, only the
 states of one sequence are in memory; the others lie in a file.
 
-What is done is kept in a directory, so that an interrupted quantization goes on with the layer that it was at, and ends
-with the same bits.
+Finished layers are kept in a directory, so that an interrupted quantization continues with the next layer and ends with
+the same bits.
 
 Axis letters: N sequences · T tokens of each · C hidden · K columns of a matrix.
 """

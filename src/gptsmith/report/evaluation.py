@@ -114,7 +114,7 @@ RECORD_FILE = "evaluation.json"
 
 
 def report_evaluation(model: str, record: Record, others: Sequence[Record] = ()) -> Path:
-    """Write evaluation.html and evaluation.json into the directory of a model, or here if it is none.
+    """Write evaluation.html and evaluation.json into the directory of a model, or here if it is not one.
 
     The report of a run is written again, with the results. Returns the path of the page.
     """

@@ -129,7 +129,7 @@ class Comparisons:
 
 
 def parse_comparisons(lines: bytes) -> tuple[list[Row], int]:
-    """Return the comparisons in some lines, and the number of lines that are none."""
+    """Return the comparisons in some lines, and the number of other lines."""
     rows, unreadable = [], 0
     for line in filter(bytes.strip, lines.split(b"\n")):
         row = _parsed(line)

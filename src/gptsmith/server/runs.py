@@ -38,7 +38,7 @@ POLL_SECONDS = 0.5
 
 Row = dict[str, Any]
 Parse = Callable[[bytes], tuple[list[Row], int]]
-"""Returns the rows in some lines, and the number of lines that are none."""
+"""Returns the rows in some lines, and the number of other lines."""
 
 
 def _record(directory: Path) -> Row:

@@ -23,7 +23,7 @@ class Callback:
         """An evaluation was written: `step` and the objective's metrics."""
 
     def on_save(self, run: Run, step: int, checkpoint: Path) -> bool | None:
-        """The checkpoint of `step` has become complete. It is written while the run goes on, so this may be some steps
+        """The checkpoint of `step` has become complete. It is written during later steps, so this may be some steps
         later; before the next checkpoint begins, and before `on_end`."""
 
     def on_end(self, run: Run, outcome: str) -> None:

@@ -151,7 +151,7 @@ def start(
 ) -> RunResult:
     """Prepare `data`, make a run directory and train. `on_end(directory)` is called however training ends.
 
-    Where TorchElastic has started the processes again, because one of them had ended, the run goes on instead.
+    Where TorchElastic has started the processes again, because one of them had ended, the run continues instead.
 
     overrides: flat names of options set by the user, which a budget does not change (`gptsmith.train.budget.recipe`).
     began: when a budget of time started (`time.monotonic()`); now, by default.

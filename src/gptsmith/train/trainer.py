@@ -164,7 +164,7 @@ class Trainer:
             raise
 
     def _settle(self) -> None:
-        """Finish this process's writing; an error of its own is of no interest then."""
+        """Finish this process's writing; its own errors are ignored then."""
         with contextlib.suppress(Exception):  # another process may be gone, and this one's writing wait for it
             self._complete_save(None if self.parts is None else SETTLE_SECONDS)
 
@@ -562,7 +562,7 @@ class Trainer:
             self.optimizers.load_state_tensors(part("optimizer/"), step.part_of)
             self.training_step.set_random_state(tensors)
             self.step = int(values["step"])
-            if self.deadline is not None:  # which has planned anew; otherwise as the configuration says
+            if self.deadline is not None:  # which has planned again; otherwise as the configuration says
                 self.steps = int(values["steps"])
             self.tokens_seen = float(values["tokens_seen"])
             size = min(self.training_step.micro_batch_size, int(values["micro_batch_size"]))

@@ -42,7 +42,7 @@ class Cluster:
 
     @classmethod
     def parse(cls, text: str) -> Cluster:
-        """Return the cluster that `1024xH100` describes. UsageError if it is none, or the accelerator is not known."""
+        """Return the cluster that `1024xH100` describes. UsageError for another form or an unknown accelerator."""
         found = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*([\w.-]+)\s*", text)
         if not found or int(found[1]) < 1:
             names = ", ".join(hardware_names())

@@ -189,7 +189,7 @@ def _blamed(trial: Trial, usual: Trial) -> str:
 
 
 class GoodhartAlarm:
-    """Notices when the reward goes on rising and what it stands for falls.
+    """Notices when the reward keeps rising while the quality that it stands for falls.
 
     gold: the name of the metric that nothing is trained on. Each evaluation gives both for answers to the same held-out
     prompts, in the same order. The latest evaluations are compared with those around the best of gold, prompt by

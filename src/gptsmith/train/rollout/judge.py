@@ -1,6 +1,6 @@
 """A judge: a model behind an OpenAI-compatible API that gives answers 0 to 10 points.
 
-The scores are appended to a file as they arrive. A run that goes on reads them, so an answer that was judged before the
+The scores are appended to a file as they arrive. A resumed run reads them, so an answer that was judged before the
 interruption keeps its score, although a judge may not repeat itself.
 """
 
@@ -42,7 +42,7 @@ class Judge:
     """Scores from 0 to 10 by the model at `judge:URL#MODEL`; without MODEL by the only one that is there.
 
     The key is that in the environment variable OPENAI_API_KEY. record: where scores are kept; None: in memory.
-    Raises UsageError for a URL that is none, or without the package `openai`.
+    Raises UsageError for an invalid URL, or without the package `openai`.
     """
 
     def __init__(self, spec: str, *, record: Path | None = None) -> None:

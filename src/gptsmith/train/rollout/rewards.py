@@ -167,7 +167,7 @@ def open_rewards(
     """Open the rewards that `specs` name; a function can be given itself.
 
     tokenizer: the policy's; reward models must have the same tokens. record: a file to which the scores of judges are
-    appended and from which they are read, so that a run that goes on gets the scores that it got before.
+    appended and from which they are read, so that a resumed run gets the scores that it got before.
     Raises UsageError for a reward that cannot be opened, and CheckpointError for a damaged reward model.
     """
     rewards = [_open(spec, tokenizer, torch.device(device), record) for spec in specs]
