@@ -122,7 +122,7 @@ def test_tiny_temperatures_choose_the_most_probable_token(live: Live, temperatur
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0] is a picture, and the model tiny reads text only.",
         ),
-        (RESPONSES, {"input": [{"type": "reasoning", "id": "x"}]}, "input.0.type must be 'message', 'function_call'"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type must be 'message', 'reasoning'"),
         (RESPONSES, {"input": []}, "input must have at least 1 item"),
         (
             RESPONSES,

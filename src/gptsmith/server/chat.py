@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -31,6 +32,8 @@ from gptsmith.server.schema import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     NamedTool,
     TemplateOptions,
     TextFormat,
@@ -41,6 +44,7 @@ from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
+from gptsmith.tokenizer.harmony import HarmonyParser
 from gptsmith.tokenizer.tokenizer import readable
 from gptsmith.tokenizer.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 
@@ -58,7 +62,11 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     choices = [
         ChatChoice(
             index=index,
-            message=AnswerMessage(content=choice.content, tool_calls=choice.tool_calls or None),
+            message=AnswerMessage(
+                content=choice.content,
+                reasoning_content=choice.reasoning or None,
+                tool_calls=choice.tool_calls or None,
+            ),
             logprobs=logprobs_of(answer.served.tokenizer, choice.tokens) if answer.logprobs else None,
             finish_reason=choice.finish_reason or "stop",
         )
@@ -86,9 +94,14 @@ async def _events(answer: Answer, envelope: dict[str, Any], include_usage: bool)
 
 
 def _stream_choices(delta: ChoiceDelta) -> list[dict[str, Any]]:
-    """Return a delta as OpenAI streams it: text, then pieces of tool calls, then the finish reason."""
+    """Return a delta as OpenAI streams it: text, then pieces of tool calls, then the finish reason.
+
+    Reasoning comes first, in a field that OpenAI does not have and others share.
+    """
     contents: list[dict[str, Any]] = []
-    if delta.text or (delta.tokens and not delta.calls):
+    if delta.reasoning:
+        contents.append({"reasoning_content": delta.reasoning})
+    if delta.text or (delta.tokens and not delta.calls and not delta.reasoning):
         contents.append({"content": delta.text})
     for call in delta.calls:
         entry: dict[str, Any] = {"index": call.index}
@@ -111,6 +124,7 @@ class ChoiceDelta:
     """What is new in one choice. finish_reason: set in the last delta."""
 
     text: str = ""
+    reasoning: str = ""
     tokens: list[TextToken] = field(default_factory=list)
     calls: list[ToolCallDelta] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
@@ -121,6 +135,7 @@ class Choice:
     """One choice, complete."""
 
     text: str = ""
+    reasoning: str = ""
     tokens: list[TextToken] = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
@@ -133,21 +148,23 @@ class Choice:
 class Answer:
     """The answer to a conversation. Each choice has text and, if the request has tools, tool calls.
 
-    strips: whether to remove white space at the beginning.
+    make_parser: what tells text, reasoning and calls apart; None: all is text. strips: whether to remove white space at
+    the beginning. in_channels: whether there can be reasoning.
     """
 
     def __init__(
         self,
         served: ServedModel,
         generation: Generation,
-        tool_format: ToolCallFormat | None,
+        make_parser: Callable[[], ToolCallParser | HarmonyParser] | None,
         *,
+        in_channels: bool,
         logprobs: bool,
         strips: bool,
     ) -> None:
         self.served, self.generation, self.logprobs, self._strips = served, generation, logprobs, strips
-        self._tool_format = tool_format
-        self._parsers: dict[int, ToolCallParser] = {}
+        self._make_parser, self.in_channels = make_parser, in_channels
+        self._parsers: dict[int, ToolCallParser | HarmonyParser] = {}
         self._has_text: set[int] = set()
 
     async def deltas(self) -> AsyncIterator[dict[int, ChoiceDelta]]:
@@ -158,12 +175,14 @@ class Answer:
                 delta = deltas.setdefault(index, ChoiceDelta())
                 delta.tokens += chunk.tokens
                 text, has_calls = chunk.text, False
-                if self._tool_format is not None:
-                    parser = self._parsers.setdefault(index, ToolCallParser(self._tool_format))
+                if self._make_parser is not None:
+                    parser = self._parsers.get(index) or self._parsers.setdefault(index, self._make_parser())
                     text, calls = parser.push(text)
+                    delta.reasoning += parser.reasoning
                     if chunk.finish_reason is not None:
                         rest, last = parser.finish()
                         text, calls = text + rest, calls + last
+                        delta.reasoning += parser.reasoning
                     delta.calls += calls
                     has_calls = parser.calls > 0 and not parser.in_call
                 if self._strips and index not in self._has_text:
@@ -182,6 +201,7 @@ class Answer:
             for index, delta in deltas.items():
                 choice = choices.setdefault(index, Choice())
                 choice.text += delta.text
+                choice.reasoning += delta.reasoning
                 choice.tokens += delta.tokens
                 choice.finish_reason = delta.finish_reason or choice.finish_reason
                 for call in delta.calls:
@@ -208,6 +228,12 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
     pictures = pictures_of(body.messages)
     check_pictures(service, served, pictures)
     written = await conversation_ids(template, messages, body, tools=tools, **effort)
+    harmony, in_text = template.harmony, bool(body.continue_final_message)
+    constrained = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat)
+    constrained = constrained or any(each is not None for each in (body.regex, body.grammar, body.choice))
+    if harmony is not None and constrained and not in_text and body.add_generation_prompt is not False:
+        written = [*written, *harmony.final_ids(served.tokenizer)]  # what is asked for is the text, without reasoning
+        in_text = True
     prompt = placed(served, written, await load_pictures(service, request, served, pictures))
     ids = prompt.ids
     starts_turn = not body.continue_final_message and body.add_generation_prompt is not False
@@ -224,7 +250,9 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
         more_stop_ids=() if body.ignore_eos else end_ids,
     )
     special = served.tokenizer.special_tokens().values()
-    marks_calls = tool_format is not None and any(token in tool_format.texts for token in special)
+    marks_calls = harmony is not None or (
+        tool_format is not None and any(token in tool_format.texts for token in special)
+    )
     detokenizer = Detokenizer(
         served.tokenizer,
         "",
@@ -234,7 +262,19 @@ async def start_answer(service: Service, request: Request, body: ChatRequest) ->
     )
     generation = await service.start(request, served, [Job(prompt, detokenizer)])
     strips = template.plain and starts_turn  # the plain template leaves the space after "Assistant:" to the model
-    return Answer(served, generation, tool_format, logprobs=bool(body.logprobs), strips=strips)
+    make_parser: Callable[[], ToolCallParser | HarmonyParser] | None = None
+    if harmony is not None:
+        make_parser = partial(HarmonyParser, in_text=in_text)
+    elif tool_format is not None:
+        make_parser = partial(ToolCallParser, tool_format)
+    return Answer(
+        served,
+        generation,
+        make_parser,
+        in_channels=harmony is not None,
+        logprobs=bool(body.logprobs),
+        strips=strips,
+    )
 
 
 _OWN_VARIABLES = {
@@ -309,6 +349,9 @@ def _tool_format(body: ChatRequest, served: ServedModel) -> tuple[ToolCallFormat
         {**function.model_dump(), "parameters": without_unknown_formats(function.parameters)} for function in functions
     ]
     try:
+        harmony = served.template.harmony
+        if harmony is not None:
+            return tool_format, harmony.grammar(described, mode)
         grammar = tool_format.grammar(described, mode, several=several)
     except GptsmithError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from None

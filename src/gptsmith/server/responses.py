@@ -23,6 +23,7 @@ from gptsmith.server.schema import (
     ChatRequest,
     FunctionCall,
     FunctionCallOutput,
+    ReasoningItem,
     ResponseImage,
     ResponseJsonSchema,
     ResponseNamedTool,
@@ -151,15 +152,30 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
 
 def _append(messages: list[dict[str, Any]], item: Any) -> None:
     """Append an input item to the chat messages. A call becomes part of the assistant's message before it."""
-    if isinstance(item, FunctionCall):
+    if isinstance(item, ReasoningItem):
+        messages.append(
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "".join(part.text for part in item.content or ()),
+            }
+        )
+    elif isinstance(item, FunctionCall):
         call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif isinstance(item, FunctionCallOutput):
         messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
+    elif item.role == "assistant" and messages and _is_reasoning(messages[-1]):
+        messages[-1]["content"] = _content(item.content)
     else:
         messages.append({"role": item.role, "content": _content(item.content)})
+
+
+def _is_reasoning(message: dict[str, Any]) -> bool:
+    """Return whether a message has reasoning, and so far nothing else."""
+    return "reasoning_content" in message and not message["content"] and "tool_calls" not in message
 
 
 def _text(content: str | list[ResponsePart]) -> str:
@@ -228,13 +244,18 @@ class _Output:
                 "input_tokens": generation.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": generation.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens()},
                 "total_tokens": generation.prompt_tokens + generation.completion_tokens,
             }
             if self.finished
             else None,
             "user": body.user,
         }
+
+    def _reasoning_tokens(self) -> int:
+        """Return how many tokens the reasoning is, without what marks it."""
+        texts = (item["content"][0]["text"] for item in self.items if item["type"] == "reasoning")
+        return sum(len(self.answer.served.tokenizer.encode(text)) for text in texts)
 
     def failure(self, error: ApiError) -> bytes:
         """Return the last event of an answer that failed."""
@@ -262,11 +283,17 @@ class _Output:
 
     def _delta_events(self, delta: ChoiceDelta) -> list[bytes]:
         events: list[bytes] = []
-        if delta.text or delta.tokens:
+        if delta.reasoning:
+            if not self.items or self.items[-1]["type"] != "reasoning":
+                events += [*self._end_item(), *self._begin_reasoning()]
+            self.items[-1]["content"][0]["text"] += delta.reasoning
+            events.append(self._part_event("response.reasoning_text.delta", delta=delta.reasoning))
+        in_message = bool(self.items) and self.items[-1]["type"] == "message"
+        if delta.text or (delta.tokens and (in_message or not self.answer.in_channels)):
             logprobs = self._logprobs(delta)
             if delta.text.strip() or not delta.calls:
-                if not self.items or self.items[-1]["type"] != "message":
-                    events += self._begin_message()
+                if not in_message:
+                    events += [*self._end_item(), *self._begin_message()]
                 part = self.items[-1]["content"][0]
                 part["text"] += delta.text
                 part["logprobs"] += logprobs
@@ -298,6 +325,20 @@ class _Output:
                 )
         return events
 
+    def _begin_reasoning(self) -> list[bytes]:
+        part = {"type": "reasoning_text", "text": ""}
+        self.items.append(
+            {
+                "id": f"rs_{uuid.uuid4().hex}",
+                "type": "reasoning",
+                "status": "in_progress",
+                "summary": [],
+                "content": [part],
+            }
+        )
+        added = self._item_event("response.output_item.added")
+        return [added, self._part_event("response.content_part.added", part=part)]
+
     def _begin_message(self) -> list[bytes]:
         message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
@@ -318,7 +359,13 @@ class _Output:
             return []
         item = self.items[-1]
         item["status"] = "incomplete" if self.status == "incomplete" else "completed"
-        if item["type"] == "message":
+        if item["type"] == "reasoning":
+            part = item["content"][0]
+            done = [
+                self._part_event("response.reasoning_text.done", text=part["text"]),
+                self._part_event("response.content_part.done", part=part),
+            ]
+        elif item["type"] == "message":
             part = item["content"][0]
             done = [
                 self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"]),

@@ -230,6 +230,7 @@ class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: Content | None = None
     tool_calls: list[SentToolCall] | None = None
+    reasoning_content: str | None = Field(None, description="The reasoning of an earlier answer, for the template.")
     name: str | None = None
     parsed: Any = Field(None, exclude=True, description="The client's own reading of the content; unused.")
     refusal: None = None
@@ -339,6 +340,24 @@ class ResponseMessage(BaseModel):
     phase: None = None
 
 
+class ReasoningText(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(BaseModel):
+    """The reasoning of an earlier answer, which belongs to the message or call after it."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    encrypted_content: None = None
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
 class FunctionCall(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["function_call"]
@@ -411,6 +430,7 @@ def _item_type(item: Any) -> Any:
 
 InputItem = Annotated[
     Annotated[ResponseMessage, Tag("message")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
     Discriminator(_item_type),
@@ -419,7 +439,7 @@ InputItem = Annotated[
 
 class ResponsesRequest(Request):
     input: str | list[InputItem] = Field(
-        description="A text, or the conversation: messages, function calls and their outputs."
+        description="A text, or the conversation: messages, reasoning, function calls and their outputs."
     )
     instructions: str | None = Field(None, description="A system message to put before the conversation.")
     max_output_tokens: int | None = sampling_field("max_tokens", "Default: up to the end of the context.")
@@ -554,6 +574,9 @@ class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning_content: str | None = Field(
+        None, description="What a model that answers in channels (gpt-oss) has thought before the answer."
+    )
     tool_calls: list[ToolCall] | None = None
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gptsmith.errors import TokenizerError, UsageError
+from gptsmith.tokenizer.harmony import Harmony, with_thinking
 from gptsmith.tokenizer.tokenizer import END_TOKENS, Tokenizer, hidden_tokens, own_ids, token_content
 from gptsmith.tokenizer.tools import GENERIC, ToolCallFormat, detect_format, with_generic_tools
 
@@ -102,6 +103,8 @@ class ChatTemplate:
         Raises TokenizerError if the template refuses the conversation, for example because roles do not alternate.
         """
         tools = variables.get("tools")
+        if self.harmony is not None:
+            messages = [with_thinking(message) for message in messages]
         if not tools and not any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             return self._write(messages, self._template, add_generation_prompt, variables)
         if self.tool_format.generic and (generic_tools or not self._describes_tools):
@@ -136,6 +139,19 @@ class ChatTemplate:
 
         own = None if self.plain else detect_format(write, self.tokenizer, self.end_ids())
         return (own or replace(GENERIC, added=self._added)).for_tokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def harmony(self) -> Harmony | None:
+        """The format of answers in channels, if the template writes it."""
+        question, answer = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}
+        if self.plain:
+            return None
+        try:
+            prompt = self._write([question], self._template, True, {})
+            answered = self._write([question, answer], self._template, False, {})
+        except TokenizerError:
+            return None
+        return Harmony.of(prompt, answered, self._special)
 
     @functools.cached_property
     def _describes_tools(self) -> bool:
@@ -339,7 +355,10 @@ class ChatTemplate:
         return text[:at].rstrip() if trimmed else text[:at]
 
     def end_ids(self) -> tuple[int, ...]:
-        """Return the id of the special token that the template writes after an answer, or () if there is none."""
+        """Return the id of the special token that the template writes after an answer, or () if there is none; of a
+        template in harmony, those after an answer and after a call."""
+        if self.harmony is not None and self.harmony.end_ids:
+            return self.harmony.end_ids
         answer = "an answer"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
         try:

@@ -455,7 +455,7 @@ class ToolCallDelta:
 class _Call:
     """A call that is being read. step: of `ToolCallParser._steps`. started: whether its name has been returned."""
 
-    scanner: _JsonObjectScanner
+    scanner: JsonObjectScanner
     step: int = 0
     name: str = ""
     id: str = ""
@@ -475,8 +475,9 @@ class ToolCallParser:
             self._steps += [("text", middle), (slot, "")]
         self._held = ""  # received, but not yet assigned to text or a call
         self._state: Literal["text", "call", "after"] = "text"
-        self._call = _Call(_JsonObjectScanner())
+        self._call = _Call(JsonObjectScanner())
         self.calls = 0
+        self.reasoning = ""  # these formats do not tell it from text
 
     @property
     def in_call(self) -> bool:
@@ -491,7 +492,7 @@ class ToolCallParser:
             if self._state == "text":
                 before, found, rest = self._held.partition(f.trigger)
                 if not found:
-                    keep = _overlap(self._held, f.trigger)
+                    keep = overlap(self._held, f.trigger)
                     outside += self._held[: len(self._held) - keep]
                     self._held = self._held[len(self._held) - keep :]
                     break
@@ -524,7 +525,7 @@ class ToolCallParser:
         return text, self._news(last=True) if self._state == "call" else []
 
     def _begin(self, rest: str) -> None:
-        self._held, self._state, self._call = rest, "call", _Call(_JsonObjectScanner())
+        self._held, self._state, self._call = rest, "call", _Call(JsonObjectScanner())
 
     def _read_step(self) -> bool:
         """Read a part of a call as far as it has arrived; return whether it is complete."""
@@ -564,7 +565,7 @@ class ToolCallParser:
         return deltas
 
 
-class _JsonObjectScanner:
+class JsonObjectScanner:
     """Find the end of a JSON object that arrives in pieces."""
 
     def __init__(self) -> None:
@@ -592,6 +593,6 @@ class _JsonObjectScanner:
         return len(text)
 
 
-def _overlap(text: str, mark: str) -> int:
+def overlap(text: str, mark: str) -> int:
     """Return the length of the longest suffix of `text` that is a proper prefix of `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
