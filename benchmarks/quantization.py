@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from inference import reordered
-from machine import save
+from machine import RESULTS, save
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -155,10 +156,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         if "trained" in arguments.only:
             results["trained"] = measure(trained(arguments.steps, Path(directory)), "trained")
+            keep(results, arguments.save)
         if "smollm2" in arguments.only:
             results["smollm2"] = measure(smollm2, "smollm2")
-    if arguments.save:
-        print(save("quantization", results))
+            keep(results, arguments.save)
+
+
+def keep(results: dict[str, Any], wanted: bool) -> None:
+    """Write benchmarks/results/quantization.json; a part that was not measured now stays as it was."""
+    if wanted:
+        path = RESULTS / "quantization.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        print(save("quantization", {k: part for k, part in (earlier | results).items() if k != "machine"}), flush=True)
 
 
 if __name__ == "__main__":
