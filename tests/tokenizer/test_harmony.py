@@ -18,9 +18,11 @@ from gptsmith.tokenizer.harmony import MARKS, HarmonyParser
 from tests.foreign import byte_level
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tool_templates" / "harmony.jinja"
-QUESTION = {"role": "user", "content": "a question"}
+QUESTION: dict[str, Any] = {"role": "user", "content": "a question"}
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "does f", "parameters": PARAMETERS}}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "description": "does f", "parameters": PARAMETERS}}
+]
 
 
 def make_template(source: str) -> ChatTemplate:
@@ -128,7 +130,7 @@ def test_the_format_is_found(template: ChatTemplate) -> None:
 
 def test_earlier_turns_are_rendered_back(template: ChatTemplate) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 31}}}
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "reasoning_content": "I need f.", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "twelve"},
     ]
