@@ -68,7 +68,7 @@ def align_demo(out: str | Path = "runs/align", *, budget: str = "30m", seed: int
     data = write_data(out / "data", seed, CHARACTERS * total.amount)
 
     def stage(name: str, what: str, method: Callable[..., Run], *arguments: Any, **options: Any) -> Run:
-        """Train within the stage's share of the budget, with fewer updates than are sensible if need be."""
+        """Train within the stage's share of the budget, with fewer updates than are sensible if necessary."""
         left = total.amount * sum(SHARES.values()) - (time.monotonic() - began)
         still_to_come = sum(itertools.islice(SHARES.values(), list(SHARES).index(name), None))
         seconds = max(1.0, left * SHARES[name] / still_to_come)  # a stage that was late shortens all that follow

@@ -1,4 +1,4 @@
-"""`gptsmith dry-run`: run an update of many processes without them."""
+"""`gptsmith dry-run`: run an update of many simulated processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DryRun(RunOptions):
-    """Run an update of many processes without them: the real code on tensors without storage, one process at a time.
+    """Run an update of many simulated processes: the real code on tensors without storage, one process at a time.
 
     Prints the memory of a process, every kind of collective with its bytes, and whether all processes issue the same
     sequence. Takes the options of train, without data.

@@ -36,7 +36,7 @@ class Options:
     restarts: int = 3
     """How often the processes are started again after one has failed."""
     setup: tuple[str, ...] = ()
-    """Shell command to run on each machine before, such as `source .venv/bin/activate`."""
+    """Shell command to run on each machine first, such as `source .venv/bin/activate`."""
     out: Path | None = None
     """File to write, which must not exist (default: print it)."""
 
@@ -51,7 +51,7 @@ class Torchrun(Options):
     """Write a shell script to execute on each machine: it starts torchrun, and the machines find each other."""
 
     head: str | None = None
-    """Name or address of one of the machines, where all meet; needed for several."""
+    """Name or address of the machine that all others connect to; required for several machines."""
     port: int = 29400
     """Port of that machine."""
 
@@ -82,7 +82,7 @@ class Slurm(Options):
 
 @dataclass(frozen=True)
 class Sky(Options):
-    """Write a task for SkyPilot: `sky launch`, or `sky jobs launch` for machines that can be taken away."""
+    """Write a task for SkyPilot: `sky launch`, or `sky jobs launch` for machines that can be preempted."""
 
     accelerator: str = "H100"
     """Kind of accelerator; none: CPUs."""
@@ -91,9 +91,9 @@ class Sky(Options):
     memory: str | None = None
     """Memory of each machine in GB: 256 or 256+."""
     infra: str | None = None
-    """Cloud, with region and zone if need be: aws, gcp/us-central1, k8s (default: the cheapest)."""
+    """Cloud, optionally with region and zone: aws, gcp/us-central1, k8s (default: the cheapest)."""
     spot: bool = False
-    """Use spare machines, which can be taken away; the job continues on others."""
+    """Use spot instances, which can be preempted; the job continues on others."""
     image: str | None = None
     """Machine or container image: docker:NAME."""
     disk: int | None = None
@@ -106,7 +106,7 @@ class Sky(Options):
 
 @dataclass(frozen=True)
 class Kubernetes(Options):
-    """Write manifests for kubectl: an indexed Job with one pod a machine, and a Service by which they meet."""
+    """Write manifests for kubectl: an indexed Job with one pod per machine, and a Service that connects them."""
 
     image: str | None = None
     """Container image with gptsmith (required)."""
@@ -115,7 +115,7 @@ class Kubernetes(Options):
     gpus: bool = True
     """Give each process a GPU."""
     gpu_resource: str = "nvidia.com/gpu"
-    """How the cluster calls its accelerators."""
+    """Resource name of the cluster's accelerators."""
     cpus: str | None = None
     """CPU cores of each pod."""
     memory: str | None = None

@@ -14,17 +14,17 @@ class VisionOptions:
     """The size of a new vision tower."""
 
     image_size: int = 72
-    """Pixels per side of the square that every picture is made to fit."""
+    """Pixels per side of the square to which pictures are resized."""
     patch_size: int = 12
     """Pixels per side of a patch. A picture becomes (image size / patch size)² tokens."""
     hidden_size: int = 192
     """Width of the tower."""
     num_hidden_layers: int = 4
-    """Number of its blocks."""
+    """Number of blocks of the tower."""
     num_attention_heads: int = 4
-    """Number of its attention heads."""
+    """Number of attention heads of the tower."""
     intermediate_size: int | None = None
-    """Width of its feed-forward layers (default: 4x)."""
+    """Width of the tower's feed-forward layers (default: 4 times its width)."""
     seed: int = 1337
     """Seed of the initial weights."""
 

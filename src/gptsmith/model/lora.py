@@ -149,7 +149,7 @@ class LoraQuantizedLinear(QuantizedLinear):
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """Return the weight (R, K) of a linear layer, dequantized if need be."""
+    """Return the weight (R, K) of a linear layer, dequantized if necessary."""
     weight: Any = layer.weight
     values: Tensor = weight if isinstance(weight, Tensor) else weight.dequantized()
     return values

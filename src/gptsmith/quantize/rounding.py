@@ -168,7 +168,7 @@ def _gptq(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of H, which more is added to the diagonal of if need be."""
+    """Return the upper Cholesky factor of the inverse of H, whose diagonal is increased if necessary."""
     extra = 0.0
     while True:
         try:
