@@ -28,7 +28,7 @@ _BUILTIN = {
     "classify": "train a model to label texts, as in GPT-1; or label texts with it",
     "plan": "forecast the memory, time and cost of a run",
     "launch": "write the file that starts a run on several machines: torchrun, Slurm, SkyPilot, Kubernetes",
-    "dry-run": "run an update of many processes without them: memory and collectives",
+    "dry-run": "run an update of many simulated processes: memory and collectives",
     "find-lr": "find a learning rate by a range test",
     "scale": "train a series of budgets and fit a scaling law: loss against compute",
     "eval": "measure a model: on tasks, zero-shot and few-shot, and on texts",
