@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,26 @@ import pytest
 import torch
 
 from gptsmith.data.loader import TokenBatch
-from gptsmith.distributed.context import join_processes
+from gptsmith.distributed.context import DistributedContext, join_processes
 from gptsmith.distributed.layout import Layout
 from gptsmith.distributed.parallel import parallelize
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.log import JsonLines
+from gptsmith.model.families import FAMILIES
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import read_run
+from gptsmith.train import run as run_module
+from gptsmith.train.config import RunConfig
+from gptsmith.train.forecast import layouts
+from gptsmith.train.forecast.memory import USABLE, Forecaster
 from gptsmith.train.objectives.base import LossOutput, Models
 from gptsmith.train.objectives.pretrain import NextToken
 from gptsmith.train.step import TrainingStep
 from tests.distributed.processes import results, run_processes
 from tests.distributed.test_training import assert_same_run, fit, resume, rows, stop_at_seven, weights
-from tests.factories import tiny_config, tiny_model, tiny_run_config
+from tests.factories import WITHOUT_GROUPS, tiny_config, tiny_model, tiny_run_config
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),
@@ -37,6 +43,7 @@ CONFIG = tiny_run_config(
     steps=12, eval_every=6, save_every=3, mask_documents=True, sample_tokens=8, vocab_size=288, tokenizer="bpe"
 )
 SHAPE: dict[str, Any] = {"num_attention_heads": 4, "head_dim": 4, "initializer_range": 0.1}
+EXPERTS = {"model.num_experts": 4, "model.num_experts_per_tok": 2, "optim.name": "adamw", "optim.lr": 0.002}
 FEW = [6] * 16 + [1, 5, 3, 6]  # rows of each batch: also fewer than there are processes
 
 
@@ -59,26 +66,52 @@ class Skewed(NextToken):
 def updates(layout: str, optimizer: str, family: str, options: dict[str, Any]) -> dict[str, Any]:
     """Make updates and return their losses and gradient norms, and on the first process the weights and the state of
     the optimizers."""
-    config = tiny_run_config(batch_size=4, optim={"name": optimizer, "lr": 0.01, "weight_decay": 0.1, "clip": 0.5})
     with join_processes(20) as ranks:
         ranks.arrange(Layout.parse(layout, ranks.world_size), torch.device("cpu"))
-        model, objective = tiny_model(family, **SHAPE | options), Skewed()
-        step: TrainingStep[TokenBatch] = TrainingStep.build(
-            model, objective, config, precision="fp32", micro_batch_size=6, ranks=ranks
-        )
-        found = []
-        for number, num_rows in enumerate(FEW):
-            result = step(objective.batch(number, num_rows), 1.0)
-            found.append((float(result.loss), float(result.grad_norm)))
-        state, policy = step.optimizers.state_tensors(step.whole_tensor), step.gather().policy
-        if not ranks.is_main:
-            return {"updates": found}
-        return {"updates": found, "weights": {n: p.detach() for n, p in policy.named_parameters()}, "state": state}
+        return updates_of(ranks, optimizer, family, SHAPE | options, FEW)
+
+
+def updates_of(
+    ranks: DistributedContext,
+    optimizer: str,
+    family: str,
+    options: dict[str, Any],
+    rows_of_batches: list[int],
+    eps: float = 1e-8,
+) -> dict[str, Any]:
+    """eps: AdamW's: how large a gradient must be to count in full."""
+    config = tiny_run_config(batch_size=4, optim={"name": optimizer, "lr": 0.01, "weight_decay": 0.1, "clip": 0.5})
+    model, objective = tiny_model(family, **options), Skewed()
+    step: TrainingStep[TokenBatch] = TrainingStep.build(
+        model, objective, config, precision="fp32", micro_batch_size=6, ranks=ranks
+    )
+    for group in (group for each in step.optimizers.optimizers for group in each.param_groups if "eps" in group):
+        group["eps"] = eps
+    found = []
+    for number, num_rows in enumerate(rows_of_batches):
+        result = step(objective.batch(number, num_rows), 1.0)
+        found.append((float(result.loss), float(result.grad_norm)))
+    state, policy = step.optimizers.state_tensors(step.whole_tensor), step.gather().policy
+    if not ranks.is_main:
+        return {"updates": found}
+    return {"updates": found, "weights": {n: p.detach() for n, p in policy.named_parameters()}, "state": state}
+
+
+def updates_of_families(layout: str, families: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Make a few updates of each family, with options that are given for it."""
+    with join_processes(20) as ranks:
+        ranks.arrange(Layout.parse(layout, ranks.world_size), torch.device("cpu"))
+        # Otherwise AdamW moves a weight by about the rate also where its gradient is rounding alone.
+        return {name: updates_of(ranks, "adamw", name, options, [6, 1, 4], 1e-4) for name, options in families.items()}
 
 
 def assert_same(layout: str, processes: int, optimizer: str, family: str, folder: Path, **options: Any) -> None:
     alone = updates("dp", optimizer, family, options)
     together = results(run_processes(processes, folder, updates, layout, optimizer, family, options))
+    assert_same_updates(together, alone)
+
+
+def assert_same_updates(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for mine in together:
         assert mine["updates"] == together[0]["updates"]  # all processes say the same, to the bit
         for (loss, norm), (expected_loss, expected_norm) in zip(mine["updates"], alone["updates"], strict=True):
@@ -102,6 +135,7 @@ def assert_same(layout: str, processes: int, optimizer: str, family: str, folder
         ("tp=2", "muon", "qwen3", {"tie_word_embeddings": True}),
         ("tp=2", "adamw", "gpt2", {}),
         ("ep=2", "muon", "qwen3_moe", {}),
+        ("ep=2", "adamw", "mixtral", {}),
         ("tp=2", "adamw", "qwen2_moe", {}),
         ("dp", "muon", "mixtral", {}),
     ],
@@ -110,12 +144,45 @@ def test_two_processes(layout: str, optimizer: str, family: str, options: dict[s
     assert_same(layout, 2, optimizer, family, tmp_path, **options)
 
 
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "initializer_range": 0.1}
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"attention_bias": True},
+    "deepseek_v3": {"q_lora_rank": 6, "num_hidden_layers": 4},
+}
+
+
+def every_family() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in FAMILIES.builtin:
+        key_value_heads = {"num_key_value_heads": 4 if name in WITHOUT_GROUPS else 2}
+        found[name] = HEADS | key_value_heads | FAMILY_OPTIONS.get(name, {})
+    return found
+
+
+@pytest.mark.parametrize(("layout", "processes"), [("tp=2", 2), pytest.param("fsdp=2,tp=2", 4, marks=pytest.mark.slow)])
+def test_every_family_can_be_divided_by_tp(layout: str, processes: int, tmp_path: Path) -> None:
+    """Attention sinks, experts with biases, norms over the queries of all heads, latent attention, …"""
+    families = every_family()
+    alone = updates_of_families("dp", families)
+    together = results(run_processes(processes, tmp_path, updates_of_families, layout, families, seconds=200))
+    for name in families:
+        try:
+            assert_same_updates([each[name] for each in together], alone[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [("fsdp", {"optim.name": "adamw", "optim.lr": 0.002}), ("tp=2", {})],
+    [
+        ("fsdp", {"optim.name": "adamw", "optim.lr": 0.002}),
+        ("tp=2", {}),
+        pytest.param("tp=2", {"model.family": "deepseek_v3", **EXPERTS}, marks=pytest.mark.slow),
+        pytest.param("tp=2", {"model.family": "gpt_oss", **EXPERTS}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_is_that_of_one_process_and_resumes_in_another_layout(
     layout: str, options: dict[str, Any], text: Path, tmp_path: Path
@@ -135,6 +202,37 @@ def test_a_run_is_that_of_one_process_and_resumes_in_another_layout(
     stop_at_seven(str(text), resumed, config)
     results(run_processes(2, tmp_path, resume, resumed, {"parallel": layout}))
     assert_same_run(tmp_path / "one", resumed, 1e-5)
+
+
+def fit_automatically(data: str, out: Path, config: RunConfig) -> list[str]:
+    """Train where half of the model fits into memory, and return the layouts that were chosen."""
+    chosen: list[str] = []
+
+    def choose(*arguments: Any, **options: Any) -> Layout:
+        forecast = partial(Forecaster, *arguments, activation_checkpointing=True)
+        known = {name: options[name] for name in ("device", "precision", "objective")}
+        forecast(**known).at(1)  # what this imports is a part of the process from now on
+        whole, half = (forecast(**known, model_parts=parts).at(1).total for parts in (1, 2))
+        patch.setattr(layouts, "available_memory", lambda device: round((whole + half) / USABLE))  # of two processes
+        layout = layouts.choose_layout(*arguments, **options)
+        chosen.append(str(layout))
+        return layout
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "choose_layout", choose)
+        fit(data, config, out)
+    return chosen
+
+
+def test_a_layout_that_fits_is_chosen(text: Path, tmp_path: Path) -> None:
+    model = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = CONFIG.replace(steps=3, eval_every=3, model=model, optim={"name": "adamw"}, sample_tokens=0)
+    fit(str(text), config, tmp_path / "one")
+    found = results(
+        run_processes(2, tmp_path, fit_automatically, str(text), tmp_path / "run", config.replace(parallel="auto"))
+    )
+    assert found == [["fsdp=2"], []]  # the main process chooses
+    assert_same_run(tmp_path / "one", tmp_path / "run", 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +348,7 @@ def test_exactness_has_limits() -> None:
 
 def generated(family: str, divided: bool) -> list[list[int]]:
     with join_processes(20) as ranks:
-        model = tiny_model(family, **SHAPE)
+        model = tiny_model(family, **every_family()[family])
         if divided:
             layout = Layout(tp=ranks.world_size)
             ranks.arrange(layout, torch.device("cpu"))
@@ -260,7 +358,7 @@ def generated(family: str, divided: bool) -> list[list[int]]:
         return [list(each.ids) for each in engine.generate(prompts, SamplingParams(max_tokens=9, seed=7))]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "olmo2", "gpt_oss", "deepseek_v3"])
 def test_the_engine_generates_what_one_process_does(family: str, tmp_path: Path) -> None:
     alone = generated(family, False)
     assert results(run_processes(2, tmp_path, generated, family, True)) == [alone, alone]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -16,6 +16,9 @@ from gptsmith.cli.parser import parse_subcommand
 from gptsmith.cli.run_options import option_value
 from gptsmith.errors import UsageError, nearest
 from gptsmith.log import note
+
+if TYPE_CHECKING:
+    from gptsmith.train.config import RunConfig
 
 TRAINING = ("train", "sft", "distill", "reward", "dpo", "ppo", "grpo", "classify")  # the commands of several processes
 EXAMPLE = "gptsmith launch slurm --nodes 4 -- train notes/ --preset gpt2-124m"
@@ -213,6 +216,7 @@ def check(command: Sequence[str], processes: int, name: str | None = None) -> Ch
     from gptsmith.cli.train import parsed_only
 
     parsed = parsed_only(kind, rest, processes)
+    _check_layout(parsed.run, processes)
     if parsed.resume is not None:
         return Checked(tuple(command), str(parsed.resume))
     if parsed.out is not None:
@@ -221,6 +225,15 @@ def check(command: Sequence[str], processes: int, name: str | None = None) -> Ch
     return Checked(
         (*command, "--out", where), where, f"the run is written to {where}; a job that is started again looks there"
     )
+
+
+def _check_layout(config: RunConfig, processes: int) -> None:
+    """Raise UsageError where the layout cannot divide the model, as far as that is known without its tokenizer."""
+    layout = config.parallel.layout(processes)
+    if layout is None or (config.init.init, config.auto.depth, config.auto.budget) != (None, None, None):
+        return
+    unknown = layout.tp * 1000  # a vocabulary that can be divided
+    layout.check(config.model.build(unknown, config.loop.context))
 
 
 def _data_name(data: object) -> str:

@@ -118,15 +118,8 @@ class Layout:
                 yield f"{config.num_experts} experts cannot be divided by ep={self.ep}."
         if self.tp == 1:
             return
-        unknown = {
-            "latent attention": config.kv_lora_rank is not None,
-            "attention sinks": config.attention_sinks,
-            "query-key norms over several heads": config.qk_norm and config.qk_norm_scope != "head",
-            "experts with biases": bool(config.num_experts) and config.mlp_bias and self.ep == 1,
-        }
-        for name, has in unknown.items():
-            if has:
-                yield f"tp does not divide {name}. Use fsdp."
+        if config.qk_norm and config.qk_norm_scope == "all" and config.norm == "layernorm":
+            yield "tp does not divide a LayerNorm over the queries of all heads. Use fsdp."
         what = {
             "attention heads": config.num_attention_heads,
             "key/value heads": config.num_key_value_heads,

@@ -13,7 +13,8 @@ Every parameter knows its `sharding`, and its `local_part` is what the optimizer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from gptsmith.distributed.sharding import Sharding, Split, local, numel, set_sha
 from gptsmith.errors import UsageError
 from gptsmith.model.config import IGNORED
 from gptsmith.model.moe import Biases, MixtureOfExperts
-from gptsmith.model.transformer import MLP, Transformer
+from gptsmith.model.transformer import MLP, Attention, HeadsNorm, LatentAttention, Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -126,19 +127,68 @@ class RowParallelLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class HeadNorm(nn.Module):
-    """A norm of queries or keys, whose weight all heads share: its gradient is the sum over the processes' heads."""
+class ReplicatedLinear(nn.Linear):
+    """The whole layer on each process, whose outputs each uses for its own heads: their gradients are added up."""
 
     mesh: DeviceMesh
 
     def forward(self, x: Tensor) -> Tensor:
-        own: dict[str, Any] = dict(self._parameters)
-        try:
-            self._parameters.update({n: None if p is None else replicated(p, self.mesh) for n, p in own.items()})  # type: ignore[misc]
+        return replicated(super().forward(x), self.mesh)
+
+
+class ColumnParallelLatent(nn.Linear):
+    """As `ColumnParallelLinear`, of a layer behind a `ReplicatedLinear`, which adds up the gradients of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _own(self.weight))
+
+
+@contextlib.contextmanager
+def _used_as(module: nn.Module, use: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, a module computes with `use(p)` of each of its own parameters p."""
+    own: dict[str, Any] = dict(module._parameters)
+    try:
+        module._parameters.update({n: None if p is None else use(p) for n, p in own.items()})  # type: ignore[misc]
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+class SharedNorm(nn.Module):
+    """A norm before or in the heads, whose weight all of them share: its gradient is the sum over the processes'
+    heads."""
+
+    mesh: DeviceMesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _used_as(self, lambda p: replicated(p, self.mesh)):
             y: Tensor = super().forward(x)
-            return y
-        finally:
-            self._parameters.update(own)
+        return y
+
+
+class OwnPart(nn.Module):
+    """A layer that needs no other process: its parameters are those of this process's heads."""
+
+    def forward(self, *arguments: Any) -> Tensor:
+        with _used_as(self, _own):
+            y: Tensor = super().forward(*arguments)
+        return y
+
+
+class DividedNorm(nn.Module):
+    """An RMSNorm over the queries or keys of all heads, of which each process has some (OLMo 2)."""
+
+    mesh: DeviceMesh
+    weight: nn.Parameter
+    eps: float
+    zero_centered: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, weight = x.float(), _own(self.weight)
+        # The gradient of a sum that each process needs for its own heads is the sum of what they ask for.
+        squares = replicated(summed(y.square().sum(dim=-1, keepdim=True), self.mesh), self.mesh)
+        y = y * torch.rsqrt(squares / (x.shape[-1] * self.mesh.size()) + self.eps)
+        return (y * (1 + weight if self.zero_centered else weight)).to(x.dtype)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -217,15 +267,19 @@ class ParallelMixture(MixtureOfExperts):
     def run_experts(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
         sizes = [len(run) for run in runs]
         if self.tensor_mesh is not None:
-            outputs = self._compute(torch.split(replicated(torch.cat(runs), self.tensor_mesh), sizes))
-            return list(torch.split(summed(torch.cat(outputs), self.tensor_mesh), sizes))
+            parts = self._compute(torch.split(replicated(torch.cat(runs), self.tensor_mesh), sizes))
+            outputs = torch.split(summed(torch.cat(parts), self.tensor_mesh), sizes)
+            biases = self.down_bias.unbind() if self.has_bias else ()
+            return [y + bias.to(y.dtype) for y, bias in zip(outputs, biases, strict=True)] if biases else list(outputs)
         assert self.expert_mesh is not None
         return self._exchanged(torch.cat(runs), sizes, self.expert_mesh)
 
     def _compute(self, runs: tuple[Tensor, ...]) -> list[Tensor]:
-        biases: Biases = ((None,) * len(runs),) * 2
-        if self.has_bias:
-            biases = _own(self.up_bias).unbind(), _own(self.down_bias).unbind()
+        none = (None,) * len(runs)
+        biases: Biases = (none, none)
+        if self.has_bias:  # the sum over parts of an expert gets the second one once
+            down = none if self.tensor_mesh is not None else _own(self.down_bias).unbind()
+            biases = _own(self.up_bias).unbind(), down
         return self.apply_experts(runs, _own(self.up_proj), _own(self.down_proj), biases)
 
     def _exchanged(self, tokens: Tensor, sizes: list[int], mesh: DeviceMesh) -> list[Tensor]:
@@ -236,10 +290,12 @@ class ParallelMixture(MixtureOfExperts):
         counts = torch.tensor(sizes, device=tokens.device)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=group)
-        from_each = arriving.view(size, -1).tolist()  # [process][expert of this one]
-        sent = counts.view(size, -1).sum(dim=1).tolist()
+        numbers = arriving.tolist()
+        here = len(sizes) // size  # experts of this process
+        from_each = [numbers[first : first + here] for first in range(0, len(sizes), here)]  # [process][expert of this]
+        sent = [sum(sizes[first : first + here]) for first in range(0, len(sizes), here)]
         received = [sum(row) for row in from_each]
-        pieces = torch.split(_exchange(tokens, received, sent, group), arriving.tolist())  # by process, then expert
+        pieces = torch.split(_exchange(tokens, received, sent, group), numbers)  # by process, then expert
         experts = range(len(from_each[0]))
         runs = tuple(torch.cat(pieces[expert :: len(experts)]) for expert in experts)
         outputs = [
@@ -290,15 +346,11 @@ def _tensor_parallel(model: Transformer, mesh: DeviceMesh, layout: Layout) -> No
         vars(model.lm_head)[_SPLITS] = vars(model.embed_tokens)[_SPLITS]
     for block in model.layers:
         assert isinstance(block, nn.Module)
-        attention: Any = block.attention
-        rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-        _columns(attention.qkv_proj, mesh, layout, (rows, kv_rows, kv_rows))
-        _rows(attention.o_proj, mesh, layout)
-        attention.heads, attention.kv_heads = attention.heads // layout.tp, attention.kv_heads // layout.tp
-        for norm in (attention.q_norm, attention.k_norm):
-            if not isinstance(norm, nn.Identity):
-                norm.__class__ = type(f"Head{type(norm).__name__}", (HeadNorm, type(norm)), {})
-                norm.mesh = mesh
+        if isinstance(block.attention, LatentAttention):
+            _divide_latent_attention(block.attention, mesh, layout)
+        else:
+            assert isinstance(block.attention, Attention)
+            _divide_attention(block.attention, mesh, layout)
         mlp = block.mlp
         if isinstance(mlp, MixtureOfExperts):
             if mlp.shared:
@@ -306,7 +358,10 @@ def _tensor_parallel(model: Transformer, mesh: DeviceMesh, layout: Layout) -> No
                 _rows(mlp.shared_down_proj, mesh, layout)
             if layout.ep == 1:
                 width = mlp.down_proj.shape[-1]
-                splits = {"up_proj": Split("tp", 1, layout.tp, (width, width)), "down_proj": Split("tp", 2, layout.tp)}
+                fused = Split("tp", 1, layout.tp, (width, width))
+                splits = {"up_proj": fused, "down_proj": Split("tp", 2, layout.tp)}
+                if mlp.has_bias:
+                    splits["up_bias"] = fused
                 _as_part(mlp, ParallelMixture, mesh, splits)
                 vars(mlp)["tensor_mesh"] = mesh
         else:
@@ -314,6 +369,32 @@ def _tensor_parallel(model: Transformer, mesh: DeviceMesh, layout: Layout) -> No
             width = mlp.down_proj.in_features
             _columns(mlp.up_proj, mesh, layout, (width, width) if mlp.gated else None)
             _rows(mlp.down_proj, mesh, layout)
+
+
+def _divide_attention(attention: Attention, mesh: DeviceMesh, layout: Layout) -> None:
+    rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    _columns(attention.qkv_proj, mesh, layout, (rows, kv_rows, kv_rows))
+    _rows(attention.o_proj, mesh, layout)
+    attention.heads, attention.kv_heads = attention.heads // layout.tp, attention.kv_heads // layout.tp
+    for norm in (attention.q_norm, attention.k_norm):
+        if isinstance(norm, HeadsNorm):
+            _mixed_in(norm, OwnPart, mesh, {"weight": Split("tp", 0, layout.tp)})
+        elif attention.normalizes_all_heads:
+            _as_part(norm, DividedNorm, mesh, {"weight": Split("tp", 0, layout.tp)})
+        elif not isinstance(norm, nn.Identity):
+            _mixed_in(norm, SharedNorm, mesh)
+    if attention.sinks is not None:
+        _mixed_in(attention, OwnPart, mesh, {"sinks": Split("tp", 0, layout.tp)})
+
+
+def _divide_latent_attention(attention: LatentAttention, mesh: DeviceMesh, layout: Layout) -> None:
+    """Divide what makes queries, keys and values of latent vectors, by heads. Each process makes the vectors itself."""
+    _columns(attention.q_proj if attention.q_rank is None else attention.q_b_proj, mesh, layout, None)
+    _as_part(attention.kv_a_proj, ReplicatedLinear, mesh, {})
+    _mixed_in(attention.kv_a_norm, SharedNorm, mesh)
+    _as_part(attention.kv_b_proj, ColumnParallelLatent, mesh, {"weight": Split("tp", 0, layout.tp)})
+    _rows(attention.o_proj, mesh, layout)
+    attention.heads //= layout.tp
 
 
 def _columns(layer: nn.Linear, mesh: DeviceMesh, layout: Layout, parts: tuple[int, ...] | None) -> None:
@@ -332,6 +413,12 @@ def _expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             names = ("up_proj", "down_proj", *(("up_bias", "down_bias") if module.has_bias else ()))
             _as_part(module, ParallelMixture, mesh, dict.fromkeys(names, split))
             vars(module)["expert_mesh"] = mesh
+
+
+def _mixed_in(module: nn.Module, kind: type[nn.Module], mesh: DeviceMesh, splits: Mapping[str, Split] = {}) -> None:
+    """Do what `_as_part` does, and let the class be one of `kind` before its own."""
+    own = type(module)
+    _as_part(module, type(f"{kind.__name__}Of{own.__name__}", (kind, own), {}), mesh, splits)
 
 
 def _as_part(module: nn.Module, kind: type[nn.Module], mesh: DeviceMesh, splits: Mapping[str, Split]) -> None:

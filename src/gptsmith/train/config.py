@@ -826,10 +826,16 @@ class RunConfig:
         """Raise UsageError where the processes cannot share the run. planned: a budget or depth has been applied."""
         processes, batch_size = self.parallel.processes, self.loop.batch_size
         layout = self.parallel.layout(processes)
-        if layout is not None and layout.divides_model and self.loop.compile == "on":
-            raise UsageError(f"--compile on with --parallel {self.parallel.parallel}: a divided model is not compiled.")
-        if self.parallel.exact and layout is not None and layout.divides_model:
-            raise UsageError(f"--exact with --parallel {self.parallel.parallel}: only dp adds up in a fixed order.")
+        if layout is not None and layout.divides_model:
+            parallel = f"--parallel {self.parallel.parallel}"
+            if isinstance(self.method, PolicyConfig):
+                raise UsageError(f"{parallel}: this method samples answers, so each process needs the whole model: dp.")
+            if self.loop.compile == "on":
+                raise UsageError(f"--compile on with {parallel}: a divided model is not compiled.")
+            if self.parallel.exact:
+                raise UsageError(f"--exact with {parallel}: only dp adds up in a fixed order.")
+            if self.adapter.lora == "on" and (layout.tp > 1 or layout.ep > 1):
+                raise UsageError(f"{parallel}: adapters cannot be divided by tp or ep. Use fsdp, dp, or --lora off.")
         if self.parallel.exact and (processes & (processes - 1) or batch_size % EXACT_PARTS or EXACT_PARTS % processes):
             raise UsageError(
                 f"--exact with {processes} processes and batches of {batch_size}: use 1, 2, 4 or {EXACT_PARTS} "

@@ -384,6 +384,7 @@ def _session(
         device,
         stop=stop,
         callbacks=extras.callbacks,
+        is_new=extras.factory is None and init is None and model_config.vision is None,
         began=began,
         ranks=ranks,
     )

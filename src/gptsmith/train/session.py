@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ from gptsmith.train.config import EXACT_PARTS, PolicyConfig, RunConfig
 from gptsmith.train.display import Display
 from gptsmith.train.forecast.memory import fit_into_memory
 from gptsmith.train.objectives.base import Objective
+from gptsmith.train.objectives.pretrain import BatchStream, Pretrain
 from gptsmith.train.samples import Samples
 from gptsmith.train.signals import StopSignal
 from gptsmith.train.step import OutOfMemoryError, TrainingStep
@@ -60,7 +62,8 @@ class RunResult(NamedTuple):
 class Session:
     """One process's share of a run.
 
-    make_model: builds the policy for the seed that is set. began: when a budget of time started
+    make_model: builds the policy for the seed that is set. is_new: whether that is a `Transformer` with new weights, of
+    which a process that has a part of the model makes its part alone. began: when a budget of time started
     (`time.monotonic()`); None for a resumed run, whose clock starts now.
     """
 
@@ -76,6 +79,7 @@ class Session:
         *,
         stop: StopSignal | None = None,
         callbacks: Sequence[Callback] = (),
+        is_new: bool = False,
         began: float | None = None,
         ranks: DistributedContext = ALONE,
     ) -> None:
@@ -110,10 +114,19 @@ class Session:
         run.info["activation_checkpointing"] = fit.activation_checkpointing
         run.info["selection"] = objective.selection._asdict()
         torch.manual_seed(config.loop.seed)
-        self.make_model, self.model = make_model, make_model()
-        if ranks.layout.divides_model:  # whole on the CPU first; each process then moves its part
-            ranks.check_same({"initial weights": fingerprint(self.model)})
+        divided = ranks.layout.divides_model
+        # The main process samples and evaluates with the whole model, on its CPU.
+        in_parts = divided and is_new and not ranks.is_main and isinstance(objective, Pretrain | BatchStream)
+        self.make_model = make_model
+        if in_parts:
+            from gptsmith.distributed.initial import draw_parts, undrawn
+
+            self.model = undrawn(model_config, dropout=config.loop.dropout)
         else:
+            self.model = make_model()
+        if divided and not is_new:
+            ranks.check_same({"initial weights": fingerprint(self.model)})
+        if not divided:
             self.model.to(device)
         self.model.activation_checkpointing = fit.activation_checkpointing
         self.store = CheckpointStore(run.directory, base=config.init.init if self._saves_adapter() else None)
@@ -121,6 +134,10 @@ class Session:
         self.training_step: TrainingStep[Any] = TrainingStep.build(
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
+        if in_parts:
+            draw_parts(self.model, ranks.layout.coordinates(ranks.rank))
+        if divided and is_new:
+            ranks.check_same({"random numbers": str(zlib.crc32(torch.get_rng_state().numpy().tobytes()))})
         self.whole = self.training_step.whole.policy
         prompts = objective.sample_prompts(self.training_step.models)
         texts = config.method.stop if isinstance(config.method, PolicyConfig) else ()
@@ -185,6 +202,10 @@ class Session:
             from gptsmith.distributed.parallel import load_full_state
 
             load_full_state(self.model, dict(model.named_parameters()), self.ranks.mesh)
+            buffers = dict(model.named_buffers())  # a router's, which is not trained
+            for target in (self.model, self.whole):
+                for key, buffer in target.named_buffers():
+                    buffer.copy_(buffers[key])
         return self._restore_state(directory)
 
     def _check_architecture(self, directory: Path) -> None:

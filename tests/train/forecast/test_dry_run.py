@@ -89,6 +89,14 @@ def test_processes_with_unequal_parts() -> None:
     assert found.same
 
 
+def test_groups_with_unequal_parts() -> None:
+    """The first third of the rows is longer than the last: each group adds up parts of its own size."""
+    model = {"hidden_size": 64, "intermediate_size": 100, "num_attention_heads": 4}
+    found, _ = run("dp=2,fsdp=3", 6, batch_size=12, model=model)
+    assert found.classes > 1
+    assert found.same, found.difference
+
+
 def test_another_sequence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingStep.apply
 
@@ -98,9 +106,10 @@ def test_another_sequence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, factor)
 
     monkeypatch.setattr(TrainingStep, "apply", apply)
-    found, _ = run("fsdp", 4)
-    assert not found.same
-    assert "process 3" in str(found.difference)
+    for layout in ("fsdp", "dp=2,fsdp=2"):
+        found, _ = run(layout, 4)
+        assert not found.same
+        assert "process 3" in str(found.difference)
 
 
 @pytest.mark.parametrize("options", [{"optim": {"name": "muon"}}, {"model": {"family": "mixtral", "num_experts": 4}}])
@@ -108,6 +117,32 @@ def test_muon_and_experts(options: dict[str, Any]) -> None:
     found, _ = run("fsdp", 4, **options)
     assert found.same, found.difference
     assert sum(found.memory.values()) > 0
+
+
+@pytest.mark.parametrize(("text", "processes"), [("ep=2", 2), ("ep=2,fsdp=2", 4), ("ep=2,tp=2", 4)])
+def test_tokens_go_to_the_processes_of_their_experts(text: str, processes: int) -> None:
+    """And come back, forward and backward: four exchanges in each layer, of all choices of the tokens."""
+    experts = {"family": "mixtral", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}
+    found, model = run(text, processes, model=experts, precision="fp32")
+    assert found.same, found.difference
+    exchanges = {(each.moment, each.axes): each for each in found.traffic if each.kind == "all_to_all"}
+    exchange = exchanges["micro-batch", "ep"]
+    layers, tokens = 6, 32
+    assert (exchange.processes, exchange.count) == (2, layers * (4 + 1))  # and the numbers of tokens of each expert
+    assert exchange.bytes == layers * (4 * tokens * 2 * model.hidden_size * 4 + model.num_experts * 8)
+    if text == "ep=2":
+        of_experts = layers * model.num_experts * 3 * model.hidden_size * 96
+        assert found.memory["weights"] == 4 * (count_parameters(model).total - of_experts // 2)
+
+
+def test_dense_layers_before_those_with_experts() -> None:
+    """Two thirds of the layers of this model have experts, whatever the depth of those that are run."""
+    sizes = {"family": "deepseek_v3", "num_hidden_layers": 9, "num_experts": 4, "num_experts_per_tok": 2}
+    found, model = run("ep=2,fsdp=2", 4, model=sizes)
+    assert found.same, found.difference
+    assert model.first_k_dense_replace == 3
+    exchange = next(each for each in found.traffic if each.kind == "all_to_all" and each.moment == "micro-batch")
+    assert exchange.count == 6 * (4 + 1)
 
 
 def test_a_thousand_processes_within_a_minute(run_cli: Cli) -> None:
@@ -126,7 +161,7 @@ def test_a_thousand_processes_within_a_minute(run_cli: Cli) -> None:
     ("text", "processes", "options", "message"),
     [
         ("tp=8", 8, {}, "cannot be divided by tp=8"),
-        ("ep=2", 2, {"model": {"family": "mixtral"}}, "leave out ep"),
+        ("ep=3", 6, {"model": {"family": "mixtral", "num_experts": 4}, "batch_size": 18}, "cannot be divided by ep=3"),
         ("fsdp", 32, {}, "a batch of 16 cannot be divided among 32"),
     ],
 )

@@ -56,10 +56,10 @@ class Collective(NamedTuple):
     bytes: int
     """Of what is reduced, gathered or scattered, whole."""
 
-    @property
-    def alike(self) -> tuple[object, ...]:
-        """Return what must be the same in all processes; in an all-to-all the sizes may differ."""
-        return self[:-1] if self.kind == "all_to_all" else tuple(self)
+    def alike(self, *, together: bool) -> tuple[object, ...]:
+        """Return what must be the same in two processes. together: whether they are in the same group: others can have
+        parts of another size. In an all-to-all, each gives and takes as much as it has."""
+        return tuple(self) if together and self.kind != "all_to_all" else self[:-1]
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,6 @@ def dry_run(config: RunConfig, model_config: ModelConfig, layout: Layout) -> Dry
     began = time.monotonic()
     layout.check(model_config)
     batch = config.loop.batch_size
-    if layout.ep > 1:
-        raise UsageError("dry-run does not support ep, whose traffic depends on the tokens: leave it out.")
     if batch % layout.data_size:
         raise UsageError(f"a batch of {batch} cannot be divided among {layout.data_size}: set another --batch-size.")
     rows = batch // layout.data_size
@@ -127,12 +125,14 @@ def dry_run(config: RunConfig, model_config: ModelConfig, layout: Layout) -> Dry
         depth: _run(0, config, replace(model_config, num_hidden_layers=depth), layout, micro) for depth in (low, high)
     }
     representatives, classes = _classes(replace(model_config, num_hidden_layers=low), layout)
-    first, difference = runs[low], None
-    held = {0: first}
+    difference = None
+    held = {0: runs[low]}
     for rank in representatives:
         if rank:
-            held[rank] = _run(rank, config, replace(model_config, num_hidden_layers=low), layout, micro)
-            difference = difference or _difference(0, first.collectives, rank, held[rank].collectives)
+            run = _run(rank, config, replace(model_config, num_hidden_layers=low), layout, micro)
+            for other in held:
+                difference = difference or _difference(layout, other, held[other].collectives, rank, run.collectives)
+            held[rank] = run
     layers = model_config.num_hidden_layers
     times = (layers - low) / (high - low) if high > low else 0.0
     worst = max(held.values(), key=lambda run: run.total)
@@ -181,7 +181,7 @@ def _run(rank: int, config: RunConfig, model_config: ModelConfig, layout: Layout
             step: TrainingStep[Any] = TrainingStep.build(
                 model, objective, config, precision=precision, micro_batch_size=micro, ranks=ranks
             )
-            recorder = _Recorder(names, layout.size)
+            recorder = _Recorder(names, layout.size, layout.coordinates(rank)["ep"])
             weights = sum(_bytes(p) for p in step.parameters)
             with recorder:
                 recorder.begin("micro-batch")
@@ -239,11 +239,14 @@ def _names_of_groups(ranks: SimulatedProcess) -> dict[str, tuple[str, int]]:
 
 
 class _Recorder(StorageMode):
-    """Counts the bytes of live storages, and records collectives."""
+    """Counts the bytes of live storages, and records collectives.
 
-    def __init__(self, groups: Mapping[str, tuple[str, int]], world_size: int) -> None:
+    expert_place: which of the processes that share a mixture's experts this one is.
+    """
+
+    def __init__(self, groups: Mapping[str, tuple[str, int]], world_size: int, expert_place: int) -> None:
         super().__init__()
-        self.groups, self.world_size = groups, world_size
+        self.groups, self.world_size, self.expert_place = groups, world_size, expert_place
         self.moment, self.held = "", 0
         self.peaks: dict[str, int] = {}
         self.collectives: list[Collective] = []
@@ -280,6 +283,10 @@ class _Recorder(StorageMode):
             axes, size = self.groups.get(group_of_collective((args, kwargs)) or "", ("all", self.world_size))
             count, dtype = payload((args, kwargs))
             kind = collective_name(function)
+            if kind == "all_to_all" and dtype == "int64":  # how many tokens each process has for experts of this one
+                here = len(self.tokens_per_expert) // size
+                first = self.expert_place * here
+                self.numbers = iter(self.tokens_per_expert[first : first + here] * size)
             if kind == "all_gather" and "into" in str(function._opname):  # the argument is one process's part
                 count *= size
             self.collectives.append(Collective(self.moment, kind, axes, size, dtype, count))
@@ -327,10 +334,13 @@ def _classes(model_config: ModelConfig, layout: Layout) -> tuple[list[int], int]
     return sorted({*chosen, layout.size - 1}), len(found)
 
 
-def _difference(one: int, first: list[Collective], other: int, second: list[Collective]) -> str | None:
+def _difference(layout: Layout, one: int, first: list[Collective], other: int, second: list[Collective]) -> str | None:
     """Return where two processes differ; None if they do not."""
+    here, there = layout.coordinates(one), layout.coordinates(other)
+    apart = {axis for axis in here if here[axis] != there[axis]}
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a.alike != b.alike:
+        together = a.axes == "all" or apart <= {*a.axes.split(",")}
+        if a.alike(together=together) != b.alike(together=together):
             return (
                 f"collective {index}: process {one} begins {a.kind} of {a.bytes:,} bytes along {a.axes}, process "
                 f"{other} {b.kind} of {b.bytes:,} bytes along {b.axes}"

@@ -11,6 +11,7 @@ from gptsmith.distributed.layout import Layout
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.runtime import ChosenPrecision
+from gptsmith.train.adapter import is_on
 from gptsmith.train.config import RunConfig
 from gptsmith.train.forecast.memory import USABLE, Forecaster, available_memory, certainly_fits, gigabytes
 from gptsmith.train.objectives.base import Objective
@@ -24,7 +25,7 @@ def candidates(processes: int, local: int) -> Iterator[Layout]:
     if processes > 1:
         yield Layout(fsdp=processes)
     for tp in (2, 4, 8):
-        if local % tp == 0 and processes > tp:
+        if local % tp == 0 and processes % tp == 0 and processes > tp:
             yield Layout(fsdp=processes // tp, tp=tp)
 
 
@@ -38,13 +39,19 @@ def choose_layout(
     precision: ChosenPrecision,
     objective: Objective[Any],
 ) -> Layout:
-    """Return the first candidate that fits, and say why it is not plain data parallelism. If none fits, the last."""
+    """Return the first candidate that fits, and say why it is not plain data parallelism. If none fits, the last.
+
+    Only what the run allows: one that samples answers, or adds up in a fixed order, does not divide the model.
+    """
     available = available_memory(device)
     if available is not None and device.type != "cuda":
         available //= local
     chosen, needed_whole = Layout(dp=processes), 0
     for layout in candidates(processes, local):
         if any(layout.problems(model_config)) or config.loop.batch_size % layout.data_size:
+            continue
+        whole = not objective.can_divide or config.parallel.exact or config.loop.compile == "on" or precision == "fp16"
+        if (layout.divides_model and whole) or (layout.tp > 1 and is_on(config.adapter)):
             continue
         chosen = layout
         if available is None or certainly_fits(config, model_config, 1, available):

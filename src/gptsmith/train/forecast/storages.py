@@ -20,10 +20,12 @@ SHALLOW = 2  # layers of the smaller of two models
 def shallow_depths(c: ModelConfig) -> tuple[int, int]:
     """Return two small depths from which any other is extrapolated; twice the depth itself, if it is small.
 
-    They differ by a period of the layers' sliding windows.
+    They differ by a period of the layers' sliding windows. Both have the layers before the first one with experts.
     """
     period = max(1, len(c.window_pattern))
     few = -(-SHALLOW // period) * period
+    if c.num_experts:
+        few += -(-c.first_k_dense_replace // period) * period
     if c.num_hidden_layers <= few + period:
         return c.num_hidden_layers, c.num_hidden_layers
     return few, few + period
@@ -39,7 +41,10 @@ class StorageMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[int, int] = {}
         """Bytes of each storage, by its address."""
-        self.tokens_per_expert: Iterator[int] = iter(())
+        self.tokens_per_expert: list[int] = []
+        """Of the last mixture."""
+        self.numbers: Iterator[int] = iter(())
+        """What is read next from tensors."""
         self.counts = True
 
     @contextlib.contextmanager
@@ -62,10 +67,11 @@ class StorageMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if function is torch.ops.aten.bincount.default:
             tokens, experts = args[0].numel(), int((kwargs or {}).get("minlength") or args[2])
-            self.tokens_per_expert = iter([tokens // experts + (i < tokens % experts) for i in range(experts)])
+            self.tokens_per_expert = [tokens // experts + (i < tokens % experts) for i in range(experts)]
+            self.numbers = iter(self.tokens_per_expert)
             return torch.zeros(experts, dtype=torch.int64, device=args[0].device)
         if function is torch.ops.aten._local_scalar_dense.default:
-            return next(self.tokens_per_expert, 1)
+            return next(self.numbers, 1)
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result) if self.counts else ():
             if isinstance(tensor, Tensor):

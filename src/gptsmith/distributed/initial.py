@@ -1,0 +1,72 @@
+"""Initial weights of a divided model, made without the whole of it: each process keeps its part of what all draw.
+
+    model = undrawn(config)               # its weights take no memory before something is written to them
+    parallelize(model, mesh, layout)
+    draw_parts(model, at)                 # one whole parameter after the other
+
+Weights, and the state of the random numbers afterwards, are those of one process that makes the whole model: they
+depend on the seed and the parameter, and not on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptsmith.distributed.parallel import named_parameters
+from gptsmith.distributed.sharding import Coordinates, local, sharding_of
+from gptsmith.model.config import ModelConfig
+from gptsmith.model.transformer import Transformer
+
+DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default}
+FILLS = DRAWS | {torch.ops.aten.zero_.default}
+
+
+def undrawn(config: ModelConfig, *, dropout: float = 0.0) -> Transformer:
+    """Return a model whose matrices hold no numbers yet. Random numbers are drawn as if they did."""
+    with _Elsewhere(DRAWS, lambda tensor, filled: None):
+        return Transformer(config, dropout=dropout, initialize=False)
+
+
+@torch.no_grad()
+def draw_parts(model: Transformer, at: Coordinates) -> None:
+    """Initialize the parts that the process at some coordinates has of an `undrawn` model."""
+    with torch.device("meta"):
+        outline = Transformer(model.config, initialize=False)
+    parameters = dict(named_parameters(model))
+    names = {id(p): name for name, p in outline.named_parameters()}
+
+    def keep(tensor: Tensor, filled: Tensor) -> None:
+        p = parameters[names[id(tensor)]]
+        local(p).copy_(sharding_of(p).block(filled, at))
+
+    with _Elsewhere(FILLS, keep):
+        outline.initialize()
+
+
+class _Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within, some functions fill another tensor of the same shape instead; `keep` gets both.
+
+    All in the same memory: what one gives back, the next parameter would get, and so weights would take memory.
+    """
+
+    def __init__(self, functions: set[Any], keep: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.functions, self.keep, self.memory = functions, keep, torch.empty(0)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in self.functions:
+            return function(*args, **(kwargs or {}))
+        tensor, *rest = args
+        if len(self.memory) < tensor.numel() or self.memory.dtype != tensor.dtype:
+            self.memory = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        filled = self.memory[: tensor.numel()].view(tensor.shape)
+        function(filled, *rest, **(kwargs or {}))
+        self.keep(tensor, filled)
+        return tensor
