@@ -15,7 +15,7 @@ from gptsmith.errors import UsageError
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.flops import count_parameters
 from gptsmith.train.config import RunConfig, run_config
-from gptsmith.train.forecast import dry_run as module
+from gptsmith.train.forecast import storages
 from gptsmith.train.forecast.dry_run import DryRun, dry_run
 from gptsmith.train.step import TrainingStep
 
@@ -73,7 +73,7 @@ def test_dp_adds_up_gradients_in_the_update() -> None:
 def test_depth_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a whole model would be run."""
     short, _ = run("fsdp=2,tp=2", 4)
-    monkeypatch.setattr(module, "SHALLOW", 6)
+    monkeypatch.setattr(storages, "SHALLOW", 6)
     whole, _ = run("fsdp=2,tp=2", 4)
     assert short.traffic == whole.traffic
     assert {k: v for k, v in short.memory.items() if k != "others"} == pytest.approx(

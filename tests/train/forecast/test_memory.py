@@ -19,7 +19,7 @@ from gptsmith.model.transformer import Transformer
 from gptsmith.train.budget.machine import example_step
 from gptsmith.train.compile import compile_blocks, partitioned
 from gptsmith.train.config import ModelOptions, OptimConfig, RunConfig, run_config
-from gptsmith.train.forecast import memory
+from gptsmith.train.forecast import memory, storages
 from gptsmith.train.forecast.memory import (
     Forecaster,
     available_memory,
@@ -100,7 +100,7 @@ def test_activations_are_those_that_autograd_keeps(family: Any, partition: bool)
 def test_depth_follows_on_a_straight_line(family: Any, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG.replace(model=replace(CONFIG.model, family=family, num_hidden_layers=layers))
     short = Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0).at(12)
-    monkeypatch.setattr(memory, "SHALLOW", layers)
+    monkeypatch.setattr(storages, "SHALLOW", layers)
     whole = Forecaster(config, model_of(config), device=CPU, precision="fp32", process=0).at(12)
     assert short.total == pytest.approx(whole.total, rel=0.01)
 
