@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.sampling import Constraint
     from gptsmith.engine.speculative import Speculator
+    from gptsmith.engine.text import TextChunk
     from gptsmith.tokenizer import Tokenizer
 
 
@@ -141,21 +143,7 @@ def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext,
         prompt = ""
     else:
         chunks = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
-    began, first = time.perf_counter(), 0.0
-    texts, reasons = [""] * params.n, [""] * params.n
-    if params.n == 1:
-        write(prompt)
-    for chunk in chunks:
-        first = first or time.perf_counter() - began
-        texts[chunk.index] += chunk.text
-        reasons[chunk.index] = chunk.finish_reason or ""
-        if params.n == 1:
-            write(chunk.text)
-    seconds = time.perf_counter() - began
-    if params.n == 1:
-        write("\n")
-    for i, text in enumerate(texts if params.n > 1 else ()):
-        write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {params.n} ---\n{prompt}{text}\n")
+    reasons, first, seconds = _write_samples(chunks, prompt, params.n, write)
     if "context" in reasons:
         note(f"note: the context of {context} tokens is full. To continue beyond it, use --overflow shift.")
     if params.constraint is not None and not {"length", "context"}.isdisjoint(reasons):
@@ -163,6 +151,31 @@ def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext,
     if chosen.stats:
         note(_stats_line(engine, first, seconds))
     return 0
+
+
+def _write_samples(
+    chunks: Iterable[TextChunk], prompt: str, count: int, write: Callable[[str], None]
+) -> tuple[list[str], float, float]:
+    """Write the samples of a prompt: one as it is generated, several once all are complete.
+
+    Returns why each of them ended, and the seconds until the first token and until the end.
+    """
+    began, first = time.perf_counter(), 0.0
+    texts, reasons = [""] * count, [""] * count
+    if count == 1:
+        write(prompt)
+    for chunk in chunks:
+        first = first or time.perf_counter() - began
+        texts[chunk.index] += chunk.text
+        reasons[chunk.index] = chunk.finish_reason or ""
+        if count == 1:
+            write(chunk.text)
+    seconds = time.perf_counter() - began
+    if count == 1:
+        write("\n")
+    for i, text in enumerate(texts if count > 1 else ()):
+        write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {count} ---\n{prompt}{text}\n")
+    return reasons, first, seconds
 
 
 def read_picture(path: Path, option: str) -> DecodedImage:
