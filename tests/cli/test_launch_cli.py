@@ -221,7 +221,7 @@ def test_kubernetes_accepts_the_manifests(run_cli: Cli, options: list[str]) -> N
         (["k8s", *TRAIN], "--image"),
         (["k8s", "--image", "x", "--node-selector", "gpu", *TRAIN], "KEY=VALUE"),
         (["sky", "--bucket", "mine", *TRAIN], "--bucket mine"),
-        (["sky", "--bucket", "s3://mine", *TRAIN, "--out", "/runs/x"], "a relative one"),
+        (["sky", "--bucket", "s3://mine", *TRAIN, "--out", "/runs/x"], "a relative path"),
         (["nomad", *TRAIN], "nomad"),
     ],
 )
