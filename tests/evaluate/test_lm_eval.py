@@ -312,7 +312,7 @@ def test_the_harness_finds_the_model_by_its_name(installed: dict[str, str]) -> N
 def test_the_harnesss_own_command(llama: Path, tmp_path: Path, installed: dict[str, str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"q": "The quick", "c": ["fox", "dog"], "a": 0}\n' * 3)
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_task(tmp_path)))
-    command = [Path(sys.executable).with_name("lm_eval"), "--model", "gptsmith", "--tasks", "tiny"]
+    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "gptsmith", "--tasks", "tiny"]
     command += ["--include_path", str(tmp_path), "--model_args", f"pretrained={llama}"]
     done = subprocess.run(command, env=installed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
