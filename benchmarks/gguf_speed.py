@@ -37,7 +37,7 @@ FTYPES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "MXFP4":
 Program = Callable[[int], dict[str, float]]  # the number of the repeat -> figures, each the larger the better
 
 
-def alternated(programs: dict[str, Program], repeats: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+def alternated(programs: Mapping[str, Program], repeats: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """Return the medians of all figures, and of the ratios of one program to another of the same repeat."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     for repeat in range(repeats + 1):
