@@ -1,6 +1,6 @@
-"""Initial weights of a divided model, made without the whole of it: each process keeps its part of what all draw.
+"""Initial weights of a divided model without the whole model in memory: each process keeps its part of what all draw.
 
-    model = undrawn(config)               # its weights take no memory before something is written to them
+    model = undrawn(config)               # its weights take no memory until they are written
     parallelize(model, mesh, layout)
     draw_parts(model, at)                 # one whole parameter after the other
 
@@ -27,7 +27,7 @@ FILLS = DRAWS | {torch.ops.aten.zero_.default}
 
 
 def undrawn(config: ModelConfig, *, dropout: float = 0.0) -> Transformer:
-    """Return a model whose matrices hold no numbers yet. Random numbers are drawn as if they did."""
+    """Return a model whose matrices are not initialized. Random numbers are drawn as if they were."""
     with _Elsewhere(DRAWS, lambda tensor, filled: None):
         return Transformer(config, dropout=dropout, initialize=False)
 
@@ -36,22 +36,23 @@ def undrawn(config: ModelConfig, *, dropout: float = 0.0) -> Transformer:
 def draw_parts(model: Transformer, at: Coordinates) -> None:
     """Initialize the parts that the process at some coordinates has of an `undrawn` model."""
     with torch.device("meta"):
-        outline = Transformer(model.config, initialize=False)
+        skeleton = Transformer(model.config, initialize=False)
     parameters = dict(named_parameters(model))
-    names = {id(p): name for name, p in outline.named_parameters()}
+    names = {id(p): name for name, p in skeleton.named_parameters()}
 
     def keep(tensor: Tensor, filled: Tensor) -> None:
         p = parameters[names[id(tensor)]]
         local(p).copy_(sharding_of(p).block(filled, at))
 
     with _Elsewhere(FILLS, keep):
-        outline.initialize()
+        skeleton.initialize()
 
 
 class _Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within, some functions fill another tensor of the same shape instead; `keep` gets both.
+    """Within it, some functions fill another tensor of the same shape instead; `keep` gets both.
 
-    All in the same memory: what one gives back, the next parameter would get, and so weights would take memory.
+    These tensors share one memory. If each allocated its own, the allocator would give it to the next parameter, and
+    weights would take memory.
     """
 
     def __init__(self, functions: set[Any], keep: Callable[[Tensor, Tensor], None]) -> None:
