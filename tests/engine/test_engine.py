@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from gptsmith.engine.block_manager import NO_BLOCK
+from gptsmith.engine.cpu_runner import CpuRunner
 from gptsmith.engine.engine import Engine
+from gptsmith.engine.make_runner import Kernels
 from gptsmith.engine.sampler import SamplerState, adjust, choose
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.scheduler import Scheduled
@@ -20,6 +22,7 @@ from gptsmith.engine.speculative import PromptLookup, Speculator
 from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
+from tests.engine.conftest import PROGRAMS
 
 CONTEXT = 24
 FAMILIES = sorted(families.FAMILIES)
@@ -60,12 +63,15 @@ def test_greedy_equals_the_naive_loop(make_model: Any, naive: Any, family: str, 
         assert engine.stats.preemptions > 0  # the cache was too small for all of them
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_batch_invariant(make_model: Any, family: str) -> None:
+@pytest.mark.parametrize(("family", "kernels"), PROGRAMS)
+def test_logits_are_batch_invariant(make_model: Any, family: str, kernels: Kernels) -> None:
     """In batches of 1 to 32, however prompts are cut into chunks."""
-    model, seen = make_model(family), dict[tuple[int, ...], torch.Tensor]()
+    model, seen = make_model(family, kernels=kernels), dict[tuple[int, ...], torch.Tensor]()
     for batch, budget in ((1, 64), (8, 11), (32, 40)):
-        engine = Engine(model, max_batch=batch, max_batch_tokens=budget, block_size=4, prefix_caching=False)
+        engine = Engine(
+            model, max_batch=batch, max_batch_tokens=budget, block_size=4, prefix_caching=False, kernels=kernels
+        )
+        assert isinstance(engine.executor.runner, CpuRunner) == (kernels == "always")
         run = engine.executor.runner.run
 
         def note(chosen: list[Scheduled], run: Any = run) -> Any:
@@ -142,6 +148,7 @@ class RandomRequests(RuleBasedStateMachine):
             max_batch_tokens=batch + budget,
             prefix_caching=caching,
             speculator=speculator if speculative else None,
+            kernels=self.kernels,  # type: ignore[attr-defined]
         )
         self.asked: dict[int, tuple[list[int], SamplingParams]] = {}
         self.cancelled: set[int] = set()
@@ -209,11 +216,11 @@ class RandomRequests(RuleBasedStateMachine):
                     assert (completion.ids, completion.finish_reason) == (expected, reason)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_random_requests(make_model: Any, family: str) -> None:
+@pytest.mark.parametrize(("family", "kernels"), PROGRAMS)
+def test_random_requests(make_model: Any, family: str, kernels: Kernels) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    model, known = make_model(family), dict[Any, tuple[list[int], str]]()
+    model, known = make_model(family, kernels=kernels), dict[Any, tuple[list[int], str]]()
 
     def remembered(prompt: list[int], params: SamplingParams, sample: int) -> tuple[list[int], str]:
         key = (*prompt, repr(params), sample)
@@ -225,6 +232,7 @@ def test_random_requests(make_model: Any, family: str) -> None:
         pass
 
     RequestsToFamily.model, RequestsToFamily.expected = model, staticmethod(remembered)
+    RequestsToFamily.kernels = kernels
     run_state_machine_as_test(
         RequestsToFamily, settings=settings(max_examples=5, stateful_step_count=15, deadline=None)
     )

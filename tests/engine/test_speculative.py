@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from gptsmith.engine.draft_model import DraftModel
 from gptsmith.engine.engine import Engine
+from gptsmith.engine.make_runner import Kernels
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Sequence
 from gptsmith.engine.speculative import Drafter, PromptLookup, Speculator
 from gptsmith.errors import UsageError
-from gptsmith.model.families import FAMILIES
+from tests.engine.conftest import PROGRAMS
 
 
 class Always(Speculator):
@@ -40,11 +41,13 @@ class Oracle:
         return proposals
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "kernels"), PROGRAMS)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_tokens_are_the_same_as_without_speculation(make_model: Any, family: str, data: st.DataObject) -> None:
-    model = make_model(family)
+def test_tokens_are_the_same_as_without_speculation(
+    make_model: Any, family: str, kernels: Kernels, data: st.DataObject
+) -> None:
+    model = make_model(family, kernels=kernels)
     count = data.draw(st.integers(1, 5))
     prompts = [[data.draw(st.integers(0, 5)) for _ in range(data.draw(st.integers(1, 9)))] for _ in range(count)]
     params_of = [
@@ -61,7 +64,7 @@ def test_tokens_are_the_same_as_without_speculation(make_model: Any, family: str
         )
         for i in range(count)
     ]
-    plain = Engine(model).generate(prompts, params_of)
+    plain = Engine(model, kernels=kernels).generate(prompts, params_of)
     texts = {tuple(p): r.ids for p, r in zip(prompts, plain, strict=True)}
     other = make_model(family, seed=4)
     drafters: list[Drafter] = [PromptLookup(3, 1), Oracle(texts, 0.7), DraftModel(model), DraftModel(other)]
@@ -73,6 +76,7 @@ def test_tokens_are_the_same_as_without_speculation(make_model: Any, family: str
         max_batch=4,
         max_batch_tokens=data.draw(st.integers(4, 30)),
         speculator=Always(drafter, data.draw(st.integers(1, 5))),
+        kernels=kernels,
     )
     for actual, expected in zip(engine.generate(prompts, params_of), plain, strict=True):
         assert actual.error is None
