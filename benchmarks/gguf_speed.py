@@ -29,6 +29,7 @@ from typing import Any
 
 import machine
 from inference import engine_of, ours
+from llama import open_llama, quantize_gguf
 from serving import gptsmith_command, post, server
 
 THREADS = 2
@@ -63,12 +64,6 @@ def alternated(programs: Mapping[str, Program], repeats: int, pairs: list[tuple[
     return {"programs": medians, "ratios": ratios}
 
 
-def llama_of(path: Path, context: int) -> Any:
-    import llama_cpp
-
-    return llama_cpp.Llama(str(path), n_ctx=context, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
-
-
 def decoding(llama: Any, prompt: list[int], count: int) -> float:
     """Return tokens a second of llama.cpp after the first token."""
     llama.reset()
@@ -83,14 +78,18 @@ def decoding(llama: Any, prompt: list[int], count: int) -> float:
 
 def check_same(model: Any, llama: Any, prompt: list[int]) -> float:
     """Return the relative difference of the logits after a prompt; end the program if these are not the same models."""
+    import numpy as np
     import torch
+
+    import llama_cpp
 
     with torch.no_grad():
         mine = model(torch.tensor([prompt]))[0, -1]
     llama.reset()
     llama.eval(prompt)
-    theirs = torch.from_numpy(llama._scores[-1].copy())[: len(mine)]
-    difference = float((mine[: len(theirs)] - theirs).norm() / theirs.norm())
+    row = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+    theirs = torch.from_numpy(np.ctypeslib.as_array(row, (llama.n_vocab(),)).copy())
+    difference = float((mine - theirs).norm() / theirs.norm())
     if not difference < 0.2:  # both round inputs, each in its own way
         raise SystemExit(f"the programs compute different logits: they differ by {difference:.0%}.")
     return round(difference, 4)
@@ -127,7 +126,7 @@ def smollm2(repeats: int, tokens: int, directory: Path) -> dict[str, Any]:
     model, tokenizer = gptsmith.load("smollm2-135m")
     path = named_model_path("smollm2-135m")
     text = tokenizer.encode(Path(__file__).read_text() * 3)
-    llama = llama_of(path, 2048)
+    llama = open_llama(path, threads=THREADS, n_ctx=2048)
     difference = check_same(model, llama, text[:PROMPT])
     with server(gptsmith_command(path, "--alias", f"model={path}"), r"at http://127\.0\.0\.1:(\d+)") as (_, port):
 
@@ -147,7 +146,7 @@ def smollm2(repeats: int, tokens: int, directory: Path) -> dict[str, Any]:
                 figures[f"prompt of {n}"] = n / (time.perf_counter() - began)
             return figures
 
-        programs = {"gptsmith serve": served, "llama.cpp": theirs}
+        programs: dict[str, Program] = {"gptsmith serve": served, "llama.cpp": theirs}
         return {"difference": difference, **alternated(programs, repeats, [("gptsmith serve", "llama.cpp")])}
 
 
@@ -184,7 +183,6 @@ TYPES = {
 
 def write(name: str, directory: Path) -> dict[str, Path]:
     """Write the files of a shape, by type; llama.cpp makes them of one in F32."""
-    import llama_cpp
     import torch
 
     import gptsmith
@@ -199,10 +197,7 @@ def write(name: str, directory: Path) -> dict[str, Path]:
     write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), full, "f32")
     for type_ in TYPES[name]:
         paths[type_] = directory / f"{name}-{type_}.gguf"
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.nthread = FTYPES[type_], THREADS
-        if llama_cpp.llama_model_quantize(str(full).encode(), str(paths[type_]).encode(), options):
-            raise SystemExit(f"llama.cpp does not write {type_}.")
+        quantize_gguf(full, paths[type_], FTYPES[type_], THREADS)
     full.unlink()
     return paths
 
@@ -216,7 +211,7 @@ def of_shape(name: str, repeats: int, tokens: int, directory: Path) -> dict[str,
     for type_, path in write(name, directory).items():
         print(f"{name}: {type_}, {path.stat().st_size / 1e6:.0f} MB", file=sys.stderr, flush=True)
         model, tokenizer = load_model(path)
-        engine, llama = engine_of(model, vocab_size=tokenizer.vocab_size), llama_of(path, 512)
+        engine, llama = engine_of(model, vocab_size=tokenizer.vocab_size), open_llama(path, threads=THREADS, n_ctx=512)
         differences[type_], sizes[type_] = check_same(model, llama, prompt), path.stat().st_size
 
         def mine(repeat: int, engine: Any = engine) -> dict[str, float]:
@@ -231,7 +226,7 @@ def of_shape(name: str, repeats: int, tokens: int, directory: Path) -> dict[str,
     first = TYPES[name][0]
     pairs += [(f"gptsmith {type_}", f"gptsmith {first}") for type_ in TYPES[name][1:]]
     result = alternated(programs, repeats, pairs)
-    return {"parameters": model.num_parameters(), "bytes": sizes, "differences": differences, **result}
+    return {"bytes": sizes, "differences": differences, **result}
 
 
 PARTS = ("smollm2", *TYPES)
@@ -248,9 +243,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the server, too
     import torch
-    from llama_cpp._logger import set_verbose
 
-    set_verbose(False)
     torch.set_num_threads(THREADS)
     result: dict[str, Any] = {}
     for name in arguments.only:

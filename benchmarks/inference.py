@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from llama import open_llama
 
 IN, OUT = 64, 128
 Program = Callable[[], dict[str, float]]
@@ -227,11 +228,7 @@ def smollm2(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     }
     if importlib.util.find_spec("llama_cpp"):
-        import llama_cpp
-
-        threads = torch.get_num_threads()
-        path = str(named_model_path("smollm2-135m"))
-        llama: Any = llama_cpp.Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+        llama = open_llama(named_model_path("smollm2-135m"), threads=torch.get_num_threads(), n_ctx=2048)
 
         def run() -> dict[str, float]:
             figures = {}

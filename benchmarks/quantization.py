@@ -15,12 +15,13 @@ import argparse
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from inference import reordered
+from llama import open_llama, quantize_gguf
 from machine import RESULTS, save
 from torch import Tensor
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from gptsmith.tokenizer import Tokenizer
 
 TOKENS = 8192
-LLAMA_TYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama.cpp's llama_ftype
+LLAMA_TYPES = {"F32": 0, "Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama.cpp's llama_ftype
 OURS: tuple[tuple[str, Bits, float | None], ...] = (  # bits per weight; 0: to the nearest
     ("4 bits", 4, None),
     ("8 bits", 8, None),
@@ -69,7 +70,10 @@ def trained(steps: int, directory: Path) -> Callable[[], tuple[Transformer, Toke
     return load
 
 
-def measure(load: Callable[[], tuple[Transformer, Tokenizer, str]], name: str) -> dict[str, Any]:
+def measure(
+    load: Callable[[], tuple[Transformer, Tokenizer, str]], name: str, wanted: Collection[str], saved: bool
+) -> None:
+    """Measure the wanted programs on a model; keep each result as soon as it is known."""
     from gptsmith.model.quantized import quantize, quantized_state
     from gptsmith.quantize.calibration import calibration_ids
     from gptsmith.quantize.layers import open_partial, quantize_layers, round_outer
@@ -89,9 +93,13 @@ def measure(load: Callable[[], tuple[Transformer, Tokenizer, str]], name: str) -
             "top1_percent": round(100 * result.agreement, 2),
         }
         print(f"  {program:26}", *(f"{key} {value:,.6g}" for key, value in rows[program].items()), flush=True)
+        if saved:
+            keep(name, {"tokens": len(ids), "programs": rows})
 
     print(f"\n{name}: {model.num_parameters():,} parameters, {len(ids):,} tokens", flush=True)
     for program, bits, budget in OURS:
+        if program not in wanted:
+            continue
         model, _, _ = load()
         if budget == 0.0:
             quantize(model, bits)
@@ -103,16 +111,15 @@ def measure(load: Callable[[], tuple[Transformer, Tokenizer, str]], name: str) -
             round_outer(model)
         size = sum(tensor.nbytes for tensor in quantized_state(model).values())
         add(f"gptsmith {program}", size, reference.compare(model))
-    if importlib.util.find_spec("llama_cpp"):
-        for program, size, result in by_llama(load()[0], tokenizer, reference):
+    if importlib.util.find_spec("llama_cpp") and not LLAMA_TYPES.keys().isdisjoint(wanted):
+        for program, size, result in by_llama(load()[0], tokenizer, reference, wanted):
             add(f"llama.cpp {program}", size, result)
-    return {"tokens": len(ids), "programs": rows}
 
 
-def by_llama(model: Transformer, tokenizer: Tokenizer, reference: Reference) -> Iterator[tuple[str, int, Comparison]]:
+def by_llama(
+    model: Transformer, tokenizer: Tokenizer, reference: Reference, wanted: Collection[str]
+) -> Iterator[tuple[str, int, Comparison]]:
     """Yield type, bytes and result of each of llama.cpp's types of the same weights."""
-    import llama_cpp
-
     from gptsmith.formats.gguf import write_gguf
     from gptsmith.formats.gguf_file import open_gguf
     from gptsmith.formats.gguf_tokenizer import tokenizer_to_gguf
@@ -120,18 +127,13 @@ def by_llama(model: Transformer, tokenizer: Tokenizer, reference: Reference) -> 
     with tempfile.TemporaryDirectory() as directory:
         full = Path(directory) / "F32.gguf"
         write_gguf(model, tokenizer_to_gguf(tokenizer, model.config.vocab_size), full, "f32")
-        for name, kind in {"F32": 0, **LLAMA_TYPES}.items():
+        for name, kind in LLAMA_TYPES.items():
+            if name not in wanted:
+                continue
             path = Path(directory) / f"{name}.gguf"
             if name != "F32":
-                options = llama_cpp.llama_model_quantize_default_params()
-                options.ftype, options.nthread = kind, torch.get_num_threads()
-                if llama_cpp.llama_model_quantize(str(full).encode(), str(path).encode(), options):
-                    raise RuntimeError(f"llama.cpp does not write {name}.")
-            threads = torch.get_num_threads()
-            llama = llama_cpp.Llama(
-                str(path), n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True,
-                verbose=False,
-            )  # fmt: skip
+                quantize_gguf(full, path, kind, torch.get_num_threads())
+            llama = open_llama(path, threads=torch.get_num_threads(), n_ctx=512, n_batch=512, logits_all=True)
 
             def logits(window: Window, llama: Any = llama) -> Iterator[Tensor]:
                 llama.reset()
@@ -149,25 +151,26 @@ def by_llama(model: Transformer, tokenizer: Tokenizer, reference: Reference) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("smollm2", "trained"), default=["smollm2", "trained"])
+    names = [*(name for name, _, _ in OURS), *LLAMA_TYPES]
+    parser.add_argument("--programs", nargs="+", choices=names, default=names, help="as the rows are called")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/quantization.json, row by row")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         if "trained" in arguments.only:
-            results["trained"] = measure(trained(arguments.steps, Path(directory)), "trained")
-            keep(results, arguments.save)
+            model = trained(arguments.steps, Path(directory))
+            measure(model, "trained", arguments.programs, arguments.save)
         if "smollm2" in arguments.only:
-            results["smollm2"] = measure(smollm2, "smollm2")
-            keep(results, arguments.save)
+            measure(smollm2, "smollm2", arguments.programs, arguments.save)
 
 
-def keep(results: dict[str, Any], wanted: bool) -> None:
-    """Write benchmarks/results/quantization.json; a part that was not measured now stays as it was."""
-    if wanted:
-        path = RESULTS / "quantization.json"
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-        print(save("quantization", {k: part for k, part in (earlier | results).items() if k != "machine"}), flush=True)
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Write a model's results to benchmarks/results/quantization.json; rows of other programs stay as they are."""
+    path = RESULTS / "quantization.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    rows = earlier.get(name, {}).get("programs", {}) | result["programs"]
+    parts = {key: part for key, part in earlier.items() if key != "machine"}
+    save("quantization", {**parts, name: {**result, "programs": rows}})
 
 
 if __name__ == "__main__":
