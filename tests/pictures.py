@@ -61,8 +61,10 @@ def captions(folder: Path, repeat: int = 4) -> Path:
     return write_rows(folder / "captions.jsonl", rows * repeat)
 
 
-def seer(directory: Path, family: str = "llama", context: int = 128) -> Path:
-    """Write a tiny model that reads pictures of 16×16 pixels as 4 tokens each."""
+def seer(
+    directory: Path, family: str = "llama", context: int = 128, *, image_size: int = 16, tower_layers: int = 1
+) -> Path:
+    """Write a tiny model that reads pictures, by default of 16×16 pixels, as 4 tokens each."""
     tokenizer = train_bpe([TEXT * 20], vocab_size=290)
     torch.manual_seed(0)
     config = FAMILIES[family](
@@ -76,7 +78,13 @@ def seer(directory: Path, family: str = "llama", context: int = 128) -> Path:
         max_position_embeddings=context,
         tie_word_embeddings=True,
     )
-    tower = VisionOptions(image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tower = VisionOptions(
+        image_size=image_size,
+        patch_size=image_size // 2,
+        hidden_size=32,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=2,
+    )
     model, tokenizer = with_vision(Transformer(config), tokenizer, tower.build())
     write_directory(directory, model, tokenizer)
     return directory

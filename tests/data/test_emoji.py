@@ -55,6 +55,8 @@ def test_shapes_are_drawn_alike_each_time_and_show_what_they_say() -> None:
     assert rows != list(emoji.shape_rows(seed=1))
     assert len(rows) == CORPORA["shapes"].rows
     held_out = {row["answer"] for row in emoji.shape_rows("compositions")}
+    named = {row["answer"] for row in rows} | held_out
+    assert {"one red cross", "two red crosses", "four blue squares", "a green five"} <= named
     assert not held_out & {row["answer"] for row in rows}
     words = {word for row in rows for word in row["answer"].split()}
     assert all(set(name.split()) <= words for name in held_out)

@@ -214,6 +214,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     for part, message in (
         ("https://example.org/a.png", "address on a network"),
+        (Path("https://example.org/a.png"), "address on a network"),
         ("file.png", "as a data: URL"),
         ("data:text/html;base64,AAAA", "begins with"),
         ("data:image/png,AAAA", "begins with"),

@@ -101,7 +101,10 @@ def test_export_writes_both_files(tokenizer: Tokenizer, tmp_path: Path, capsys: 
     tokenizer.save(tmp_path / "seer")
     arguments = ["export", str(tmp_path / "seer"), "--to", "gguf", "--dtype", "f32", "--out"]
     assert main([*arguments, str(tmp_path / "seer.gguf")]) == 0
-    assert "seer-mmproj.gguf: vision tower and projector" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    text = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("vision.", "projector.")))
+    assert f"seer.gguf: {text:,} parameters" in out
+    assert "seer-mmproj.gguf: vision tower and projector" in out
     assert open_gguf(tmp_path / "seer-mmproj.gguf").metadata["general.type"] == "mmproj"
     (tmp_path / "other-mmproj.gguf").write_bytes(b"")
     assert main([*arguments, str(tmp_path / "other.gguf")]) == 2

@@ -361,3 +361,20 @@ def test_a_picture_changes_only_what_comes_after_it() -> None:
     second = 2 + config.vision.tokens + 1  # type: ignore[union-attr]
     assert torch.equal(one[:second], two[:second])
     assert (one[second:] != two[second:]).any(dim=-1).all()
+
+
+def test_the_parser_of_vllm_reads_the_directory(tmp_path: Path) -> None:
+    configs = pytest.importorskip("vllm.transformers_utils.config", reason="the optional package vllm is not installed")
+    from vllm.model_executor.models.registry import ModelRegistry  # type: ignore[import-not-found, unused-ignore]
+
+    known = set(ModelRegistry.get_supported_archs())
+    for family, expected in (("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM")):
+        directory = tmp_path / family
+        save_model(made(with_eyes(family)), directory)
+        read = configs.get_config(str(directory), trust_remote_code=False)
+        assert read.architectures == ["LlavaForConditionalGeneration"]
+        text = configs.get_hf_text_config(read)
+        assert text.architectures == [expected]
+        assert known.issuperset({*read.architectures, *text.architectures})
+        assert (read.image_token_index, read.vision_config.model_type) == (IMAGE, "siglip_vision_model")
+        assert read.vision_feature_layer == -1

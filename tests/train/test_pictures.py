@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import gptsmith
 from gptsmith.checkpoint import CheckpointStore
+from gptsmith.cli import main
 from gptsmith.data.conversations import Renderer, as_conversation
 from gptsmith.data.pictures import Eyes
 from gptsmith.errors import CheckpointError, DataError, UsageError
@@ -176,6 +178,44 @@ def test_dpo_learns_from_pictures(model: Path, rows: Path, tmp_path: Path) -> No
     assert accuracy[-1] == 1.0
 
 
+def test_a_student_learns_what_its_teacher_sees(model: Path, rows: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "eval_every": 25, "packing": False, "val": str(rows)}
+    options |= {"optim.name": "adamw", "optim.lr": 3e-3, "vision.projector_lr": 1.0}
+    teacher = gptsmith.sft(model, rows, out=tmp_path / "teacher", lora="off", steps=25, **options, **QUIET)
+    run = gptsmith.distill(model, rows, teacher=teacher, out=tmp_path / "run", steps=25, **options, **QUIET)
+    losses = [row["val_loss"] for row in JsonLines(run.directory / "metrics.jsonl").read() if "val_loss" in row]
+    assert losses[-1] < losses[0] - 1
+    assert changed(model, run.directory) == {"text", "tower", "projector"}
+    other = seer(tmp_path / "other", image_size=32)
+    with pytest.raises(UsageError, match="reads none, or others"):
+        gptsmith.distill(model, rows, teacher=other, out=tmp_path / "b", steps=2, **options, **QUIET)
+    with pytest.raises(UsageError, match="a student answers texts alone, and the data has pictures"):
+        gptsmith.distill(model, rows, teacher=teacher, out=tmp_path / "c", on_policy=True, steps=2, **options, **QUIET)
+
+
+@pytest.mark.parametrize("method", ["sft", "distill"])
+def test_augmentation_changes_what_is_learned(method: str, model: Path, rows: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 1, "batch_size": 4, "lora": "off", **QUIET}
+    if method == "distill":
+        options["teacher"] = seer(tmp_path / "teacher", family="gpt2")
+    plain = getattr(gptsmith, method)(model, rows, out=tmp_path / "plain", **options)
+    varied = getattr(gptsmith, method)(model, rows, out=tmp_path / "varied", **{"vision.augment": True}, **options)
+    one, other = weights(plain.directory), weights(varied.directory)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_augmentation_is_refused_where_pictures_do_not_vary(model: Path, tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": "one", "rejected": "two"}] * 4)
+    options: dict[str, Any] = {"vision.augment": True, **QUIET}
+    with pytest.raises(UsageError, match=r"--vision\.augment: dpo does not vary pictures"):
+        gptsmith.dpo(model, pairs, out=tmp_path / "a", **options)
+    (tmp_path / "text.txt").write_text("what is this? a red square. user assistant\n" * 60)
+    with pytest.raises(UsageError, match=r"--vision\.augment: pretrain does not vary pictures"):
+        gptsmith.fit(tmp_path / "text.txt", init=model, out=tmp_path / "b", **options)
+    with pytest.raises(UsageError, match="a new model reads no pictures"):
+        gptsmith.fit(tmp_path / "text.txt", out=tmp_path / "c", **options)
+
+
 def test_parts_have_rates_of_their_own(model: Path) -> None:
     seeing, _ = load_model(model)
     pictures = PictureConfig(tower_lr=0.5)
@@ -241,9 +281,59 @@ def test_conversations_that_do_not_fit_are_counted_and_none_is_cut(
         gptsmith.sft(model, data, out=tmp_path / "other", too_long="error", **options, **QUIET)
 
 
-def test_a_forecast_counts_the_tower(model: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gptsmith.cli import main
+def test_a_forecast_counts_the_tower_and_the_pictures(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(directory: Path, *options: str) -> dict[str, Any]:
+        arguments = ["plan", "sft", str(directory), str(rows), "--lora", "off", "--device", "cpu", "--compile", "off"]
+        assert main([*arguments, "--json", *options]) == 0
+        seen = capsys.readouterr()
+        assert " pictures" in seen.err
+        found: dict[str, Any] = json.loads(seen.out)
+        return found
 
-    assert main(["plan", "sft", str(model), str(rows), "--lora", "off", "--device", "cpu", "--compile", "off"]) == 0
-    seen = capsys.readouterr()
-    assert "pictures" in seen.err + seen.out
+    small, large = planned(model), planned(seer(tmp_path / "large", tower_layers=9))
+    block = 4 * 32 * 33 + 4 * 32 + 2 * 128 * 32 + 32 + 128  # parameters
+    assert large["parameters"]["total"] - small["parameters"]["total"] == 8 * block
+    frozen = planned(tmp_path / "large", "--vision.freeze", "tower")
+    state = 4 * 2 * block  # of AdamW, in bytes
+    held = [found["memory"]["weights"] + found["memory"]["optimizer"] for found in (small, large, frozen)]
+    assert held[1] - held[0] >= 8 * (4 * block + state)
+    assert held[1] - held[2] >= 9 * state
+
+
+def test_a_budget_is_spent_on_pictures(model: Path, rows: Path, tmp_path: Path) -> None:
+    options = ["--lora", "off", "--device", "cpu", "--compile", "off", "--batch-size", "8"]
+    assert main(["sft", str(model), str(rows), "--budget", "4ktok", "--out", str(tmp_path / "run"), *options]) == 0
+    tokens = [row["tokens"] for row in JsonLines(tmp_path / "run" / "metrics.jsonl").read() if "tokens" in row]
+    assert 2000 < tokens[-1] < 6000
+
+
+@pytest.mark.parametrize("method", ["reward", "classify"])
+@pytest.mark.parametrize("command", [(), ("plan",)], ids=["run", "plan"])
+def test_methods_for_texts_refuse_models_with_eyes(
+    method: str, command: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"prompt": "x", "chosen": "one", "rejected": "two"}, {"prompt": "y", "chosen": "one", "rejected": "two"}]
+    labels = [{"text": "one", "label": "good"}, {"text": "two", "label": "bad"}]
+    data = write_rows(tmp_path / "rows.jsonl", (pairs if method == "reward" else labels) * 4)
+    where = [] if command else ["--out", str(tmp_path / "run")]
+    assert main([*command, method, str(model), str(data), *where]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error:")
+    assert f"reads pictures, and {method} is for models that read text alone" in lines[-1]
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_prompts_with_pictures_are_refused(
+    method: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(rows.parent / "pictures" / "red-disk.png")
+    part = {"type": "image_url", "image_url": {"url": image}}
+    for row in ({"image": image, "prompt": "what?"}, {"messages": [{"role": "user", "content": [part]}]}):
+        data = write_rows(tmp_path / "prompts.jsonl", [row] * 4)
+        where = ["--reward", "length:8", "--out", str(tmp_path / "run")]
+        assert main([method, str(model), str(data), *where]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error:")
+        assert "the prompt has a picture" in error

@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
     from gptsmith.runtime import choose_device, keep_freed_memory
     from gptsmith.storage import explain_os_errors
     from gptsmith.train.init import adapted_to_init, load_init
+    from gptsmith.train.objectives.registry import METHODS
     from gptsmith.train.range_test import range_test
     from gptsmith.train.text import Text, read_text
 
@@ -69,6 +70,7 @@ def main(arguments: list[str]) -> int:
     else:
         init = load_init(config.init.init)
         config = adapted_to_init(config, overrides, init)
+        METHODS["pretrain"].check_pictures("pretraining", config, init)
         tokenizer, dataset = init.tokenizer, Text.open(chosen.data, config).prepare(config, init.tokenizer)
     keep_freed_memory()
     with progress(chosen.updates, "trying learning rates") as bar:

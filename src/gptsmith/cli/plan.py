@@ -109,6 +109,7 @@ def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> t
     """Return the configuration adapted to --init, the text or None, and what is known or assumed about it."""
     from gptsmith.train.budget.recipe import Text
     from gptsmith.train.init import adapted_to_init, load_init
+    from gptsmith.train.objectives.registry import METHODS
     from gptsmith.train.text import Text as OpenedText
     from gptsmith.train.text import read_text
 
@@ -116,6 +117,7 @@ def _text_of(data: tuple[str, ...], config: RunConfig, overrides: set[str]) -> t
     if config.init.init is not None:
         init = load_init(config.init.init)
         config = adapted_to_init(config, overrides, init)
+        METHODS["pretrain"].check_pictures("pretraining", config, init)
     if not data:
         size = vocabulary(config) if init is None else init.tokenizer.vocab_size
         return config, None, Text(ENDLESS, 0, size, init.config if init else None)

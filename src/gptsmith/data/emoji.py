@@ -151,8 +151,9 @@ def shape_rows(part: Part = "train", *, copies: int = 4, seed: int = 0) -> Itera
         *itertools.product(("a",), COLORS, DIGITS),
     ]
     for number, (count, color, shape) in enumerate(combinations):
-        name = f"{count} {color} {shape}" + ("s" if count in COUNTS[1:] else "")
-        held_out: Part = "compositions" if _hash(name) % 5 == 0 else "train"
+        several = count in COUNTS[1:]
+        held_out: Part = "compositions" if _hash(f"{count} {color} {shape}{'s' * several}") % 5 == 0 else "train"
+        name = f"{count} {color} {shape}" + ("es" if shape == "cross" else "s") * several
         if held_out == part:
             for copy in range(copies):
                 rng = random.Random(f"{seed} {number} {copy}")

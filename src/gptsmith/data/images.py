@@ -308,6 +308,8 @@ def _orientation(exif: bytes) -> int:
 
 # Where pictures come from --------------------------------------------------------------------------------------------
 
+_ADDRESSES = ("http:/", "https:/")  # as a path has them, with a single slash
+
 
 def read_image_part(
     part: Any,
@@ -355,7 +357,7 @@ def image_bytes(part: Any, *, base: Path | None = None, limits: ImageLimits = DE
     if part[:5].lower() == "data:":
         return _from_data_url(part, limits)
     scheme, separator, _ = part.partition("://")
-    if separator and scheme.lower() != "file":
+    if (separator and scheme.lower() != "file") or part.lower().startswith(_ADDRESSES):
         raise ImageError(f"{part[:80]!r} is an address on a network, which is not fetched. Use a file or a data: URL.")
     if base is None:
         raise ImageError("a picture is given as a data: URL here: data:image/png;base64,…")

@@ -216,9 +216,7 @@ def _images_of(
     if not any(pictures):
         return None
 
-    import torch
-
     from gptsmith.model.vision import Images
 
-    numbers = torch.tensor([row for row, found in enumerate(pictures) for _ in found])
+    numbers = tuple(row for row, found in enumerate(pictures) for _ in found)
     return Images(eyes.pixels([picture for found in pictures for picture in found], variation), numbers)

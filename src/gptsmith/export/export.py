@@ -38,6 +38,7 @@ from gptsmith.formats.safetensors import INDEX_FILE
 from gptsmith.formats.source import ModelSource
 from gptsmith.loading import source_of
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.flops import vision_parameters
 from gptsmith.model.transformer import Transformer
 from gptsmith.quantize.calibration import TOKENS, calibration_ids, mean_squared_inputs
 from gptsmith.storage import atomic_directory, write_text
@@ -146,13 +147,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 def describe(out: Path, model: Transformer, dtype: str, paths: Sequence[Path] = ()) -> str:
     """Describe an exported model in one line: parameters, family, context, vocabulary, precision, size.
 
-    paths: its files (default: those in the directory `out`).
+    paths: its files (default: those in the directory `out`), which are GGUF: without a model's eyes.
     """
     c = model.config
     size = sum(p.stat().st_size for p in paths or out.iterdir())
+    parameters = model.num_parameters(trainable_only=False)
+    if paths and c.vision is not None:
+        parameters -= vision_parameters(c.vision, c.hidden_size)
     name = out if len(paths) < 2 else f"{paths[0]} and {len(paths) - 1} more"
     return (
-        f"{name}: {model.num_parameters(trainable_only=False):,} parameters, {c.model_type}, "
+        f"{name}: {parameters:,} parameters, {c.model_type}, "
         f"context {c.max_position_embeddings:,}, "
         f"{c.vocab_size:,} tokens; {dtype}, {size / 1e6:,.1f} MB"
     )

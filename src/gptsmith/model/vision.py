@@ -13,6 +13,7 @@ H heads · C hidden of the text model.
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,18 @@ from gptsmith.model.parameters import annotate
 class Images(NamedTuple):
     """The pictures of a batch, in the order in which their tokens stand in it.
 
-    pixels: (N, 3, S, S). rows: (N,) int64, ascending: the row of the batch that each belongs to; on the CPU.
+    pixels: (N, 3, S, S). rows: N numbers, ascending: the row of the batch that each belongs to. No tensor, since they
+    have to be known in a memory forecast, too, whose tensors have no values.
     """
 
     pixels: Tensor
-    rows: Tensor
+    rows: tuple[int, ...]
 
     def slice(self, start: int, stop: int) -> Images | None:
         """Return those of rows [start, stop), None if there are none."""
-        first, last = (int(i) for i in torch.searchsorted(self.rows, torch.tensor([start, stop])))
-        return Images(self.pixels[first:last], self.rows[first:last] - start) if last > first else None
+        first, last = (bisect.bisect_left(self.rows, row) for row in (start, stop))
+        rows = tuple(row - start for row in self.rows[first:last])
+        return Images(self.pixels[first:last], rows) if rows else None
 
 
 class VisionBlock(nn.Module):

@@ -175,4 +175,4 @@ def _shut(connection: socket.socket) -> None:
 
 
 def _shown(url: str) -> str:
-    return url if len(url) <= 100 else f"{url[:100]}..."
+    return (url or "an empty address") if len(url) <= 100 else f"{url[:100]}..."

@@ -50,7 +50,7 @@ from gptsmith.train.budget.parse import Budget
 from gptsmith.train.budget.recipe import Plan, choose, settled
 from gptsmith.train.budget.recipe import Text as TextSize
 from gptsmith.train.callbacks import Callback
-from gptsmith.train.config import RunConfig, with_options
+from gptsmith.train.config import PictureConfig, RunConfig, with_options
 from gptsmith.train.forecast.layouts import choose_layout
 from gptsmith.train.init import (
     Init,
@@ -247,6 +247,8 @@ def _start_in(
         init = ranks.main_first(lambda: method.adapt_init(load_init(str(asked.init.init)), asked, opened))
         config, opened = adapt_to_init(config, overrides, init, opened, method, objective_name)
         tokenizer = init.tokenizer
+    elif config.vision != PictureConfig():
+        raise UsageError("a new model reads no pictures: leave out the --vision options. See gptsmith vision --help.")
     elif extras.tokenizer is not None:
         tokenizer = extras.tokenizer
     elif opened is not None:
@@ -311,8 +313,7 @@ def adapt_to_init(
 ) -> tuple[RunConfig, TrainingData | None]:
     """Return the configuration and the data of a run that starts from a model. UsageError if it does not fit."""
     config = adapted_to_init(config, overrides, init, lora=method.trains_adapter, longest=method.longest)
-    if init.config.vision is not None and method.reads_text_alone:
-        raise UsageError(f"{config.init.init} reads pictures, and {objective_name} is for models that read text alone.")
+    method.check_pictures(objective_name, config, init)
     return config, opened.for_model(init.config) if isinstance(opened, RowFiles) else opened
 
 

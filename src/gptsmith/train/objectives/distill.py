@@ -211,5 +211,6 @@ def distill(context: Any) -> Distill:
         vocab_size=context.tokenizer.vocab_size,
         packing=method.packing,
         eval_tokens=method.eval_tokens,
+        augment=config.vision.augment,
         should_stop=context.should_stop,
     )

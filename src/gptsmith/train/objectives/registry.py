@@ -128,6 +128,15 @@ class Method:
     """Default sequence length with an existing model, where that allows more."""
     reads_text_alone: bool = False
     """Whether models that read pictures are refused."""
+    varies_pictures: bool = False
+    """Whether `--vision.augment` is supported."""
+
+    def check_pictures(self, name: str, config: RunConfig, init: Init) -> None:
+        """Raise UsageError where a model that reads pictures, or an option for them, does not suit this method."""
+        if init.config.vision is not None and self.reads_text_alone:
+            raise UsageError(f"{init.spec} reads pictures, and {name} is for models that read text alone.")
+        if config.vision.augment and not self.varies_pictures:
+            raise UsageError(f"--vision.augment: {name} does not vary pictures. Leave it out.")
 
 
 def pretrain(context: ObjectiveContext, kind: type[Pretrain] = Pretrain) -> Pretrain:
@@ -167,6 +176,7 @@ METHODS: Registry[Method] = Registry(
             settle=settle,
             needs_init=True,
             trains_adapter=True,
+            varies_pictures=True,
             longest=MOST_CONTEXT,
         ),
         "distill": Method(
@@ -176,6 +186,7 @@ METHODS: Registry[Method] = Registry(
             adapt_init=adapt_to_teacher,
             settle=settle_with_teacher,
             needs_init=True,
+            varies_pictures=True,
             longest=MOST_CONTEXT,
         ),
         "dpo": Method(

@@ -147,7 +147,8 @@ def with_example_images(batch: TokenBatch, eyes: Eyes, per_row: int) -> TokenBat
     ids = batch.ids.masked_fill(batch.ids == eyes.token_id, other)
     ids = ids.masked_fill(positions < per_row * count, eyes.token_id)
     pixels = torch.rand(rows * per_row, 3, size, size)
-    return batch._replace(ids=ids, images=Images(pixels, torch.arange(rows).repeat_interleave(per_row)))
+    numbers = tuple(row for row in range(rows) for _ in range(per_row))
+    return batch._replace(ids=ids, images=Images(pixels, numbers))
 
 
 def sft(context: Any) -> Sft:
