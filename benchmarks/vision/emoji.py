@@ -2,15 +2,17 @@
 
     python benchmarks/vision/emoji.py       # writes benchmarks/results/emoji.json and the pictures of docs/vision.md
 
-A text model is pretrained on the names, gets a new vision tower, and is fine-tuned on pictures of people (roles,
-genders, skin tones) and of things. It is measured on what training does not show:
+A text model is pretrained on the names, gets a new vision tower, and is fine-tuned on pictures of people (roles, hair,
+genders, skin tones), of things, and of drawn shapes and digits (counts, colors). It is measured on what training does
+not show:
 
     augmentations  pictures of training, moved, scaled and recolored by random numbers that training did not draw
-    compositions   names with a skin tone that training shows with other names, which it shows with other tones
+    tones          compositions: people with a skin tone that training shows with other people, and these with others
+    counts         compositions: combinations of count, color and shape ("three red circles", "a blue seven")
     unseen         things that training does not show
 
-and, as controls, on blank pictures and on pictures of other names. An answer is right if the greedy answer is the name,
-letter by letter.
+and, as controls, all compositions with a blank picture and with that of another name. An answer is right if the greedy
+answer is the name, letter by letter.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptsmith
 from gptsmith.data.conversations import Example, Renderer, as_conversation
-from gptsmith.data.emoji import QUESTION, emoji_rows, without_tone
+from gptsmith.data.emoji import COUNTS, QUESTION, TONES, emoji_rows, shape_rows, without_tone
 from gptsmith.data.pictures import Eyes
 from gptsmith.loading import load_model
 from gptsmith.model.transformer import Transformer
@@ -41,14 +44,17 @@ from gptsmith.tokenizer import Tokenizer
 from gptsmith.train.callbacks import Callback
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 600.0  # of CPU time for all training of a seed
-_TEXT_STEPS, _BATCH = 300, 32
+SECONDS = 600.0  # of CPU time for all training of a seed: where they are over, it ends before its updates
+UPDATES = 1200
+_TEXT_STEPS, _ROWS = 50, 8
+_CONTEXT = 144  # tokens of a row; about four pictures with their names share one
 _TOWER: dict[str, int | None] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-_TEXT: dict[str, Any] = {"num_hidden_layers": 6, "hidden_size": 192, "num_attention_heads": 4}
+_TEXT: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4}
 _OPTIM: dict[str, Any] = {"optim.name": "muon", "optim.lr": 0.02, "optim.embedding_lr": 0.01}
-_QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off"}
+_QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off", "precision": "bf16"}
 _PEOPLE = re.compile(r"(man|woman) (?!and )[a-h]")  # half of the roles
-_MEASURED = 200  # rows of each part that are measured during training
+_COPIES = 2  # drawings of each combination of count, color and shape
+_MEASURED = 60  # rows of each part that are measured during training, about
 
 
 def chosen(name: str) -> bool:
@@ -63,9 +69,16 @@ def chosen(name: str) -> bool:
 class Parts:
     """Rows by what they measure."""
 
-    train: list[dict[str, Any]] = field(default_factory=lambda: _rows("train"))
-    compositions: list[dict[str, Any]] = field(default_factory=lambda: _rows("compositions"))
+    train: list[dict[str, Any]] = field(
+        default_factory=lambda: [*_rows("train"), *shape_rows("train", copies=_COPIES, seed=1)]
+    )
+    tones: list[dict[str, Any]] = field(default_factory=lambda: _rows("compositions"))
+    counts: list[dict[str, Any]] = field(default_factory=lambda: list(shape_rows("compositions", copies=_COPIES)))
     unseen: list[dict[str, Any]] = field(default_factory=lambda: _rows("unseen"))
+
+    @property
+    def compositions(self) -> list[dict[str, Any]]:
+        return [*self.tones, *self.counts]
 
 
 def _rows(part: Any) -> list[dict[str, Any]]:
@@ -87,8 +100,8 @@ def text_model(names: Sequence[str], folder: Path, seed: int) -> Path:
         path,
         out=folder / "text",
         tokenizer="bpe",
-        vocab_size=512,
-        context=128,
+        vocab_size=768,
+        context=_CONTEXT,
         steps=_TEXT_STEPS,
         batch_size=16,
         eval_every=_TEXT_STEPS,
@@ -121,48 +134,33 @@ class Curve(Callback):
         return seconds > SECONDS
 
 
-class Pace(Callback):
-    """Measures CPU seconds per update."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_log(self, run: Run, row: Any) -> bool | None:
-        self.times.append(time.process_time())
-        return None
-
-
-def train(seed: int, folder: Path, parts: Parts, seconds: float) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
-    """Train one model within CPU seconds; return its directory, its curve, and the times."""
+def train(seed: int, folder: Path, parts: Parts, updates: int) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
+    """Train one model; return its directory, its curve, and the times."""
     began = time.process_time()
-    everything = [row["answer"] for row in (*parts.train, *parts.compositions)]
+    everything = sorted({row["answer"] for row in (*parts.train, *parts.compositions)})
     text = text_model(everything, folder, seed)
-    seer = gptsmith.add_vision(text, folder / "seer", image_size=72, patch_size=12, seed=seed, **_TOWER)
+    seer = gptsmith.add_vision(text, folder / "seer", image_size=72, patch_size=18, seed=seed, **_TOWER)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in parts.train))
     val = folder / "val.jsonl"
-    val.write_text("".join(json.dumps(row) + "\n" for row in parts.compositions[:64]))
-    options: dict[str, Any] = {"lora": "off", "batch_size": _BATCH, "packing": True, "val": str(val), "seed": seed}
-    options |= {"vision.augment": True, "vision.projector_lr": 1.0, "context": 512, **_OPTIM, **_QUIET}
-    options |= {"warm_start": False, "batch_size": _BATCH // 8}  # eight rows share one of 512 tokens
-    pace = Pace()
-    gptsmith.sft(seer, data, out=folder / "pace", steps=6, eval_every=100, log_every=1, callbacks=[pace], **options)
-    per_step = float(np.median(np.diff(pace.times)))
+    val.write_text("".join(json.dumps(row) + "\n" for row in parts.compositions[::8]))
+    options: dict[str, Any] = {"lora": "off", "batch_size": _ROWS, "packing": True, "val": str(val), "seed": seed}
+    options |= {"vision.augment": True, "vision.projector_lr": 1.0, "warm_start": False, "too_long": "error"}
+    options |= {"context": _CONTEXT, **_OPTIM, **_QUIET}
     text_seconds = time.process_time() - began
-    steps = int((seconds - text_seconds) / per_step)
-    print(f"seed {seed}: {text_seconds:.0f} s of text; {per_step:.2f} s per update, {steps} updates", flush=True)
+    print(f"seed {seed}: {text_seconds:.0f} s of text", flush=True)
     curve = Curve(parts, began)
     run = gptsmith.sft(
         seer,
         data,
         out=folder / "run",
-        steps=steps,
-        eval_every=steps,
-        save_every=max(1, steps // 8),
+        steps=updates,
+        eval_every=updates,
+        save_every=max(1, updates // 8),
         callbacks=[curve],
         **options,
     )
-    times = {"cpu_seconds": curve.seconds, "text_seconds": text_seconds, "updates": steps}
+    times = {"cpu_seconds": curve.seconds, "text_seconds": text_seconds, "updates": updates}
     return run.directory, curve.points, times
 
 
@@ -212,20 +210,25 @@ def measure(directory: Path, parts: Parts, *, most: int | None = None) -> dict[s
         step = max(1, len(rows) // most) if most else 1
         return [renderer.render(as_conversation(row)) for row in rows[::step]]
 
-    train, compositions, unseen = rendered(parts.train), rendered(parts.compositions), rendered(parts.unseen)
-    pictures = [example.images[0] for example in compositions]
-    plain = eyes.pixels(pictures)
+    def pixels(examples: Sequence[Example], **options: Any) -> Tensor:
+        return eyes.pixels([example.images[0] for example in examples], **options)
+
+    train, unseen = rendered(parts.train), rendered(parts.unseen)
+    tones, counts = rendered(parts.tones), rendered(parts.counts)
+    compositions = [*tones, *counts]
+    plain = pixels(compositions)
     found: dict[str, dict[str, Any]] = {}
     measured = {
-        "augmentations": (train, eyes.pixels([example.images[0] for example in train], variation=(999_983, 1))),
-        "compositions": (compositions, plain),
-        "unseen": (unseen, eyes.pixels([example.images[0] for example in unseen])),
+        "augmentations": (train, pixels(train, variation=(999_983, 1))),
+        "tones": (tones, plain[: len(tones)]),
+        "counts": (counts, plain[len(tones) :]),
+        "unseen": (unseen, pixels(unseen)),
         "blank": (compositions, torch.ones_like(plain)),
         "shuffled": (compositions, plain.roll(len(plain) // 2, dims=0)),
     }
-    for name, (examples, pixels) in measured.items():
-        right = answers(model, examples, pixels)
-        found[name] = {"exact": float(np.mean(right)), "rows": len(right), "right": right}
+    for name, (examples, images) in measured.items():
+        right = answers(model, examples, images)
+        found[name] = {"exact": float(np.mean(right)), "rows": len(right)}
     return found
 
 
@@ -233,24 +236,41 @@ def describe(measured: dict[str, dict[str, Any]]) -> str:
     return "  ".join(f"{name} {values['exact']:.1%}" for name, values in measured.items())
 
 
-def confusions(directory: Path, parts: Parts) -> list[tuple[str, str]]:
-    """Return (name, answer) of what was answered wrongly among compositions, and the first of the unseen things."""
+def asked(directory: Path, parts: Parts) -> list[tuple[str, str]]:
+    """Return (name, greedy answer) of the compositions, then of the unseen things."""
     model, tokenizer = load_model(directory)
     eyes = Eyes.of(model.config, tokenizer)
     assert eyes is not None
     renderer, found = Renderer(tokenizer, eyes=eyes), []
     for row in [*parts.compositions, *parts.unseen]:
         example = renderer.render(as_conversation(row))
-        answer = greedy(model, tokenizer, example, eyes.pixels(example.images)[0])
-        found.append((row["answer"], answer))
+        found.append((row["answer"], greedy(model, tokenizer, example, eyes.pixels(example.images)[0])))
     return found
+
+
+def confusion(pairs: Sequence[tuple[str, str]], values: Sequence[str], value: Callable[[str], str]) -> list[list[int]]:
+    """Return how often names with a value (rows) were answered with a value; the last column is any other answer."""
+    table = [[0] * (len(values) + 1) for _ in values]
+    for name, answer in pairs:
+        if value(name) in values:
+            row, column = value(name), value(answer)
+            table[values.index(row)][values.index(column) if column in values else len(values)] += 1
+    return table
+
+
+def tone_of(name: str) -> str:
+    return without_tone(name)[1] or ""
+
+
+def count_of(name: str) -> str:
+    return name.partition(" ")[0]
 
 
 # Pictures for the docs -----------------------------------------------------------------------------------------------
 
 
-def draw(result: dict[str, Any], pairs: Sequence[tuple[str, str]], parts: Parts, folder: Path) -> None:
-    """Draw the curves, and a contact sheet of right and wrong answers."""
+def draw(result: dict[str, Any], parts: Parts, folder: Path) -> None:
+    """Draw the curves of all seeds, and a contact sheet of right and wrong answers of the first."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -260,7 +280,7 @@ def draw(result: dict[str, Any], pairs: Sequence[tuple[str, str]], parts: Parts,
 
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for seed in result["seeds"]:
-        for name, color in (("augmentations", "C0"), ("compositions", "C1"), ("blank", "C7")):
+        for name, color in (("augmentations", "C0"), ("tones", "C1"), ("counts", "C2"), ("blank", "C7")):
             x = [point["seconds"] for point in seed["curve"]]
             y = [100 * point[name] for point in seed["curve"]]
             axes.plot(x, y, color=color, label=name if seed is result["seeds"][0] else None)
@@ -271,15 +291,18 @@ def draw(result: dict[str, Any], pairs: Sequence[tuple[str, str]], parts: Parts,
     figure.savefig(folder / "emoji-curves.svg")
     plt.close(figure)
 
-    images = {row["answer"]: row["image"] for row in (*parts.compositions, *parts.unseen)}
-    wrong = [pair for pair in pairs if pair[0] != pair[1]]
-    right = [pair for pair in pairs if pair[0] == pair[1]]
+    rows = [*parts.compositions, *parts.unseen]
+    all_shown = [
+        (row["image"], name, answer) for row, (name, answer) in zip(rows, result["seeds"][0]["answers"], strict=True)
+    ]
+    wrong = [each for each in all_shown if each[1] != each[2]]
+    right = [each for each in all_shown if each[1] == each[2]]
     shown = [*right[:: max(1, len(right) // 12)][:12], *wrong[:: max(1, len(wrong) // 12)][:12]]
     figure, grid = plt.subplots(4, 6, figsize=(12, 8.5))
     for ax in grid.flat:
         ax.axis("off")
-    for ax, (name, answer) in zip(grid.flat, shown, strict=False):
-        ax.imshow(read_image_part(images[name]).pixels)
+    for ax, (image, name, answer) in zip(grid.flat, shown, strict=False):
+        ax.imshow(read_image_part(image).pixels)
         text = answer if name == answer else f"{answer}\n({name})"
         ax.set_title(text, fontsize=7, color="black" if name == answer else "firebrick")
     figure.tight_layout()
@@ -287,36 +310,40 @@ def draw(result: dict[str, Any], pairs: Sequence[tuple[str, str]], parts: Parts,
     plt.close(figure)
 
 
+def record(directory: Path, found: dict[str, Any], parts: Parts, out: Path) -> None:
+    """Measure the model of a seed, and write what is found beside the other seeds."""
+    measured = measure(directory, parts)
+    print(f"seed {found['seed']}: {describe(measured)}", flush=True)
+    pairs = asked(directory, parts)
+    found |= {"final": measured, "answers": pairs}
+    found |= {"tones": confusion(pairs, TONES, tone_of), "counts": confusion(pairs, COUNTS, count_of)}
+    known = json.loads(out.read_text())["seeds"] if out.exists() else []
+    result = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__},
+        "rows": {name: len(getattr(parts, name)) for name in ("train", "tones", "counts", "unseen")},
+        "seeds": sorted([*(one for one in known if one["seed"] != found["seed"]), found], key=lambda one: one["seed"]),
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, parts, ROOT / "docs" / "images")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU seconds for each seed")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of each seed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "emoji.json")
     parser.add_argument("--work", type=Path, help="folder for the runs")
     chosen_options = parser.parse_args()
     torch.set_num_threads(1)
     parts = Parts()
     work = chosen_options.work or Path(tempfile.mkdtemp())
-    result: dict[str, Any] = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__},
-        "rows": {name: len(getattr(parts, name)) for name in ("train", "compositions", "unseen")},
-        "seeds": [],
-    }
-    print(result["rows"], flush=True)
-    pairs: list[tuple[str, str]] = []
     for seed in range(chosen_options.first, chosen_options.first + chosen_options.seeds):
         folder = work / f"seed{seed}"
         folder.mkdir(parents=True)
-        directory, curve, times = train(seed, folder, parts, chosen_options.seconds)
-        measured = measure(directory, parts)
-        print(f"seed {seed}: {describe(measured)}", flush=True)
-        exact = {name: {"exact": m["exact"], "rows": m["rows"]} for name, m in measured.items()}
-        result["seeds"].append({"seed": seed, **times, "curve": curve, "final": exact})
-        pairs = pairs or confusions(directory, parts)
-        result["confusions"] = [pair for pair in pairs if pair[0] != pair[1]]
-        chosen_options.out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, pairs, parts, ROOT / "docs" / "images")
+        with sdpa_kernel(SDPBackend.MATH):  # in bf16 on a CPU, twice as fast as the fused kernel's backward pass
+            directory, curve, times = train(seed, folder, parts, chosen_options.updates)
+        record(directory, {"seed": seed, **times, "curve": curve}, parts, chosen_options.out)
 
 
 if __name__ == "__main__":
