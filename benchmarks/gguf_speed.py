@@ -78,10 +78,9 @@ def decoding(llama: Any, prompt: list[int], count: int) -> float:
 
 def check_same(model: Any, llama: Any, prompt: list[int]) -> float:
     """Return the relative difference of the logits after a prompt; end the program if these are not the same models."""
+    import llama_cpp
     import numpy as np
     import torch
-
-    import llama_cpp
 
     with torch.no_grad():
         mine = model(torch.tensor([prompt]))[0, -1]

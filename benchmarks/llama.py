@@ -41,9 +41,8 @@ def open_llama(path: Path, *, threads: int, **options: Any) -> Any:
 
 def quantize_gguf(source: Path, target: Path, ftype: int, threads: int) -> None:
     """Write a GGUF file with the weights of another in llama.cpp's type of files `ftype`."""
-    from llama_cpp._logger import set_verbose
-
     import llama_cpp
+    from llama_cpp._logger import set_verbose
 
     set_verbose(False)
     options = llama_cpp.llama_model_quantize_default_params()
