@@ -284,6 +284,10 @@ def test_models_that_cannot_be_divided() -> None:
     for layout, (family, message) in problems.items():
         config = tiny_config(family, num_attention_heads=4, head_dim=4)
         assert any(message in problem for problem in Layout.parse(layout).problems(config)), layout
+    olmo2 = tiny_config("olmo2", num_attention_heads=4, norm="layernorm")
+    assert list(Layout(tp=2).problems(olmo2)) == [
+        "tp does not divide a LayerNorm over the queries of all heads. Use fsdp."
+    ]
     odd = tiny_config("gpt2", vocab_size=31)
     assert list(Layout(tp=2).problems(odd)) == [
         "31 entries of the vocabulary cannot be divided by tp=2. Choose a tp that divides, or use fsdp."
