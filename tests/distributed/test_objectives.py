@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = {
         "pairs": pairs,
         "chats": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
-        "skewed": [{"prompt": row["prompt"], "completion": row["chosen"] * (i % 7)} for i, row in enumerate(pairs, 1)],
+        "skewed": [{"prompt": row["prompt"], "completion": row["chosen"] * (1 + i % 7)} for i, row in enumerate(pairs)],
         "prompts": [{"prompt": row["prompt"]} for row in pairs],
     }
     for name, each in rows.items():
