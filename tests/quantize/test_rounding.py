@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +122,15 @@ def test_few_inputs(bits: Bits, inputs: str) -> None:
         assert float(((made - weight) @ x).norm()) < 0.1 * float(((nearest - weight) @ x).norm())
     else:
         assert float((made - weight).norm()) < 1.05 * float((nearest - weight).norm())
+
+
+def test_a_matrix_that_waits_in_a_file_changes_nothing(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(40, 96, generator=generator), torch.randn(200, 96, generator=generator)
+    hessian = x.T @ x / len(x)
+    expected = round_matrix(weight, hessian.clone(), 4)
+    actual = round_matrix(weight, hessian.clone(), 4, scratch=tmp_path / "hessian.f32")
+    for name, tensor in vars(expected).items():
+        other = getattr(actual, name)
+        assert torch.equal(other, tensor) if isinstance(tensor, torch.Tensor) else other == tensor
+    assert not list(tmp_path.iterdir())

@@ -36,7 +36,7 @@ from gptsmith.quantize.rounding import DAMPING, ROUNDS, round_matrix
 from gptsmith.quantize.widths import choose_widths, quantizable
 from gptsmith.storage import TEMPORARY_PREFIX, atomic_file, explain_os_errors, remove_temporaries, write_text
 
-PLAN, STATES = "plan.json", "states.f32"
+PLAN, STATES, SCRATCH = "plan.json", "states.f32", "hessian.f32"
 FORMAT = 1  # of the directory; changes with what is computed
 
 
@@ -159,7 +159,9 @@ def quantize_layers(model: Transformer, ids: Tensor, widths: Mapping[str, Bits],
                 for stage in stages:
                     hessians = _hessians(blocks[layer], stage, states, arguments[layer])
                     for name, weight in stage.items():
-                        codes = round_matrix(weight, hessians.pop(name, None), widths[name])
+                        codes = round_matrix(
+                            weight, hessians.pop(name, None), widths[name], scratch=directory / SCRATCH
+                        )
                         made[name] = QuantizedMatrix.of(codes)
                         weight.copy_(made[name].dequantized())
                     bar.advance(1 / len(stages))

@@ -12,10 +12,15 @@ transposed, (K, R), so that a column of it is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptsmith.model.quantized import GROUP, Bits, Codes, concatenate, scales_of
+from gptsmith.storage import explain_os_errors
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 ROUNDS = 3  # of fitting scales and of coordinate descent
@@ -90,31 +95,78 @@ def _reciprocal(scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_matrix(weight: Tensor, hessian: Tensor | None, bits: Bits, *, rounds: int = ROUNDS) -> Codes:
+def round_matrix(
+    weight: Tensor, hessian: Tensor | None, bits: Bits, *, rounds: int = ROUNDS, scratch: Path | None = None
+) -> Codes:
     """Return a matrix (R, K), quantized; K is a multiple of 32.
 
     hessian: the mean of x xᵀ over the inputs, (K, K) float32; it is changed. None: round each weight to the nearest.
+    scratch: a file in which H waits while its factor is needed; None: memory. Both (K, K) matrices together would take
+        more than a layer.
     """
     weight = weight.float()
     if hessian is None:
         grid = _fitted_ranges(weight, None, bits)
         return grid.matrix(grid.nearest(weight))
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
+    mean = hessian.diagonal().mean()
     if not mean > 0:  # no inputs
         return round_matrix(weight, None, bits)
-    diagonal.add_(DAMPING * mean)
+    hessian.diagonal().add_(DAMPING * mean)
+    diagonal = hessian.diagonal().clone()
     order = diagonal.argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])
+    split = torch.split(weight, max(1, _CHUNK // weight.shape[1]))  # rows do not depend on each other
+    grids = [_fitted_ranges(part, diagonal, bits) for part in split]
+    chosen: list[Tensor] = []
+    with _Parked(hessian, scratch) as parked:
+        del hessian
+        factor = _inverse_factor(parked.read, order, diagonal)
+        for part, grid in zip(split, grids, strict=True):
+            chosen.append(_gptq(part, order, factor, grid).to(torch.uint8))
+        del factor
+        hessian = parked.whole()
     parts = []
-    for part in torch.split(weight, max(1, _CHUNK // weight.shape[1])):  # rows do not depend on each other
-        grid = _fitted_ranges(part, diagonal, bits)
-        codes = _gptq(part, order, factor, grid)
+    for part, grid in zip(split, grids, strict=True):
+        codes = chosen.pop(0).float()
         for _ in range(rounds):
             grid = _fitted_scales(part, hessian, grid, codes)
             codes = _descended(part, hessian, grid, codes)
         parts.append(grid.matrix(codes))
     return concatenate(parts)
+
+
+class _Parked:
+    """A matrix (K, K) that is not needed for a while: in a file if there is one, which is deleted at the end."""
+
+    def __init__(self, matrix: Tensor, path: Path | None) -> None:
+        self._matrix, self._path, self._size = matrix, path, len(matrix)
+        if path is not None:
+            with explain_os_errors(path):
+                matrix.numpy().tofile(path)
+            self._matrix = torch.empty(0)
+
+    def __enter__(self) -> _Parked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return some rows."""
+        if self._path is None:
+            return self._matrix[rows]
+        found = torch.empty(len(rows), self._size)
+        with explain_os_errors(self._path), open(self._path, "rb") as file:
+            for at, row in enumerate(rows.tolist()):
+                file.seek(4 * self._size * row)
+                found[at] = torch.from_numpy(np.fromfile(file, np.float32, self._size))
+        return found
+
+    def whole(self) -> Tensor:
+        if self._path is None:
+            return self._matrix
+        with explain_os_errors(self._path):
+            return torch.from_numpy(np.fromfile(self._path, np.float32).reshape(self._size, self._size))
 
 
 def _fitted_ranges(weight: Tensor, importance: Tensor | None, bits: Bits) -> _Grid:
@@ -167,16 +219,25 @@ def _gptq(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
     return placed.T.contiguous()
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of H, whose diagonal is increased if necessary."""
-    extra = 0.0
+def _inverse_factor(read: Callable[[Tensor], Tensor], order: Tensor, diagonal: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of H, (K, K), its rows and columns in this order.
+
+    read: returns rows of H. diagonal: that of H, which is increased if necessary. The one matrix is computed in place.
+    """
+    diagonal, extra = diagonal[order], 0.0
+    factor = torch.empty(len(order), len(order))
     while True:
+        for rows, part in zip(torch.split(order, _BLOCK), torch.split(factor, _BLOCK), strict=True):
+            torch.index_select(read(rows), 1, order, out=part)
+        factor.diagonal().copy_(diagonal)
         try:
-            factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-            return factor  # (K, K)
+            torch.linalg.cholesky(factor, out=factor)
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky(factor, upper=True, out=factor)
+            return factor
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # torch's stubs do not export it
             more = max(extra, DAMPING)
-            hessian.diagonal().add_(more * hessian.diagonal().mean())
+            diagonal.add_(more * diagonal.mean())
             extra = 10 * more
 
 
