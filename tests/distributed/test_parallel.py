@@ -44,6 +44,7 @@ CONFIG = tiny_run_config(
 )
 SHAPE: dict[str, Any] = {"num_attention_heads": 4, "head_dim": 4, "initializer_range": 0.1}
 EXPERTS = {"model.num_experts": 4, "model.num_experts_per_tok": 2, "optim.name": "adamw", "optim.lr": 0.002}
+SHARED = {"model.shared_expert_intermediate_size": 16, "model.intermediate_size": 16}
 FEW = [6] * 16 + [1, 5, 3, 6]  # rows of each batch: also fewer than there are processes
 
 
@@ -180,7 +181,7 @@ def test_every_family_can_be_divided_by_tp(layout: str, processes: int, tmp_path
     [
         ("fsdp", {"optim.name": "adamw", "optim.lr": 0.002}),
         ("tp=2", {}),
-        pytest.param("tp=2", {"model.family": "deepseek_v3", **EXPERTS}, marks=pytest.mark.slow),
+        pytest.param("tp=2", {"model.family": "deepseek_v3", **EXPERTS, **SHARED}, marks=pytest.mark.slow),
         pytest.param("tp=2", {"model.family": "gpt_oss", **EXPERTS}, marks=pytest.mark.slow),
     ],
 )
