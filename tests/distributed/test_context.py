@@ -215,7 +215,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert group.device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert group.device(torch.device("cuda")) == torch.device("cuda", 1)
-    with pytest.raises(UsageError, match="--device cuda:1: several processes use"):
+    with pytest.raises(UsageError, match="--device cuda:1: several processes need"):
         group.device(torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 processes need a GPU each, and this machine has 1"):

@@ -22,7 +22,7 @@ from gptsmith.train.objectives.base import Objective
 from gptsmith.train.objectives.pretrain import NextToken
 from gptsmith.train.step import TrainingStep
 
-REPEATS, LONGEST = 4, 3.0  # updates to time, and the seconds after which no further one is started
+REPEATS, LONGEST = 4, 3.0  # updates to time, and the seconds after which no third or later one is started
 MOST_TOKENS = 1 << 15  # in one forward pass: more are not faster
 DEFAULT_CPU_FLOPS, DEFAULT_GPU_FLOPS = 5e10, 5e13  # FLOP/s of updates, until something has been measured
 
@@ -109,11 +109,11 @@ def _fastest(
     began = time.perf_counter()
     passes: list[float] = []
     steps: list[float] = []
-    while len(passes) < REPEATS and (not passes or time.perf_counter() - began < LONGEST):
+    # The first allocates buffers and warms up, which on a busy machine can take many times as long as the others.
+    while len(passes) < REPEATS and (len(passes) < 2 or time.perf_counter() - began < LONGEST):
         passes.append(timed(lambda: step.accumulate(batch, count)))
         steps.append(timed(lambda: step.apply(1.0)))
-    # The first allocates buffers and warms up: it counts only where there was no time for another.
-    return min(passes[1:] or passes), min(steps[1:] or steps)
+    return min(passes[1:]), min(steps[1:])
 
 
 def this_machine(device: torch.device, precision: ChosenPrecision, compile: str) -> Machine:
