@@ -203,7 +203,7 @@ def test_an_interrupted_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(layers, "_write_layer", interrupted)
         code, _, err = run_cli(*command, tmp_path / "x")
-    assert (code, "Give the same command again to go on" in err) == (130, True), err
+    assert (code, "Run the same command again to continue" in err) == (130, True), err
     assert not (tmp_path / "x").exists()
     assert (tmp_path / "x.partial").is_dir()
     code, _, err = run_cli(*command, tmp_path / "x", "--calibration-tokens", 2048)
