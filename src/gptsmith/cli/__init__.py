@@ -6,6 +6,7 @@ import importlib
 import io
 import keyword
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -102,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except ProcessError as error:  # that process prints its message
-        return error.exit_code
+        return _failed(error.exit_code)
     except GptsmithError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(error.exit_code)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
@@ -118,6 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a problem of the system that no command explains better
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
+
+
+def _failed(code: int) -> int:
+    """Return the exit code. TorchElastic sends SIGTERM to the others when one process of a run has ended: it must not
+    replace the code of a process that has already said what went wrong."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:
