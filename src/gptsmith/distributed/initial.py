@@ -1,8 +1,8 @@
-"""Initial weights of a divided model without the whole model in memory: each process keeps its part of what all draw.
+"""Initial weights of a divided model without the whole model in memory: each process keeps its shard of each tensor.
 
-    model = undrawn(config)               # its weights take no memory until they are written
+    model = uninitialized(config)               # its weights take no memory until they are written
     parallelize(model, mesh, layout)
-    draw_parts(model, at)                 # one whole parameter after the other
+    initialize_shards(model, at)                 # draws one whole parameter after the other, keeps the shard
 
 Weights, and the state of the random numbers afterwards, are those of one process that makes the whole model: they
 depend on the seed and the parameter, and not on the layout.
@@ -26,15 +26,15 @@ DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default}
 FILLS = DRAWS | {torch.ops.aten.zero_.default}
 
 
-def undrawn(config: ModelConfig, *, dropout: float = 0.0) -> Transformer:
+def uninitialized(config: ModelConfig, *, dropout: float = 0.0) -> Transformer:
     """Return a model whose matrices are not initialized. Random numbers are drawn as if they were."""
-    with _Elsewhere(DRAWS, lambda tensor, filled: None):
+    with _RedirectedFills(DRAWS, lambda tensor, filled: None):
         return Transformer(config, dropout=dropout, initialize=False)
 
 
 @torch.no_grad()
-def draw_parts(model: Transformer, at: Coordinates) -> None:
-    """Initialize the parts that the process at some coordinates has of an `undrawn` model."""
+def initialize_shards(model: Transformer, at: Coordinates) -> None:
+    """Initialize the shards of an `uninitialized` model that the process at these coordinates has."""
     with torch.device("meta"):
         skeleton = Transformer(model.config, initialize=False)
     parameters = dict(named_parameters(model))
@@ -44,15 +44,14 @@ def draw_parts(model: Transformer, at: Coordinates) -> None:
         p = parameters[names[id(tensor)]]
         local(p).copy_(sharding_of(p).block(filled, at))
 
-    with _Elsewhere(FILLS, keep):
+    with _RedirectedFills(FILLS, keep):
         skeleton.initialize()
 
 
-class _Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, some functions fill another tensor of the same shape instead; `keep` gets both.
+class _RedirectedFills(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Make some functions fill a scratch tensor of the same shape instead; `keep` gets the tensor and the scratch.
 
-    These tensors share one memory. If each allocated its own, the allocator would give it to the next parameter, and
-    weights would take memory.
+    All scratch tensors share one memory: an allocation each would leave no memory saved.
     """
 
     def __init__(self, functions: set[Any], keep: Callable[[Tensor, Tensor], None]) -> None:

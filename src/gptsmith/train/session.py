@@ -119,9 +119,9 @@ class Session:
         in_parts = divided and is_new and not ranks.is_main and isinstance(objective, Pretrain | BatchStream)
         self.make_model = make_model
         if in_parts:
-            from gptsmith.distributed.initial import draw_parts, undrawn
+            from gptsmith.distributed.initial import initialize_shards, uninitialized
 
-            self.model = undrawn(model_config, dropout=config.loop.dropout)
+            self.model = uninitialized(model_config, dropout=config.loop.dropout)
         else:
             self.model = make_model()
         if divided and not is_new:
@@ -135,7 +135,7 @@ class Session:
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
         if in_parts:
-            draw_parts(self.model, ranks.layout.coordinates(ranks.rank))
+            initialize_shards(self.model, ranks.layout.coordinates(ranks.rank))
         if divided and is_new:
             ranks.check_same({"random numbers": str(zlib.crc32(torch.get_rng_state().numpy().tobytes()))})
         self.whole = self.training_step.whole.policy
