@@ -705,4 +705,4 @@ def test_a_run_is_not_resumed_by_the_command_of_another_method(
     assert run_cli("train", text_file, "--out", run, "--compile", "off", *size, *loop)[0] == 0
     for command in ("sft", "distill", "dpo", "reward", "ppo", "grpo", "classify"):
         message = rejected(command, "--resume", run, code=2)
-        assert f"is no run of gptsmith {command}. Continue it with: gptsmith train --resume" in message
+        assert f"is not a run of gptsmith {command}. Continue it with: gptsmith train --resume" in message

@@ -105,7 +105,7 @@ def test_tool_calls() -> None:
     [
         ({"text": "once"}, r"continued pretraining: gptsmith train DATA --init MODEL"),
         ({"mesages": []}, r"Did you mean 'messages'"),
-        ({}, "the fields \\(none\\) are no conversation"),
+        ({}, "the fields \\(none\\) are not those of a conversation"),
         ({"messages": []}, "the fields|is empty"),
         ({"messages": [{"role": "user", "content": "Hi"}]}, "no turn of the assistant"),
         ({"messages": [{"role": "usr", "content": "Hi"}]}, "message 1 has the unknown role 'usr'. Did you mean 'user'"),

@@ -240,8 +240,8 @@ def test_rated_answers(label: Any) -> None:
         ("the completion is empty", {"prompt": "q", "completion": "", "label": True}),
         ("does not end with an answer", {"messages": [*ASKED, GOOD, *ASKED], "label": True}),
         ("Did you mean 'chosen'", {"prompt": "q", "choosen": "a", "rejcted": "b"}),
-        ("are no preference", {"text": "a film", "label": 1}),
-        ("are no preference", {"messages": [*ASKED, GOOD]}),
+        ("are not those of a preference", {"text": "a film", "label": 1}),
+        ("are not those of a preference", {"messages": [*ASKED, GOOD]}),
     ],
 )
 def test_rows_that_are_no_preference(message: str, values: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def parse_tune(
     if type(base.method) is not method:
         directory = option_value(arguments, "--resume")
         raise UsageError(
-            f"{directory} is no run of gptsmith {name}. Continue it with: gptsmith train --resume {directory}"
+            f"{directory} is not a run of gptsmith {name}. Continue it with: gptsmith train --resume {directory}"
         )
     defaults: dict[str, Any] = {
         "budget": base.auto.budget,

@@ -145,8 +145,8 @@ def _unknown_form(row: Mapping[str, Any]) -> str:
     if "text" in row:
         hint = " Plain text is for continued pretraining: gptsmith train DATA --init MODEL."
     return (
-        f"the fields {', '.join(row) or '(none)'} are no conversation.{hint} Use messages, conversations (ShareGPT), "
-        "instruction and output (Alpaca), prompt and completion, question and answer, or image and caption."
+        f"the fields {', '.join(row) or '(none)'} are not those of a conversation.{hint} Use messages, conversations "
+        "(ShareGPT), instruction and output (Alpaca), prompt and completion, question and answer, or image and caption."
     )
 
 

@@ -145,8 +145,8 @@ def _unknown_form(row: Mapping[str, Any]) -> str:
     known = ("chosen", "rejected", "label", "kto_tag", "ranks", "scores", *RANKED)
     hint = next((found for name in row if (found := nearest(name, known))), "")
     return (
-        f"the fields {', '.join(row) or '(none)'} are no preference.{hint} Use prompt, chosen and rejected; prompt, "
-        "completion and label (KTO); or prompt, completions and ranks or scores."
+        f"the fields {', '.join(row) or '(none)'} are not those of a preference.{hint} Use prompt, chosen and "
+        "rejected; prompt, completion and label (KTO); or prompt, completions and ranks or scores."
     )
 
 
