@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith import log
-from gptsmith.log import JsonLines, duration, note, progress
+from gptsmith.log import Aside, JsonLines, duration, note, progress, quiet
 
 
 @pytest.fixture
@@ -96,6 +96,26 @@ def test_durations(seconds: float, text: str) -> None:
 def test_notes_go_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     note("hello")
     assert capfd.readouterr() == ("", "hello\n")
+
+
+def test_an_aside_is_one_line_after_its_label(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = Aside("thinking")
+    for text in (" ", "\nIt ", "", "is so."):
+        aside.write(text)
+    aside.end()
+    aside.end()
+    assert capfd.readouterr() == ("", "(thinking) It is so.\n")
+    with quiet():
+        aside.write("nothing")
+        aside.end()
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr("gptsmith.log.is_terminal", lambda: True)
+    aside.write("dim")
+    aside.write("")
+    aside.end()
+    assert capfd.readouterr().err == "\x1b[2m(thinking) dim\x1b[22m\n"
 
 
 def test_a_closed_pipe_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,35 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+class Aside:
+    """A text on standard error that is written as it is generated, beside the result: a model's reasoning.
+
+    It begins with `label` in parentheses and is dim on a terminal.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label, self._is_open = label, False
+
+    def write(self, text: str) -> None:
+        if not self._is_open:
+            text = text.lstrip()
+            if not text:
+                return
+            self._is_open, text = True, f"({self._label}) {text}"
+        self._print(f"\x1b[2m{text}\x1b[22m" if text and is_terminal() else text)
+
+    def end(self) -> None:
+        """End the line, if there is any text."""
+        if self._is_open:
+            self._is_open = False
+            self._print("\n")
+
+    def _print(self, text: str) -> None:
+        if not is_quiet():
+            with contextlib.suppress(BrokenPipeError):
+                print(text, end="", file=sys.stderr, flush=True)
+
+
 class Progress(Protocol):
     def advance(self, amount: float) -> None: ...
 

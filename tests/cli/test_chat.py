@@ -20,6 +20,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+from tests.channels import channel_model, channel_tokenizer
 from tests.factories import tiny_model
 
 TEMPLATE = (
@@ -189,6 +190,34 @@ def test_stats_report_speed_and_cached_tokens(say: Any, model_directory: Path) -
         assert code == 0, err
         assert re.search(r"24 tokens, .* tok/s; \d+ of \d+ prompt tokens cached \(\d+%\)", err.splitlines()[-1])
     assert say("hi", options=("--prompt-lookup", "--draft-model", "x"))[0] == 2
+
+
+def test_reasoning_is_shown_and_forgotten(tmp_path: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers in channels: standard output has the final text alone, and so has the history."""
+    save_checkpoint(tmp_path / "model", channel_model(), channel_tokenizer())
+    saved = tmp_path / "saved.json"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\n/save {saved}\n/reset\ngo\n"))
+    code, out, err = run_cli("chat", tmp_path / "model", "--device", "cpu", "--temperature", "0")
+    assert (code, out) == (0, "Hello you\n\n"), err
+    assert err.count("(thinking) I think.\n") == 2
+    assert '(the model calls a function, and there is none here: f {"x": 7})' in err
+    assert json.loads(saved.read_text())["messages"] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Hello you"},
+    ]
+
+
+def test_an_answer_that_is_stopped_while_the_model_thinks() -> None:
+    engine = Engine(channel_model(), vocab_size=channel_tokenizer().vocab_size)
+    talk = chat.Conversation(engine, channel_tokenizer(), SamplingParams(temperature=0))
+    answer: Any = talk.answer("hi")
+    assert next(chunk.reasoning for chunk in answer if chunk.reasoning).startswith("I")
+    answer.close()
+    assert talk.turns[-1] == {"role": "assistant", "content": ""}
+    assert engine.stats.blocks_used == 0
+    (*_, last) = talk.answer("hi")
+    assert last.finish_reason == "stop"
+    assert "think" not in channel_tokenizer().decode(list(talk._fitting()[0].ids))
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")

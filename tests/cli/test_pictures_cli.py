@@ -19,10 +19,11 @@ from PIL import Image
 import gptsmith
 from gptsmith.checkpoint import save_checkpoint
 from gptsmith.cli import chat
+from gptsmith.cli.generate import _write_samples
 from gptsmith.data.images import decode_image
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
-from gptsmith.engine.text import prepare_image, question
+from gptsmith.engine.text import TextChunk, prepare_image, question
 from gptsmith.errors import UsageError
 from gptsmith.model.config import VisionConfig
 from gptsmith.model.transformer import Transformer
@@ -97,6 +98,18 @@ def test_generate_answers_about_pictures(place: Path, tokenizer: Tokenizer, run_
     )
     assert code == 0
     assert "--- sample 2 of 2 ---" in out
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_generate_writes_reasoning_to_standard_error(n: int, capfd: pytest.CaptureFixture[str]) -> None:
+    pieces = [("", "It is "), ("", "red."), ("Re", ""), ("d", "")]
+    chunks = [TextChunk(i, text, reasoning=thought) for text, thought in pieces for i in range(n)]
+    out: list[str] = []
+    reasons, _, _ = _write_samples([*chunks, *(TextChunk(i, "", "stop") for i in range(n))], "", n, out.append)
+    assert reasons == ["stop"] * n
+    several = "--- sample 1 of 2 ---\nRed\n\n--- sample 2 of 2 ---\nRed\n"
+    assert "".join(out) == ("Red\n" if n == 1 else several)
+    assert capfd.readouterr().err == "(thinking) It is red.\n" * n
 
 
 def test_generate_in_python(place: Path, tokenizer: Tokenizer) -> None:

@@ -11,12 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptsmith
+from gptsmith.engine import grammar
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.engine.sequence import Event, TokenLogprob
-from gptsmith.engine.text import Detokenizer, StopStringFilter, TextChunk, encode_prompt, generate_texts, stream
+from gptsmith.engine.text import (
+    Detokenizer,
+    StopStringFilter,
+    TextChunk,
+    conversation_prompt,
+    encode_prompt,
+    generate_texts,
+    stream,
+    stream_answer,
+)
 from gptsmith.errors import GptsmithError, TokenizerError, UsageError
 from gptsmith.tokenizer import Tokenizer, train_bpe, train_char
+from gptsmith.tokenizer.chat import ChatTemplate
+from tests.channels import channel_model, channel_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +235,26 @@ def test_tokens_are_returned_with_the_chunk_they_begin_in(data: st.DataObject) -
     for chunk in chunks:
         sent += len(chunk.text)
         assert all(token.start < sent or chunk.finish_reason for token in chunk.tokens)
+
+
+@pytest.fixture(scope="module")
+def answers() -> Any:
+    """Return the chunks of answers to the message "hi" by a model that answers in channels."""
+    model, template = channel_model(), ChatTemplate(channel_tokenizer())
+    engine = Engine(model, vocab_size=template.tokenizer.vocab_size)
+    prompt = conversation_prompt(model, template, [{"role": "user", "content": "hi"}], ())
+    return lambda **params: stream_answer(engine, template, prompt, SamplingParams(max_tokens=60, **params))
+
+
+def test_an_answer_in_channels(answers: Any) -> None:
+    chunks = list(answers(n=2, temperature=0.01))
+    for i in range(2):
+        assert joined(chunks, i) == "Hello you"
+        assert "".join(chunk.reasoning for chunk in chunks if chunk.index == i) == "I think."
+    assert all(chunk.finish_reason == "stop" for chunk in chunks[-1:])
+
+
+def test_the_form_of_an_answer_in_channels_is_that_of_its_text(answers: Any) -> None:
+    chunks = list(answers(constraint=grammar.choices(channel_tokenizer(), ("aa", "b")), temperature=1.0, seed=0))
+    assert joined(chunks) in ("aa", "b")
+    assert not any(chunk.reasoning for chunk in chunks)

@@ -7,7 +7,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def write_adapter(directory: Path, model: Transformer, rank: int = 2) -> None:
 
 class Live:
     """A server on a loopback port, in a thread. port: 0 picks a free one. reference: separate engines of the same
-    models. seer: makes a model that reads pictures, which is served under this name, too."""
+    models. more: further models by name, each with its tokenizer and what makes it."""
 
     def __init__(
         self,
@@ -151,16 +151,15 @@ class Live:
         adapter: Path | None = None,
         *,
         port: int = 0,
-        seer: Callable[[Tokenizer], Transformer] | None = None,
+        more: Mapping[str, tuple[Tokenizer, Callable[[Tokenizer], Transformer]]] | None = None,
         **engine: Any,
     ) -> None:
         self.loads: list[str] = []
-        self._make_seer = seer
+        self._more = dict(more or {})
         self._engine = {"max_batch": 16, "block_size": 8} | engine
         self.tokenizers = {"tiny": make_tokenizer(), "plain": train_char(["abcdefghijklmnopqrstuvwxyzUA: .\n"])}
         adapters = {} if adapter is None else {"tuned": ("tiny", adapter)}
-        if seer is not None:
-            self.tokenizers["seer"] = make_tokenizer(eyes=True)
+        self.tokenizers |= {name: tokenizer for name, (tokenizer, _) in self._more.items()}
         names = {name: name for name in self.tokenizers}
         self.models = ModelRegistry(names, self._load, aliases={"gpt-4": "tiny"}, adapters=adapters)
         self.app = create_app(self.models, settings)
@@ -175,8 +174,7 @@ class Live:
 
     def _make_engine(self, name: str) -> Engine:
         tokenizer = self.tokenizers[name]
-        make = self._make_seer if name == "seer" and self._make_seer is not None else make_model
-        model = make(tokenizer)
+        model = self._more[name][1](tokenizer) if name in self._more else make_model(tokenizer)
         return Engine(model, vocab_size=tokenizer.vocab_size, **self._engine)
 
     def _load(self, spec: str) -> LoadedModel:

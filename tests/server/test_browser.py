@@ -33,7 +33,8 @@ from gptsmith.server.inspect import inspect_text
 from gptsmith.server.reward_check import RewardCheck
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer.chat import ChatTemplate
-from tests.server.conftest import COLORS, Live, trained_seer
+from tests.channels import channel_model, channel_tokenizer
+from tests.server.conftest import COLORS, Live, make_tokenizer, trained_seer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 axe_playwright_python = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
@@ -278,9 +279,9 @@ def test_stopping_an_answer(site: Any, open_page: Open) -> None:
 
 
 @contextmanager
-def slow(site: Any) -> Iterator[Any]:
-    """Let the model `tiny` take a tenth of a second for a token, as a large one. Yield its engine."""
-    engine = site.models.loaded()["tiny"].engine
+def slow(site: Any, model: str = "tiny") -> Iterator[Any]:
+    """Let a model take a tenth of a second for a token, as a large one. Yield its engine."""
+    engine = site.models.loaded()[model].engine
     step = engine.engine.step
 
     def slow_step() -> Any:
@@ -540,6 +541,68 @@ def test_a_server_with_api_keys(
     open_page.complaints[:] = [c for c in open_page.complaints if "401" not in c]  # type: ignore[attr-defined]
 
 
+# Reasoning ----------------------------------------------------------------------------------------------------------
+
+THINKER = {"model": "thinker", "sampling.chat": {"max_tokens": 60, "temperature": 0}}
+
+
+@pytest.fixture(scope="module")
+def thinking_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with a model that answers in channels."""
+    settings = Settings(collect=tmp_path_factory.mktemp("thinking") / "preferences.jsonl")
+    server = Live(settings, more={"thinker": (channel_tokenizer(), lambda _: channel_model())}).start()
+    yield server
+    server.stop()
+
+
+def test_reasoning_is_a_block_above_the_answer(thinking_site: Live, open_page: Open) -> None:
+    page = open_page(thinking_site.url, THINKER)
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("chat/completions") else None)
+    assert thinking_site.settled(lambda: "thinker" in thinking_site.models.loaded())
+    block = page.locator(".turn.assistant .reasoning")
+    with slow(thinking_site, "thinker"):
+        write(page, "hi")
+        block.locator("summary", has_text="Thinking …").wait_for()
+        assert page.locator(".turn.assistant.waiting").count() == 1  # the answer itself has not begun
+        assert not block.locator("div").is_visible()
+        block.locator("summary").click()
+        block.get_by_text(re.compile("^I t?h?i?n?k?")).wait_for()
+        assert page.locator(".turn.assistant.waiting").count() == 1
+        answered(page)
+    assert block.locator("summary").inner_text() == "Reasoning"
+    assert block.locator("div").inner_text() == "I think."  # it is still open
+    assert turns(page) == ["hi", "Hello you"]
+    assert_accessible(page)
+    assert_fits(page)
+    screenshot(page, "reasoning")
+    page.reload()
+    block.locator("summary").wait_for()
+    assert not block.locator("div").is_visible()
+    assert_accessible(page)
+    write(page, "go")
+    answered(page, 2)
+    assert asked[-1]["messages"] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Hello you"},
+        {"role": "user", "content": "go"},
+    ]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    assert "I think" not in Path(download.value.path()).read_text()
+
+
+def test_two_answers_with_their_reasoning(thinking_site: Live, open_page: Open) -> None:
+    sampling = {"sampling.compare": {"max_tokens": 60, "temperature": 0}}
+    page = open_page(thinking_site.url, THINKER | sampling | {"view": "compare"})
+    page.get_by_label("Your prompt").wait_for()
+    assert two_answers(page, "hi") == ["Hello you"] * 2
+    assert page.locator(".answer .reasoning summary").all_inner_texts() == ["Reasoning"] * 2
+    page.locator(".answer .reasoning summary").first.click()
+    assert page.locator(".answer .reasoning div").first.inner_text() == "I think."
+    assert_accessible(page)
+
+
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 SEER = SHORT | {"model": "seer", "sampling.chat": {"max_tokens": 12, "temperature": 0}}
@@ -557,7 +620,7 @@ PUT = """([selector, type, encoded, name, kind]) => {
 
 @pytest.fixture(scope="module")
 def seeing_site() -> Iterator[Live]:
-    server = Live(seer=trained_seer).start()
+    server = Live(more={"seer": (make_tokenizer(eyes=True), trained_seer)}).start()
     yield server
     server.stop()
 

@@ -4,66 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
-from tokenizers import AddedToken
 
 from gptsmith.checkpoint import save_checkpoint
-from gptsmith.model.transformer import Transformer
 from gptsmith.server.app import create_app
 from gptsmith.server.models import ModelRegistry, load
-from gptsmith.tokenizer import Tokenizer
-from gptsmith.tokenizer.chat import ChatTemplate, _Marks
-from gptsmith.tokenizer.harmony import MARKS
-from tests.factories import tiny_config
-from tests.foreign import byte_level
-
-TEMPLATE = (Path(__file__).parent.parent / "fixtures" / "tool_templates" / "harmony.jinja").read_text()
-PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
-TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": PARAMETERS}}
-THOUGHT = "<|channel|>analysis<|message|>I think.<|end|><|start|>assistant"
-ANSWERS = {
-    "hi": f"{THOUGHT}<|channel|>final<|message|>Hello you<|return|>",
-    "go": f'{THOUGHT}<|channel|>commentary to=functions.f <|constrain|>json<|message|>{{"x": 7}}<|call|>',
-}
-
-
-def trained(tokenizer: Tokenizer) -> Transformer:
-    """Return a model that gives the answers above."""
-    torch.manual_seed(0)
-    template = ChatTemplate(tokenizer)
-    config = tiny_config(
-        "llama", vocab_size=tokenizer.vocab_size, max_position_embeddings=256, hidden_size=32, initializer_range=0.1
-    )
-    model, rows = Transformer(config), []
-    for question, answer in ANSWERS.items():
-        for tools in (None, [TOOL]):
-            prompt = template.encode([{"role": "user", "content": question}], tools=tools)
-            ids = prompt + template._encode_parts(answer, _Marks("\ue000", "\ue001", "\ue002"))
-            rows.append((torch.tensor([ids]), len(prompt)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(100):
-        losses = [
-            torch.nn.functional.cross_entropy(model(ids)[0, first - 1 : -1], ids[0, first:]) for ids, first in rows
-        ]
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-    assert float(torch.stack(losses).detach().max()) < 0.1
-    return model.eval()
+from tests.channels import PARAMETERS, TOOL, channel_model, channel_tokenizer
 
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     directory = tmp_path_factory.mktemp("model") / "model"
-    pipeline = byte_level()
-    pipeline.add_special_tokens([AddedToken(text, special=True) for text in MARKS])
-    tokenizer = Tokenizer(pipeline.to_str(), {"eos_token": "<|return|>", "chat_template": TEMPLATE})
-    save_checkpoint(directory, trained(tokenizer), tokenizer)
+    save_checkpoint(directory, channel_model(), channel_tokenizer())
     models = ModelRegistry({"model": str(directory)}, lambda spec: load(spec, device="cpu"))
     with TestClient(create_app(models), base_url="http://127.0.0.1") as client:
         yield client

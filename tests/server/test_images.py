@@ -27,7 +27,7 @@ from gptsmith.engine.sampling import SamplingParams
 from gptsmith.server.inspect import inspect_text
 from gptsmith.server.service import Settings
 from gptsmith.tokenizer.chat import ChatTemplate
-from tests.server.conftest import VISION, Live, make_seer
+from tests.server.conftest import VISION, Live, make_seer, make_tokenizer
 
 TEXT = "the cat"
 
@@ -55,9 +55,12 @@ def question(*parts: bytes | str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+SEER = {"seer": (make_tokenizer(eyes=True), make_seer)}
+
+
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    server = Live(seer=make_seer).start()
+    server = Live(more=SEER).start()
     yield server
     server.stop()
 
@@ -373,7 +376,7 @@ def test_damaged_pictures_get_clear_errors_and_the_server_goes_on(live: Live, cl
 
 def test_limits_of_the_operator(start: Any) -> None:
     limits = ImageLimits(max_bytes=2000, max_pixels=500)
-    server = start(Settings(image_limits=limits, max_images=2), seer=make_seer)
+    server = start(Settings(image_limits=limits, max_images=2), more=SEER)
     assert "the limit is 500 pixels" in refused(server, question(encoded(0, size=(30, 20))))["message"]
     assert (
         "2,000"

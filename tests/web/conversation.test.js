@@ -171,6 +171,22 @@ test("chunks of a stream add up to a message", () => {
   });
 });
 
+test("reasoning grows beside the text, and is not sent back", () => {
+  const conversation = newConversation();
+  const question = addMessage(conversation, null, { role: "user", content: "2 + 2?" });
+  const message = addMessage(conversation, question.id, { role: "assistant", content: "" });
+  assert.equal(applyChunk(message, { choices: [{ delta: { reasoning_content: "Two and " } }] }), true);
+  assert.equal(applyChunk(message, { choices: [{ delta: { reasoning_content: "two." } }] }), true);
+  assert.deepEqual([message.content, message.reasoning], ["", "Two and two."]);
+  assert.equal(applyChunk(message, { choices: [{ delta: { content: "4", reasoning_content: null } }] }), true);
+  assert.deepEqual([message.content, message.reasoning], ["4", "Two and two."]);
+  assert.deepEqual(apiMessages(conversation), [
+    { role: "user", content: "2 + 2?" },
+    { role: "assistant", content: "4" },
+  ]);
+  assert.ok(!exportFile(conversation, "json").text.includes("Two and two"));
+});
+
 test("the speed is that of the tokens after the first", () => {
   assert.equal(decodingSpeed({ completion_tokens: 11 }, 2), 5);
   assert.equal(decodingSpeed({ completion_tokens: 1 }, 2), undefined);

@@ -18,11 +18,12 @@ import tyro
 from gptsmith.cli.parser import parse
 from gptsmith.engine.sampling import SamplingOptions, SamplingParams, model_defaults
 from gptsmith.errors import GptsmithError, UsageError, nearest
-from gptsmith.log import note
+from gptsmith.log import Aside, note
 
 if TYPE_CHECKING:
     from gptsmith.engine.engine import Engine
     from gptsmith.engine.prompt import Prompt, PromptImage
+    from gptsmith.engine.text import TextChunk
     from gptsmith.tokenizer import Tokenizer
 
 HELP = """\
@@ -115,7 +116,7 @@ class Conversation:
     ) -> None:
         from gptsmith.tokenizer.chat import ChatTemplate
 
-        self.engine, self.tokenizer, self.params = engine, tokenizer, params
+        self.engine, self.params = engine, params
         self.template = ChatTemplate(tokenizer)
         self.system, self.overflow = system, overflow
         self.turns: list[dict[str, Any]] = []
@@ -155,13 +156,16 @@ class Conversation:
         self.next_pictures.append(url)
         return f"{image.width}×{image.height}, {picture.tokens} tokens"
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Iterator[TextChunk]:
         """Add a turn of the user and yield the answer as it is generated. An interrupted answer is kept as it is.
+
+        What the conversation goes on with is the text of the answer, without the reasoning of a model that answers in
+        channels.
 
         The oldest turns are dropped, with a note, if they no longer fit, unless `overflow` is "error". Raise
         GptsmithError, and remove the turn, if the model or its template cannot continue.
         """
-        from gptsmith.engine.text import stream
+        from gptsmith.engine.text import stream_answer
 
         shown, self.next_pictures = self.next_pictures, []
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in shown]
@@ -174,14 +178,12 @@ class Conversation:
                 self.params,
                 max_tokens=self.params.max_tokens if shifts else min(self.params.max_tokens, room),
                 overflow="shift" if shifts else "error",
-                stop=self.template.stop,
-                stop_ids=self.template.end_ids(),
             )
-            chunks = stream(self.engine, self.tokenizer, prompt, params, continues_prompt=False, on_shift=_shifted)
+            chunks = stream_answer(self.engine, self.template, prompt, params, on_shift=_shifted)
             with contextlib.closing(chunks):  # type: ignore[type-var]
                 for chunk in chunks:
                     generated += chunk.text
-                    yield chunk.text
+                    yield chunk
                     if chunk.finish_reason == "length":
                         full = params.max_tokens < self.params.max_tokens
                         limit = "the context is full" if full else "length limit"
@@ -280,17 +282,28 @@ def _talk(conversation: Conversation) -> None:
 
 def _speak(conversation: Conversation, line: str) -> None:
     answer = conversation.answer(line)
-    started = False
+    thinking, started = Aside("thinking"), False
+    calls: list[str] = []
     try:
-        for text in answer:
-            text = text if started else text.lstrip()
-            started = started or bool(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        for chunk in answer:
+            thinking.write(chunk.reasoning)
+            text = chunk.text if started else chunk.text.lstrip()
+            if text:
+                thinking.end()
+                started = True
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            for delta in chunk.calls:
+                if delta.name is not None:
+                    calls.append(f"{delta.name} ")
+                calls[-1] += delta.arguments
     except KeyboardInterrupt:
         answer.close()  # type: ignore[attr-defined]
         note("\n(stopped)")
+    thinking.end()
     print(flush=True)
+    for call in calls:
+        note(f"(the model calls a function, and there is none here: {call})")
 
 
 def _command(conversation: Conversation, line: str) -> bool:

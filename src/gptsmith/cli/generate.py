@@ -17,7 +17,7 @@ from gptsmith.distributed.context import ALONE, DistributedContext, environment_
 from gptsmith.distributed.layout import Layout
 from gptsmith.engine.sampling import INT32_MAX, GenerationOptions, SamplingParams, model_defaults
 from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.log import duration, note
+from gptsmith.log import Aside, duration, note
 
 if TYPE_CHECKING:
     from gptsmith.data.images import DecodedImage
@@ -92,7 +92,7 @@ def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext,
     _params(chosen)  # raises for bad options before the model is loaded
     import torch
 
-    from gptsmith.engine.text import answering, engine_for, prepare_image, question, stream
+    from gptsmith.engine.text import engine_for, prepare_image, question, stream, stream_answer
     from gptsmith.loading import load_model, resolve_adapter
     from gptsmith.runtime import choose_device
     from gptsmith.tokenizer.chat import ChatTemplate
@@ -138,8 +138,7 @@ def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext,
         template = ChatTemplate(tokenizer)
         text = "" if prompt == Generate.prompt else prompt
         asked = question(model, template, text, [prepare_image(model, picture) for picture in pictures])
-        params = answering(params, template)
-        chunks = stream(engine, tokenizer, asked, params, continues_prompt=False, on_shift=on_shift)
+        chunks = stream_answer(engine, template, asked, params, on_shift=on_shift)
         prompt = ""
     else:
         chunks = stream(engine, tokenizer, prompt, params, on_shift=on_shift)
@@ -156,25 +155,35 @@ def _generate(chosen: Generate, arguments: list[str], ranks: DistributedContext,
 def _write_samples(
     chunks: Iterable[TextChunk], prompt: str, count: int, write: Callable[[str], None]
 ) -> tuple[list[str], float, float]:
-    """Write the samples of a prompt: one as it is generated, several once all are complete.
+    """Write the samples of a prompt: one as it is generated, several once all are complete. Reasoning goes before a
+    sample, to standard error.
 
     Returns why each of them ended, and the seconds until the first token and until the end.
     """
     began, first = time.perf_counter(), 0.0
-    texts, reasons = [""] * count, [""] * count
+    texts, thoughts, reasons = [""] * count, [""] * count, [""] * count
+    thinking = Aside("thinking")
     if count == 1:
         write(prompt)
     for chunk in chunks:
         first = first or time.perf_counter() - began
         texts[chunk.index] += chunk.text
+        thoughts[chunk.index] += chunk.reasoning
         reasons[chunk.index] = chunk.finish_reason or ""
         if count == 1:
-            write(chunk.text)
+            thinking.write(chunk.reasoning)
+            if chunk.text:
+                thinking.end()
+                write(chunk.text)
     seconds = time.perf_counter() - began
     if count == 1:
+        thinking.end()
         write("\n")
     for i, text in enumerate(texts if count > 1 else ()):
-        write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {count} ---\n{prompt}{text}\n")
+        write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {count} ---\n")
+        thinking.write(thoughts[i])
+        thinking.end()
+        write(f"{prompt}{text}\n")
     return reasons, first, seconds
 
 

@@ -32,6 +32,8 @@ from gptsmith.errors import GptsmithError, UsageError
 from gptsmith.model.transformer import Transformer
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
+from gptsmith.tokenizer.harmony import HarmonyParser, split
+from gptsmith.tokenizer.tools import ToolCallDelta
 
 if TYPE_CHECKING:
     from gptsmith.data.images import DecodedImage
@@ -82,7 +84,8 @@ class TextChunk:
     """New text of one sample, and why it ended, if it did.
 
     error: of the request; only on its last chunk. tokens: those that begin in this chunk (or in text that was held back
-    before), if log-probabilities were asked for.
+    before), if log-probabilities were asked for. reasoning, calls: of an answer in channels (`stream_answer`), beside
+    its text.
     """
 
     index: int
@@ -90,6 +93,8 @@ class TextChunk:
     finish_reason: FinishReason | None = None
     error: GptsmithError | None = None
     tokens: tuple[TextToken, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
 class Detokenizer:
@@ -314,21 +319,68 @@ def stream(
     *,
     ignore_eos: bool = False,
     continues_prompt: bool = True,
+    skip_special_tokens: bool = True,
     on_shift: Callable[[], None] | None = None,
 ) -> Iterator[TextChunk]:
     """Continue a prompt (a text, or its ids, with pictures or without); yield the text as it is generated, in chunks of
     whole characters.
 
     ignore_eos: as `params.ignore_eos`. continues_prompt: whether the prompt and the text are one text, unlike the turns
-    of a conversation.
+    of a conversation. skip_special_tokens: leave them out of the text.
     on_shift: called once when the oldest tokens are forgotten (`overflow="shift"`) or cut off (`"truncate"`).
     Raise, before anything is computed, what `encode_prompt` and `Engine.add_request` raise, and later the error of a
     request that fails.
     """
     encoded, text = _encoded(tokenizer, prompt, params)
     params = replace(params, ignore_eos=True) if ignore_eos else params
-    detokenizer = Detokenizer(tokenizer, text, params, prompt_ids=encoded.ids if continues_prompt else ())
+    detokenizer = Detokenizer(
+        tokenizer,
+        text,
+        params,
+        skip_special_tokens=skip_special_tokens,
+        prompt_ids=encoded.ids if continues_prompt else (),
+    )
     return _chunks(engine, engine.stream(encoded, detokenizer.engine_params), detokenizer, len(encoded), on_shift)
+
+
+def stream_answer(
+    engine: Engine,
+    template: ChatTemplate,
+    prompt: Prompt,
+    params: SamplingParams,
+    *,
+    on_shift: Callable[[], None] | None = None,
+) -> Iterator[TextChunk]:
+    """Answer a conversation; yield the answer as `stream` does. It also ends where the template ends an answer.
+
+    prompt: as `conversation_prompt` returns it. The reasoning and the calls of a model that answers in channels are in
+    fields of their own, and the text is what is for the user. If `params` has a constraint, it is one of the text, and
+    there is no reasoning before it.
+    """
+    harmony, tokenizer = template.harmony, template.tokenizer
+    in_text = harmony is not None and params.constraint is not None
+    if harmony is not None and in_text:
+        prompt = Prompt([*prompt.ids, *harmony.final_ids(tokenizer)], prompt.images)
+    chunks = stream(
+        engine,
+        tokenizer,
+        prompt,
+        answering(params, template),
+        continues_prompt=False,
+        skip_special_tokens=harmony is None,
+        on_shift=on_shift,
+    )
+    return chunks if harmony is None else _in_channels(chunks, in_text)
+
+
+def _in_channels(chunks: Iterator[TextChunk], in_text: bool) -> Iterator[TextChunk]:
+    """Split answers in harmony. in_text: they begin inside their text."""
+    parsers: dict[int, HarmonyParser] = {}
+    with contextlib.closing(chunks):  # type: ignore[type-var]
+        for chunk in chunks:
+            parser = parsers.get(chunk.index) or parsers.setdefault(chunk.index, HarmonyParser(in_text=in_text))
+            text, reasoning, calls = split(parser, chunk.text, last=chunk.finish_reason is not None)
+            yield replace(chunk, text=text, reasoning=reasoning, calls=tuple(calls))
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[int] | Prompt, params: SamplingParams) -> tuple[Prompt, str]:
@@ -436,15 +488,16 @@ def generate(
         raise UsageError(f"generate: {str(error).partition(') ')[2] or error}.") from None
     if chosen.n > 1:
         raise UsageError("generate returns one text; for several use generate_texts.")
-    asked: str | Prompt = prompt
+    engine = engine_for(model, tokenizer, chosen)
     if images:
         from gptsmith.data.images import read_image_part
 
         template = ChatTemplate(tokenizer)
         pictures = [prepare_image(model, read_image_part(each, base=Path())) for each in images]
-        asked, chosen = question(model, template, prompt, pictures), answering(chosen, template)
-    engine = engine_for(model, tokenizer, chosen)
-    return "".join(chunk.text for chunk in stream(engine, tokenizer, asked, chosen, continues_prompt=not images))
+        chunks = stream_answer(engine, template, question(model, template, prompt, pictures), chosen)
+    else:
+        chunks = stream(engine, tokenizer, prompt, chosen)
+    return "".join(chunk.text for chunk in chunks)
 
 
 def engine_for(

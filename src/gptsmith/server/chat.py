@@ -44,7 +44,7 @@ from gptsmith.server.service import Service, check_length, service_of, usage_of
 from gptsmith.server.sse import DONE, event, event_stream
 from gptsmith.tokenizer import Tokenizer
 from gptsmith.tokenizer.chat import ChatTemplate
-from gptsmith.tokenizer.harmony import HarmonyParser
+from gptsmith.tokenizer.harmony import HarmonyParser, split
 from gptsmith.tokenizer.tokenizer import readable
 from gptsmith.tokenizer.tools import ToolCallDelta, ToolCallFormat, ToolCallParser
 
@@ -177,12 +177,8 @@ class Answer:
                 text, has_calls = chunk.text, False
                 if self._make_parser is not None:
                     parser = self._parsers.get(index) or self._parsers.setdefault(index, self._make_parser())
-                    text, calls = parser.push(text)
-                    delta.reasoning += parser.reasoning
-                    if chunk.finish_reason is not None:
-                        rest, last = parser.finish()
-                        text, calls = text + rest, calls + last
-                        delta.reasoning += parser.reasoning
+                    text, reasoning, calls = split(parser, text, last=chunk.finish_reason is not None)
+                    delta.reasoning += reasoning
                     delta.calls += calls
                     has_calls = parser.calls > 0 and not parser.in_call
                 if self._strips and index not in self._has_text:

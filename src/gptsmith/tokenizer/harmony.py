@@ -7,7 +7,7 @@ arguments are the message, and without a recipient text for the user that comes 
 
     harmony = template.harmony                       # None: the template has another format
     parser = HarmonyParser()
-    text, calls = parser.push(piece)                 # and parser.reasoning
+    text, reasoning, calls = split(parser, piece, last=False)
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gptsmith.tokenizer.tokenizer import Tokenizer
-from gptsmith.tokenizer.tools import JsonObjectScanner, ToolCallDelta, arguments_schema, overlap
+from gptsmith.tokenizer.tools import JsonObjectScanner, ToolCallDelta, ToolCallParser, arguments_schema, overlap
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")  # of a message, of an answer that calls, of an answer
@@ -196,3 +196,21 @@ class HarmonyParser:
         else:
             self._kind = "reasoning" if recipient or channel not in ([], ["final"], ["commentary"]) else "text"
             self._separator = "\n\n" if self._written[self._kind] else ""
+
+
+class AnswerPiece(NamedTuple):
+    """What a piece of an answer adds to it."""
+
+    text: str
+    reasoning: str
+    calls: list[ToolCallDelta]
+
+
+def split(parser: HarmonyParser | ToolCallParser, piece: str, *, last: bool) -> AnswerPiece:
+    """Return what the next piece of an answer adds to it. last: no more follows."""
+    text, calls = parser.push(piece)
+    reasoning = parser.reasoning
+    if last:
+        rest, more = parser.finish()
+        text, reasoning, calls = text + rest, reasoning + parser.reasoning, calls + more
+    return AnswerPiece(text, reasoning, calls)

@@ -11,7 +11,7 @@ export class Answers {
   #running = new Map(); // conversation -> {message, controller}
   #leaving = false; // the page is being closed, and the streams break
 
-  // save(conversation). onText(conversation, message): the text has grown.
+  // save(conversation). onText(conversation, message): the text or the reasoning has grown.
   constructor({ save, onText }) {
     Object.assign(this, { save, onText });
     addEventListener("pagehide", () => {

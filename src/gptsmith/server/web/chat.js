@@ -315,8 +315,11 @@ export function mount(root, { goTo }) {
 
   function onText(conversation, message) {
     if (message !== growing?.message) return; // another conversation is shown
-    growing.turn.element.classList.remove("waiting");
-    growing.turn.markdown.show(message.content);
+    const { element, markdown, reasoning } = growing.turn;
+    reasoning.show(message.reasoning, !message.content);
+    if (!message.content) return;
+    element.classList.remove("waiting");
+    markdown.show(message.content);
   }
 
   function drawSendButton() {

@@ -16,6 +16,7 @@ import { fit, countTokens } from "./context.js";
 import { announce, h, icon, setChildren, toast } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 import * as models from "./models.js";
+import { ReasoningView } from "./reasoning.js";
 import { SamplingControls } from "./sampling.js";
 import { load, save } from "./store.js";
 
@@ -28,7 +29,7 @@ const ENDS = { length: "cut off at the maximum length", stopped: "stopped" };
 
 export function mount(root) {
   let turns = []; // the conversation so far: messages
-  let round = null; // {models, chat, question, prompt, options, answers: [{text, seed, finish, error}]}
+  let round = null; // {models, chat, question, prompt, options, answers: [{text, reasoning, seed, finish, error}]}
   let state = "asking"; // then "answering", "choosing", "saving"
   let shown = false; // whether the view is
   let poll = null;
@@ -265,7 +266,9 @@ export function mount(root) {
         const choice = chunk.choices?.[0];
         if (!choice) continue;
         target.text += (chat ? choice.delta.content : choice.text) ?? "";
+        target.reasoning = (target.reasoning ?? "") + (choice.delta?.reasoning_content ?? "");
         target.finish = choice.finish_reason ?? target.finish;
+        view.reasoning.show(target.reasoning, !target.text);
         if (target.text) view.show(target.text);
       }
     } catch (error) {
@@ -377,6 +380,7 @@ export function mount(root) {
     const { chat } = round;
     const body = h("div.body", {}, h("span.dots", { role: "img", "aria-label": "Waiting" }, h("i"), h("i"), h("i")));
     const markdown = new MarkdownView(body);
+    const reasoning = new ReasoningView(round.answers[index]);
     const end = h("span.stats", {});
     const better = h(
       "button.button.primary",
@@ -403,7 +407,8 @@ export function mount(root) {
       h("span.visually-hidden", {}, ` ${NAMES[index].toLowerCase()}`),
     );
     const buttons = h("div.buttons", {}, better, edit, end);
-    const element = h("section.card.answer", { "aria-label": NAMES[index] }, h("h2", {}, NAMES[index]), body, buttons);
+    const name = { "aria-label": NAMES[index] };
+    const element = h("section.card.answer", name, h("h2", {}, NAMES[index]), reasoning.element, body, buttons);
     const showPlain = (text) => {
       body.classList.add("plain");
       body.textContent = text;
@@ -412,6 +417,7 @@ export function mount(root) {
       element,
       body,
       buttons,
+      reasoning,
       show: (text) => (chat ? markdown.show(text) : showPlain(text)),
       finish: async ({ text, finish, error }) => {
         if (error) setChildren(body, h("p.failed", { role: "alert" }, error));

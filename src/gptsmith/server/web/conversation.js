@@ -3,7 +3,9 @@
 // The messages form a tree: a second answer, or an edited question, is a new branch next to the old one. A conversation is
 // {id, title, updated, system, leaf, messages: {id: message}}, and leaf the id of the last message of the branch that is
 // shown. A message is {id, parent, role, content, created, updated, ...}, and parent the id of the message before it, or
-// null. images: the data: URLs of the pictures in a question, if it has any. Times are in milliseconds. An answer has a `finish` or an `error` once it has ended.
+// null. images: the data: URLs of the pictures in a question, if it has any. reasoning: what the model thought before an
+// answer, if it says so; it is shown, and no part of the conversation. Times are in milliseconds. An answer has a `finish`
+// or an `error` once it has ended.
 
 const TITLE_LENGTH = 60;
 const FILE_NAME_LENGTH = 40;
@@ -122,14 +124,15 @@ export function apiMessages(conversation, until = conversation.leaf) {
   return messages;
 }
 
-// Update a message with a chunk of the stream. Return whether the text has grown.
+// Update a message with a chunk of the stream. Return whether the text or the reasoning has grown.
 export function applyChunk(message, chunk) {
   if (chunk.usage) message.usage = chunk.usage;
   const choice = chunk.choices?.[0];
   if (choice?.finish_reason) message.finish = choice.finish_reason;
-  if (!choice?.delta?.content) return false;
-  message.content += choice.delta.content;
-  return true;
+  const { content, reasoning_content: reasoning } = choice?.delta ?? {};
+  if (content) message.content += content;
+  if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
+  return Boolean(content || reasoning);
 }
 
 // "ended", "interrupted" (by a reload or a crash), or "growing" (in this tab or another one).

@@ -3,12 +3,13 @@
 import { answerState, summarize } from "./conversation.js";
 import { copyText, h, iconButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
+import { ReasoningView } from "./reasoning.js";
 
 const MAX_EDIT_ROWS = 12;
 
 // running: this tab is generating the message. versions: the messages at its place. wrap: as of MarkdownView.
-// onEdit(element), onRegenerate(), onShow(version), onInspect(): what the buttons do. Return {element, markdown}; markdown renders the
-// text of an answer.
+// onEdit(element), onRegenerate(), onShow(version), onInspect(): what the buttons do. Return {element, markdown, reasoning};
+// markdown and reasoning render the text of an answer, and what the model thought before it.
 export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerate, onShow, onInspect }) {
   const isUser = message.role === "user";
   const state = isUser ? "ended" : answerState(message);
@@ -19,16 +20,19 @@ export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerat
   else if (running && message.content) markdown.show(message.content);
   else if (message.content) markdown.finish(message.content);
   if (waiting) {
-    const dots = { role: "img", "aria-label": "Waiting for the first token" };
+    const dots = { role: "img", "aria-label": "Waiting for the answer" };
     body.append(h("span.dots", dots, h("i"), h("i"), h("i")));
   }
+  const reasoning = new ReasoningView(message, wrap);
+  reasoning.show(message.reasoning, waiting);
   const speaker = isUser ? "You" : (message.model ?? "Assistant");
   const name = `article.turn.${message.role}${waiting ? ".waiting" : ""}`;
-  const element = h(name, { "aria-label": speaker }, h("header", {}, speaker), body);
-  if (running) return { element, markdown };
+  const element = h(name, { "aria-label": speaker }, h("header", {}, speaker), reasoning.element, body);
+  const turn = { element, markdown, reasoning };
+  if (running) return turn;
   if (state === "growing") {
     element.append(h("footer", {}, h("span.stats", {}, "being written in another tab …")));
-    return { element, markdown };
+    return turn;
   }
   if (message.error) element.append(h("p.failed", { role: "alert" }, message.error));
   const unfinished = state === "interrupted" || message.error;
@@ -51,7 +55,7 @@ export function drawTurn(message, { running, versions, wrap, onEdit, onRegenerat
       unfinished && h("button.button.quiet", again, "Answer again"),
     ),
   );
-  return { element, markdown };
+  return turn;
 }
 
 function drawPictures({ images = [] }) {
