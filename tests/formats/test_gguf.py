@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import os
 import random
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gptsmith.cli import main
 from gptsmith.errors import CheckpointError, UsageError
@@ -47,6 +50,18 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 96}
+LATENT: dict[str, Any] = SMALL | {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "head_dim": 18,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 20,
+    "intermediate_size": 32,
+    "dense_intermediate_size": 96,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, Callable[[], ModelConfig]] = {
     "llama": lambda: families.llama(**GROUPED, tie_word_embeddings=True),
     "llama-odd": lambda: families.llama(
@@ -82,6 +97,19 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     ),
     "smollm3": lambda: families.smollm3(**GROUPED | {"num_hidden_layers": 5}),
     "gemma3": lambda: families.gemma3(**GROUPED | {"num_hidden_layers": 7}, head_dim=16, sliding_window=9),
+    "deepseek_v3": lambda: families.deepseek_v3(
+        **LATENT, num_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3
+    ),
+    "deepseek_v3-yarn": lambda: families.deepseek_v3(
+        **LATENT,
+        num_experts=6,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=64,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, attention_factor=1.0, mscale_all_dim=0.707),
+    ),
     "gpt_oss": lambda: families.gpt_oss(**GROUPED, head_dim=32, num_experts=4, num_experts_per_tok=2, sliding_window=9),
 }
 QWEN_AND_LLAMA = [name for name in MODELS if name not in ("llama-3", "llama-linear", "qwen3-yarn", "mistral")]
@@ -95,6 +123,9 @@ def make_model(name: str, **changes: Any) -> Transformer:
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):  # ones and zeros would hide mistakes
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model.eval()
 
 
@@ -276,8 +307,15 @@ def test_transformers_reads_the_same_model(name: str, changes: dict[str, Any], b
 # llama.cpp
 
 
-def llama(path: Path, **options: Any) -> Any:
+def llama(path: Path, *, repack: bool = True, **options: Any) -> Any:
+    """Open a file in llama.cpp. repack: for the machine's own kernels; those for AMX abort on a stack of matrices."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
+    if not repack:
+        plain = llama_cpp.llama_model_default_params()
+        plain.use_extra_bufts = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", lambda: plain)
+            return llama(path, **options)
     options = {"n_ctx": 64, "logits_all": True, "n_threads": 1, "n_gpu_layers": 0, "verbose": False} | options
     return llama_cpp.Llama(str(path), type_k=0, type_v=0, **options)  # keys and values in float32
 
@@ -317,10 +355,19 @@ def test_llama_cpp_reads_quantized_types(name: str, dtype: str, bpe: Tokenizer, 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 
 
+WIDE_LATENT = WIDE | {"head_dim": 96, "qk_rope_head_dim": 32, "v_head_dim": 256, "kv_lora_rank": 256}
+WIDE_LATENT |= {"q_lora_rank": 64, "intermediate_size": 256, "dense_intermediate_size": 256}
+WIDE_LATENT |= {"num_hidden_layers": 3, "shared_expert_intermediate_size": 256}
+WIDE_LATENT |= {"num_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}  # none is chosen
+
+
 @pytest.mark.parametrize("dtype", ["q6_k", "q5_k_m", "q4_k_m", "mxfp4"])
-def test_llama_cpp_computes_with_blocks_of_256(dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
-    path = write(make_model("llama", **WIDE), bpe, tmp_path / "model.gguf", dtype)
-    engine, ids = llama(path), bpe.encode(TEXT)[:20]
+@pytest.mark.parametrize(("name", "changes"), [("llama", WIDE), ("deepseek_v3", WIDE_LATENT)])
+def test_llama_cpp_computes_with_blocks_of_256(
+    name: str, changes: dict[str, Any], dtype: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    path = write(make_model(name, **changes), bpe, tmp_path / "model.gguf", dtype)
+    engine, ids = llama(path, repack=name != "deepseek_v3"), bpe.encode(TEXT)[:20]
     for id in ids:
         engine.eval([id])
     actual, expected = logits(read(path), ids), torch.from_numpy(engine.scores[: len(ids)].copy())
@@ -335,6 +382,7 @@ def test_llama_cpp_computes_with_blocks_of_256(dtype: str, bpe: Tokenizer, tmp_p
         ("gpt2", {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024}),
         ("mixtral", {"num_experts": 8}),
         ("qwen2", WIDE | {"head_dim": 64}),
+        ("deepseek_v3", WIDE_LATENT | {"num_hidden_layers": 8}),
     ],
 )
 @pytest.mark.parametrize(("dtype", "number"), [("q8_0", 7), ("q4_k_m", 15), ("q5_k_m", 17), ("q6_k", 18)])
@@ -344,10 +392,10 @@ def test_tensors_get_the_types_that_llama_cpp_gives_them(
     llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
     model = make_model(name, **changes)
     whole = write(model, bpe, tmp_path / "whole.gguf")
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = number, 1
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = number, 1
     theirs = tmp_path / "theirs.gguf"
-    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(theirs).encode(), settings) == 0
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(theirs).encode(), options) == 0
     expected = {key: info.type.name for key, info in open_gguf(theirs).tensors.items()}
     found = {
         key: info.type.name for key, info in open_gguf(write(model, bpe, tmp_path / "o.gguf", dtype)).tensors.items()
@@ -428,10 +476,11 @@ def test_a_part_that_cannot_be_written_leaves_none(bpe: Tokenizer, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gpt_oss", "deepseek_v3"])
 def test_importance_reaches_the_right_matrix(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
     """The columns that count have smaller errors; an expert that no token used is rounded without."""
-    model = make_model(name, hidden_size=256, intermediate_size=256, **({"head_dim": 64} if name == "gpt2" else {}))
+    changes = {"gpt2": {"head_dim": 64}, "deepseek_v3": {"shared_expert_intermediate_size": 256}}.get(name, {})
+    model = make_model(name, hidden_size=256, intermediate_size=256, **changes)
     importance = {}
     for key, weight in matrices_of(model).items():
         if not key.endswith("up_proj.1"):
@@ -441,8 +490,127 @@ def test_importance_reaches_the_right_matrix(name: str, bpe: Tokenizer, tmp_path
     exact, found = matrices_of(model), matrices_of(read(tmp_path / "model.gguf"))
     for key, weight in exact.items():
         errors = (found[key] - weight).square().mean(dim=0)
-        if key in importance and errors.any():
+        if key in importance and errors.any() and not key.endswith("kv_b_proj.weight"):  # half of it is transposed
             assert errors[::4].mean() < 0.8 * errors.view(-1, 4)[:, 1:].mean(), key
+
+
+# latent attention
+
+
+@st.composite
+def latent_configs(draw: st.DrawFn) -> ModelConfig:
+    """Small configurations of DeepSeek-V3 with odd sizes."""
+    layers, heads, rotary = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from([2, 4, 10]))
+    groups, size, width = draw(st.integers(1, 3)), draw(st.integers(2, 3)), draw(st.integers(1, 40))
+    used = draw(st.integers(1, groups))
+    yarn = RopeScaling("yarn", 4.0, 16, attention_factor=1.0, mscale_all_dim=draw(st.sampled_from([1.0, 0.5])))
+    return families.deepseek_v3(
+        vocab_size=300,
+        hidden_size=draw(st.integers(3, 70)),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=rotary + draw(st.integers(1, 20)),
+        qk_rope_head_dim=rotary,
+        v_head_dim=draw(st.integers(1, 20)),
+        kv_lora_rank=draw(st.integers(1, 40)),
+        q_lora_rank=draw(st.integers(1, 40)),
+        intermediate_size=width,
+        dense_intermediate_size=draw(st.integers(1, 40)),
+        shared_expert_intermediate_size=width * draw(st.integers(1, 2)),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        num_experts=groups * size,
+        n_group=groups,
+        topk_group=used,
+        num_experts_per_tok=draw(st.integers(1, used * size)),
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        rope_scaling=draw(st.sampled_from([None, yarn])),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=latent_configs(), seed=st.integers(0, 1000))
+def test_latent_attention_of_any_shape(
+    config: ModelConfig, seed: int, bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The weights come back as they were, and llama.cpp computes the same."""
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    for key, buffer in model.named_buffers():
+        if key.endswith("score_correction_bias"):
+            buffer.add_(0.1 * torch.randn_like(buffer))
+    path = write(model, bpe, tmp_path_factory.mktemp("latent") / "model.gguf")
+    again = read(path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    ids = bpe.encode(TEXT)[:20]
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(again, ids), expected, atol=1e-5, rtol=1e-5)
+    if importlib.util.find_spec("llama_cpp") is None:
+        return
+    engine = llama(path)
+    engine.eval(ids)
+    torch.testing.assert_close(torch.from_numpy(engine.scores[: len(ids)].copy()), expected, atol=2e-3, rtol=2e-3)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3-yarn"])
+def test_a_matrix_of_keys_and_values_together(
+    name: str, bpe: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files before April 2025 have `attn_kv_b`, and the widths of heads under the names of plain attention."""
+    model = make_model(name, n_group=1, topk_group=1)
+    c = model.config
+    path = write(model, bpe, tmp_path / "new.gguf")
+    file, arrays = open_gguf(path), {}
+    for key in file.tensors:
+        numbers = file.read(key)
+        if key.endswith("attn_k_b.weight"):
+            values = file.read(key.replace("k_b", "v_b"))
+            both = np.concatenate((numbers.swapaxes(1, 2), values), axis=1)
+            arrays[key.replace("k_b", "kv_b")] = both.reshape(-1, c.kv_lora_rank)
+        elif not key.endswith("attn_v_b.weight"):
+            arrays[key] = numbers
+    unknown = ("_mla", "group_count", "group_used_count")
+    metadata = {key: value for key, value in file.metadata.items() if not key.endswith(unknown)}
+    metadata |= {
+        "deepseek2.attention.head_count_kv": c.num_attention_heads,
+        "deepseek2.attention.key_length": c.head_dim,
+        "deepseek2.attention.value_length": c.value_dim,
+    }
+    planned = [
+        PlannedTensor(key, array.shape, TYPES_BY_NAME["F32"], functools.partial(np.asarray, array))
+        for key, array in arrays.items()
+    ]
+    with open(tmp_path / "old.gguf", "wb") as out:
+        write_gguf_file(out, metadata, planned)
+    old = read(tmp_path / "old.gguf")
+    assert "does not tell the groups of experts" in capsys.readouterr().err
+    assert old.config == read(path).config
+    for key, value in model.state_dict().items():
+        assert torch.equal(old.state_dict()[key], value), key
+    engine, ids = llama(tmp_path / "old.gguf"), bpe.encode(TEXT)[:20]
+    engine.eval(ids)
+    scores = torch.from_numpy(engine.scores[: len(ids)].copy())
+    torch.testing.assert_close(scores, logits(model, ids), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "mxfp4"])
+def test_latent_matrices_stay_quantized(dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    """That of keys and values, which the file has in two orders, is rounded to 8 bits; others are as in the file."""
+    narrow = {"head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": 32}
+    path = write(make_model("deepseek_v3", **narrow), bpe, tmp_path / "model.gguf", dtype)
+    plain, packed = open_model(path).model(), open_model(path).model(packed=True)
+    left = [name for name, p in packed.named_parameters() if p.dim() > 1]
+    assert {name.split(".")[-2] for name in left} == {"router"}
+    again = make_plain(packed).state_dict()
+    for key, expected in plain.state_dict().items():
+        allowed = expected.abs().max().item() / 127 if "kv_b_proj" in key else 0.0
+        torch.testing.assert_close(again[key], expected, atol=allowed, rtol=0)
 
 
 # what is rejected
@@ -458,6 +626,12 @@ def test_importance_reaches_the_right_matrix(name: str, bpe: Tokenizer, tmp_path
         ("qwen2_moe", {"attention_bias": False}, "requires biases of queries"),
         ("qwen2", {"head_dim": 8}, "supports query biases only"),
         ("qwen3", {"rope_scaling": RopeScaling("yarn", 2.0, 32, beta_fast=16.0)}, "YaRN"),
+        ("deepseek_v3", {"rope_scaling": RopeScaling("yarn", 2.0, 32)}, "only with an attention_factor of 1"),
+        ("deepseek_v3", {"norm_eps": 1e-5}, "rms_norm_eps=1e-06; this model has 1e-05"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=False"),
+        ("deepseek_v3", {"mlp": "gated_relu"}, "another activation"),
+        ("deepseek_v3", {"q_lora_rank": None}, "wants a q_lora_rank in a model of 3 layers"),
+        ("deepseek_v3", {"num_hidden_layers": 27}, "wants no q_lora_rank in a model of 27 layers"),
     ],
 )
 def test_models_that_llama_cpp_cannot_run_are_rejected(
@@ -472,7 +646,7 @@ def test_models_that_llama_cpp_cannot_run_are_rejected(
 def test_families_without_an_architecture(family: Any, bpe: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"Supported: gemma3_text, gpt2, gpt_neox, gpt_oss, llama, mistral, mixtral, olmo2, phi3, qwen2",
+        match=r"Supported: deepseek_v3, gemma3_text, gpt2, gpt_neox, gpt_oss, llama, mistral, mixtral, olmo2, phi3",
     ):
         write(Transformer(family(**SMALL)), bpe, tmp_path / "model.gguf")
 
@@ -572,16 +746,50 @@ def contents_with_experts() -> bytes:
     )
 
 
+def contents_with_latent_attention(**metadata: Any) -> bytes:
+    """The bytes of a small valid file with latent attention and three experts."""
+    layer = {"attn_q_a.weight": (3, 8), "attn_q_a_norm.weight": (3,), "attn_q_b.weight": (12, 3)}
+    layer |= {"attn_kv_a_mqa.weight": (7, 8), "attn_kv_a_norm.weight": (5,)}
+    layer |= {"attn_k_b.weight": (2, 5, 4), "attn_v_b.weight": (2, 3, 5), "attn_output.weight": (8, 6)}
+    layer |= {"ffn_gate_inp.weight": (3, 8), "exp_probs_b.bias": (3,)}
+    layer |= {f"ffn_{part}_exps.weight": (3, 6, 8) for part in ("gate", "up")} | {"ffn_down_exps.weight": (3, 8, 6)}
+    layer |= {f"ffn_{part}_shexp.weight": (6, 8) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (8, 6)}
+    tensors = {f"blk.0.{name}": np.full(shape, 0.5, dtype=np.float32) for name, shape in layer.items()}
+    unwanted = ("attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "ffn_gate", "ffn_up", "ffn_down")
+    values = {
+        "block_count": 1,
+        "context_length": 16,
+        "embedding_length": 8,
+        "feed_forward_length": 12,
+        "attention__head_count": 2,
+        "attention__key_length_mla": 6,
+        "attention__value_length_mla": 3,
+        "attention__kv_lora_rank": 5,
+        "attention__q_lora_rank": 3,
+        "attention__layer_norm_rms_epsilon": 1e-6,
+        "rope__dimension_count": 2,
+        "expert_count": 3,
+        "expert_used_count": 2,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": 6,
+        "expert_gating_func": 2,
+    }
+    values = {f"deepseek2__{key}": value for key, value in values.items()} | metadata
+    nothing = {f"blk.0.{name}.weight": NOTHING for name in unwanted}
+    return contents(tensors | nothing, general__architecture="deepseek2", **values)
+
+
 def load(path: Path, data: bytes) -> None:
     """Load the model, its tensors and its tokenizer from these bytes."""
     path.write_bytes(data)
     file = read_gguf(path)
+    config_from_hf(file.hf_config, str(path))
     tokenizer_from_gguf(file.metadata, str(path)).encode("abba")
     for name in file.tensors:
         file.tensors[name]
 
 
-@pytest.mark.parametrize("make", [contents, contents_with_experts])
+@pytest.mark.parametrize("make", [contents, contents_with_experts, contents_with_latent_attention])
 def test_the_small_files_are_valid(make: Callable[[], bytes], tmp_path: Path) -> None:
     load(tmp_path / "model.gguf", make())
     read(tmp_path / "model.gguf")
@@ -614,7 +822,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "key not UTF-8": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"\xff", 0) + bytes(64), "not UTF-8"),
     "alignment": (contents(general__alignment=24), "alignment is 24"),
     "alignment 0": (contents(general__alignment=0), "alignment is 0"),
-    "architecture": (contents(general__architecture="mamba"), "unknown architecture 'mamba'. Supported: gemma3"),
+    "architecture": (contents(general__architecture="mamba"), "unknown architecture 'mamba'. Supported: deepseek2"),
     "no architecture": (contents(general__architecture=None), "unknown architecture"),
     "layers": (contents(qwen3__block_count=1_000_000_000), "block_count is 1,000,000,000"),
     "context": (contents(qwen3__context_length=1 << 30), "a context of 1,073,741,824"),
@@ -631,6 +839,20 @@ BAD: dict[str, tuple[bytes, str]] = {
     "scaling": (contents(qwen3__rope__scaling__type="magic"), "scaling of type 'magic'"),
     "divisors": (contents({"rope_freqs.weight": np.array([1.0, 3.0])}), "not those of Llama 3"),
     "experts": (contents(qwen3__expert_count=4), "with experts is not supported"),
+    "softmax": (contents_with_latent_attention(deepseek2__expert_gating_func=1), "as in DeepSeek-V2, which is not"),
+    "further tokens": (contents_with_latent_attention(deepseek2__nextn_predict_layers=1), "nextn_predict_layers is 1"),
+    "groups": (contents_with_latent_attention(deepseek2__expert_group_count=2), "must divide num_experts"),
+    "rotated": (contents_with_latent_attention(deepseek2__rope__dimension_count=6), "RoPE over 6 of the 6 numbers"),
+    "keys": (contents_with_latent_attention(deepseek2__attention__key_length_mla=7), "attn_k_b.weight is [2, 5, 4]"),
+    "sharper": (
+        contents_with_latent_attention(
+            deepseek2__rope__scaling__type="yarn",
+            deepseek2__rope__scaling__factor=2.0,
+            deepseek2__rope__scaling__original_context_length=8,
+            deepseek2__rope__scaling__yarn_log_multiplier="0.1",
+        ),
+        "not a positive",
+    ),
     "no tokenizer": (contents(tokenizer__ggml__model=None), "has no tokenizer"),
     "tokenizer kind": (contents(tokenizer__ggml__model="t5"), "of kind 't5'"),
     "pre-tokenizer": (contents(tokenizer__ggml__pre="klingon"), "pre-tokenizer 'klingon' is unknown"),

@@ -135,6 +135,19 @@ def test_a_directory_of_transformers_loads(model_type: str, foreign: Callable[..
     logits_equal(model, hf_model)
 
 
+def test_a_layer_that_predicts_further_tokens_is_left_out(
+    foreign: Callable[..., tuple[Path, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, hf_model = foreign("deepseek_v3")
+    shutil.copytree(directory, tmp_path / "it")
+    tensors = load_file(directory / "model.safetensors")
+    extra = {f"model.layers.2.{name}.weight": torch.ones(3, 3) for name in ("eh_proj", "embed_tokens", "enorm")}
+    save_file(tensors | extra, tmp_path / "it" / "model.safetensors")
+    model, _ = gptsmith.load(tmp_path / "it")
+    assert capsys.readouterr().err.count("predicts further tokens (multi-token prediction). It is left out.") == 1
+    logits_equal(model, hf_model)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
 def test_shards_load(model_type: str, foreign: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
     directory, hf_model = foreign(model_type)

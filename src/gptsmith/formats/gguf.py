@@ -34,7 +34,7 @@ from gptsmith.formats.gguf_weights import (
     neighbors_to_halves,
     tensor_mappings,
 )
-from gptsmith.formats.hf import config_to_hf, describe_mismatch, weight_mappings, weights_to_hf
+from gptsmith.formats.hf import LAYOUTS, config_to_hf, describe_mismatch, weight_mappings, weights_to_hf
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.quantized import Codes
 from gptsmith.model.transformer import Transformer
@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> GgufModel:
     """
     file = open_gguf(path)
     config = metadata_to_config(file)
-    mappings = list(tensor_mappings(config))
+    mappings = list(tensor_mappings(config, joined_kv="blk.0.attn_kv_b.weight" in file.tensors))
     expected = {mapping.gguf for mapping in mappings}
     present = file.tensors
     stacked = Counter(mapping.gguf for mapping in mappings)
@@ -107,17 +107,20 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __init__(self, file: GgufFile, mappings: Sequence[TensorMapping]) -> None:
         self._file = file
-        self._mappings = {mapping.hf: mapping for mapping in mappings if not mapping.part}
-        self._second = {mapping.hf: mapping for mapping in mappings if mapping.part == 1}
+        self._parts: dict[str, list[TensorMapping]] = {}  # several for a tensor that is stored in parts
+        for mapping in mappings:
+            self._parts.setdefault(mapping.hf, []).append(mapping)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would dequantize the tensor
-        return name in self._mappings
+        return name in self._parts
 
     def __getitem__(self, name: str) -> Tensor:
-        mapping = self._mappings[name]
+        mapping = self._parts[name][0]
+        if mapping.head_rows is not None:
+            return self._of_heads(self._parts[name])
         numbers = self._file.read(mapping.gguf, mapping.expert)
         if mapping.part is not None:  # rows alternate between the two
-            both = np.stack((numbers, self._file.read(self._second[name].gguf)), axis=2)
+            both = np.stack((numbers, self._file.read(self._parts[name][1].gguf)), axis=2)
             numbers = both.reshape(len(both), -1, *both.shape[3:])
         if mapping.permuted_heads:
             numbers = neighbors_to_halves(numbers, mapping.permuted_heads)
@@ -128,13 +131,21 @@ class _LazyTensors(Mapping[str, Tensor]):
             tensor = tensor[mapping.reordered.order(len(tensor))]
         return tensor.mT if mapping.transposed else tensor.view(mapping.shape)
 
+    def _of_heads(self, parts: Sequence[TensorMapping]) -> Tensor:
+        """Return a matrix of which each part has some rows of each head."""
+        rows = [torch.from_numpy(self._file.read(part.gguf)) for part in parts]  # each (H, rows, K), or (H, K, rows)
+        rows = [each.mT if part.transposed else each for each, part in zip(rows, parts, strict=True)]
+        return torch.cat(rows, dim=1).view(parts[0].shape)
+
     def is_quantized(self, name: str) -> bool:
         """Return whether the file stores the tensor quantized, in blocks of any type."""
-        return self._file.tensors[self._mappings[name].gguf].type.block_size > 1
+        return all(self._file.tensors[part.gguf].type.block_size > 1 for part in self._parts[name])
 
     def codes(self, name: str) -> Codes | None:
-        """Return a quantized matrix, in the file's orientation; None if it is not quantized."""
-        mapping = self._mappings[name]
+        """Return a quantized matrix, in the file's orientation; None if it is not quantized, or not as one matrix."""
+        mapping = self._parts[name][0]
+        if mapping.head_rows is not None:
+            return None
         codes = self._file.codes(mapping.gguf, mapping.expert)
         if codes is None or not (mapping.permuted_heads or mapping.reordered):
             return codes
@@ -146,21 +157,20 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def expert_matrices(self, name: str, expert: int) -> list[tuple[Tensor, Codes | None]]:
         """Return the matrices of one expert in a tensor of all: gate and up, or a single one; codes as in `codes`."""
-        mappings = [self._mappings[name], *([self._second[name]] if name in self._second else [])]
         return [
             (torch.from_numpy(self._file.read(each.gguf, expert)), self._file.codes(each.gguf, expert))
-            for each in mappings
+            for each in self._parts[name]
         ]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, without reading it."""
-        return {name: mapping.shape for name, mapping in self._mappings.items()}
+        return {name: parts[0].shape for name, parts in self._parts.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._mappings)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._mappings)
+        return len(self._parts)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -244,10 +254,16 @@ def write_gguf(
 
 
 def _importance_by_hf_name(config: ModelConfig, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the importance of columns by the Hugging Face names of the matrices."""
+    """Return the importance of columns by the Hugging Face names of the matrices: (K,), of stacked experts (E, K)."""
     found = {}
+    stacked = config.num_experts if LAYOUTS[config.model_type].stacked_experts else 0
     for mapping in weight_mappings(config):
         local = mapping.local
+        known = [numbers for e in range(stacked) if (numbers := importance.get(f"{local}.{e}")) is not None]
+        if known:
+            each = [importance.get(f"{local}.{e}", torch.ones_like(known[0])) for e in range(stacked)]
+            found[mapping.hf[0]] = torch.stack(each).float().cpu()
+            continue
         if local == "embed_tokens.weight" and config.tie_word_embeddings:
             local = "lm_head.weight"  # a table of embeddings has no inputs; an output matrix does
         per_expert = max(1, len(mapping.hf) // max(1, config.num_experts or 0))
@@ -261,8 +277,11 @@ def _importance_by_hf_name(config: ModelConfig, importance: Mapping[str, Tensor]
 def _stacked(group: list[TensorMapping], importance: Mapping[str, Tensor]) -> Tensor | None:
     """Return the importance of the columns of one GGUF tensor; None if it is not known.
 
-    An expert that no token of the calibration text used is left out there; its columns count alike.
+    An expert that no token of the calibration text used is left out there; its columns count alike. The columns of a
+    transposed part of a matrix are its outputs.
     """
+    if group[0].head_rows is not None and group[0].transposed:
+        return None
     known = [importance[mapping.hf] for mapping in group if mapping.hf in importance]
     if not known:
         return None
@@ -277,6 +296,8 @@ def _gguf_numbers(group: list[TensorMapping], weights: Mapping[str, Tensor]) -> 
         numbers = weights[mapping.hf].float().numpy()
         if mapping.part is not None:
             numbers = numbers[..., mapping.part :: 2]
+        if mapping.head_rows is not None:
+            numbers = mapping.head_rows.of(numbers)
         if mapping.reordered is not None:
             numbers = numbers[mapping.reordered.order(len(numbers)).argsort().numpy()]
         numbers = numbers.swapaxes(-1, -2) if mapping.transposed else numbers.reshape(mapping.stored_shape)
@@ -307,7 +328,7 @@ def stored_type(
     if dtype == "q4_0":
         chosen = "Q8_0" if name in ("token_embd.weight", "output.weight") else chosen
     elif dtype == "mxfp4":
-        in_mxfp4 = name.startswith("blk.") and (len(shape) == 3 or not experts)
+        in_mxfp4 = "_exps." in name if experts else name.startswith("blk.")
         chosen = "MXFP4" if in_mxfp4 else "Q8_0"
     elif dtype in ("q4_k_m", "q5_k_m", "q6_k"):
         chosen = "Q6_K" if is_output else _mixed_type(name, chosen, dtype, config, experts)

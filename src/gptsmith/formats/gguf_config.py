@@ -14,6 +14,7 @@ import numpy as np
 from gptsmith.errors import CheckpointError, UsageError
 from gptsmith.formats.gguf_file import GgufFile
 from gptsmith.formats.gguf_weights import ARCHITECTURES, head_dim_of
+from gptsmith.log import note
 
 _MAX_CONTEXT = 1 << 24  # tokens; RoPE tables are as long as the context
 
@@ -24,11 +25,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.max_alibi_bias": (0.0,),
     "attention.scale": (0.0,),
     "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
     "attn_logit_softcapping": (0.0,),
     "embedding_scale": (0.0, 1.0),
     "expert_weights_scale": (0.0, 1.0),
     "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
     "residual_scale": (0.0, 1.0),
     "rope.scaling.attn_factor": (1.0,),
     "use_parallel_residual": (False,),
@@ -37,6 +40,7 @@ _READ = {  # of these, what is read of an architecture
     "gptneox": ("use_parallel_residual",),
     "stablelm": ("use_parallel_residual",),
     "phi3": ("rope.scaling.attn_factor",),
+    "deepseek2": ("expert_weights_scale", "rope.scaling.yarn_log_multiplier"),
 }
 _NEUTRAL_YARN: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -84,6 +88,10 @@ class _ConfigReader:
             raise self.fail(f"the setting {self.arch}.{key} is {value!r:.80}, not a positive integer")
         return value
 
+    def whole(self, key: str) -> int:
+        """Return a setting that is a number of at least 0, and 0 if it is missing."""
+        return self.get(key) if self.file.metadata.get(f"{self.arch}.{key}", 0) != 0 else 0
+
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """Return the shape of a tensor that must exist."""
         if name not in self.tensors:
@@ -101,7 +109,7 @@ class _ConfigReader:
         known = sorted({each.gguf for each in ARCHITECTURES.values()})
         if self.arch not in known:
             raise self.fail(f"unknown architecture {self.arch!r:.80}. Supported: {', '.join(known)}")
-        self.check_neutral({key: value for key, value in _NEUTRAL.items() if key not in _READ.get(self.arch, ())})
+        self.check_neutral(_NEUTRAL)
         has_experts = self.file.metadata.get(f"{self.arch}.expert_count", 0) != 0
         candidates = [a for a in ARCHITECTURES.values() if a.gguf == self.arch and bool(a.experts) == has_experts]
         if not candidates:
@@ -131,11 +139,15 @@ class _ConfigReader:
             return common | self.gpt2_config(hidden_size, layers, context)
         if arch.hf == "gpt_neox":
             return common | self.gpt_neox_config(hidden_size, layers, context)
+        if arch.hf == "deepseek_v3":
+            return common | self.deepseek_config(hidden_size, layers, context)
         return common | self.llama_config(arch.hf, has_experts, hidden_size, layers, context)
 
     def check_neutral(self, settings: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise CheckpointError for a setting that has another value than those that change nothing."""
+        """Raise CheckpointError for a setting that is not read and has another value than those that change nothing."""
         for key, neutral in settings.items():
+            if key in _READ.get(self.arch, ()):
+                continue
             value = self.file.metadata.get(f"{self.arch}.{key}", neutral[0])
             if isinstance(value, np.ndarray) or value not in neutral:
                 raise self.fail(f"the setting {self.arch}.{key} is {value!r:.80}, which is not supported")
@@ -238,6 +250,67 @@ class _ConfigReader:
             "use_parallel_residual": bool(parallel),
             "pad_token_id": None,
         }
+
+    def deepseek_config(self, hidden_size: int, layers: int, context: int) -> dict[str, Any]:
+        scoring = self.file.metadata.get(f"{self.arch}.expert_gating_func", _SOFTMAX)
+        if scoring != _SIGMOID:
+            raise self.fail(
+                f"experts are not chosen by sigmoid scores (expert_gating_func is {scoring!r:.80}, not {_SIGMOID}), as "
+                "in DeepSeek-V2, which is not supported"
+            )
+        heads = self.get("attention.head_count")
+        # Older files have the widths of heads under these names, as if it were plain attention.
+        ending = "" if "blk.0.attn_kv_b.weight" in self.tensors else "_mla"
+        head_dim, value_dim = (self.get(f"attention.{part}_length{ending}") for part in ("key", "value"))
+        rotary, theta = self.get("rope.dimension_count"), self.get("rope.freq_base", float, 10000.0)
+        if rotary >= head_dim:
+            raise self.fail(f"RoPE over {rotary} of the {head_dim} numbers of a head is not supported")
+        rope = self.rope_scaling(theta, rotary)
+        sharper = self.file.metadata.get(f"{self.arch}.rope.scaling.yarn_log_multiplier", 0.0)
+        if rope["rope_type"] == "yarn" and sharper != 0:
+            scale = _shortest_decimal(10 * self.get("rope.scaling.yarn_log_multiplier", float))
+            rope |= {"mscale": scale, "mscale_all_dim": scale}
+        experts, used = self.get("expert_count"), self.get("expert_used_count")
+        if used > experts:
+            raise self.fail(f"expert_used_count is {used}, more than the {experts} experts")
+        groups = self.get("expert_group_count", default=1)
+        if f"{self.arch}.expert_group_count" not in self.file.metadata:
+            note(
+                f"note: {self.file.path} does not tell the groups of experts (expert_group_count), as older files. A "
+                "token's experts are chosen among all of them, as llama.cpp does."
+            )
+        return {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "qk_nope_head_dim": head_dim - rotary,
+            "qk_rope_head_dim": rotary,
+            "v_head_dim": value_dim,
+            "kv_lora_rank": self.get("attention.kv_lora_rank"),
+            "q_lora_rank": None if "blk.0.attn_q.weight" in self.tensors else self.get("attention.q_lora_rank"),
+            "hidden_act": "silu",
+            "intermediate_size": self.get("feed_forward_length"),
+            "moe_intermediate_size": self.get("expert_feed_forward_length"),
+            "n_shared_experts": self.get("expert_shared_count"),
+            "n_routed_experts": experts,
+            "num_experts_per_tok": used,
+            "first_k_dense_replace": self.whole("leading_dense_block_count"),
+            "norm_topk_prob": bool(self.file.metadata.get(f"{self.arch}.expert_weights_norm", False)),
+            "routed_scaling_factor": self.get("expert_weights_scale", float) if self.scales_experts() else 1.0,
+            "n_group": groups,
+            "topk_group": self.get("expert_group_used_count", default=1) if groups > 1 else 1,
+            "max_position_embeddings": context,
+            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon", float),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta, **rope},
+            "attention_bias": False,
+            "pad_token_id": None,
+        }
+
+    def scales_experts(self) -> bool:
+        """Return whether the weights of experts are multiplied by a number; 0 stands for none."""
+        return bool(self.file.metadata.get(f"{self.arch}.expert_weights_scale", 0.0) != 0)
 
     def later_config(self, model_type: str, head_dim: int, rope: dict[str, Any]) -> dict[str, Any]:
         """Return what a family has beyond Llama's settings. Some of it is fixed per architecture in llama.cpp."""
@@ -431,6 +504,8 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
         }
         return {f"{arch.gguf}.{key}": value for key, value in settings.items()}
 
+    if arch.hf == "deepseek_v3":
+        return {f"{arch.gguf}.{key}": value for key, value in _deepseek_metadata(c).items()}
     if arch.hf in ("gpt_neox", *_LATER):
         return {f"{arch.gguf}.{key}": value for key, value in _later_metadata(arch.hf, c).items()}
     if c["hidden_act"] not in ("silu", "swish"):
@@ -477,6 +552,7 @@ def config_to_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LATER = ("phi3", "olmo2", "stablelm", "smollm3", "gemma3_text", "gpt_oss")
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's `expert_gating_func`
 _GEMMA_27B_LAYERS = 62  # by which llama.cpp recognizes the model with another scale of the scores
 
 
@@ -562,6 +638,63 @@ def _later_metadata(kind: str, c: Mapping[str, Any]) -> dict[str, Any]:
             "expert_feed_forward_length": c["intermediate_size"],
         }
     return settings
+
+
+def _deepseek_metadata(c: Mapping[str, Any]) -> dict[str, Any]:
+    if c["hidden_act"] not in ("silu", "swish"):
+        raise UsageError(f"llama.cpp's deepseek2 has another activation than this model's {c['hidden_act']}.")
+    # llama.cpp normalizes the latent vectors with the model's epsilon, transformers always with this one.
+    _refuse("deepseek2", c, {"attention_bias": False, "rms_norm_eps": 1e-6})
+    layers, q_rank, kv_rank = c["num_hidden_layers"], c["q_lora_rank"], c["kv_lora_rank"]
+    lite = layers in (26, 27) or (layers == 48 and c["vocab_size"] == 128256)
+    if lite is not (q_rank is None):
+        wanted, found = ("no q_lora_rank", q_rank) if lite else ("a q_lora_rank", "none")
+        raise UsageError(f"llama.cpp's deepseek2 wants {wanted} in a model of {layers} layers; this one has {found}.")
+    rope = c["rope_parameters"]
+    scaling = _rope_metadata({key: value for key, value in rope.items() if key != "attention_factor"})
+    if rope["rope_type"] == "yarn":
+        # llama.cpp has one number for `mscale` and `mscale_all_dim`, which leaves cosines and sines as they are.
+        sharper = rope.get("mscale_all_dim", 0.0)
+        if rope["factor"] > 1 and (not sharper or rope.get("attention_factor") != 1):
+            raise UsageError(
+                "llama.cpp's deepseek2 computes YaRN only with an attention_factor of 1 and an mscale_all_dim, as of a "
+                "config.json in which mscale and mscale_all_dim are equal."
+            )
+        scaling["rope.scaling.yarn_log_multiplier"] = 0.1 * float(sharper)
+    elif rope["rope_type"] != "default":
+        raise UsageError(f"llama.cpp's deepseek2 has no RoPE scaling of type {rope['rope_type']!r}.")
+    rotary, groups = c["qk_rope_head_dim"], c["n_group"]
+    if c["topk_group"] == groups:  # llama.cpp rejects it; to choose among all groups is to have none
+        groups = 1
+    return {
+        "vocab_size": c["vocab_size"],
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "block_count": layers,
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": 1,  # of latent vectors, as they are in the cache
+        "attention.key_length": kv_rank + rotary,
+        "attention.value_length": kv_rank,
+        "attention.key_length_mla": c["qk_nope_head_dim"] + rotary,
+        "attention.value_length_mla": c["v_head_dim"],
+        "attention.kv_lora_rank": kv_rank,
+        **({} if q_rank is None else {"attention.q_lora_rank": q_rank}),
+        "attention.layer_norm_rms_epsilon": float(c["rms_norm_eps"]),
+        "rope.dimension_count": rotary,
+        "rope.freq_base": float(rope["rope_theta"]),
+        **scaling,
+        "leading_dense_block_count": c["first_k_dense_replace"],
+        "expert_count": c["n_routed_experts"],
+        "expert_used_count": c["num_experts_per_tok"],
+        "expert_shared_count": c["n_shared_experts"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_gating_func": _SIGMOID,
+        "expert_weights_norm": bool(c["norm_topk_prob"]),
+        "expert_weights_scale": float(c["routed_scaling_factor"]),
+        "expert_group_count": groups,
+        "expert_group_used_count": 1 if groups == 1 else c["topk_group"],
+    }
 
 
 def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:

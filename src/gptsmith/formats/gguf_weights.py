@@ -3,13 +3,15 @@
 These things differ between the two. llama.cpp's `llama` and `smollm3` rotate neighboring numbers (2i, 2i + 1) where
 Hugging Face rotates halves (i, i + D/2), so the rows of query and key weights are in another order. All experts of a
 layer are one tensor; so are the norms of its heads. GPT-2's projections are transposed. GPT-NeoX has queries, keys
-and values head by head, gpt-oss gate and up row by row. Gemma's norms are stored plus 1.
+and values head by head, gpt-oss gate and up row by row. Gemma's norms are stored plus 1. Of latent attention, the
+matrices that make keys and those that make values are two tensors, the former transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +55,22 @@ ARCHITECTURES = {
         Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", permuted=True),
         Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", qk_norm=True),
         Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", "mlp.experts."),
+        Architecture("deepseek2", "deepseek_v3", "DeepseekV3ForCausalLM", "mlp.", requires_output=True),
     )
 }
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """A part of the rows of each head of a matrix: `start` to `stop`."""
+
+    heads: int
+    start: int
+    stop: int
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return these rows of each head: (R, K) -> (heads, stop - start, K)."""
+        return rows.reshape(self.heads, -1, rows.shape[-1])[:, self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,8 @@ class TensorMapping:
     """What the file's numbers are larger by."""
     part: int | None = None
     """Of all experts' gate (0) and up (1), which Hugging Face stores as the alternating columns of one tensor."""
+    head_rows: HeadRows | None = None
+    """The rows that the file's tensor has, as a matrix for each head, where several tensors are one in Hugging Face."""
     transposed: bool = False
     permuted_heads: int = 0
     """Number of heads whose rows llama.cpp reorders; 0: none."""
@@ -80,19 +98,27 @@ class TensorMapping:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Its shape in the file: transposed, and for a gate of one row without that dimension."""
-        shape = (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+        shape, rows = self.shape, self.head_rows
+        if rows is not None:
+            shape = (rows.heads, rows.stop - rows.start, shape[1])
+        if self.transposed:
+            shape = (*shape[:-2], *shape[:-3:-1])
         if self.part is not None:
             shape = (shape[0], shape[1] // 2, *shape[2:])
         return shape[1:] if self.gguf.endswith("ffn_gate_inp_shexp.weight") else shape
 
 
-def tensor_mappings(config: Mapping[str, Any]) -> Iterator[TensorMapping]:
-    """Yield the mapping of every tensor of a model with this Hugging Face configuration."""
-    others = {
+def tensor_mappings(config: Mapping[str, Any], *, joined_kv: bool = False) -> Iterator[TensorMapping]:
+    """Yield the mapping of every tensor of a model with this Hugging Face configuration.
+
+    joined_kv: the matrices of keys and values of latent attention are one tensor, as in files before April 2025.
+    """
+    others: dict[str, Callable[[Mapping[str, Any]], Iterator[TensorMapping]]] = {
         "gpt2": _gpt2_mappings,
         "gpt_neox": _gpt_neox_mappings,
         "phi3": _phi3_mappings,
         "gpt_oss": _gpt_oss_mappings,
+        "deepseek_v3": partial(_deepseek_mappings, joined_kv=joined_kv),
     }
     yield from others.get(config["model_type"], _llama_mappings)(config)
     if not config["tie_word_embeddings"]:
@@ -152,7 +178,7 @@ def _llama_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
 def _expert_mappings(c: Mapping[str, Any], hf: str, gguf: str) -> Iterator[TensorMapping]:
     """The mixture of experts of one layer; hf, gguf: the prefixes of its names."""
     arch, width = ARCHITECTURES[c["model_type"]], c["hidden_size"]
-    experts = c.get("num_local_experts") or c["num_experts"]
+    experts = c.get("num_local_experts") or c.get("n_routed_experts") or c["num_experts"]
     inner = c.get("moe_intermediate_size") or c["intermediate_size"]
     yield TensorMapping(f"{hf}gate.weight", f"{gguf}ffn_gate_inp.weight", (experts, width))
     for expert in range(experts):
@@ -258,6 +284,53 @@ def _gpt_oss_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:
         down, gguf_name = f"{hf}mlp.experts.down_proj", f"{gguf}ffn_down_exps"
         yield TensorMapping(down, f"{gguf_name}.weight", (experts, inner, width), transposed=True)
         yield TensorMapping(f"{down}_bias", f"{gguf_name}.bias", (experts, width))
+
+
+def _deepseek_mappings(c: Mapping[str, Any], *, joined_kv: bool) -> Iterator[TensorMapping]:
+    width, heads, value_dim = c["hidden_size"], c["num_attention_heads"], c["v_head_dim"]
+    plain_dim, rotary, rank, q_rank = (
+        c[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank", "q_lora_rank")
+    )
+    q_rows = heads * (plain_dim + rotary)
+    yield TensorMapping("model.embed_tokens.weight", "token_embd.weight", (c["vocab_size"], width))
+    yield TensorMapping("model.norm.weight", "output_norm.weight", (width,))
+    if q_rank is None:
+        queries: list[tuple[str, str, tuple[int, ...]]] = [("q_proj", "attn_q", (q_rows, width))]
+    else:
+        queries = [
+            ("q_a_proj", "attn_q_a", (q_rank, width)),
+            ("q_a_layernorm", "attn_q_a_norm", (q_rank,)),
+            ("q_b_proj", "attn_q_b", (q_rows, q_rank)),
+        ]
+    kv_b = (heads * (plain_dim + value_dim), rank)
+    for i in range(c["num_hidden_layers"]):
+        hf, gguf = f"model.layers.{i}.", f"blk.{i}."
+        for hf_name, gguf_name, shape in (
+            ("input_layernorm", "attn_norm", (width,)),
+            ("post_attention_layernorm", "ffn_norm", (width,)),
+            *((f"self_attn.{hf_name}", gguf_name, shape) for hf_name, gguf_name, shape in queries),
+            ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa", (rank + rotary, width)),
+            ("self_attn.kv_a_layernorm", "attn_kv_a_norm", (rank,)),
+            ("self_attn.o_proj", "attn_output", (width, heads * value_dim)),
+        ):
+            yield TensorMapping(f"{hf}{hf_name}.weight", f"{gguf}{gguf_name}.weight", shape)
+        name = f"{hf}self_attn.kv_b_proj.weight"
+        if joined_kv:
+            yield TensorMapping(name, f"{gguf}attn_kv_b.weight", kv_b)
+        else:
+            keys, values = HeadRows(heads, 0, plain_dim), HeadRows(heads, plain_dim, plain_dim + value_dim)
+            yield TensorMapping(name, f"{gguf}attn_k_b.weight", kv_b, head_rows=keys, transposed=True)
+            yield TensorMapping(name, f"{gguf}attn_v_b.weight", kv_b, head_rows=values)
+        experts = i >= c["first_k_dense_replace"]
+        if experts:
+            yield from _expert_mappings(c, f"{hf}mlp.", gguf)
+            bias = f"{hf}mlp.gate.e_score_correction_bias"
+            yield TensorMapping(bias, f"{gguf}exp_probs_b.bias", (c["n_routed_experts"],))
+        inner = c["n_shared_experts"] * c["moe_intermediate_size"] if experts else c["intermediate_size"]
+        hf, suffix = (f"{hf}mlp.shared_experts.", "_shexp") if experts else (f"{hf}mlp.", "")
+        for part in ("gate", "up", "down"):
+            shape = (width, inner) if part == "down" else (inner, width)
+            yield TensorMapping(f"{hf}{part}_proj.weight", f"{gguf}ffn_{part}{suffix}.weight", shape)
 
 
 def _gpt2_mappings(c: Mapping[str, Any]) -> Iterator[TensorMapping]:

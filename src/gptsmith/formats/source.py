@@ -265,6 +265,8 @@ def open_model(path: Path) -> ModelSource:
     else:
         weights = open_weights(path) if settings is None else _open_quantized(path, config, settings)
         config = _untied(config, weights, path)
+    if config.model_type == "deepseek_v3" and any(f"layers.{config.num_hidden_layers}." in name for name in weights):
+        note(f"note: {path} has a layer that predicts further tokens (multi-token prediction). It is left out.")
     return ModelSource(path, config, values, weights, lambda: _read_tokenizer(path, config), generation, bits)
 
 
