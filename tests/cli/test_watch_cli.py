@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
 RunCli = Callable[..., tuple[int, str, str]]
 
@@ -33,6 +35,24 @@ def test_invalid_port_and_port_in_use(run_cli: RunCli, tmp_path: Path) -> None:
         code, _, error = run_cli("watch", tmp_path, "--port", taken.getsockname()[1])
     assert code == 2
     assert "cannot listen" in error
+
+
+def test_log_handlers_of_other_libraries_stay_open(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new log configuration closes all handlers of the process, and some libraries' close the stream they write to."""
+    closed: list[bool] = []
+
+    class Handler(logging.Handler):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    handler = Handler()
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [each.close() for each in sockets])
+    assert run_cli("watch", tmp_path, "--port", "0")[0] == 0
+    assert not closed
+    handler.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")

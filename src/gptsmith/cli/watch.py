@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> int:
         threading.Timer(0.5, webbrowser.open, (url,)).start()
     server: uvicorn.Server
     app = watch_app(chosen.run, hosts=hosts, stopping=lambda: server.should_exit)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    # uvicorn's own log configuration would close every handler of the process
+    config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
     with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop it
         server.run(sockets=[listening])
     return 0
