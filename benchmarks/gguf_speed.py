@@ -156,7 +156,11 @@ def shape(name: str, vocabulary: int) -> Any:
     """Return the configuration of a shape."""
     from gptsmith.model import families
 
-    common: dict[str, Any] = {"vocab_size": vocabulary, "max_position_embeddings": 1024, "initializer_range": 0.05}
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.02,
+    }  # larger ones amplify the rounding of inputs
     experts: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 512}
     heads: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
     if name == "kquants":
