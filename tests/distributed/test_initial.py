@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from gptsmith.distributed.context import join_processes
-from gptsmith.distributed.initial import initialize_shards, uninitialized
+from gptsmith.distributed.initial import initialize_shards
 from gptsmith.distributed.layout import Layout
 from gptsmith.distributed.parallel import named_parameters, parallelize
 from gptsmith.distributed.sharding import local, sharding_of
 from gptsmith.model.families import FAMILIES
+from gptsmith.model.initial import draw_seed
 from gptsmith.model.transformer import Transformer
 from gptsmith.train.forecast.memory import resident_memory
 from tests.distributed.processes import results, run_processes
@@ -33,11 +34,11 @@ def test_drawn_later_they_are_the_same(family: str) -> None:
         torch.manual_seed(3)
         expected, state = Transformer(config), torch.get_rng_state()
         torch.manual_seed(3)
-        model = uninitialized(config)
+        model = Transformer(config, initialize=False)
         for p in model.parameters():
-            if p.ndim == 2 and not torch.equal(p, torch.zeros_like(p)):
+            if p.ndim > 1 and not torch.equal(p, torch.zeros_like(p)):
                 p.data.fill_(torch.nan)
-        initialize_shards(model, {})
+        initialize_shards(model, {}, draw_seed())
         assert torch.equal(torch.get_rng_state(), state)
         for (name, p), (_, q) in zip(expected.named_parameters(), model.named_parameters(), strict=True):
             assert torch.equal(p, q), name
@@ -50,8 +51,8 @@ def wrong_parts(text: str, family: str) -> list[str]:
         ranks.arrange(layout, torch.device("cpu"))
         config = tiny_config(family, num_attention_heads=4)
         torch.manual_seed(5)
-        model = parallelize(uninitialized(config), ranks.mesh, layout)
-        initialize_shards(model, layout.coordinates(ranks.rank))
+        model = parallelize(Transformer(config, initialize=False), ranks.mesh, layout)
+        initialize_shards(model, layout.coordinates(ranks.rank), draw_seed())
         torch.manual_seed(5)
         whole = dict(Transformer(config).named_parameters())
         return [
@@ -77,9 +78,8 @@ def test_each_process_draws_its_part(layout: str, family: str, processes: int, t
 @pytest.mark.skipif(resident_memory() is None, reason="the memory of a process is not known here")
 def test_undrawn_weights_take_no_memory() -> None:
     config = tiny_config("qwen3", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
-    uninitialized(tiny_config("qwen3", hidden_size=512, intermediate_size=2048))  # the largest parameter, once
     before = resident_memory() or 0
-    model = uninitialized(config)
+    model = Transformer(config, initialize=False)
     size = sum(4 * p.numel() for p in model.parameters())
     assert size > 80 << 20
     assert (resident_memory() or 0) - before < size / 3

@@ -7,6 +7,7 @@ of a row: its choices, or the two orders of its texts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptsmith.errors import UsageError
+from gptsmith.model.initial import WithoutDefaultDraws, draw, draw_seed
 from gptsmith.model.parameters import annotate
 from gptsmith.model.transformer import Transformer
 
@@ -59,8 +61,11 @@ class SequenceClassifier(nn.Module):
         self.scale: tuple[float, float] | None = None
         self.pad_id: int | None = None
         config = transformer.config
-        self.score = nn.Linear(config.embedding_size or config.hidden_size, len(head.labels), bias=False)
-        nn.init.normal_(self.score.weight, 0.0, transformer.config.initializer_range)
+        with WithoutDefaultDraws():
+            self.score = nn.Linear(config.embedding_size or config.hidden_size, len(head.labels), bias=False)
+        with torch.no_grad():
+            std = transformer.config.initializer_range
+            draw(self.score.weight, "score.weight", draw_seed(), partial(nn.init.normal_, std=std))
         annotate(self, "score.weight", kind="head")
         if self.score.weight.device != transformer.embed_tokens.weight.device:
             self.score.to(transformer.embed_tokens.weight.device)

@@ -20,6 +20,7 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from gptsmith.errors import UsageError, nearest
 from gptsmith.model.config import LoraConfig
 from gptsmith.model.dropout import dropout
+from gptsmith.model.initial import draw, draw_seed
 from gptsmith.model.parameters import annotate
 from gptsmith.model.quantized import QuantizedLinear, dequantize
 from gptsmith.model.transformer import Transformer
@@ -59,14 +61,16 @@ Layout = Mapping[str, Sequence[AdaptedPart]]  # by the name of our module: `laye
 
 
 class LoraPart(nn.Module):
-    """The update of one part: A (r, K), B (R, r); with DoRA the lengths of the rows, magnitude (R,)."""
+    """The update of one part: A (r, K), B (R, r); with DoRA the lengths of the rows, magnitude (R,).
+
+    A is undefined until it is written.
+    """
 
     def __init__(self, part: AdaptedPart, columns: int, rank: int, scaling: float, *, dora: bool, like: Tensor) -> None:
         super().__init__()
         self.part, self.scaling = part, scaling
         self.A = nn.Parameter(torch.empty(rank, columns, device=like.device, dtype=like.dtype))
         self.B = nn.Parameter(torch.zeros(part.rows, rank, device=like.device, dtype=like.dtype))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as `nn.Linear` and PEFT
         self.magnitude = nn.Parameter(torch.ones(part.rows, device=like.device, dtype=like.dtype)) if dora else None
         for name in ("A", "B"):
             annotate(self, name, kind="matrix")
@@ -202,6 +206,8 @@ def add_lora(model: Transformer, config: LoraConfig, layout: Layout, *, train_fu
     for p in model.parameters():
         p.requires_grad_(False)
     like = next(p for p in model.parameters() if p.is_floating_point())
+    seed = draw_seed()
+    fill = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # as `nn.Linear` and PEFT
     for name, parts in chosen.items():
         layer = model.get_submodule(name)
         columns, rows = columns_and_rows(layer)
@@ -211,6 +217,7 @@ def add_lora(model: Transformer, config: LoraConfig, layout: Layout, *, train_fu
                 part = AdaptedPart(part.name, part.first, rows, part.factor)
             made.append(LoraPart(part, columns, config.rank, config.scaling, dora=config.dora, like=like))
         for each in made:
+            draw(each.A.data, f"{each.part.name}.lora_A", seed, fill)
             if each.magnitude is not None:
                 each.magnitude.data.copy_(each.row_lengths(weight_of(layer)[each.rows]))
         attach(layer, made, config.dropout)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from gptsmith.model.cache import Cache, Scoring
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.documents import Documents
 from gptsmith.model.dropout import dropout
+from gptsmith.model.initial import WithoutDefaultDraws, draw, draw_seed
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.parameters import annotate, parameter_info
 from gptsmith.model.rope import extend_context, rope_tables
@@ -347,7 +349,8 @@ class Transformer(nn.Module):
 
     dropout: probability of zeroing an element, in [0, 1), after embeddings, attention and MLP, and of attention weights
         in models with learned positions; in training only.
-    initialize: draw random initial weights; otherwise they are undefined until they are loaded.
+    initialize: draw random initial weights; otherwise matrices are undefined, and take no memory, until they are
+        written.
     activation_checkpointing (an attribute): compute the activations of each layer again in the backward pass instead of
         keeping them (Chen et al. 2016, 1604.06174). Loss and gradients stay the same.
     sum_over_processes (an attribute): adds a tensor up, in place, over the processes that share a batch; None: there
@@ -364,6 +367,12 @@ class Transformer(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.activation_checkpointing = False
         self.sum_over_processes: Callable[[Tensor], None] | None = None
+        with WithoutDefaultDraws():
+            self._build(config, dropout)
+        if initialize:
+            self.initialize()
+
+    def _build(self, config: ModelConfig, dropout: float) -> None:
         embedding_size = config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         if config.position == "learned":
@@ -392,27 +401,28 @@ class Transformer(nn.Module):
             cos, sin = rope_tables(config, local=True)
             self.register_buffer("local_rope_cos", cos, persistent=False)
             self.register_buffer("local_rope_sin", sin, persistent=False)
-        if initialize:
-            self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw weights from N(0, initializer_range²) and set biases to 0; see `ModelConfig.residual_init`."""
+        seed = draw_seed()
+        for name, p in self.named_parameters():
+            self.initialize_parameter(name, p, seed)
+
+    def initialize_parameter(self, name: str, p: Tensor, seed: int) -> bool:
+        """Initialize the parameter of this name, `p`, from a seed. Return False for norms and sinks: they are made with
+        their initial values, 1 or 0."""
         std = self.config.initializer_range
-        residual_std = std
-        if self.config.residual_init == "scaled":
-            residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                into_residual = name.endswith(("o_proj", "down_proj"))
-                module.weight.normal_(0.0, residual_std if into_residual else std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, MixtureOfExperts):
-                module.up_proj.normal_(0.0, std)
-                module.down_proj.normal_(0.0, residual_std)
-        if self.config.vision is not None:
-            self.vision.initialize(std)
+        into_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+        if into_residual and self.config.residual_init == "scaled" and not name.startswith("vision."):
+            std /= math.sqrt(2 * self.config.num_hidden_layers)
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.ndim > 1 or name.endswith("class_embedding"):
+            draw(p, name, seed, partial(nn.init.normal_, std=std))
+        else:
+            return False
+        return True
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings of tokens, ids (B, T), as the first block takes them, but for positions: (B, T, C)."""

@@ -99,17 +99,6 @@ class VisionTower(nn.Module):
         y: Tensor = self.post_norm(x)
         return y[:, 1:] if self.config.drop_first else y
 
-    @torch.no_grad()
-    def initialize(self, std: float) -> None:
-        """Draw weights from N(0, std²), and set biases to 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-                module.weight.normal_(0.0, std)
-                if not isinstance(module, nn.Embedding) and module.bias is not None:
-                    module.bias.zero_()
-        if self.config.class_token:
-            self.class_embedding.normal_(0.0, std)
-
 
 def shuffle_pixels(x: Tensor, side: int) -> Tensor:
     """Join squares of side × side neighboring patches into one vector each: (N, T, D) -> (N, T/side², D·side²)."""

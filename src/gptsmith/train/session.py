@@ -30,6 +30,7 @@ from gptsmith.formats.hf import load_model_weights, read_config
 from gptsmith.formats.peft import load_adapter
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
+from gptsmith.model.initial import draw_seed
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Run
 from gptsmith.runtime import compiler_available, out_of_memory, return_freed_memory, synchronize
@@ -119,9 +120,8 @@ class Session:
         in_parts = divided and is_new and not ranks.is_main and isinstance(objective, Pretrain | BatchStream)
         self.make_model = make_model
         if in_parts:
-            from gptsmith.distributed.initial import initialize_shards, uninitialized
-
-            self.model = uninitialized(model_config, dropout=config.loop.dropout)
+            self.model = Transformer(model_config, dropout=config.loop.dropout, initialize=False)
+            initial_seed = draw_seed()
         else:
             self.model = make_model()
         if divided and not is_new:
@@ -135,7 +135,9 @@ class Session:
             self.model, objective, config, precision=precision, micro_batch_size=fit.micro_batch_size, ranks=ranks
         )
         if in_parts:
-            initialize_shards(self.model, ranks.layout.coordinates(ranks.rank))
+            from gptsmith.distributed.initial import initialize_shards
+
+            initialize_shards(self.model, ranks.layout.coordinates(ranks.rank), initial_seed)
         if divided and is_new:
             ranks.check_same({"random numbers": str(zlib.crc32(torch.get_rng_state().numpy().tobytes()))})
         self.whole = self.training_step.whole.policy
