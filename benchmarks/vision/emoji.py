@@ -1,4 +1,4 @@
-"""Eyes in ten CPU-minutes: a small text model learns to name emoji.
+"""PictureReader in ten CPU-minutes: a small text model learns to name emoji.
 
     python benchmarks/vision/emoji.py       # writes benchmarks/results/emoji.json and the pictures of docs/vision.md
 
@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gptsmith
 from gptsmith.data.conversations import Example, Renderer, as_conversation
 from gptsmith.data.emoji import COUNTS, QUESTION, TONES, emoji_rows, shape_rows, without_tone
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.loading import load_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.run_directory import Run
@@ -202,16 +202,16 @@ def greedy(model: Transformer, tokenizer: Tokenizer, example: Example, pixels: T
 def measure(directory: Path, parts: Parts, *, most: int | None = None) -> dict[str, dict[str, Any]]:
     """Return exact matches of each part and of the controls, with the answers that were wrong."""
     model, tokenizer = load_model(directory)
-    eyes = Eyes.of(model.config, tokenizer)
-    assert eyes is not None
-    renderer = Renderer(tokenizer, eyes=eyes)
+    picture_reader = PictureReader.of(model.config, tokenizer)
+    assert picture_reader is not None
+    renderer = Renderer(tokenizer, picture_reader=picture_reader)
 
     def rendered(rows: Sequence[dict[str, Any]]) -> list[Example]:
         step = max(1, len(rows) // most) if most else 1
         return [renderer.render(as_conversation(row)) for row in rows[::step]]
 
     def pixels(examples: Sequence[Example], **options: Any) -> Tensor:
-        return eyes.pixels([example.images[0] for example in examples], **options)
+        return picture_reader.pixels([example.images[0] for example in examples], **options)
 
     train, unseen = rendered(parts.train), rendered(parts.unseen)
     tones, counts = rendered(parts.tones), rendered(parts.counts)
@@ -239,12 +239,12 @@ def describe(measured: dict[str, dict[str, Any]]) -> str:
 def asked(directory: Path, parts: Parts) -> list[tuple[str, str]]:
     """Return (name, greedy answer) of the compositions, then of the unseen things."""
     model, tokenizer = load_model(directory)
-    eyes = Eyes.of(model.config, tokenizer)
-    assert eyes is not None
-    renderer, found = Renderer(tokenizer, eyes=eyes), []
+    picture_reader = PictureReader.of(model.config, tokenizer)
+    assert picture_reader is not None
+    renderer, found = Renderer(tokenizer, picture_reader=picture_reader), []
     for row in [*parts.compositions, *parts.unseen]:
         example = renderer.render(as_conversation(row))
-        found.append((row["answer"], greedy(model, tokenizer, example, eyes.pixels(example.images)[0])))
+        found.append((row["answer"], greedy(model, tokenizer, example, picture_reader.pixels(example.images)[0])))
     return found
 
 

@@ -40,7 +40,7 @@ def test_invalid_port_and_port_in_use(run_cli: RunCli, tmp_path: Path) -> None:
 def test_log_handlers_of_other_libraries_stay_open(
     run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new log configuration closes all handlers of the process, and some libraries' close the stream they write to."""
+    """A new log configuration closes all handlers of the process, and those of absl close their stream."""
     closed: list[bool] = []
 
     class Handler(logging.Handler):

@@ -223,7 +223,7 @@ def test_features_that_are_kept_are_bounded() -> None:
     assert features._bytes == features._max_bytes
 
 
-def test_adapters_of_the_eyes_apply_to_their_own_requests() -> None:
+def test_adapters_of_the_tower_apply_to_their_own_requests() -> None:
     model, merged = seeing_model(), seeing_model()
     torch.manual_seed(2)
     updates: dict[str, tuple[Update, ...]] = {}
@@ -235,8 +235,8 @@ def test_adapters_of_the_eyes_apply_to_their_own_requests() -> None:
         with torch.no_grad():
             weight += update.B @ update.A
     engine, prompt = Engine(model, block_size=4), prompt_of(model, [1, IMAGE, 2, 3, 4], 0)
-    engine.add_adapter("eyes", Adapter(2, updates))
-    params = [GREEDY, dataclasses.replace(GREEDY, adapter="eyes")]
+    engine.add_adapter("sees", Adapter(2, updates))
+    params = [GREEDY, dataclasses.replace(GREEDY, adapter="sees")]
     plain, adapted = (result.ids for result in engine.generate([prompt, prompt], params))
     assert plain == naive(model, prompt, 8)
     assert adapted == naive(merged, prompt, 8) != plain

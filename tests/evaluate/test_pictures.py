@@ -75,7 +75,7 @@ def test_scores_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         Emoji(part="unsen")  # type: ignore[arg-type]
 
 
-def test_a_model_without_eyes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reads_no_pictures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptsmith.tokenizer.char import train_char
     from tests.factories import tiny_model
 

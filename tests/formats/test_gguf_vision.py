@@ -68,15 +68,15 @@ def make_model(tokenizer: Tokenizer, text: str = "llama", vision: VisionConfig =
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_the_file_holds_tower_and_projector(tokenizer: Tokenizer, tmp_path: Path, dtype: Any) -> None:
     model = make_model(tokenizer)
-    write_mmproj(model, tmp_path / "eyes.gguf", dtype)
-    file = open_gguf(tmp_path / "eyes.gguf")
+    write_mmproj(model, tmp_path / "picture_reader.gguf", dtype)
+    file = open_gguf(tmp_path / "picture_reader.gguf")
     assert file.metadata["general.architecture"] == "clip"
     assert file.metadata["clip.projector_type"] == "mlp"
     assert list(file.metadata["clip.vision.feature_layer"]) == [3]
     assert "v.post_ln.weight" not in file.tensors
     elements = sum(int(np.prod(info.shape)) for info in file.tensors.values())
-    eyes = [*model.vision.parameters(), *model.projector.parameters()]
-    assert elements == sum(parameter.numel() for parameter in eyes)
+    picture_reader = [*model.vision.parameters(), *model.projector.parameters()]
+    assert elements == sum(parameter.numel() for parameter in picture_reader)
     matrices = {info.type.name for name, info in file.tensors.items() if name.endswith("ffn_up.weight")}
     assert matrices == {dtype.upper()}
     assert file.tensors["v.patch_embd.weight"].shape == (64, 3, 12, 12)
@@ -130,17 +130,17 @@ def test_eyes_that_llama_cpp_cannot_read(
 ) -> None:
     model = make_model(tokenizer, vision=dataclasses.replace(SIGLIP, **changes))
     with pytest.raises(UsageError, match=message):
-        write_mmproj(model, tmp_path / "eyes.gguf")
-    assert not (tmp_path / "eyes.gguf").exists()
+        write_mmproj(model, tmp_path / "picture_reader.gguf")
+    assert not (tmp_path / "picture_reader.gguf").exists()
 
 
 # llama.cpp
 
 
 class Llama:
-    """A text model and eyes in llama.cpp, through its multimodal library."""
+    """A text model and a vision tower in llama.cpp, through its multimodal library."""
 
-    def __init__(self, text: Path, eyes: Path) -> None:
+    def __init__(self, text: Path, picture_reader: Path) -> None:
         llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
         self.mtmd = pytest.importorskip("llama_cpp.mtmd_cpp", reason="llama-cpp-python was built without mtmd")
         self.api = llama_cpp
@@ -149,7 +149,7 @@ class Llama:
         )
         params = self.mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads, params.warmup = False, False, 1, False
-        self.context = self.mtmd.mtmd_init_from_file(str(eyes).encode(), self.llama.model, params)
+        self.context = self.mtmd.mtmd_init_from_file(str(picture_reader).encode(), self.llama.model, params)
         assert self.context, "llama.cpp does not read the file"
 
     def logits(self, text: str, images: list[DecodedImage]) -> tuple[list[int | None], np.ndarray]:
@@ -202,12 +202,12 @@ class Llama:
 )
 def test_llama_cpp_gives_the_same_logits(tokenizer: Tokenizer, tmp_path: Path, text: str, vision: VisionConfig) -> None:
     model = make_model(tokenizer, text, vision)
-    text_file, eyes = tmp_path / "seer.gguf", tmp_path / "seer-mmproj.gguf"
+    text_file, picture_reader = tmp_path / "seer.gguf", tmp_path / "seer-mmproj.gguf"
     write_gguf(text_part(model), tokenizer_to_gguf(tokenizer, model.config.vocab_size), text_file, "f32")
-    write_mmproj(model, eyes, "f32")
+    write_mmproj(model, picture_reader, "f32")
     noise = np.random.default_rng(1).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     images = [DecodedImage(pixels) for pixels in noise]
-    engine = Llama(text_file, eyes)
+    engine = Llama(text_file, picture_reader)
     ids, actual = engine.logits("It was <__media__> the best <__media__>of times", images)
     engine.close()
     assert ids.count(None) == 2 * vision.tokens

@@ -40,12 +40,12 @@ TOWER: dict[str, Any] = {
 }
 
 
-def with_eyes(family: str = "llama", vision: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
-    eyes = VisionConfig(**{**TOWER, **(vision or {})})
+def seeing_config(family: str = "llama", vision: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    picture_reader = VisionConfig(**{**TOWER, **(vision or {})})
     groups: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
     if family.startswith("gpt"):  # whose embeddings transformers does not find, so it cannot tie them
         groups = {"tie_word_embeddings": False, "intermediate_size": 128}
-    return FAMILIES[family](**{**SIZES, **groups, **changes}, vision=eyes, image_token_id=IMAGE)
+    return FAMILIES[family](**{**SIZES, **groups, **changes}, vision=picture_reader, image_token_id=IMAGE)
 
 
 def made(config: ModelConfig) -> Transformer:
@@ -96,7 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral", "gpt2", "gpt3"])
 def test_logits_and_gradients_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
-    config = with_eyes(family)
+    config = seeing_config(family)
     model = made(config)
     save_model(model, tmp_path)
     reference = theirs(tmp_path)
@@ -121,7 +121,7 @@ def test_logits_and_gradients_equal_those_of_transformers(family: str, tmp_path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_towers_of_llava_equal_those_of_transformers(variant: str, tmp_path: Path) -> None:
-    config = with_eyes("llama", VARIANTS[variant])
+    config = seeing_config("llama", VARIANTS[variant])
     model = made(config)
     save_model(model, tmp_path)
     ids, pixels = inputs(config)
@@ -137,7 +137,7 @@ def test_towers_of_llava_equal_those_of_transformers(variant: str, tmp_path: Pat
 @pytest.mark.parametrize("layout", ["idefics3", "smolvlm"])
 def test_idefics_and_smolvlm_equal_transformers(layout: str, tmp_path: Path) -> None:
     vision = {"image_size": 32, "post_norm": True, "pixel_shuffle": 2, "projector": "linear", "projector_bias": False}
-    config = with_eyes("llama", {**vision, "resample": "lanczos", "model_type": layout})
+    config = seeing_config("llama", {**vision, "resample": "lanczos", "model_type": layout})
     model = made(config)
     save_model(model, tmp_path)
     ids, pixels = inputs(config, (2, 2))
@@ -151,7 +151,7 @@ def test_idefics_and_smolvlm_equal_transformers(layout: str, tmp_path: Path) -> 
 
 
 def test_the_features_are_those_before_the_last_norm(tmp_path: Path) -> None:
-    config = with_eyes()
+    config = seeing_config()
     model = made(config)
     save_model(model, tmp_path)
     reference = theirs(tmp_path)
@@ -233,7 +233,7 @@ def test_directories_that_transformers_wrote_are_read(kind: str, options: dict[s
 def test_names_of_newer_directories_are_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    config = with_eyes("qwen3")
+    config = seeing_config("qwen3")
     model = made(config)
     save_model(model, tmp_path)
     path = tmp_path / "model.safetensors"
@@ -251,7 +251,7 @@ def test_names_of_newer_directories_are_read(tmp_path: Path) -> None:
 
 def test_how_pictures_are_prepared_is_stored_and_read(tmp_path: Path) -> None:
     vision = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6), "resample": "bilinear", "center_crop": True}
-    config = with_eyes("llama", vision)
+    config = seeing_config("llama", vision)
     save_model(made(config), tmp_path)
     assert open_model(tmp_path).config == config
     stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -269,7 +269,7 @@ def test_the_processor_of_transformers_makes_the_same_inputs(tmp_path: Path) -> 
 
     from gptsmith.data.images import DecodedImage
 
-    config = with_eyes()
+    config = seeing_config()
     save_model(made(config), tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
     theirs = CLIPImageProcessorPil.from_pretrained(tmp_path)
@@ -301,8 +301,8 @@ def test_the_processor_of_transformers_makes_the_same_inputs(tmp_path: Path) -> 
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], message: str) -> None:
-    values = config_to_hf(with_eyes())
-    assert config_from_hf(values, "config.json") == with_eyes()
+    values = config_to_hf(seeing_config())
+    assert config_from_hf(values, "config.json") == seeing_config()
     with pytest.raises(CheckpointError, match=message):
         config_from_hf({**values, **change}, "config.json")
 
@@ -320,7 +320,7 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], messag
     ],
 )
 def test_preparations_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
-    config = with_eyes()
+    config = seeing_config()
     assert config.vision is not None
     with pytest.raises(CheckpointError, match=message):
         config_from_hf(config_to_hf(config), "x", preprocessor={**preprocessor_to_hf(config.vision), **change})
@@ -328,7 +328,7 @@ def test_preparations_that_are_not_supported_are_refused(change: dict[str, Any],
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_counted(variant: str) -> None:
-    config = with_eyes("llama", VARIANTS[variant])
+    config = seeing_config("llama", VARIANTS[variant])
     assert count_parameters(config).total == Transformer(config).num_parameters()
 
 
@@ -338,7 +338,7 @@ def test_pixel_shuffle_joins_neighbors() -> None:
 
 
 def test_the_number_of_image_tokens_must_fit() -> None:
-    config = with_eyes()
+    config = seeing_config()
     model = made(config)
     ids, pixels = inputs(config)
     for wrong in (pixels[:2], torch.cat((pixels, pixels[:1]))):
@@ -351,7 +351,7 @@ def test_the_number_of_image_tokens_must_fit() -> None:
 
 
 def test_a_picture_changes_only_what_comes_after_it() -> None:
-    config = with_eyes()
+    config = seeing_config()
     model = made(config)
     ids, pixels = inputs(config, (2,))
     other = pixels.clone()
@@ -370,7 +370,7 @@ def test_the_parser_of_vllm_reads_the_directory(tmp_path: Path) -> None:
     known = set(ModelRegistry.get_supported_archs())
     for family, expected in (("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM")):
         directory = tmp_path / family
-        save_model(made(with_eyes(family)), directory)
+        save_model(made(seeing_config(family)), directory)
         read = configs.get_config(str(directory), trust_remote_code=False)
         assert read.architectures == ["LlavaForConditionalGeneration"]
         text = configs.get_hf_text_config(read)

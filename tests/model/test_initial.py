@@ -34,7 +34,7 @@ def test_seeds_and_names_differ() -> None:
     model, other = new_model(1), new_model(2)
     weights = {name: p for name, p in model.named_parameters() if p.std() > 0}
     assert not any(torch.equal(p, dict(other.named_parameters())[name]) for name, p in weights.items())
-    first, second = model.layers[0].attention.o_proj.weight, model.layers[1].attention.o_proj.weight
+    first, second = (weights[f"layers.{i}.attention.o_proj.weight"] for i in (0, 1))
     assert not torch.equal(first, second)
     correlation = torch.corrcoef(torch.stack((first.detach().flatten(), second.detach().flatten())))[0, 1]
     assert abs(float(correlation)) < 5 / first.numel() ** 0.5

@@ -55,13 +55,13 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-def make_tokenizer(*, eyes: bool = False) -> Tokenizer:
+def make_tokenizer(*, image_token: bool = False) -> Tokenizer:
     """Return a byte-level tokenizer whose chat template supports tools. As in Qwen, calls start with a
-    token that is not special. eyes: it has a token that stands for a picture."""
+    token that is not special. image_token: it has a token that stands for a picture."""
     words = '{"name": "arguments": "city": "Rome"} true false the cat sat on a mat. Tools: system user assistant \n' * 3
     pipeline = Pipeline.from_str(train_bpe([words], 320).to_json())
     pipeline.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
-    if eyes:
+    if image_token:
         pipeline.add_special_tokens([AddedToken("<image>", special=True)])
     pipeline.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>")])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}

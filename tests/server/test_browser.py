@@ -620,7 +620,7 @@ PUT = """([selector, type, encoded, name, kind]) => {
 
 @pytest.fixture(scope="module")
 def seeing_site() -> Iterator[Live]:
-    server = Live(more={"seer": (make_tokenizer(eyes=True), trained_seer)}).start()
+    server = Live(more={"seer": (make_tokenizer(image_token=True), trained_seer)}).start()
     yield server
     server.stop()
 

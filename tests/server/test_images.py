@@ -55,7 +55,7 @@ def question(*parts: bytes | str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-SEER = {"seer": (make_tokenizer(eyes=True), make_seer)}
+SEER = {"seer": (make_tokenizer(image_token=True), make_seer)}
 
 
 @pytest.fixture(scope="module")

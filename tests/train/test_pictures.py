@@ -19,7 +19,7 @@ import gptsmith
 from gptsmith.checkpoint import CheckpointStore
 from gptsmith.cli import main
 from gptsmith.data.conversations import Renderer, as_conversation
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.errors import CheckpointError, DataError, UsageError
 from gptsmith.loading import load_model
 from gptsmith.log import JsonLines
@@ -55,15 +55,15 @@ def test_a_tiny_model_learns_to_name_pictures(model: Path, rows: Path, tmp_path:
     losses = [row["val_loss"] for row in JsonLines(tmp_path / "run" / "metrics.jsonl").read() if "val_loss" in row]
     assert losses[-1] < 0.1 < losses[0]
     trained, tokenizer = load_model(run)
-    eyes = Eyes.of(trained.config, tokenizer)
-    assert eyes is not None
-    renderer = Renderer(tokenizer, eyes=eyes)
+    picture_reader = PictureReader.of(trained.config, tokenizer)
+    assert picture_reader is not None
+    renderer = Renderer(tokenizer, picture_reader=picture_reader)
     folder = rows.parent / "pictures"
     with torch.no_grad():
         for color in ("red", "green", "blue", "black"):
             row = {"image": str(folder / f"{color}-disk.png"), "caption": f"a {color} disk"}
             example = renderer.render(as_conversation(row), folder)
-            pixels = eyes.pixels(example.images)
+            pixels = picture_reader.pixels(example.images)
             guess = trained(torch.tensor([example.ids]), pixels=pixels)[0].argmax(dim=-1)
             answer = [i for i, counts in enumerate(example.trained) if counts]
             assert guess[[i - 1 for i in answer]].tolist() == [example.ids[i] for i in answer]
@@ -143,12 +143,12 @@ def test_an_adapter_is_saved_with_the_projector_and_peft_reads_it(model: Path, r
     theirs = peft.PeftModel.from_pretrained(base, store.path(store.steps()[-1])).eval()
     ours, tokenizer = load_model(run)
     original, _ = load_model(model)
-    eyes = Eyes.of(ours.config, tokenizer)
-    assert eyes is not None
-    example = Renderer(tokenizer, eyes=eyes).render(
+    picture_reader = PictureReader.of(ours.config, tokenizer)
+    assert picture_reader is not None
+    example = Renderer(tokenizer, picture_reader=picture_reader).render(
         as_conversation({"image": "red-disk.png", "caption": "a red disk"}), rows.parent / "pictures"
     )
-    ids, pixels = torch.tensor([example.ids]), eyes.pixels(example.images)
+    ids, pixels = torch.tensor([example.ids]), picture_reader.pixels(example.images)
     with torch.no_grad():
         found = ours(ids, pixels=pixels)
         assert (theirs(input_ids=ids, pixel_values=pixels).logits - found).abs().max() < 1e-4

@@ -54,7 +54,7 @@ def _show(chosen: Show) -> int:
     import sys
 
     from gptsmith.data.conversations import Counts
-    from gptsmith.data.pictures import Eyes
+    from gptsmith.data.pictures import PictureReader
     from gptsmith.data.show import kind_of, show, show_preferences, show_prompts
     from gptsmith.loading import source_of
     from gptsmith.tasks.specs import is_task
@@ -87,7 +87,11 @@ def _show(chosen: Show) -> int:
         needs_template = chosen.prompt_form == "chat" or (chosen.prompt_form == "auto" and files.needs_template())
         if ChatTemplate(tokenizer).plain and needs_template:  # as training does
             tokenizer, _ = with_chat_template(tokenizer)
-        how: dict[str, Any] = {"index": chosen.index, "color": color, "eyes": Eyes.of(model.config, tokenizer)}
+        how: dict[str, Any] = {
+            "index": chosen.index,
+            "color": color,
+            "picture_reader": PictureReader.of(model.config, tokenizer),
+        }
         if kind == "preferences":
             shown = show_preferences(files.path, tokenizer, form=chosen.prompt_form, **how)
         else:

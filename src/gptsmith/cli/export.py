@@ -117,6 +117,6 @@ def _write_gguf(chosen: Export) -> int:
     )
     print(describe(chosen.out, model, dtype, paths))
     if model.config.vision is not None:
-        eyes = mmproj_path(chosen.out)
-        print(f"{eyes}: vision tower and projector, {eyes.stat().st_size / 1e6:,.1f} MB")
+        vision = mmproj_path(chosen.out)
+        print(f"{vision}: vision tower and projector, {vision.stat().st_size / 1e6:,.1f} MB")
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptsmith.data.images import ImageError
-from gptsmith.data.pictures import Eyes, Picture
+from gptsmith.data.pictures import Picture, PictureReader
 from gptsmith.data.rows import Row, Split, read_rows
 from gptsmith.errors import DataError, TokenizerError, nearest
 from gptsmith.tokenizer import Tokenizer
@@ -438,12 +438,14 @@ class Example(NamedTuple):
 class Renderer:
     """Turns conversations into token ids as a served model sees them.
 
-    train_on: every turn of the assistant, or the last one. eyes: how the model reads pictures, None if it does not.
-    Raises TokenizerError for a chat template that is not valid.
+    train_on: every turn of the assistant, or the last one. picture_reader: None if the model reads no
+    pictures. Raises TokenizerError for a chat template that is not valid.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, train_on: TrainOn = "all", eyes: Eyes | None = None) -> None:
-        self.tokenizer, self.train_on, self.eyes = tokenizer, train_on, eyes
+    def __init__(
+        self, tokenizer: Tokenizer, *, train_on: TrainOn = "all", picture_reader: PictureReader | None = None
+    ) -> None:
+        self.tokenizer, self.train_on, self.picture_reader = tokenizer, train_on, picture_reader
         self.template = ChatTemplate(tokenizer)
 
     def render(self, conversation: Conversation, base: Path | None = None) -> Example:
@@ -453,34 +455,34 @@ class Renderer:
         """
         images: tuple[Picture, ...] = ()
         if conversation.images:
-            self._check_eyes()
+            self._check_picture_reader()
         try:
             ids, mask = self._text(conversation) if conversation.is_text else self._chat(conversation)
         except TokenizerError as error:
             raise RowError(str(error)) from None
         if sources := conversation.images:
-            eyes = self._eyes_for(ids, len(sources))
-            ids, mask = eyes.expand(ids), eyes.expand_along(ids, mask)
+            picture_reader = self._reader_for(ids, len(sources))
+            ids, mask = picture_reader.expand(ids), picture_reader.expand_along(ids, mask)
             try:
-                images = tuple(eyes.read(source, base) for source in sources)
+                images = tuple(picture_reader.read(source, base) for source in sources)
             except ImageError as error:
                 raise RowError(str(error)) from None
         if not any(mask):
             raise RowError("no token of it would be trained on.")
         return Example(ids, mask, images)
 
-    def _eyes_for(self, ids: Sequence[int], count: int) -> Eyes:
-        """Return the eyes of the model. Raise RowError unless the template has written `count` image tokens."""
-        eyes = self._check_eyes()
-        written = list(ids).count(eyes.token_id)
+    def _reader_for(self, ids: Sequence[int], count: int) -> PictureReader:
+        """Return the reader of the model. Raise RowError unless the template has written `count` image tokens."""
+        picture_reader = self._check_picture_reader()
+        written = list(ids).count(picture_reader.token_id)
         if written != count:
             raise RowError(f"the model's chat template writes {written} image tokens for {count} pictures.")
-        return eyes
+        return picture_reader
 
-    def _check_eyes(self) -> Eyes:
-        if self.eyes is None:
+    def _check_picture_reader(self) -> PictureReader:
+        if self.picture_reader is None:
             raise RowError("it has a picture, and this model reads none: add a vision tower with gptsmith vision init.")
-        return self.eyes
+        return self.picture_reader
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the ids of everything before the last answer: what a served model answers."""
@@ -494,10 +496,10 @@ class Renderer:
         """Return the ids of messages that are to be answered, and the beginning of the answer."""
         count = len(pictures_of(messages))
         if count:
-            self._check_eyes()
+            self._check_picture_reader()
         ids: list[int] = self.template.encode(without_sources(messages), **_variables(tools))
         if count:
-            ids = self._eyes_for(ids, count).expand(ids)
+            ids = self._reader_for(ids, count).expand(ids)
         return ids
 
     def _chat(self, conversation: Conversation) -> tuple[list[int], list[bool]]:

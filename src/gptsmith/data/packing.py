@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader, TokenBatch
-from gptsmith.data.pictures import Eyes, Picture
+from gptsmith.data.pictures import Picture, PictureReader
 from gptsmith.errors import DataError, UsageError
 from gptsmith.model.config import IGNORED
 
@@ -113,7 +113,7 @@ class PackedLoader(RowLoader[TokenBatch]):
 
     batch_size: B. seq_len: T, what an example without its last
     token must fit into. packing: False: one example per row, and rows as wide as the longest of a batch.
-    eyes: how pictures are read. augment: vary them from epoch to epoch, as a function of seed and position.
+    picture_reader: how pictures are read. augment: vary them from epoch to epoch, as a function of seed and position.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class PackedLoader(RowLoader[TokenBatch]):
         seq_len: int,
         seed: int,
         packing: bool = True,
-        eyes: Eyes | None = None,
+        picture_reader: PictureReader | None = None,
         augment: bool = False,
     ) -> None:
         if not len(examples):
             raise DataError("there is no example to train on.")
         self.examples, self.seq_len, self.packing = examples, seq_len, packing
-        self.eyes, self.augment = eyes, augment
+        self.picture_reader, self.augment = picture_reader, augment
         self.rows = pack(examples.lengths - 1, seq_len) if packing else [[i] for i in range(len(examples))]
         super().__init__(len(self.rows), batch_size=batch_size, seed=seed)
 
@@ -151,7 +151,7 @@ class PackedLoader(RowLoader[TokenBatch]):
         if not self.packing:
             longest = max(int(self.examples.lengths[i]) - 1 for row in chosen for i in row)
             width = min(self.seq_len, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-        return packed_batch(self.examples, chosen, width, self.eyes, variation)
+        return packed_batch(self.examples, chosen, width, self.picture_reader, variation)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -169,12 +169,12 @@ def packed_batch(
     examples: Examples,
     rows: Sequence[Sequence[int]],
     width: int,
-    eyes: Eyes | None = None,
+    picture_reader: PictureReader | None = None,
     variation: tuple[int, int] | None = None,
 ) -> TokenBatch:
     """Return rows of examples as a batch (B, width). Padding is a document of its own, -1, without targets.
 
-    eyes: reads the pictures of the examples. variation: numbers that augmentation follows from; None: no augmentation.
+    picture_reader: of the pictures of the examples. variation: numbers that augmentation follows from; None: none.
     Raises DataError where a row's image tokens are not those of its pictures.
     """
     import torch
@@ -192,7 +192,7 @@ def packed_batch(
             targets[r, at:end] = np.where(trained[1:], tokens[1:], IGNORED)
             documents[r, at:end] = number
             at = end
-    images = _images_of(examples, rows, ids, eyes, variation)
+    images = _images_of(examples, rows, ids, picture_reader, variation)
     return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(documents), images)
 
 
@@ -200,17 +200,17 @@ def _images_of(
     examples: Examples,
     rows: Sequence[Sequence[int]],
     ids: NDArray[np.int64],
-    eyes: Eyes | None,
+    picture_reader: PictureReader | None,
     variation: tuple[int, int] | None,
 ) -> Images | None:
     """Return the pictures of packed rows, whose number must be that of their tokens in ids (B, T)."""
     pictures = [[picture for index in row for picture in examples.images[index]] for row in rows]
-    if eyes is None:
+    if picture_reader is None:
         if any(pictures):
             raise DataError("the examples have pictures, and this model reads none.")
         return None
     for row, found in zip(ids, pictures, strict=True):
-        tokens, expected = int((row == eyes.token_id).sum()), len(found) * eyes.processor.tokens
+        tokens, expected = int((row == picture_reader.token_id).sum()), len(found) * picture_reader.processor.tokens
         if tokens != expected:
             raise DataError(f"a row has {tokens:,} image tokens for {len(found)} pictures, which need {expected:,}.")
     if not any(pictures):
@@ -219,4 +219,4 @@ def _images_of(
     from gptsmith.model.vision import Images
 
     numbers = tuple(row for row, found in enumerate(pictures) for _ in found)
-    return Images(eyes.pixels([picture for found in pictures for picture in found], variation), numbers)
+    return Images(picture_reader.pixels([picture for found in pictures for picture in found], variation), numbers)

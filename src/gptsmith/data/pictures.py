@@ -1,9 +1,9 @@
 """The pictures of rows: where they are, the tokens that stand for them, and their pixels in a batch.
 
-    eyes = Eyes.of(config, tokenizer)                    # None for a model that reads no pictures
-    picture = eyes.read("cat.png", base=folder)          # decoded once, so that a damaged one is found now
-    ids = eyes.expand(ids)                               # one image token becomes as many as there are features
-    pixels = eyes.pixels([picture])                      # (N, 3, S, S)
+    reader = PictureReader.of(config, tokenizer)        # None for a model that reads no pictures
+    picture = reader.read("cat.png", base=folder)       # decoded once, so that a damaged one is found now
+    ids = reader.expand(ids)                            # one image token becomes as many as there are features
+    pixels = reader.pixels([picture])                   # (N, 3, S, S)
 
 A picture is kept as its file, not as pixels, and decoded for every batch. Augmentation moves, scales and recolors it by
 random numbers that follow from the seed and the position in the data, so a resumed run sees the same pictures.
@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Eyes:
+class PictureReader:
     """How a model reads pictures. token_id: of the image token. before, after: tokens around those of a picture."""
 
     processor: ImageProcessor
@@ -50,8 +50,8 @@ class Eyes:
     after: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: ModelConfig, tokenizer: Tokenizer) -> Eyes | None:
-        """Return the eyes of a model, None if it reads no pictures."""
+    def of(cls, config: ModelConfig, tokenizer: Tokenizer) -> PictureReader | None:
+        """Return the reader of a model, None if it reads no pictures."""
         if config.vision is None or config.image_token_id is None:
             return None
         known = tokenizer.added_tokens()

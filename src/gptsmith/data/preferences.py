@@ -37,7 +37,7 @@ from gptsmith.data.conversations import (
     finite_number,
     with_pictures,
 )
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.prompts import PromptForm, as_text, prompt_of
 from gptsmith.data.rows import Row, Split, read_rows
 from gptsmith.errors import nearest
@@ -378,9 +378,11 @@ class PreferenceRenderer:
     Raises TokenizerError for a chat template that is not valid.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, form: PromptForm = "auto", eyes: Eyes | None = None) -> None:
-        self.last = Renderer(tokenizer, train_on="last", eyes=eyes)
-        self.all = Renderer(tokenizer, train_on="all", eyes=eyes)
+    def __init__(
+        self, tokenizer: Tokenizer, *, form: PromptForm = "auto", picture_reader: PictureReader | None = None
+    ) -> None:
+        self.last = Renderer(tokenizer, train_on="last", picture_reader=picture_reader)
+        self.all = Renderer(tokenizer, train_on="all", picture_reader=picture_reader)
         self.form = form
 
     def render(self, conversation: Conversation, start: int, base: Path | None = None) -> Example:

@@ -23,7 +23,7 @@ from gptsmith.data.conversations import (
     bad_row,
     read_conversations,
 )
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.preferences import Preference, PreferenceRenderer, Rated, is_preference, read_preferences
 from gptsmith.data.prompts import PromptForm, PromptRenderer, PromptRow, as_prompt, is_text_file
 from gptsmith.data.rows import read_rows
@@ -68,14 +68,14 @@ def show(
     index: int = 0,
     train_on: TrainOn = "all",
     color: bool = False,
-    eyes: Eyes | None = None,
+    picture_reader: PictureReader | None = None,
 ) -> Shown:
     """Return row `index` (from 0) of the conversations in a file or folder, rendered for a model's tokenizer.
 
-    color: mark by colors of a terminal instead of brackets. eyes: how the model reads pictures. Rows that cannot be
+    color: mark by colors of a terminal instead of brackets. picture_reader: of the model. Rows that cannot be
     used are counted. Raises UsageError where there is no such row.
     """
-    renderer, counts = Renderer(tokenizer, train_on=train_on, eyes=eyes), Counts()
+    renderer, counts = Renderer(tokenizer, train_on=train_on, picture_reader=picture_reader), Counts()
     lengths: list[int] = []
     trained = images = 0
     chosen: tuple[str, Example] | None = None
@@ -95,10 +95,10 @@ def show(
         raise _no_such_row(path, "conversations", len(lengths), index, counts)
     where, example = chosen
     share = f"trained on: {trained:,} of {sum(lengths):,} tokens ({trained / sum(lengths):.0%})"
-    if eyes is not None and images:
-        share += f"; {images:,} pictures of {len(eyes.tokens):,} tokens each"
+    if picture_reader is not None and images:
+        share += f"; {images:,} pictures of {len(picture_reader.tokens):,} tokens each"
     summary = _summary("conversations", len(lengths), {"tokens": lengths}, counts, share)
-    return Shown(where, marked(example, tokenizer, color=color, eyes=eyes), summary)
+    return Shown(where, marked(example, tokenizer, color=color, picture_reader=picture_reader), summary)
 
 
 def show_preferences(
@@ -108,10 +108,10 @@ def show_preferences(
     index: int = 0,
     form: PromptForm = "auto",
     color: bool = False,
-    eyes: Eyes | None = None,
+    picture_reader: PictureReader | None = None,
 ) -> Shown:
     """Return preference `index` (from 0) of a file or folder: a pair, one answer below the other, or a rated answer."""
-    renderer, counts = PreferenceRenderer(tokenizer, form=form, eyes=eyes), Counts()
+    renderer, counts = PreferenceRenderer(tokenizer, form=form, picture_reader=picture_reader), Counts()
     lengths: dict[str, list[int]] = collections.defaultdict(list)
     shown: tuple[str, str] | None = None
     number, what = 0, "preferences"
@@ -124,7 +124,10 @@ def show_preferences(
             continue
         what = "rated answers" if isinstance(preference, Rated) else "pairs of answers"
         if number == index:
-            texts = (f"{name}:\n{marked(each, tokenizer, color=color, eyes=eyes)}" for name, each in examples.items())
+            texts = (
+                f"{name}:\n{marked(each, tokenizer, color=color, picture_reader=picture_reader)}"
+                for name, each in examples.items()
+            )
             shown = row.where, "\n".join(texts)
         for name, example in examples.items():
             lengths[name].append(sum(example.trained))
@@ -192,13 +195,15 @@ def _summary(
     return tuple(lines)
 
 
-def marked(example: Example, tokenizer: Tokenizer, *, color: bool = False, eyes: Eyes | None = None) -> str:
+def marked(
+    example: Example, tokenizer: Tokenizer, *, color: bool = False, picture_reader: PictureReader | None = None
+) -> str:
     """Return the text of an example, with special tokens, and what is trained on in [brackets] or green.
 
     Of the tokens of a picture, the first one and their number are shown: <image>×36.
     """
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
-    image = None if eyes is None else eyes.token_id
+    image = None if picture_reader is None else picture_reader.token_id
     pieces = []
     for trained, ids in _runs(example, image):
         text = tokenizer.decode(ids[:1] if ids[0] == image else ids, skip_special_tokens=False)

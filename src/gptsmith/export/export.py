@@ -147,7 +147,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def describe(out: Path, model: Transformer, dtype: str, paths: Sequence[Path] = ()) -> str:
     """Describe an exported model in one line: parameters, family, context, vocabulary, precision, size.
 
-    paths: its files (default: those in the directory `out`), which are GGUF: without a model's eyes.
+    paths: its files (default: those in the directory `out`), which are GGUF: without a vision tower.
     """
     c = model.config
     size = sum(p.stat().st_size for p in paths or out.iterdir())

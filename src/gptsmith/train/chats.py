@@ -10,7 +10,7 @@ from typing import Any
 
 from gptsmith.data.conversations import Conversation, Counts, Example, Renderer, RowError, bad_row, read_conversations
 from gptsmith.data.packing import Examples
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.rows import Split, row_files
 from gptsmith.errors import DataError
 from gptsmith.log import note, progress
@@ -29,13 +29,13 @@ SHOWN = 3  # held-out conversations that are kept whole, to be answered in previ
 @dataclass(frozen=True)
 class Chats:
     """Conversations ready for training. shown: some held-out ones without pictures, whose prompts the model answers in
-    previews. eyes: how the model reads pictures."""
+    previews. picture_reader: how the model reads pictures."""
 
     train: Examples
     val: Examples
     counts: Counts
     shown: tuple[Conversation, ...] = ()
-    eyes: Eyes | None = None
+    picture_reader: PictureReader | None = None
 
     @property
     def num_images(self) -> int:
@@ -119,8 +119,8 @@ class ChatFiles(RowFiles):
         """Read and render all conversations. Raise DataError for the first bad row, or as the options say."""
         method = config.method
         assert isinstance(method, SftConfig)
-        eyes, counts = self.eyes(tokenizer), Counts()
-        renderer = Renderer(tokenizer, train_on=method.train_on, eyes=eyes)
+        picture_reader, counts = self.picture_reader(tokenizer), Counts()
+        renderer = Renderer(tokenizer, train_on=method.train_on, picture_reader=picture_reader)
         conversations: list[Conversation] = []  # of the last rows: some are shown
 
         def examples(path: Path, split: Split = "train") -> Iterator[Example]:
@@ -149,7 +149,7 @@ class ChatFiles(RowFiles):
             held_out = num_held_out(len(found), config.data.val_fraction)
             found, val = found[: len(found) - held_out], found[len(found) - held_out :]
         shown = tuple(conversations[-min(SHOWN, max(1, len(val))) :])
-        return Chats(Examples(found), Examples(val), counts, shown, eyes)
+        return Chats(Examples(found), Examples(val), counts, shown, picture_reader)
 
     def needs_template(self) -> bool:
         """Return whether any row is a conversation, and not a prompt with its completion as plain text."""

@@ -137,7 +137,8 @@ def adapted_to_init(
     model, most = init.config, init.config.max_position_embeddings
     if model.vision is None and config.vision != PictureConfig():
         raise UsageError(
-            f"{config.init.init} reads no pictures: leave out the --vision options, or give it eyes first."
+            f"{config.init.init} reads no pictures: leave out the --vision options, or add a vision "
+            "tower first (`gptsmith vision init`)."
         )
     adapter, choice = _wants_adapter(config, overrides), "as set"
     if not adapter and config.adapter.lora == "auto":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, overload
 
 from gptsmith.data.conversations import Counts, Example, RowError, bad_row
 from gptsmith.data.packing import Examples
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.preferences import Preference, PreferenceRenderer, Rated, read_preferences
 from gptsmith.data.rows import Row, Split, row_files
 from gptsmith.errors import DataError, UsageError
@@ -110,13 +110,13 @@ Part: TypeAlias = Pairs | LabeledRows
 class Preferences:
     """Preferences ready for training: pairs in both parts, or rated answers in both.
 
-    eyes: how the model reads pictures.
+    picture_reader: how the model reads pictures.
     """
 
     train: Part
     val: Part
     counts: Counts
-    eyes: Eyes | None = None
+    picture_reader: PictureReader | None = None
 
     @property
     def are_pairs(self) -> bool:
@@ -236,8 +236,8 @@ class PreferenceFiles(RowFiles):
         """
         method = config.method
         assert isinstance(method, PreferenceConfig)
-        eyes, counts = self.eyes(tokenizer), Counts()
-        renderer = PreferenceRenderer(tokenizer, form=method.prompt_form, eyes=eyes)
+        picture_reader, counts = self.picture_reader(tokenizer), Counts()
+        renderer = PreferenceRenderer(tokenizer, form=method.prompt_form, picture_reader=picture_reader)
         num_texts = 0
 
         def read(path: Path, split: Split = "train") -> Iterator[tuple[Row, Preference | Rated]]:
@@ -285,7 +285,7 @@ class PreferenceFiles(RowFiles):
             raise DataError(f"{self.spec} and its validation data must both be pairs, or both rated answers.")
         check_two_sided(train)
         remind_of_template(tokenizer, method.prompt_form, num_texts)
-        return Preferences(train, val, counts, eyes)
+        return Preferences(train, val, counts, picture_reader)
 
     def needs_template(self) -> bool:
         """Return whether any row is a conversation, and not plain text."""

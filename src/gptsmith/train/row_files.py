@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gptsmith.data.corpora import CORPORA, corpus_path
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.prompts import PromptForm
 from gptsmith.data.rows import Split, row_files
 from gptsmith.data.sources import Spec
@@ -45,9 +45,9 @@ class RowFiles(abc.ABC):
         """Return the files as data for a model."""
         return replace(self, model=model)
 
-    def eyes(self, tokenizer: Tokenizer) -> Eyes | None:
+    def picture_reader(self, tokenizer: Tokenizer) -> PictureReader | None:
         """Return how the model reads pictures, None if it does not."""
-        return None if self.model is None else Eyes.of(self.model, tokenizer)
+        return None if self.model is None else PictureReader.of(self.model, tokenizer)
 
     @classmethod
     def open(cls, spec: Spec, config: RunConfig) -> Self:

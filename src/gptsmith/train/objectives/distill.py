@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import TokenBatch
 from gptsmith.data.packing import Examples, packed_batch
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.engine.engine import Engine
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.errors import UsageError
@@ -123,7 +123,9 @@ class Distill(Sft):
                 raise result.error
             ids = result.completions[0].ids  # the token that ended it is among them
             written.append(Example([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)))
-        return packed_batch(Examples(written), [[i] for i in range(len(written))], self.seq_len, self.chats.eyes)
+        return packed_batch(
+            Examples(written), [[i] for i in range(len(written))], self.seq_len, self.chats.picture_reader
+        )
 
     def _indices(self) -> list[int]:
         order = self.loader.order_at(self.loader.position)
@@ -197,7 +199,7 @@ def distill(context: Any) -> Distill:
         )
     if chats.num_images and method.on_policy:
         raise UsageError("--on-policy: a student answers texts alone, and the data has pictures.")
-    if chats.num_images and chats.eyes != Eyes.of(teacher.config, context.tokenizer):
+    if chats.num_images and chats.picture_reader != PictureReader.of(teacher.config, context.tokenizer):
         raise UsageError(f"the data has pictures, and the teacher {method.teacher_model()} reads none, or others.")
     return Distill(
         chats.within(config.loop.context, on_long=method.too_long),

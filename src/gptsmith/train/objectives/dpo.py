@@ -23,7 +23,7 @@ from gptsmith.checkpoint import TrainState
 from gptsmith.data.conversations import Example
 from gptsmith.data.loader import RowLoader
 from gptsmith.data.packing import Examples, packed_batch
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.evaluate.forgetting import text_bits_per_byte
@@ -77,11 +77,11 @@ class Answers:
     images: Images | None = None
 
     @classmethod
-    def of(cls, examples: Examples, most: int, eyes: Eyes | None = None) -> Answers:
+    def of(cls, examples: Examples, most: int, picture_reader: PictureReader | None = None) -> Answers:
         """Pack all of them into rows of at most `most` tokens, which the longest must fit into."""
         lengths = examples.lengths - 1
         rows = _balanced_rows(lengths.tolist(), most)
-        batch = packed_batch(examples, rows, max(int(lengths[row].sum()) for row in rows), eyes)
+        batch = packed_batch(examples, rows, max(int(lengths[row].sum()) for row in rows), picture_reader)
         assert batch.document_ids is not None
         owner = torch.full_like(batch.ids, len(examples))
         for r, row in enumerate(rows):
@@ -180,11 +180,11 @@ class PreferenceBatch:
             baseline=None if self.baseline is None else self.baseline.to(device),
         )
 
-    def answers(self, most: int, eyes: Eyes | None = None) -> Answers:
+    def answers(self, most: int, picture_reader: PictureReader | None = None) -> Answers:
         """Return all answers, packed into rows of at most `most` tokens."""
         if isinstance(self.examples, Tensor):
             return Answers.of_equal_length(self.examples)
-        return Answers.of(Examples(self.examples), most, eyes)
+        return Answers.of(Examples(self.examples), most, picture_reader)
 
     def answer_tokens(self) -> Tensor:
         """Return the number of tokens of each answer, (n,) or (2n,)."""
@@ -309,7 +309,12 @@ class Dpo(Objective[PreferenceBatch]):
         should_stop: Stop = lambda: False,
         ranks: DistributedContext = ALONE,
     ) -> None:
-        self.method, self.tokenizer, self.context, self.eyes = method, tokenizer, context, preferences.eyes
+        self.method, self.tokenizer, self.context, self.picture_reader = (
+            method,
+            tokenizer,
+            context,
+            preferences.picture_reader,
+        )
         self.make_reference, self.autocast = reference, autocast
         self.should_stop, self.ranks = should_stop, ranks
         self.options = LossOptions(method.scale, method.label_smoothing, method.gamma)
@@ -380,9 +385,9 @@ class Dpo(Objective[PreferenceBatch]):
                 if rank < len(together) or self.ranks.layout.divides_model:  # then all run each pass together
                     chunk = together[min(rank, len(together) - 1)]
                     with self.autocast():
-                        values = Answers.of(Examples(examples[i] for i in chunk), self.context, self.eyes).logprobs(
-                            model
-                        )
+                        values = Answers.of(
+                            Examples(examples[i] for i in chunk), self.context, self.picture_reader
+                        ).logprobs(model)
                     if rank < len(together):
                         mine[chunk] = values.cpu().double()
                 done += [index for chunk in together for index in chunk]
@@ -409,7 +414,7 @@ class Dpo(Objective[PreferenceBatch]):
         with torch.no_grad(), self.autocast():
             for chunk in _chunks(examples):
                 ours[chunk] = (
-                    Answers.of(Examples(examples[i] for i in chunk), self.context, self.eyes)
+                    Answers.of(Examples(examples[i] for i in chunk), self.context, self.picture_reader)
                     .logprobs(models.policy)
                     .float()
                     .cpu()
@@ -421,7 +426,7 @@ class Dpo(Objective[PreferenceBatch]):
         return float(batch.num_rows), batch.num_tokens()
 
     def loss(self, models: Models, batch: PreferenceBatch) -> LossOutput:
-        ours = batch.answers(self.context, self.eyes).logprobs(models.policy)
+        ours = batch.answers(self.context, self.picture_reader).logprobs(models.policy)
         loss, metrics = self._loss_of(ours, batch)
         return LossOutput(loss.sum(), {name: Sum(value.sum(), float(len(value))) for name, value in metrics.items()})
 

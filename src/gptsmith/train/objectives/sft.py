@@ -10,7 +10,7 @@ from typing import Any
 from gptsmith.checkpoint import TrainState
 from gptsmith.data.loader import TokenBatch, TokenLoader
 from gptsmith.data.packing import PackedLoader
-from gptsmith.data.pictures import Eyes
+from gptsmith.data.pictures import PictureReader
 from gptsmith.data.shards import Dataset
 from gptsmith.distributed.context import ALONE, DistributedContext
 from gptsmith.errors import UsageError
@@ -64,8 +64,8 @@ class Sft(NextToken):
             rows -= replayed
             self.replay = TokenLoader(text.train, batch_size=replayed, seq_len=seq_len, seed=seed, mask_documents=True)
         shape: dict[str, Any] = {"batch_size": rows, "seq_len": seq_len, "seed": seed, "packing": packing}
-        self.loader = PackedLoader(chats.train, eyes=chats.eyes, augment=augment, **shape)
-        self.val = PackedLoader(chats.val, eyes=chats.eyes, **shape) if len(chats.val) else None
+        self.loader = PackedLoader(chats.train, picture_reader=chats.picture_reader, augment=augment, **shape)
+        self.val = PackedLoader(chats.val, picture_reader=chats.picture_reader, **shape) if len(chats.val) else None
 
     def next_batch(self, models: Models, step: int) -> TokenBatch:
         batch = next(self.loader)
@@ -75,7 +75,11 @@ class Sft(NextToken):
         """Return a batch with as many pictures per row as there are on average, rounded up."""
         batch = super().example_batch(rows)
         per_row = math.ceil(self.chats.num_images / len(self.loader.rows))
-        return batch if self.chats.eyes is None else with_example_images(batch, self.chats.eyes, per_row)
+        return (
+            batch
+            if self.chats.picture_reader is None
+            else with_example_images(batch, self.chats.picture_reader, per_row)
+        )
 
     def normalizer(self, batch: TokenBatch) -> tuple[float, int]:
         """Return the number of trained tokens, and that of all tokens but padding."""
@@ -130,7 +134,7 @@ def _stacked(one: TokenBatch, other: TokenBatch) -> TokenBatch:
     )
 
 
-def with_example_images(batch: TokenBatch, eyes: Eyes, per_row: int) -> TokenBatch:
+def with_example_images(batch: TokenBatch, picture_reader: PictureReader, per_row: int) -> TokenBatch:
     """Return a batch of arbitrary tokens that begins with `per_row` arbitrary pictures in each row, as far as they
     fit, for forecasts and timing."""
     import torch
@@ -138,14 +142,14 @@ def with_example_images(batch: TokenBatch, eyes: Eyes, per_row: int) -> TokenBat
     from gptsmith.model.vision import Images
 
     rows, length = batch.ids.shape
-    count, size = eyes.processor.tokens, eyes.processor.size
+    count, size = picture_reader.processor.tokens, picture_reader.processor.size
     per_row = min(per_row, length // count)
     if not per_row:
         return batch
     positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
-    other = 0 if eyes.token_id else 1  # by chance, an arbitrary token may be that of pictures
-    ids = batch.ids.masked_fill(batch.ids == eyes.token_id, other)
-    ids = ids.masked_fill(positions < per_row * count, eyes.token_id)
+    other = 0 if picture_reader.token_id else 1  # by chance, an arbitrary token may be that of pictures
+    ids = batch.ids.masked_fill(batch.ids == picture_reader.token_id, other)
+    ids = ids.masked_fill(positions < per_row * count, picture_reader.token_id)
     pixels = torch.rand(rows * per_row, 3, size, size)
     numbers = tuple(row for row in range(rows) for _ in range(per_row))
     return batch._replace(ids=ids, images=Images(pixels, numbers))
