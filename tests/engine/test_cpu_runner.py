@@ -10,7 +10,7 @@ import torch
 from gptsmith.engine import cpu_runner
 from gptsmith.engine.cpu_runner import CpuRunner, is_supported
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.runner import Runner
+from gptsmith.engine.runner import Runner, StepInputs
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.formats.peft import adapter_layout
 from gptsmith.kernels.threads import kernels_available
@@ -56,15 +56,15 @@ def test_equals_the_transformer(family: str, bits: int, threads: int) -> None:
     steps = 0
     program = runner._logits
 
-    def both(*arguments: Any) -> torch.Tensor:
+    def both(inputs: StepInputs) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        actual, expected = program(*arguments), Runner._logits(runner, *arguments)
+        actual, expected = program(inputs), Runner._logits(runner, inputs)
         # Quantized weights round their inputs to 8 bits, too: a value halfway between two can be rounded either way.
         assert (actual - expected).norm() <= (1e-5 if bits == 32 else 0.03) * expected.norm()
         return actual
 
-    runner._logits = both  # type: ignore[assignment, method-assign]
+    runner._logits = both  # type: ignore[method-assign]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -202,14 +202,14 @@ def compare(model: Transformer, tolerance: float, adapters: dict[str, Adapter] |
     assert isinstance(runner, CpuRunner)
     steps, program = 0, runner._logits
 
-    def both(*arguments: Any) -> torch.Tensor:
+    def both(inputs: StepInputs) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        actual, expected = program(*arguments), Runner._logits(runner, *arguments)
+        actual, expected = program(inputs), Runner._logits(runner, inputs)
         assert (actual - expected).norm() <= tolerance * expected.norm()
         return actual
 
-    runner._logits = both  # type: ignore[assignment, method-assign]
+    runner._logits = both  # type: ignore[method-assign]
     names = [None, *(adapters or {})]
     prompts = [[1, 2, 3], [4], list(range(20)), [9, 9]]
     params = [SamplingParams(max_tokens=12, temperature=0, adapter=names[i % len(names)]) for i in range(4)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from gptsmith.engine.cuda_graphs import GraphRunner
 from gptsmith.engine.engine import Engine
-from gptsmith.engine.runner import Runner
+from gptsmith.engine.runner import Runner, StepInputs
 from gptsmith.engine.sampling import SamplingParams
 from gptsmith.model import families
 from gptsmith.model.transformer import Transformer
@@ -27,15 +26,14 @@ def compare(model: Transformer, captured: bool, tolerance: float) -> int:
     steps = 0
     compute = runner._logits
 
-    def both(*arguments: Any) -> torch.Tensor:
+    def both(inputs: StepInputs) -> torch.Tensor:
         nonlocal steps
-        ids, _, rows, *_ = arguments
-        steps += len(ids) == len(rows)
-        actual, expected = compute(*arguments), Runner._logits(runner, *arguments)
+        steps += len(inputs.ids) == len(inputs.rows)
+        actual, expected = compute(inputs), Runner._logits(runner, inputs)
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
         return actual
 
-    runner._logits = both  # type: ignore[assignment, method-assign]
+    runner._logits = both  # type: ignore[method-assign]
     engine.executor.runner = runner
     results = engine.generate(PROMPTS, SamplingParams(max_tokens=9, temperature=0))
     assert [len(result.ids) for result in results] == [9] * len(PROMPTS)

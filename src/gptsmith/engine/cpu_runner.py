@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gptsmith.engine.image_features import place
-from gptsmith.engine.runner import Runner
+from gptsmith.engine.runner import Runner, StepInputs
 from gptsmith.kernels.threads import announce_compiling, kernels_available, run_in_threads
-from gptsmith.model.cache import Chunk, PagedCache
+from gptsmith.model.cache import PagedCache
 from gptsmith.model.lora import Adapter, lora_layers
 from gptsmith.model.moe import MixtureOfExperts
 from gptsmith.model.quantized import QuantizedLinear, QuantizedMatrix, bits_of
@@ -89,16 +89,10 @@ class CpuRunner(Runner):
         self._arrays: tuple[np.ndarray, ...] = ()
         self._arrays_for = (0, 0)  # tokens, threads
 
-    def _logits(
-        self,
-        ids: list[int],
-        chunks: list[Chunk],
-        rows: list[int],
-        features: list[tuple[int, Tensor]],
-        adapted: Sequence[tuple[Adapter, list[int]]] = (),
-    ) -> Tensor:
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        ids, chunks, rows, adapted = inputs.ids, inputs.chunks, inputs.rows, inputs.adapted
         if len(ids) > self.max_tokens or not all(self._can_adapt(adapter) for adapter, _ in adapted):
-            return super()._logits(ids, chunks, rows, features, adapted)
+            return super()._logits(inputs)
         from gptsmith.kernels import cpu_decode as kernels
 
         self._update_addresses()
@@ -107,8 +101,8 @@ class CpuRunner(Runner):
             [p for chunk in chunks for p in range(chunk.past, chunk.past + chunk.size)], dtype=np.int64
         )
         x = self.model.embed(torch.tensor(ids))
-        if features:
-            x = place(x, features)
+        if inputs.features:
+            x = place(x, inputs.features)
         cos = sin = np.zeros((2, 0, 0), dtype=np.float32)
         if c.position == "learned":
             x = x + self.model.embed_positions.weight[torch.from_numpy(positions) + c.position_offset]

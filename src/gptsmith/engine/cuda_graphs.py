@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptsmith.engine.runner import Runner
+from gptsmith.engine.runner import Runner, StepInputs
 from gptsmith.model.cache import Chunk, PagedCache, Scoring, attend_single_tokens
-from gptsmith.model.lora import Adapter
 from gptsmith.model.transformer import Transformer
 
 _MIN_BLOCKS = 8
@@ -82,19 +81,13 @@ class GraphRunner(Runner):
         self._weights_key: Any = None
         self._pool: Any = None
 
-    def _logits(
-        self,
-        ids: list[int],
-        chunks: list[Chunk],
-        rows: list[int],
-        features: list[tuple[int, Tensor]],
-        adapted: Sequence[tuple[Adapter, list[int]]] = (),
-    ) -> Tensor:
-        if adapted:
-            return super()._logits(ids, chunks, rows, features, adapted)
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        ids, chunks = inputs.ids, inputs.chunks
         longest = max(chunk.past + chunk.size for chunk in chunks)
-        if features or any(chunk.size > 1 for chunk in chunks) or len(rows) < len(ids) or longest > self.context:
-            return super()._logits(ids, chunks, rows, features)
+        several = any(chunk.size > 1 for chunk in chunks)
+        fits = not several and len(inputs.rows) == len(ids) and longest <= self.context
+        if inputs.adapted or inputs.features or not fits:
+            return super()._logits(inputs)
         parameters = self.model.parameters()  # torchao's tensor subclasses have no address of their own
         weights_key = tuple(p.data_ptr() if type(p) is nn.Parameter else id(p) for p in parameters)
         if weights_key != self._weights_key:  # the weights have been replaced

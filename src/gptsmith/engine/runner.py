@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,6 +74,22 @@ class SequenceLogits:
     finite: bool
 
 
+@dataclass(slots=True)
+class StepInputs:
+    """What the model computes in a step. Positions are those of a token among all N tokens of the step.
+
+    ids: of the tokens, sequence after sequence; chunks: of which sequence and cache they are, one for each. rows: the
+    positions after which logits are needed. features: what stands in place of token embeddings from a position on.
+    adapted: adapters, each with the positions of its tokens.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    features: list[tuple[int, Tensor]] = field(default_factory=list)
+    adapted: Items[tuple[Adapter, list[int]]] = ()
+
+
 class Runner:
     """Runs the model's own forward. vocab_size: logits are of the ids below it, without a padded vocabulary's rest."""
 
@@ -85,22 +101,20 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> list[SequenceLogits]:
         """Compute the keys and values of the scheduled tokens, and the logits that are needed."""
-        ids: list[int] = []
-        chunks: list[Chunk] = []
-        rows: list[int] = []
+        inputs = StepInputs()
+        ids, rows = inputs.ids, inputs.rows
         num_rows: list[int] = []
         adapted: dict[int, tuple[Adapter, list[int]]] = {}
-        features: list[tuple[int, Tensor]] = []
         for each in batch:
             s = each.sequence
             first = s.start + s.computed
             if s.request.images:
-                features += self._features_of(each, len(ids))
+                inputs.features += self._features_of(each, len(ids))
             if each.count == 1:
                 ids.append(s.tokens[first])
             else:
                 ids += [*s.tokens[first : first + each.count], *s.drafts][: each.count]
-            chunks.append(Chunk(s.computed, each.count, s.tables))
+            inputs.chunks.append(Chunk(s.computed, each.count, s.tables))
             if s.request.reads_prompt:
                 count = each.count
             else:
@@ -114,7 +128,8 @@ class Runner:
             adapter = s.request.adapter
             if adapter is not None:
                 adapted.setdefault(id(adapter), (adapter, []))[1].extend(range(len(ids) - each.count, len(ids)))
-        logits = self._logits(ids, chunks, rows, features, list(adapted.values()))
+        inputs.adapted = list(adapted.values())
+        logits = self._logits(inputs)
         finite: list[bool] = logits.sum(dim=-1).isfinite().tolist()  # a sum is finite only if all its terms are
         all_finite, outputs, start = all(finite), [], 0
         for each, count in zip(batch, num_rows, strict=True):
@@ -137,30 +152,20 @@ class Runner:
             found.append((row + start - first, features[start - image.start : stop - image.start]))
         return found
 
-    def _logits(
-        self,
-        ids: list[int],
-        chunks: list[Chunk],
-        rows: list[int],
-        features: list[tuple[int, Tensor]],
-        adapted: Items[tuple[Adapter, list[int]]] = (),
-    ) -> Tensor:
-        """Return the logits (R, V) float32 after the ids at these positions (`rows`).
-
-        features: what stands in place of token embeddings from a position on. adapted: adapters, each with the
-            positions of its tokens.
-        """
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        """Return the logits (R, V) float32 after the tokens at the positions `inputs.rows`."""
         device = self.cache.keys[0].device
-        paged = PagedBatch(self.cache, chunks, self.context)
-        tokens = torch.tensor([ids], device=device)
-        with self._evaluating(), applied(self.model, adapted) if adapted else contextlib.nullcontext():
-            if features:
-                embeddings = place(self.model.embed(tokens)[0], features)[None]  # (1, N, C)
+        paged = PagedBatch(self.cache, inputs.chunks, self.context)
+        tokens = torch.tensor([inputs.ids], device=device)
+        adapters = applied(self.model, inputs.adapted) if inputs.adapted else contextlib.nullcontext()
+        with self._evaluating(), adapters:
+            if inputs.features:
+                embeddings = place(self.model.embed(tokens)[0], inputs.features)[None]  # (1, N, C)
                 hidden = self.model.hidden_states(inputs_embeds=embeddings, cache=paged)[0]  # (N, C)
             else:
                 hidden = self.model.hidden_states(tokens, cache=paged)[0]  # (N, C)
-            if len(rows) < len(ids):
-                hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]  # (R, C)
+            if len(inputs.rows) < len(inputs.ids):
+                hidden = hidden[torch.tensor(inputs.rows, dtype=torch.int64, device=device)]  # (R, C)
             logits: Tensor = self.model.lm_head(hidden).float()[:, : self.vocab_size]
         return logits
 
