@@ -572,7 +572,7 @@ def test_a_matrix_of_keys_and_values_together(
         if key.endswith("attn_k_b.weight"):
             values = file.read(key.replace("k_b", "v_b"))
             both = np.concatenate((numbers.swapaxes(1, 2), values), axis=1)
-            arrays[key.replace("k_b", "kv_b")] = both.reshape(-1, c.kv_lora_rank)
+            arrays[key.replace("k_b", "kv_b")] = both.reshape(-1, both.shape[-1])
         elif not key.endswith("attn_v_b.weight"):
             arrays[key] = numbers
     unknown = ("_mla", "group_count", "group_used_count")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.errors import CheckpointError, UsageError, first_few
-from gptsmith.formats import hf_config, hf_vision, hf_weights
+from gptsmith.formats import hf_config, hf_text, hf_vision, hf_weights
 from gptsmith.formats.hf_weights import HEAD, WeightMapping
 from gptsmith.formats.layout import Layout
 from gptsmith.formats.layouts import deepseek_v3, gemma3, gpt_neox, gpt_oss, olmo2, opt, phi3, smollm3, stablelm
@@ -179,8 +179,16 @@ def config_from_hf(
             if text["model_type"] in hf_vision.MODEL_TYPES:
                 raise CheckpointError(f"{where}: a text_config of model_type {text['model_type']!r}.")
             return hf_vision.config_from_hf(values, config_from_hf(text, where), preprocessor or {})
+        if model_type in hf_text.MODEL_TYPES:
+            text = hf_text.text_values(values)
+            if text["model_type"] not in LAYOUTS or LAYOUTS[text["model_type"]].prefix != "model.":
+                raise CheckpointError(
+                    f"{where}: the text model of this {model_type} model is of model_type {text['model_type']!r:.80}, "
+                    "which is not supported."
+                )
+            return config_from_hf(text, where)
         if model_type not in LAYOUTS:
-            supported = ", ".join(sorted([*LAYOUTS, *hf_vision.MODEL_TYPES]))
+            supported = ", ".join(sorted([*LAYOUTS, *hf_vision.MODEL_TYPES, *hf_text.MODEL_TYPES]))
             raise CheckpointError(f"{where}: unknown model_type {model_type!r}. Supported: {supported}.")
         layout = LAYOUTS[model_type]
         return layout.config_from_hf(hf_config.settings(values, model_type, layout.fields, layout.aliases))

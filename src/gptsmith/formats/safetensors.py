@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,34 @@ _OPTIONAL = re.compile(r"lm_head\.weight|.*\.(attn\.(attention\.)?(masked_)?bias
 """Tensors that an index may list without there being any: a model can do without them."""
 
 
-def open_weights(directory: Path, *, quantized: bool = False) -> Mapping[str, Tensor]:
+Rename = Callable[[str], str | None]
+"""Gives the name of a tensor in a file another one; None: leave it out."""
+
+
+def open_weights(directory: Path, *, quantized: bool = False, rename: Rename = str) -> Mapping[str, Tensor]:
     """Open the weights of a directory: safetensors, in one file or in shards, else a legacy pytorch_model.bin.
 
     quantized: integer tensors are allowed; then only safetensors are read.
     Raises CheckpointError if there are none, or if a file is damaged or a shard missing.
     """
     if (directory / WEIGHTS_FILE).is_file():
-        return SafetensorsFiles([directory / WEIGHTS_FILE], quantized=quantized)
+        return SafetensorsFiles([directory / WEIGHTS_FILE], quantized=quantized, rename=rename)
     if (directory / INDEX_FILE).is_file():
-        names, paths = _shards(directory / INDEX_FILE, ".safetensors")
-        return _check_complete(SafetensorsFiles(paths, quantized=quantized), names, directory / INDEX_FILE)
+        names, paths = _shards(directory / INDEX_FILE, ".safetensors", rename)
+        tensors = SafetensorsFiles(paths, quantized=quantized, rename=rename)
+        return _check_complete(tensors, names, directory / INDEX_FILE)
     if quantized:
         raise CheckpointError(f"{directory} has no quantized weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
     legacy_index = directory / (LEGACY_FILE + ".index.json")
     if legacy_index.is_file():
-        names, paths = _shards(legacy_index, ".bin")
-        return _check_complete(_read_legacy(paths), names, legacy_index)
+        names, paths = _shards(legacy_index, ".bin", rename)
+        return _check_complete(_read_legacy(paths, rename), names, legacy_index)
     if (directory / LEGACY_FILE).is_file():
-        return _read_legacy([directory / LEGACY_FILE])
+        return _read_legacy([directory / LEGACY_FILE], rename)
     raise CheckpointError(f"{directory} has no weights: neither {WEIGHTS_FILE}, {INDEX_FILE} nor {LEGACY_FILE}.")
 
 
-def _shards(index: Path, suffix: str) -> tuple[set[str], list[Path]]:
+def _shards(index: Path, suffix: str, rename: Rename) -> tuple[set[str], list[Path]]:
     """Return the tensor names that an index lists, and the shards that hold them: existing files beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -58,6 +63,7 @@ def _shards(index: Path, suffix: str) -> tuple[set[str], list[Path]]:
             raise CheckpointError(
                 f"{index} rejected: the shard {shard!r} is not the plain name of a {suffix} file beside it."
             )
+    weight_map = {new: shard for name, shard in weight_map.items() if (new := rename(name)) is not None}
     paths = [index.parent / shard for shard in sorted(set(weight_map.values()))]
     needed = {shard for name, shard in weight_map.items() if not _OPTIONAL.fullmatch(name)}
     missing = [path.name for path in paths if not path.is_file() and path.name in needed]
@@ -86,30 +92,32 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     not floating-point.
     """
 
-    def __init__(self, paths: Sequence[Path], *, quantized: bool = False) -> None:
+    def __init__(self, paths: Sequence[Path], *, quantized: bool = False, rename: Rename = str) -> None:
         """quantized: the model is quantized, so integer tensors are allowed."""
         from safetensors import SafetensorError, safe_open
 
         self._quantized = quantized
         self.where = paths[0] if len(paths) == 1 else paths[0].parent
-        self._files: dict[str, tuple[Any, Path]] = {}
+        self._files: dict[str, tuple[Any, Path, str]] = {}  # file, its path, and the name there
         for path in paths:
             try:
                 file: Any = safe_open(path, framework="pt")
                 names = list(file.keys())
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged: {error}.") from None
-            for name in names:
+            for stored in names:
+                name = rename(stored)
                 if name in self._files:
                     raise CheckpointError(f"tensor {name} is in two files, {self._files[name][1]} and {path}.")
-                self._files[name] = (file, path)
+                if name is not None:
+                    self._files[name] = (file, path, stored)
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
-        file, path = self._files[name]
+        file, path, stored = self._files[name]
         try:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(stored)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {name}: {error}.") from None
         return tensor if self._quantized else _check_floating(tensor, name, path)
@@ -130,7 +138,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     def stored(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """Return the type (None: not floating-point) and shape of each tensor, from the files' headers."""
         types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        slices = {name: file.get_slice(name) for name, (file, _) in self._files.items()}
+        slices = {name: file.get_slice(stored) for name, (file, _, stored) in self._files.items()}
         return {name: (types.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
 
 
@@ -150,7 +158,7 @@ class _LegacyTensors(dict[str, Tensor]):
         return _check_floating(super().__getitem__(name), name, self.path)
 
 
-def _read_legacy(paths: Sequence[Path]) -> Mapping[str, Tensor]:
+def _read_legacy(paths: Sequence[Path], rename: Rename) -> Mapping[str, Tensor]:
     """Read pickled tensors without running the code that a pickle can contain."""
     note(
         f"warning: {paths[0].parent} stores its weights in {LEGACY_FILE}, a legacy pickle format. It is read with "
@@ -174,5 +182,5 @@ def _read_legacy(paths: Sequence[Path]) -> Mapping[str, Tensor]:
         for name, tensor in values.items():
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise CheckpointError(f"{path} rejected: {name} claims more numbers than are stored (corrupt file).")
-        tensors.update(values)
+        tensors.update({new: tensor for name, tensor in values.items() if (new := rename(name)) is not None})
     return tensors

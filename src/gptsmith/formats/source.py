@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gptsmith.errors import CheckpointError, TokenizerError, UsageError
+from gptsmith.formats import hf_text
 from gptsmith.formats.hf import (
     CONFIG_FILE,
     LAYOUTS,
@@ -35,10 +36,11 @@ from gptsmith.formats.hf import (
     read_preprocessor,
     weight_mappings,
 )
+from gptsmith.formats.hf_config import model_type_of
 from gptsmith.formats.hf_quantized import QuantizedTensors, open_quantized, quantization_settings
 from gptsmith.formats.hf_weights import HEAD, WeightMapping
 from gptsmith.formats.peft import adapted_rows, load_adapter
-from gptsmith.formats.safetensors import SafetensorsFiles, open_weights
+from gptsmith.formats.safetensors import Rename, SafetensorsFiles, open_weights
 from gptsmith.log import note
 from gptsmith.model.config import ModelConfig
 from gptsmith.model.lora import lora_parts, merge_lora
@@ -252,6 +254,10 @@ def open_model(path: Path) -> ModelSource:
         return _open_gguf(path)
     values = read_config_file(path)
     config = _checked_config(values, str(path / CONFIG_FILE), read_preprocessor(path))
+    rename: Rename = str
+    if model_type_of(values) in hf_text.MODEL_TYPES:
+        note(f"note: only the text model of {path} is read. It cannot see: images are left out.")
+        values, rename = hf_text.text_values(values), hf_text.text_name
     if config.max_position_embeddings < values.get("max_position_embeddings", 0):
         note(
             f"note: {path} has other rotary positions for more than {config.max_position_embeddings:,} tokens. Its "
@@ -263,16 +269,19 @@ def open_model(path: Path) -> ModelSource:
     if bits is not None:
         weights: Mapping[str, Tensor] = SafetensorsFiles([path / WEIGHTS_FILE], quantized=True)
     else:
-        weights = open_weights(path) if settings is None else _open_quantized(path, config, settings)
+        if settings is None:
+            weights = open_weights(path, rename=rename)
+        else:
+            weights = _open_quantized(path, config, settings, rename)
         config = _untied(config, weights, path)
     if config.model_type == "deepseek_v3" and any(f"layers.{config.num_hidden_layers}." in name for name in weights):
         note(f"note: {path} has a layer that predicts further tokens (multi-token prediction). It is left out.")
     return ModelSource(path, config, values, weights, lambda: _read_tokenizer(path, config), generation, bits)
 
 
-def _open_quantized(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> QuantizedTensors:
+def _open_quantized(path: Path, config: ModelConfig, settings: Mapping[str, Any], rename: Rename) -> QuantizedTensors:
     """Open the weights of a directory that another program has quantized."""
-    files = open_weights(path, quantized=True)
+    files = open_weights(path, quantized=True, rename=rename)
     assert isinstance(files, SafetensorsFiles)
     prefix = LAYOUTS[config.model_type].prefix
     transposed = {name for mapping in weight_mappings(config) if mapping.transposed for name in mapping.hf}
