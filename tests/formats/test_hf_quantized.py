@@ -107,6 +107,29 @@ def awq(weight: Tensor, size: int) -> Packed:
     }, numbers(codes, zeros, scales, torch.arange(weight.shape[1]) // size)
 
 
+def awq_gemv(weight: Tensor, size: int) -> Packed:
+    """As AutoAWQ's WQLinear_GEMV.from_linear: rows in plain order, groups padded for its kernel."""
+    codes, zeros, scales = rounded(weight, 4, size, symmetric=False)
+    R, G = scales.shape
+    words = -(-G // 8)
+    multiplier = {32: 4, 64: 2}.get(size, 1)
+    words = -(-words // multiplier) * multiplier
+
+    def packed(integers: np.ndarray, words: int) -> Tensor:  # (R, n) -> (R, words)
+        found = np.zeros((R, words), np.int64)
+        for column in range(integers.shape[1]):
+            found[:, column // 8] |= integers[:, column].astype(np.int64) << (4 * (column % 8))
+        return torch.from_numpy(found.astype(np.uint32).view(np.int32))
+
+    padded = torch.zeros(R, words * 8, dtype=torch.float16)
+    padded[:, :G] = scales
+    return {
+        "qweight": packed(codes.numpy(), weight.shape[1] // 8),
+        "qzeros": packed(zeros.numpy(), words),
+        "scales": padded,
+    }, numbers(codes, zeros, scales, torch.arange(weight.shape[1]) // size)
+
+
 def compressed(weight: Tensor, bits: int, size: int, *, symmetric: bool) -> Packed:
     """As compressed-tensors' PackedQuantizationCompressor."""
     codes, zeros, scales = rounded(weight, bits, size, symmetric=symmetric)
@@ -191,6 +214,10 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed]]] = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         lambda w: awq(w, 32),
     ),
+    "awq-gemv": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMV"},
+        lambda w: awq_gemv(w, 32),
+    ),
     "compressed": (ct_settings(4, 32, symmetric=True), lambda w: compressed(w, 4, 32, symmetric=True)),
     "compressed-asymmetric": (
         ct_settings(4, 16, symmetric=False),
@@ -210,6 +237,7 @@ KEPT = {  # bits of the matrices that stay as they are stored; others are rounde
     "gptq-3": 4,
     "gptq_v2-2": 4,
     "awq": 4,
+    "awq-gemv": 4,
     "compressed": 4,
     "compressed-8": 8,
     "compressed-6": 6,
@@ -291,6 +319,23 @@ def test_commands_take_quantized_directories(name: str, tmp_path: Path, capsys: 
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, atol=1e-6 * float(tensor.abs().max()), rtol=0)
     assert "quantization_config" not in (tmp_path / "imported" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("size", "setting"), [(64, 64), (128, 128), (128, -1)])
+def test_awq_by_rows_has_other_padding_for_other_groups(size: int, setting: int, tmp_path: Path) -> None:
+    model = make(families.llama(**LLAMA | {"hidden_size": 128, "intermediate_size": 128 if setting == -1 else 1280}))
+    save_model(model, tmp_path)
+    stored: dict[str, Tensor] = {}
+    expected = weights_to_hf(model)
+    for key, tensor in weights_to_hf(model).items():
+        stored[key] = tensor
+        if key.endswith(("down_proj.weight", "o_proj.weight")):  # 20, 10 or one group
+            parts, expected[key] = awq_gemv(stored.pop(key), size)
+            stored |= {key.removesuffix("weight") + end: part for end, part in parts.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    change(tmp_path, quantization_config=METHODS["awq-gemv"][0] | {"group_size": setting})
+    for key, tensor in weights_to_hf(open_model(tmp_path).model()).items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=0)
 
 
 def test_experts_and_transposed_matrices(tmp_path: Path) -> None:
@@ -564,8 +609,23 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "AWQ's version": (
         "awq",
+        lambda d: change(d, quantization_config=METHODS["awq"][0] | {"version": "gemv_fast"}),
+        "version 'gemv_fast' are not supported; supported are gemm and gemv",
+    ),
+    "AWQ's other version": (
+        "awq",
         lambda d: change(d, quantization_config=METHODS["awq"][0] | {"version": "gemv"}),
-        "version 'gemv' are not supported",
+        r"scales is \[\d, 64\], expected \[\d+, 32\]",
+    ),
+    "groups of AWQ by rows": (
+        "awq-gemv",
+        lambda d: change(d, quantization_config=METHODS["awq-gemv"][0] | {"group_size": 16}),
+        "group_size is 16; AWQ weights of the version gemv have 32, 64 or at least 128",
+    ),
+    "padding of AWQ by rows": (
+        "awq-gemv",
+        lambda d: change_tensors(d, qzeros=WIDE),
+        r"qzeros is .*, expected \[64, 4\]",
     ),
     "format of compressed-tensors": (
         "compressed",

@@ -8,7 +8,7 @@ as `model.quantized` keeps it, where its groups are runs of whole 32 columns.
 | quant_method | written by | tensors that stand for NAME.weight |
 |---|---|---|
 | gptq | GPTQModel, AutoGPTQ | NAME.qweight, .qzeros, .scales, .g_idx |
-| awq | AutoAWQ (version gemm) | NAME.qweight, .qzeros, .scales |
+| awq | AutoAWQ (versions gemm, gemv) | NAME.qweight, .qzeros, .scales |
 | compressed-tensors | llm-compressor (pack-quantized) | NAME.weight_packed, .weight_scale, .weight_zero_point … |
 | bitsandbytes | transformers (nf4, fp4; int8) | NAME.weight, .weight.absmax, .weight.quant_state…; .SCB |
 | mxfp4 | OpenAI's gpt-oss | NAME_blocks, NAME_scales, which stand for NAME |
@@ -330,8 +330,13 @@ class _AwqReader(_Reader):
     def matrices(self) -> Iterator[tuple[str, StoredMatrix]]:
         self.integer("bits", self.settings.get("bits", 4), (4,))
         version = str(self.settings.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise self.fail(f"AWQ weights of the version {version!r:.80} are not supported; supported is gemm")
+        if version not in ("gemm", "gemv"):
+            raise self.fail(
+                f"AWQ weights of the version {version!r:.80} are not supported; supported are gemm and gemv"
+            )
+        if version == "gemv":
+            yield from self.by_rows()
+            return
         for base in self.bases(".qweight"):
             K, words = self.shape(f"{base}.qweight", 2)
             R = words * 8
@@ -342,6 +347,35 @@ class _AwqReader(_Reader):
             elif f"{base}.qzeros" in self.shapes:
                 self.used.add(f"{base}.qzeros")
             yield f"{base}.weight", StoredMatrix((R, K), 4, self.reading(base))
+
+    def by_rows(self) -> Iterator[tuple[str, StoredMatrix]]:
+        """Yield the matrices of the version gemv: packed along the inputs in plain order, groups padded with zeros."""
+        for base in self.bases(".qweight"):
+            R, words = self.shape(f"{base}.qweight", 2)
+            K = words * 8
+            size = self.group_size(base, K, self.settings.get("group_size", 128))
+            G, multiple = K // size, {32: 32, 64: 16}.get(size, 8)
+            if size < 128 and size not in (32, 64):
+                raise self.fail(f"group_size is {size}; AWQ weights of the version gemv have 32, 64 or at least 128")
+            padded = -(-G // multiple) * multiple
+            self.expect(f"{base}.scales", R, padded)
+            if self.settings.get("zero_point", True):
+                self.expect(f"{base}.qzeros", R, padded // 8)
+            elif f"{base}.qzeros" in self.shapes:
+                self.used.add(f"{base}.qzeros")
+            yield f"{base}.weight", StoredMatrix((R, K), 4, self.reading_rows(base, G))
+
+    def reading_rows(self, base: str, G: int) -> Callable[[], Grouped]:
+        def read() -> Grouped:
+            codes = _unpack_words(self.tensor(f"{base}.qweight", torch.int32), 4)
+            scales = self.tensor(f"{base}.scales", *_FLOATS)[:, :G].float().contiguous()
+            if self.settings.get("zero_point", True):
+                zeros = _unpack_words(self.tensor(f"{base}.qzeros", torch.int32), 4)[:, :G].float()
+            else:
+                zeros = torch.full_like(scales, 8)
+            return Grouped(codes, scales, zeros)
+
+        return read
 
     def reading(self, base: str) -> Callable[[], Grouped]:
         def read() -> Grouped:
