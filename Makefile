@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN ?= runs/demo
 NODE_MODULES := $(if $(shell command -v npm || true),node_modules/.package-lock.json)
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations 20
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations 20
 SLOW_TESTS := cli e2e report server train test_download.py test_notebook.py engine/test_speculative.py
 
 .DEFAULT_GOAL := help
@@ -37,7 +37,7 @@ test-fast: $(VENV)/.dev ## run the tests that take a minute or two: without comm
 	$(PYTEST) $(SLOW_TESTS:%=--ignore=tests/%)
 
 test-all: $(VENV)/.dev ## run all tests, the slow ones too
-	$(PYTEST) -m "slow or not slow"
+	GPTSMITH_TESTS=all $(PYTEST) -m "slow or not slow"
 
 coverage: $(VENV)/.dev ## run the tests, print how much of src they run and write htmlcov/index.html
 	$(MAKE) test COVERAGE=1

@@ -6,11 +6,13 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.factories import Reports
 
 if TYPE_CHECKING:
     from gptsmith.tokenizer import Tokenizer
@@ -30,6 +32,28 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["GPTSMITH_CACHE"]
     else:
         os.environ["GPTSMITH_CACHE"] = before
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Runs end with their report in tests with the mark `report`, and for fixtures within `Reports.drawn_if(True)`."""
+    with Reports.drawn_if(item.get_closest_marker("report") is not None):
+        return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reports_on_request() -> Iterator[None]:
+    from gptsmith.report.page import write_report
+    from gptsmith.train.session import RunResult, Session
+
+    train = Session.train
+
+    def train_without(self: Session, on_end: Callable[[Path], object]) -> RunResult:
+        return train(self, on_end if Reports.drawn or on_end is not write_report else lambda directory: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "train", train_without)
+        yield
 
 
 @pytest.fixture(scope="session")

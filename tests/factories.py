@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,3 +69,23 @@ def tiny_run_config(**options: Any) -> RunConfig:
         "device": "cpu",
     }
     return run_config(**defaults | options)
+
+
+def examples(number: int) -> int:
+    """Return how many examples a property test that takes seconds draws: all with `make test-all`, else a third."""
+    return number if os.environ.get("GPTSMITH_TESTS") == "all" else number // 3
+
+
+class Reports:
+    """Whether runs in this process end with their report, whose figures take ten times as long as a small run."""
+
+    drawn = False
+
+    @classmethod
+    @contextmanager
+    def drawn_if(cls, wanted: bool) -> Iterator[None]:
+        before, cls.drawn = cls.drawn, wanted
+        try:
+            yield
+        finally:
+            cls.drawn = before

@@ -31,6 +31,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.report
 def test_from_text_to_an_aligned_model_within_the_budget(tmp_path: Path) -> None:
     began = time.monotonic()
     out = align_demo(tmp_path / "align", budget=f"{1.5 * LEAST:.0f}s")

@@ -23,6 +23,7 @@ from tests.factories import tiny_config, tiny_run_config
 QUICK = tiny_run_config(steps=6, eval_every=3)
 
 
+@pytest.mark.report
 def test_a_run_from_options_is_that_of_the_command_line(
     text_file: Path, tmp_path: Path, run_cli: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

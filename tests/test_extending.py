@@ -83,9 +83,7 @@ def example(
     place = Path(shutil.copytree(run_of_input, tmp_path / "work", symlinks=True))
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
-    for module in ("gptsmith.api", "gptsmith.report"):  # to be quick: no figures, no samples
-        monkeypatch.setattr(f"{module}.write_report", lambda directory: None)
-    monkeypatch.setattr(Samples, "write_final", lambda self, *arguments: None)
+    monkeypatch.setattr(Samples, "write_final", lambda self, *arguments: None)  # to be quick
     text = section(request.param)
     variables: dict[str, Any] = {"__name__": "documentation"}
     for code in blocks(text, "python"):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.factories import Reports
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower with several threads
 
 TINY = [
@@ -35,7 +37,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words: str, tiny: list[st
 
     place = tmp_path_factory.mktemp("finished")
     (place / "words.txt").write_text(words)
-    assert main(["train", str(place / "words.txt"), "--out", str(place / "run"), *tiny]) == 0
+    with Reports.drawn_if(True):
+        assert main(["train", str(place / "words.txt"), "--out", str(place / "run"), *tiny]) == 0
     return place / "run"
 
 

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 import gptsmith
+from gptsmith.train.forecast import timing
 from tests.factories import tiny_run_config
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?ABCDEFGHIJKLMNOPQRSTUVWXYZ\n"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TIMED_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(
     assert sorted((tmp_path / "runs").iterdir()) == runs  # a run that could not start leaves no directory
 
 
+@pytest.mark.report
 def test_a_run_directory(run_cli: Cli, text_file: Path, tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "bard"
     code, out, err = run_cli("train", text_file, "--out", run, *tiny)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gptsmith.data import files
 from gptsmith.data.rows import by_split, fields_of, read_rows, row_files, tables_among, walk
 from gptsmith.errors import DataError
+from tests.factories import examples
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "one", "completion": "two\nlines, and a comma"},
@@ -121,7 +122,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=6), VALUES, max_size=4), max_size=12),
     block=st.integers(1, 60),

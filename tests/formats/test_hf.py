@@ -19,7 +19,7 @@ from gptsmith.formats.hf import config_to_hf, load_model_weights, load_weights, 
 from gptsmith.model import families
 from gptsmith.model.config import ModelConfig, RopeScaling
 from gptsmith.model.transformer import Transformer
-from tests.factories import WITH_EXPERTS, WITH_WINDOWS, WITHOUT_GROUPS, tiny_model
+from tests.factories import WITH_EXPERTS, WITH_WINDOWS, WITHOUT_GROUPS, examples, tiny_model
 
 TOLERANCE = 1e-4
 transformers.utils.logging.disable_progress_bar()
@@ -129,7 +129,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 buffer.copy_(torch.randn_like(buffer) * 0.3)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), seed=st.integers(0, 1000), padding=st.sampled_from([None, "left", "right"]))
 def test_logits_and_gradients_equal_transformers(
     config: ModelConfig, seed: int, padding: str | None, tmp_path_factory: pytest.TempPathFactory

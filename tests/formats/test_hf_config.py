@@ -27,7 +27,7 @@ from gptsmith.formats.source import open_model
 from gptsmith.model.activations import FUNCTIONS
 from gptsmith.model.config import ACTIVATIONS
 from gptsmith.model.transformer import Transformer
-from tests.factories import tiny_config, tiny_model
+from tests.factories import examples, tiny_config, tiny_model
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -353,7 +353,7 @@ def hf_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 @settings(
-    max_examples=120,
+    max_examples=examples(120),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -402,7 +402,7 @@ def test_random_configurations_compute_what_transformers_does(
     assert_equal(logits, hf_logits(exported, ids))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=hf_configs([kind for kind in KINDS if kind in ARCHITECTURES]))
 def test_random_configurations_in_gguf(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     """A GGUF file computes the same, or it is not written and the message says why."""

@@ -38,6 +38,7 @@ from gptsmith.loading import load_model, resolve_model
 from gptsmith.model.transformer import Transformer
 from gptsmith.storage import sha256_file
 from gptsmith.tokenizer import Tokenizer, train_char
+from tests.factories import examples
 
 VOCABULARY, CONTEXT = 300, 24
 
@@ -497,7 +498,7 @@ def survives(directory: Path) -> None:
         load_model(directory)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=MUTATIONS, cut=CUTS, name=st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
 def test_changed_files_load_or_give_one_error(
     places: list[tuple[float, int]], cut: float, name: str, foreign: Any, tmp_path_factory: pytest.TempPathFactory
@@ -508,7 +509,7 @@ def test_changed_files_load_or_give_one_error(
     survives(directory)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=MUTATIONS)
 def test_changed_headers_load_or_give_one_error(
     places: list[tuple[float, int]], foreign: Any, tmp_path_factory: pytest.TempPathFactory
@@ -533,7 +534,7 @@ CONFIG_VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("model_type", sorted(LAYOUTS))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_in_a_configuration_loads_or_gives_one_error(
     data: st.DataObject, model_type: str, foreign: Any, tmp_path_factory: pytest.TempPathFactory

@@ -44,12 +44,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "chats.jsonl").write_text("\n".join(map(json.dumps, rows())))
     model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     quiet: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptsmith.api.write_report", lambda _: None)  # which takes longer than the training
-        gptsmith.fit(place / "text.txt", tiny_run_config(steps=4, context=256, model=model), out=place / "characters")
-        for name in ("chatml", "characters"):
-            data, out = place / "chats.jsonl", place / f"{name}-run"
-            gptsmith.fit(data, objective="sft", init=place / name, out=out, lora={"rank": 4}, steps=20, **quiet)
+    gptsmith.fit(place / "text.txt", tiny_run_config(steps=4, context=256, model=model), out=place / "characters")
+    for name in ("chatml", "characters"):
+        data, out = place / "chats.jsonl", place / f"{name}-run"
+        gptsmith.fit(data, objective="sft", init=place / name, out=out, lora={"rank": 4}, steps=20, **quiet)
     return place
 
 

@@ -20,6 +20,7 @@ from gptsmith.tokenizer import Tokenizer, train_bpe
 from gptsmith.tokenizer.chat import ChatTemplate, _Marks
 from gptsmith.tokenizer.pretrained import read_tokenizer
 from gptsmith.tokenizer.tools import ToolCallFormat, ToolCallParser
+from tests.factories import examples
 
 TEMPLATES = Path(__file__).parent.parent / "fixtures" / "tool_templates"
 # The tokens of each family: the end of a turn first, then special ones, then others.
@@ -152,7 +153,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(TEMPLATE)), calls=CALLS)
 def test_calls_are_read_back(data: st.DataObject, name: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
     template = TEMPLATE[name]
@@ -314,7 +315,7 @@ def test_a_call_that_is_cut_off() -> None:
 # special tokens in what is not the template's own text --------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(TEMPLATE)))
 def test_tools_and_documents_are_inert(data: st.DataObject, name: str) -> None:
     template = TEMPLATE[name]

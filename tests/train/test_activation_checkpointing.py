@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from gptsmith.train.forecast import memory
 from gptsmith.train.forecast.memory import Forecaster, fit_into_memory
 from tests.factories import tiny_run_config
 
+pytestmark = pytest.mark.usefixtures("remembered_forecasts")
+
 CPU = torch.device("cpu")
 CONFIG = tiny_run_config(
     model={"hidden_size": 64, "num_hidden_layers": 6}, context=64, batch_size=8, steps=4, eval_every=2
@@ -22,6 +25,7 @@ CONFIG = tiny_run_config(
 MODEL = CONFIG.model.build(50, 64)
 
 
+@functools.cache
 def needed(recompute: bool, rows: int) -> int:
     forecaster = Forecaster(CONFIG, MODEL, device=CPU, precision="fp32", process=0, activation_checkpointing=recompute)
     return forecaster.at(rows).total

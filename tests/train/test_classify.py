@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import string
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from gptsmith.evaluate.scores import calibration_error, class_scores, pearson, s
 from gptsmith.formats.hf_heads import load_classifier
 from gptsmith.model.heads import HeadConfig, SequenceClassifier
 from tests.factories import tiny_model, tiny_run_config
+from tests.forked import command
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off"}
 FULL: dict[str, Any] = {**QUIET, "lora": "off", "optim.name": "adamw", "optim.lr": 0.003, "epochs": 12.0}
@@ -66,6 +63,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gptsmith.fit(place / "text.txt", config, out=place / "run").directory
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("task", ROWS)
 def test_every_task_trains_and_is_loaded_by_transformers(task: str, base: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -148,29 +146,21 @@ def test_the_auxiliary_loss_is_the_mean_loss_of_the_tokens_of_a_row(base: Path, 
     assert 1 < one["text_loss"] < 10
 
 
-@pytest.mark.parametrize(("command", "lora"), [("classify", "on"), ("classify", "off")])
-def test_killed_and_resumed(command: str, lora: str, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "lora"), [("classify", "on"), ("classify", "off")])
+def test_killed_and_resumed(method: str, lora: str, base: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", reviews())
 
-    def start(arguments: list[Any]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "gptsmith", *map(str, arguments)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
     options = ["--steps", 24, "--save-every", 1, "--eval-every", 8, "--compile", "off", "--lora", lora]
-    whole = start([command, base, data, "--out", tmp_path / "whole", *options])
-    killed = start([command, base, data, "--out", tmp_path / "killed", *options])
+    whole = command(method, base, data, "--out", tmp_path / "whole", *options)
+    killed = command(method, base, data, "--out", tmp_path / "killed", *options)
     deadline = time.monotonic() + 120
     while killed.poll() is None and time.monotonic() < deadline:
         if any(int(p.name[5:]) >= 9 for p in (tmp_path / "killed" / "checkpoints").glob("step-*")):
             break
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
-    assert start(["train", "--resume", tmp_path / "killed"]).wait(timeout=180) == 0
+    assert command("train", "--resume", tmp_path / "killed").wait(timeout=180) == 0
     assert whole.wait(timeout=180) == 0
     last = Path("checkpoints") / "step-00000024"
     for name in ("model.safetensors", "config.json"):

@@ -222,6 +222,7 @@ def test_divergence_is_relative_to_the_first_loss() -> None:
 LEARN: dict[str, Any] = {"lora": "off", "optim": {"name": "adamw", "lr": 0.003}, **QUIET}
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_learns_the_preference(loss: str, base: Path, pairs: Path, tmp_path: Path, run_cli: Any) -> None:
     options = ["--lora", "off", "--optim.name", "adamw", "--optim.lr", 0.003, "--sample-tokens", 0, "--compile", "off"]

@@ -20,20 +20,13 @@ from gptsmith.errors import TrainingError, UsageError
 from gptsmith.run_directory import read_run
 from gptsmith.tokenizer import Tokenizer, train_char
 from tests.factories import tiny_run_config
+from tests.forked import Forked, command
 from tests.train.toy_objective import Samples, WriteLiked
 
 CONFIG = tiny_run_config(
     steps=60, eval_every=20, save_every=5, log_every=3, micro_batch_size=2, batch_size=4, optim={"lr": 0.05}
 )
 ROOT = Path(__file__).parents[2]
-
-SCRIPT = """
-import sys, gptsmith
-from tests.train.test_objectives import CONFIG, alphabet
-from tests.train.toy_objective import WriteLiked
-out = sys.argv[1]
-gptsmith.fit(None, CONFIG, out=out, objective=WriteLiked, tokenizer=alphabet())
-"""
 
 
 def alphabet() -> Tokenizer:
@@ -72,22 +65,29 @@ def test_it_learns_and_its_best_is_the_highest(whole: Path) -> None:
 
 def test_killed_at_random_moments_it_ends_in_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out, environment = tmp_path / "run", {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    rng, kills = random.Random(5), 0
-    command = [sys.executable, "-c", SCRIPT, str(out)]
-    while not (out / "run.json").exists() or read_run(out).status != "finished":
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and kills < 3:
+    rng, kills, errors = random.Random(5), 0, tmp_path / "errors"
+
+    def train() -> None:
+        gptsmith.fit(None, CONFIG, out=out, objective=WriteLiked, tokenizer=alphabet())
+
+    process = Forked(train, errors)
+    while kills < 3:
+        while process.poll() is None:
             time.sleep(0.01)
             steps = len(list(out.glob("checkpoints/step-*")))
             if steps > kills and rng.random() < 0.3:
-                process.send_signal(signal.SIGKILL if os.name != "nt" else signal.SIGTERM)
-                kills += 1
+                process.kill()
                 break
-        _, err = process.communicate(timeout=300)
-        assert b"Traceback" not in err, err.decode()
-        # From here on by the command line, which finds the objective by the name in run.json.
-        command = [sys.executable, "-m", "gptsmith", "train", "--resume", str(out)]
-    assert kills == 3
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, errors.read_text()
+        kills += 1
+        if kills < 3:
+            process = command("train", "--resume", out, errors=errors)
+    # A new process finds the objective by the name in run.json.
+    last = [sys.executable, "-m", "gptsmith", "train", "--resume", str(out)]
+    done = subprocess.run(last, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert read_run(out).status == "finished"
     ours, theirs = tensors(out), tensors(whole)
     assert ours.keys() == theirs.keys()
     assert "objective/baseline" in ours

@@ -90,6 +90,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.report
 def test_an_interrupted_run_resumes_to_the_same_end(old: Path, run_cli: RunCli, one_thread: None) -> None:
     expected = expectation(old)
     run = old / "interrupted"

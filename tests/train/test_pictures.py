@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,8 @@ from gptsmith.log import JsonLines
 from gptsmith.optim.build import build_optimizers
 from gptsmith.train.adapter import adapt, rate_factors
 from gptsmith.train.config import AdapterConfig, PictureConfig
+from gptsmith.train.run import resume
+from tests.forked import Forked
 from tests.pictures import captions, seer, write_rows
 
 QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off", "log_every": 1}
@@ -82,13 +80,8 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_a_run_that_is_killed_ends_with_the_same_bits(kind: str, model: Path, rows: Path, tmp_path: Path) -> None:
     options = {**RESUMED[kind], **QUIET, "steps": 24, "batch_size": 4, "eval_every": 12, "save_every": 2}
 
-    def launch(out: Path, resume: bool = False) -> subprocess.Popen[bytes]:
-        start = f"gptsmith.sft({str(model)!r}, {str(rows)!r}, out={str(out)!r}, **{options!r})"
-        code = f"import gptsmith, torch; torch.set_num_threads(1); {start}"
-        if resume:
-            code = "import torch; torch.set_num_threads(1); from pathlib import Path\n"
-            code += f"from gptsmith.train.run import resume; resume(Path({str(out)!r}))"
-        return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def launch(out: Path, resumes: bool = False) -> Forked:
+        return Forked(lambda: resume(out) if resumes else gptsmith.sft(model, rows, out=out, **options))
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert launch(whole).wait(timeout=120) == 0
@@ -96,10 +89,10 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(kind: str, model: Path, ro
     deadline = time.monotonic() + 120
     while not CheckpointStore(killed).steps() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL if os.name != "nt" else signal.SIGTERM)
+    process.kill()
     process.wait()
     assert CheckpointStore(killed).steps()[-1] < 24
-    assert launch(killed, resume=True).wait(timeout=120) == 0
+    assert launch(killed, resumes=True).wait(timeout=120) == 0
     one, other = weights(whole), weights(killed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 import gptsmith
+from gptsmith import checkpoint
 from gptsmith.checkpoint import load_train_state
+from gptsmith.cli import main
+from gptsmith.engine.engine import Engine
 from gptsmith.errors import TrainingError, UsageError
 from gptsmith.kernels.threads import kernels_available
 from gptsmith.model.lora import adapter_off
 from gptsmith.run_directory import Run, read_run
 from gptsmith.train.forecast import memory
+from gptsmith.train.rollout.rewards import Rewards
 from tests.factories import tiny_run_config
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu"}
@@ -117,33 +123,28 @@ def test_micro_batches_change_nothing(method: str, place: Path, tmp_path: Path) 
         assert other == pytest.approx(losses[0], abs=2e-5)
 
 
-KILLER = """
-import os, signal, sys
-from gptsmith.cli import main
-place, number = sys.argv[1], int(sys.argv[2])
-calls = 0
-def killing(function):
-    def wrapped(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return wrapped
-if place == "rollout":
-    from gptsmith.engine.engine import Engine
-    Engine.step = killing(Engine.step)
-elif place == "reward":
-    from gptsmith.train.rollout.rewards import Rewards
-    Rewards.score = killing(Rewards.score)
-elif place == "backward":
-    import torch
-    torch.autograd.backward = killing(torch.autograd.backward)
-elif place == "save":
-    import gptsmith.checkpoint as checkpoint
-    checkpoint.sha256_file = killing(checkpoint.sha256_file)
-sys.exit(main(sys.argv[3:]))
-"""
+KILLED_IN: dict[str, tuple[Any, str]] = {
+    "rollout": (Engine, "step"),
+    "reward": (Rewards, "score"),
+    "backward": (torch.autograd, "backward"),
+    "save": (checkpoint, "sha256_file"),
+}
+
+
+def run_until_killed(where: str, number: int, arguments: list[Any]) -> int:
+    """Run a command; kill this process at the call of that number of the function in `where`."""
+    calls = itertools.count(1)
+    if where in KILLED_IN:
+        owner, name = KILLED_IN[where]
+        function = getattr(owner, name)
+
+        def killing(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        setattr(owner, name, killing)
+    return main([str(argument) for argument in arguments])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
@@ -166,20 +167,13 @@ def kill_and_resume(method: str, place: Path, tmp_path: Path, kills: dict[str, i
     start += ["--out", out]
     for name, value in options.items():
         start += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    killed = 0
+    killed, errors = 0, tmp_path / "errors"
     command: list[Any] = start
     for where, number in (*kills.items(), ("none", 1)):
-        process = subprocess.run(
-            [sys.executable, "-c", KILLER, where, str(number), *map(str, command)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        process = Forked(functools.partial(run_until_killed, where, number, command), errors)
+        process.wait(timeout=300)
         killed += process.returncode == -signal.SIGKILL
-        assert process.returncode == (0 if where == "none" else -signal.SIGKILL), (where, process.stderr[-2000:])
+        assert process.returncode == (0 if where == "none" else -signal.SIGKILL), (where, errors.read_text()[-2000:])
         command = ["train", "--resume", out]
     assert killed == len(kills)
     again = read_run(out)

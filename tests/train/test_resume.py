@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from gptsmith.checkpoint import CheckpointStore
-from gptsmith.config import to_dict
 from gptsmith.errors import CheckpointError, TrainingError, UsageError
 from gptsmith.log import JsonLines
 from gptsmith.run_directory import read_run
@@ -27,6 +24,7 @@ from gptsmith.train import trainer
 from gptsmith.train.config import OptimConfig
 from gptsmith.train.run import _refuse_changes, resume, start
 from tests.factories import tiny_run_config
+from tests.forked import Forked
 
 KILLED = 1 if os.name == "nt" else -signal.SIGKILL  # the exit status of a killed process
 # Dropout (random numbers), accumulation (cursor), two optimizers, logging out of step with saving: all is restored.
@@ -84,34 +82,30 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = False) -> subprocess.Popen[bytes]:
+def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = False) -> Forked:
     """Train in a process of its own. slow_save: every fsync takes a while, so that kills fall into saves."""
-    code = [
-        "import os, sys, json, time, torch",
-        "from pathlib import Path",
-        "torch.set_num_threads(1)",
-        "from gptsmith.train.config import run_config",
-        "from gptsmith.train.run import resume, start",
-    ]
-    if slow_save:
-        code += ["fsync = os.fsync", "os.fsync = lambda fd: (time.sleep(0.01), fsync(fd))[1]"]
-    if resuming:
-        code.append(f"resume(Path({str(out)!r}))")
-    else:
-        config = json.dumps(to_dict(CONFIG))
-        code.append(f"start({str(text)!r}, run_config(**json.loads({config!r})), Path({str(out)!r}))")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(errors_of(out), "ab") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-c", "\n".join(code)], stdout=subprocess.DEVNULL, stderr=errors, env=environment
-        )
+    fsync = os.fsync
+
+    def slow_fsync(fd: int) -> None:
+        time.sleep(0.01)
+        fsync(fd)
+
+    def run() -> None:
+        if slow_save:
+            os.fsync = slow_fsync
+        if resuming:
+            resume(out)
+        else:
+            start(str(text), CONFIG, out)
+
+    return Forked(run, errors_of(out))
 
 
 def errors_of(out: Path) -> Path:
     return out.with_suffix(".stderr")
 
 
-def wait_for(directory: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(directory: Path, step: int, process: Forked) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         rows = JsonLines(directory / "metrics.jsonl").read()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import string
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -29,6 +25,7 @@ from gptsmith.tokenizer.chat import ChatTemplate
 from gptsmith.train.chats import ChatFiles
 from gptsmith.train.config import SftConfig, default_config
 from tests.factories import tiny_run_config
+from tests.forked import Forked, command
 
 ANIMALS = ("cat", "dog", "bird", "fish")
 QUIET: dict[str, Any] = {"sample_tokens": 0, "device": "cpu", "compile": "off"}
@@ -67,6 +64,7 @@ def chats(tmp_path: Path) -> Path:
     return write(tmp_path / "chats.jsonl", rows())
 
 
+@pytest.mark.report
 def test_it_learns_to_answer_and_to_stop(base: Path, chats: Path, tmp_path: Path, run_cli: Any) -> None:
     code, _, err = run_cli(
         *("sft", base, chats, "--out", tmp_path / "run", "--lora", "off", "--optim.name", "adamw", "--optim.lr", 0.004),
@@ -202,18 +200,10 @@ def test_any_micro_batch_gives_the_same_gradient(lora: str, base: Path, tmp_path
     assert run.metrics[1]["grad_norm"] == pytest.approx(gradients[0], rel=1e-6)
 
 
-def start_process(base: Path, chats: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    arguments = [*("sft", base, chats, "--out", out, "--steps", 40, "--save-every", 1, "--eval-every", 10)]
-    arguments += [*("--sample-tokens", 0, "--compile", "off", "--keep-checkpoints", 3), *more]
-    return run_process(arguments)
-
-
-def run_process(arguments: list[Any]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gptsmith", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def start_process(base: Path, chats: Path, out: Path, *more: str) -> Forked:
+    return command(
+        *("sft", base, chats, "--out", out, "--steps", 40, "--save-every", 1, "--eval-every", 10),
+        *("--sample-tokens", 0, "--compile", "off", "--keep-checkpoints", 3, *more),
     )
 
 
@@ -230,9 +220,9 @@ def test_killed_and_resumed(options: tuple[str, ...], base: Path, chats: Path, t
             if killed.poll() is not None or (steps and max(steps) >= limit):
                 break
             time.sleep(0.02)
-        killed.send_signal(signal.SIGKILL)
+        killed.kill()
         killed.wait()
-        killed = run_process(["train", "--resume", tmp_path / "killed"])
+        killed = command("train", "--resume", tmp_path / "killed")
     assert killed.wait(timeout=120) == 0
     assert whole.wait(timeout=120) == 0
     name = "model.safetensors" if "off" in options else "adapter_model.safetensors"

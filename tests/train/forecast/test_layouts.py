@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from gptsmith.train.forecast import layouts
 from gptsmith.train.forecast.memory import USABLE, Forecaster
 from tests.factories import tiny_run_config
 
+pytestmark = pytest.mark.usefixtures("remembered_forecasts")
+
 CPU = torch.device("cpu")
 CONFIG = tiny_run_config(
     batch_size=8, model={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}, optim={"name": "adamw"}
@@ -23,6 +26,7 @@ CONFIG = tiny_run_config(
 MODEL = CONFIG.model.build(4096, CONFIG.loop.context)
 
 
+@functools.cache
 def needed(parts: int) -> int:
     """Return the bytes of each process where so many divide the model."""
     forecaster = Forecaster(

@@ -47,6 +47,7 @@ def choose_layout(
     if available is not None and device.type != "cuda":
         available //= local
     chosen, needed_whole = Layout(dp=processes), 0
+    whole_model: Forecaster | None = None
     for layout in candidates(processes, local):
         if any(layout.problems(model_config)) or config.loop.batch_size % layout.data_size:
             continue
@@ -56,17 +57,16 @@ def choose_layout(
         chosen = layout
         if available is None or certainly_fits(config, model_config, 1, available):
             break
-        recompute = config.loop.activation_checkpointing != "off"
-        forecaster = Forecaster(
-            config,
-            model_config,
-            device=device,
-            precision=precision,
-            objective=objective,
-            activation_checkpointing=recompute,
-            model_parts=layout.fsdp * layout.tp,
-        )
-        needed = forecaster.at(1).total
+        if whole_model is None:
+            whole_model = Forecaster(
+                config,
+                model_config,
+                device=device,
+                precision=precision,
+                objective=objective,
+                activation_checkpointing=config.loop.activation_checkpointing != "off",
+            )
+        needed = whole_model.divided(layout.fsdp * layout.tp).at(1).total
         needed_whole = needed_whole or needed
         if needed <= USABLE * available:
             break

@@ -11,6 +11,7 @@ On a CPU the forecast is of peak resident memory, on a GPU of allocated memory.
 from __future__ import annotations
 
 import bisect
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,13 @@ class Forecaster:
         if self.on_heap:
             self.process = RUNTIME + compiled * COMPILER + (process_memory() if process is None else process)
         self._known: dict[int, Memory] = {}
+        self._undivided: dict[int, dict[str, Parts]] = {}
+
+    def divided(self, model_parts: int) -> Forecaster:
+        """Return the forecaster of the same runs with the model divided otherwise."""
+        other = copy.copy(self)  # what has been run without storage is shared
+        other.model_parts, other._known = model_parts, {}
+        return other
 
     def at(self, micro_batch_size: int) -> Memory:
         """Return the forecast for micro-batches of that many rows."""
@@ -110,12 +118,20 @@ class Forecaster:
         if self.at(1).total > USABLE * available:
             return None
         batch_size = self.config.loop.batch_size
+        if self.at(batch_size).total <= USABLE * available:  # mostly so, and each forecast takes a second
+            return batch_size
         divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
         fitting = bisect.bisect_left(divisors, True, key=lambda size: self.at(size).total > USABLE * available)
         return divisors[fitting - 1]
 
     def _forecast(self, micro_batch_size: int) -> Memory:
-        peaks = self._peaks(micro_batch_size)
+        if micro_batch_size not in self._undivided:
+            self._undivided[micro_batch_size] = self._peaks(micro_batch_size)
+        shares = {part: self.model_parts if part in ("weights", "gradients", "optimizer") else 1 for part in PARTS}
+        peaks = {
+            moment: {part: size / shares[part] for part, size in parts.items()}
+            for moment, parts in self._undivided[micro_batch_size].items()
+        }
         if not self.on_heap:
             moment, parts = max(peaks.items(), key=lambda item: sum(item[1].values()))
             parts = {**parts, "process": float(self.process)}
@@ -144,7 +160,7 @@ class Forecaster:
         }
 
     def _run(self, model_config: ModelConfig, micro_batch_size: int) -> dict[str, Parts]:
-        peaks = run_without_storage(
+        return run_without_storage(
             self.config,
             model_config,
             micro_batch_size,
@@ -154,10 +170,6 @@ class Forecaster:
             partition=self.compiled and not self.on_heap,
             activation_checkpointing=self.activation_checkpointing,
         )
-        for parts in peaks.values():
-            for part in ("weights", "gradients", "optimizer"):
-                parts[part] /= self.model_parts
-        return peaks
 
 
 # A run without storage -----------------------------------------------------------------------------------------------
