@@ -18,6 +18,7 @@ import pytest
 
 import gptsmith
 from gptsmith.log import JsonLines
+from tests.forked import command
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -36,19 +37,14 @@ def record(run: Path) -> dict[str, Any]:
 def test_runs_that_start_at_once_get_directories_of_their_own(
     text_file: Path, tiny: list[str], tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-m", "gptsmith", "train", str(text_file), *tiny]
-    started = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in started:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    monkeypatch.chdir(tmp_path)
+    started = [command("train", text_file, *tiny, errors=tmp_path / f"errors-{i}") for i in range(3)]
+    for i, process in enumerate(started):
+        assert process.wait(timeout=300) == 0, (tmp_path / f"errors-{i}").read_text()
     runs = sorted((tmp_path / "runs").iterdir())
     assert [path.name for path in runs] == ["words", "words-2", "words-3"]
     assert [record(path)["status"] for path in runs] == ["finished"] * 3
 
-    monkeypatch.chdir(tmp_path)
     assert run_cli("train", text_file, *tiny, "--device", "cuda:99")[0] != 0
     assert sorted((tmp_path / "runs").iterdir()) == runs  # a run that could not start leaves no directory
 

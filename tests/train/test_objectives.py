@@ -84,8 +84,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(whole: Path, tmp_path
         if kills < 3:
             process = command("train", "--resume", out, errors=errors)
     # A new process finds the objective by the name in run.json.
-    last = [sys.executable, "-m", "gptsmith", "train", "--resume", str(out)]
-    done = subprocess.run(last, env=environment, capture_output=True, text=True, timeout=300)
+    script = f"from pathlib import Path; from gptsmith.train.run import resume; resume(Path({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert read_run(out).status == "finished"
     ours, theirs = tensors(out), tensors(whole)

@@ -86,7 +86,7 @@ def launch(text: Path, out: Path, *, resuming: bool = False, slow_save: bool = F
     """Train in a process of its own. slow_save: every fsync takes a while, so that kills fall into saves."""
     fsync = os.fsync
 
-    def slow_fsync(fd: int) -> None:
+    def slow_fsync(fd: Any) -> None:
         time.sleep(0.01)
         fsync(fd)
 
