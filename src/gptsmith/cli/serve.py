@@ -8,13 +8,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from gptsmith.cli.parser import parse
 from gptsmith.errors import CheckpointError, UsageError, nearest
 from gptsmith.log import is_terminal, note, quiet
+
+if TYPE_CHECKING:
+    from gptsmith.server.models import ModelRegistry
+    from gptsmith.server.service import Settings
 
 KEY_VARIABLE = "GPTSMITH_API_KEY"
 
@@ -84,86 +88,24 @@ class Serve:
 
 def main(arguments: list[str]) -> int:
     chosen = parse(Serve, "gptsmith serve", arguments)
-    if not chosen.models:
-        raise UsageError("no model given. Name at least one: gptsmith serve runs/bard")
-    for name, minimum in (("max_concurrency", 1), ("queue_limit", 0), ("max_body", 1)):
-        if getattr(chosen, name) < minimum:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(chosen, name)}.")
-    if not 0 < chosen.timeout <= 86_400:
-        raise UsageError(f"--timeout must be above 0 and at most 86400 seconds, not {chosen.timeout:g}.")
-    if not 0 <= chosen.port <= 65_535:
-        raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
-    if chosen.runs is not None and not chosen.runs.is_dir():
-        raise UsageError(f"--runs {chosen.runs}: not a directory.")
-    aliases = dict(_pair("--alias", text) for text in chosen.alias)
+    _check(chosen)
     try:
         from gptsmith.server.app import create_app
     except ImportError as error:
         raise UsageError(
             f"serving needs a package that is not installed ({error.name}): pip install 'gptsmith[serve]'."
         ) from None
-    from gptsmith.loading import resolve_model
     from gptsmith.server.access_log import announce, configure_logging
-    from gptsmith.server.auth import parse_rate, read_keys
-    from gptsmith.server.comparisons import check_file
-    from gptsmith.server.media import MediaFetcher, parse_domain
-    from gptsmith.server.models import SERVER_SAMPLING, ModelRegistry, default_name, load
-    from gptsmith.server.runner import LOOPBACK, is_loopback, listen, serve
-    from gptsmith.server.service import Settings
+    from gptsmith.server.models import SERVER_SAMPLING
+    from gptsmith.server.runner import is_loopback, listen, serve
 
-    def current_keys() -> list[str]:
-        from_file = [] if chosen.api_key_file is None else read_keys(chosen.api_key_file)
-        return [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split(), *from_file]
-
-    if chosen.collect is not None:
-        check_file(chosen.collect)
-    elif chosen.reward_model is not None:
-        raise UsageError("--reward-model needs --collect: it is compared with the choices that are collected.")
-    keys = current_keys()
-    if any(not key.strip() for key in keys):
-        raise UsageError("--api-key: a key must not be empty.")
-    for address in chosen.trusted_proxy:
-        _check_address(address)
-    allowed = tuple(_host_name(host) for host in chosen.allowed_host)
-    restricted = bool(allowed) or (is_loopback(chosen.host) and not keys)
-    settings = Settings(
-        keys=tuple(keys),
-        read_keys=None if chosen.api_key_file is None else current_keys,
-        trusted_proxies=chosen.trusted_proxy,
-        max_concurrency=chosen.max_concurrency,
-        queue_limit=chosen.queue_limit,
-        rate=None if chosen.rate_limit is None else parse_rate(chosen.rate_limit),
-        timeout=chosen.timeout,
-        max_body=chosen.max_body,
-        cors=chosen.cors,
-        hosts=(*LOOPBACK, chosen.host.lower(), *allowed) if restricted and "*" not in allowed else None,
-        runs=chosen.runs,
-        collect=chosen.collect,
-        reward_model=chosen.reward_model,
-        media=MediaFetcher(tuple(parse_domain(domain) for domain in chosen.allow_media_domain)),
-    )
-    named = _named(chosen.models, default_name)
-    for spec in named.values():  # report missing models now, not at the first request
-        resolve_model(spec)
-    models = ModelRegistry(
-        named,
-        functools.partial(
-            load,
-            device=chosen.device,
-            quantize=chosen.quantize,
-            max_batch=chosen.max_concurrency,
-            cache_tokens=chosen.cache_tokens,
-            speculate=chosen.speculate,
-        ),
-        aliases=aliases,
-        adapters=dict(_adapter(text, [*named, *named.values()]) for text in chosen.adapter),
-    )
+    settings, models = _settings(chosen), _models(chosen)
     configure_logging(chosen.log_level)
     say = note if is_terminal() else announce  # a log file has JSON lines only
     listening = listen(chosen.host, chosen.port)
     try:
         app = create_app(models, settings)
-        if not is_loopback(chosen.host) and not keys:
+        if not is_loopback(chosen.host) and not settings.keys:
             say("warning: anyone who can reach this machine can use this server. Protect it with --api-key-file.")
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -182,6 +124,87 @@ def main(arguments: list[str]) -> int:
         listening.close()
         models.close(drain=False)
     return 0
+
+
+def _check(chosen: Serve) -> None:
+    """Raise UsageError for options that are wrong by themselves."""
+    if not chosen.models:
+        raise UsageError("no model given. Name at least one: gptsmith serve runs/bard")
+    for name, minimum in (("max_concurrency", 1), ("queue_limit", 0), ("max_body", 1)):
+        if getattr(chosen, name) < minimum:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(chosen, name)}.")
+    if not 0 < chosen.timeout <= 86_400:
+        raise UsageError(f"--timeout must be above 0 and at most 86400 seconds, not {chosen.timeout:g}.")
+    if not 0 <= chosen.port <= 65_535:
+        raise UsageError(f"--port must be from 0 to 65535, not {chosen.port}.")
+    if chosen.runs is not None and not chosen.runs.is_dir():
+        raise UsageError(f"--runs {chosen.runs}: not a directory.")
+    if chosen.reward_model is not None and chosen.collect is None:
+        raise UsageError("--reward-model needs --collect: it is compared with the choices that are collected.")
+    for address in chosen.trusted_proxy:
+        _check_address(address)
+
+
+def _settings(chosen: Serve) -> Settings:
+    """Return how requests are answered: who may ask, how much at once, and what is shown and collected."""
+    from gptsmith.server.auth import parse_rate, read_keys
+    from gptsmith.server.comparisons import check_file
+    from gptsmith.server.media import MediaFetcher, parse_domain
+    from gptsmith.server.runner import LOOPBACK, is_loopback
+    from gptsmith.server.service import Settings
+
+    def current_keys() -> list[str]:
+        from_file = [] if chosen.api_key_file is None else read_keys(chosen.api_key_file)
+        return [*chosen.api_key, *os.environ.get(KEY_VARIABLE, "").split(), *from_file]
+
+    if chosen.collect is not None:
+        check_file(chosen.collect)
+    keys = current_keys()
+    if any(not key.strip() for key in keys):
+        raise UsageError("--api-key: a key must not be empty.")
+    allowed = tuple(_host_name(host) for host in chosen.allowed_host)
+    restricted = bool(allowed) or (is_loopback(chosen.host) and not keys)
+    return Settings(
+        keys=tuple(keys),
+        read_keys=None if chosen.api_key_file is None else current_keys,
+        trusted_proxies=chosen.trusted_proxy,
+        max_concurrency=chosen.max_concurrency,
+        queue_limit=chosen.queue_limit,
+        rate=None if chosen.rate_limit is None else parse_rate(chosen.rate_limit),
+        timeout=chosen.timeout,
+        max_body=chosen.max_body,
+        cors=chosen.cors,
+        hosts=(*LOOPBACK, chosen.host.lower(), *allowed) if restricted and "*" not in allowed else None,
+        runs=chosen.runs,
+        collect=chosen.collect,
+        reward_model=chosen.reward_model,
+        media=MediaFetcher(tuple(parse_domain(domain) for domain in chosen.allow_media_domain)),
+    )
+
+
+def _models(chosen: Serve) -> ModelRegistry:
+    """Return the models to serve, which are not loaded yet. Raise UsageError for one that is not there: now, and not at
+    the first request."""
+    from gptsmith.loading import resolve_model
+    from gptsmith.server.models import ModelRegistry, default_name, load
+
+    aliases = dict(_pair("--alias", text) for text in chosen.alias)
+    named = _named(chosen.models, default_name)
+    for spec in named.values():
+        resolve_model(spec)
+    return ModelRegistry(
+        named,
+        functools.partial(
+            load,
+            device=chosen.device,
+            quantize=chosen.quantize,
+            max_batch=chosen.max_concurrency,
+            cache_tokens=chosen.cache_tokens,
+            speculate=chosen.speculate,
+        ),
+        aliases=aliases,
+        adapters=dict(_adapter(text, [*named, *named.values()]) for text in chosen.adapter),
+    )
 
 
 def _named(models: tuple[str, ...], default_name: Callable[[str], str]) -> dict[str, str]:
