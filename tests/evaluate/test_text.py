@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -411,3 +412,27 @@ def test_options_are_checked_before_anything_is_measured(
     monkeypatch.setattr(measured, "window_losses", None)
     with pytest.raises(UsageError, match="--stride"):
         evaluate_texts(model, CHARACTERS, [text, rows], options=TextOptions(stride=CONTEXT, prefix="every"))
+
+
+def test_progress_is_the_share_that_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is read in blocks that are larger than what is scored at a time."""
+    advances: list[float] = []
+
+    class Bar:
+        def advance(self, amount: float) -> None:
+            advances.append(amount)
+
+    @contextlib.contextmanager
+    def recorded(total: float, *_: str) -> Iterator[Bar]:
+        yield Bar()
+
+    monkeypatch.setattr(measured, "progress", recorded)
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 400)
+    path = tmp_path / "long.txt"
+    path.write_text("abcdefghij" * 400)
+    model = tiny_model("llama", vocab_size=CHARACTERS.vocab_size, max_position_embeddings=CONTEXT)
+    evaluate_text(model, CHARACTERS, path)
+    shown = np.cumsum(advances) / 4000
+    assert min(advances) >= 0
+    assert shown[-1] == pytest.approx(1, abs=1e-3)  # the first token is not scored
+    assert np.abs(shown - np.arange(1, len(shown) + 1) / len(shown)).max() < 0.11  # the next chunk may be read already

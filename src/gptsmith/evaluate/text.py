@@ -455,9 +455,10 @@ class _Measurement:
             for window, losses in window_losses(self.model, sequence):
                 self._add(window, losses)
                 done += int(window.scored.sum())
-                now = read * min(1.0, done / max(1, self.tokens))
-                bar.advance(now - shown)
-                shown = now
+                # A file is read ahead of what is scored; a compressed one has fewer bytes than its text.
+                now = min(read, self.bytes) * min(1.0, done / max(1, self.tokens))
+                bar.advance(max(0.0, now - shown))
+                shown = max(shown, now)
         return self._result()
 
     # Tokens -----------------------------------------------------------------------------------------------------------
