@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +214,32 @@ def test_an_interrupted_command_goes_on(
     code, _, err = run_cli(*command, tmp_path / "x")
     assert (code, "Continuing an interrupted quantization: 1 of 2 layers" in err) == (0, True), err
     assert not (tmp_path / "x.partial").exists()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("x", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_command_goes_on(tmp_path: Path, bpe: Tokenizer) -> None:
+    """After a kill that it cannot notice, the same command writes the same bits."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 6}
+    save_checkpoint(tmp_path / "model", tiny_model("llama", vocab_size=300, **shape), bpe)
+
+    def start(out: str) -> subprocess.Popen[str]:
+        options = ("--bits", "4", "--tokens", "0", "--calibration-tokens", "1024", "--out", str(tmp_path / out))
+        command = [sys.executable, "-m", "gptsmith", "quantize", str(tmp_path / "model"), *options]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    with start("x") as process:
+        while not (tmp_path / "x.partial" / "layer-00001.safetensors").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.kill()
+    assert not (tmp_path / "x").exists()
+    for out in ("x", "whole"):
+        with start(out) as process:
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+            assert bool(re.search(r"Continuing .*: [2-5] of 6 layers are done", err)) == (out == "x"), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "whole", "x"]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("x", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

@@ -190,7 +190,9 @@ def _reference(chosen: Quantize, model: Transformer, tokenizer: Tokenizer, text:
             raise
         note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
         return None
-    return Reference(model, ids, prefix=tokenizer.prefix_ids)
+    assert chosen.out is not None
+    disk = next(parent for parent in chosen.out.absolute().parents if parent.is_dir())
+    return Reference(model, ids, prefix=tokenizer.prefix_ids, directory=disk)
 
 
 def _stored_size(model: Transformer) -> int:

@@ -76,6 +76,6 @@ def inspect(
 def logit_lens(model: Transformer, residual: Tensor, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the most likely next token at each position, and its probability, by the residual stream (T, C) of a
     layer: (T,) int64 and (T,) float32. vocab_size: ignore the padding of the vocabulary beyond it."""
-    logits = model.lm_head(model.norm(residual[None]))[0, :, :vocab_size].float()  # (T, V)
+    logits = model.lm_head(model.final_states(residual[None]))[0, :, :vocab_size].float()  # (T, V)
     best = logits.max(dim=-1)
     return best.indices, (best.values - logits.logsumexp(dim=-1)).exp()

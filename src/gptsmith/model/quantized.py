@@ -18,7 +18,7 @@ Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row · N t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,16 @@ class Codes:
         """Return the rows of these indices, (n,) int64."""
         zero_points = None if self.zero_points is None else self.zero_points[order]
         return Codes(self.bits, self.codes[order], self.scales[order], zero_points)
+
+    def values(self, rows: Tensor) -> Tensor:
+        """Return the numbers of the rows of these indices: (n, K) float32."""
+        codes = self.codes[rows].float().view(len(rows), -1, GROUP)
+        if self.zero_points is None:
+            codes -= 128
+        codes *= self.scales[rows].float()[..., None]
+        if self.zero_points is not None:
+            codes += self.zero_points[rows].float()[..., None]
+        return codes.flatten(1)
 
     def scaled(self, factor: float) -> Codes:
         """Return the matrix times a number."""
@@ -210,12 +220,25 @@ class QuantizedMatrix(nn.Module):
 
     @classmethod
     def of(cls, matrix: Codes) -> QuantizedMatrix:
-        made = cls(matrix.codes.shape[0], matrix.codes.shape[1], matrix.bits)
-        made.packed, made.scales = pack(matrix.codes, matrix.bits), _by_block(matrix.scales)
-        if matrix.zero_points is not None:
-            made.zero_points = _by_block(matrix.zero_points)
-        if matrix.units is not None:
-            made.units = _by_block(matrix.units)
+        return cls.stacked(len(matrix.codes), [matrix])
+
+    @classmethod
+    def stacked(cls, rows: int, parts: Iterable[Codes]) -> QuantizedMatrix:
+        """Return a matrix of parts, one below the other, of which only one is needed at a time. But for the last one,
+        each has a multiple of 16 rows."""
+        made, block = cls(0, 0, 8), 0
+        for part in parts:
+            buffers = {"packed": pack(part.codes, part.bits), "scales": _by_block(part.scales)}
+            if part.zero_points is not None:
+                buffers["zero_points"] = _by_block(part.zero_points)
+            if part.units is not None:
+                buffers["units"] = _by_block(part.units)
+            if block == 0:
+                made = cls(rows, part.codes.shape[1], part.bits)
+                made.units = made.units.new_zeros(len(made.packed) if part.units is not None else 0, 2, ROWS)
+            for name, values in buffers.items():
+                getattr(made, name)[block : block + len(values)] = values
+            block += len(buffers["packed"])
         return made
 
     def stored(self) -> dict[str, Tensor]:

@@ -531,6 +531,10 @@ class Transformer(nn.Module):
                 residuals.append(x)
         if cache is not None:
             cache.advance(T)
+        return self.final_states(x)
+
+    def final_states(self, x: Tensor) -> Tensor:
+        """Return the input of `lm_head` for the output of the last layer, (B, T, C)."""
         hidden: Tensor = self.norm(x)
         return hidden if self.config.embedding_size is None else self.embedding_out_proj(hidden)
 

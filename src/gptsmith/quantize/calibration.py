@@ -11,6 +11,7 @@ Axis letters: N sequences · T tokens of each · K columns (inputs) of a matrix 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,47 @@ class ObservedInputs(TorchFunctionMode):
         return function(*arguments, **named)
 
 
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def layer_arguments(model: Transformer, ids: Tensor) -> list[LayerArguments]:
+    """Return the arguments of each layer but the hidden states; they are the same for all texts of one length."""
+    found: list[LayerArguments] = []
+
+    def remember(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append((positional[1:], named))
+
+    hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in model.layers]
+    try:
+        with torch.no_grad():
+            model.hidden_states(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def first_states(model: Transformer, ids: Tensor) -> Tensor:
+    """Return the input of the first layer, without a gradient: (1, T, C). ids: (1, T)."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, positional: tuple[Any, ...]) -> None:
+        found.append(positional[0])
+        raise _Stop
+
+    hook = model.layers[0].register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), contextlib.suppress(_Stop):
+            model.hidden_states(ids)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 @torch.no_grad()
 def mean_squared_inputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
     """Return the mean square of each input of each matrix over a text, (K,) float32 by the matrix's name.
@@ -107,7 +149,8 @@ def mean_squared_inputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
     try:
         with progress(len(ids), "Reading the calibration text") as bar, ObservedInputs(matrices_of(model), add):
             for row in ids:
-                model(row[None].to(device))
+                hidden = model.hidden_states(row[None].to(device))
+                add("lm_head.weight", hidden.flatten(0, -2))  # without its product, which is large
                 bar.advance(1)
     finally:
         model.train(was_training)

@@ -3,15 +3,17 @@
     full = Reference(model, ids, prefix)         # before the model is quantized, in place
     full.compare(quantized)                      # after
 
-Of the full model, the final hidden states and the output layer are kept, from which its probabilities are computed
-again, a few tokens at a time.
+Of the full model, the final hidden states (in a file) and the output layer are kept, from which its probabilities are
+computed again, a few tokens at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from gptsmith.evaluate.text import Window, text_windows
 from gptsmith.log import progress
 from gptsmith.model.quantized import BITS, Bits, can_quantize
 from gptsmith.model.transformer import Transformer
+from gptsmith.quantize.file_matrix import FileMatrix
 from gptsmith.quantize.widths import bits_per_weight, quantizable
 
 WINDOW = 512  # tokens
@@ -51,11 +54,17 @@ class Reference:
     """What is needed of the full model to compare it with a quantized one on a text."""
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, ids: Sequence[int], prefix: Sequence[int] = ()) -> None:
-        """ids: of the text; it is cut into windows that begin with `prefix`. Raises UsageError for too short a text."""
+    def __init__(
+        self, model: Transformer, ids: Sequence[int], prefix: Sequence[int] = (), directory: Path | None = None
+    ) -> None:
+        """ids: of the text; it is cut into windows that begin with `prefix`. directory: on a disk with room for the
+        hidden states of all tokens; None: that of temporary files. Raises UsageError for too short a text."""
         self.windows = text_windows(model, ids, window=WINDOW, prefix=prefix)
         self._head = model.lm_head  # it keeps its weight when the model gets another one
-        self._hidden = [_hidden(model, window) for window in self.windows]
+        self._begins = [0, *itertools.accumulate(len(window.ids) - 1 for window in self.windows)]
+        self._hidden = FileMatrix(self._begins[-1], model.lm_head.in_features, directory)
+        for window, begin in zip(self.windows, self._begins, strict=False):
+            self._hidden.write(begin, _hidden(model, window))
 
     def compare(self, model: Transformer) -> Comparison:
         """Return how the predictions of a model differ from those of the full one."""
@@ -72,7 +81,8 @@ class Reference:
         losses = torch.zeros(2, dtype=torch.float64)
         divergence, agreed, count = 0.0, 0, 0
         with progress(len(self.windows), "Comparing with the full model") as bar:
-            for window, hidden in zip(self.windows, self._hidden, strict=True):
+            for window, (begin, end) in zip(self.windows, itertools.pairwise(self._begins), strict=True):
+                hidden = self._hidden.read(begin, end)
                 targets = torch.split(_scored(window, torch.from_numpy(window.ids[1:])), _TOKENS)
                 parts = zip(targets, torch.split(_scored(window, hidden), _TOKENS), logits(window), strict=True)
                 for wanted, part, theirs in parts:

@@ -6,26 +6,28 @@ columns with the largest inputs (GPTQ with activation order; Frantar et al. 2022
 points are fitted to the codes by least squares, and codes are changed one column at a time as long as that helps
 (coordinate descent; Behdin et al. 2023, 2309.01885), a few times over.
 
+H and what is computed from it are in files, of which a few rows at a time are read. In memory are a few copies of some
+rows of the matrix.
+
 Axis letters: R rows (outputs) · K columns (inputs) · G groups of a row. In the algorithms a matrix is stored
 transposed, (K, R), so that a column of it is contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptsmith.model.quantized import GROUP, Bits, Codes, concatenate, scales_of
-from gptsmith.storage import explain_os_errors
+from gptsmith.quantize.file_matrix import FileMatrix
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 ROUNDS = 3  # of fitting scales and of coordinate descent
-_BLOCK = 64  # columns after which the others are brought up to date
-_CHUNK = 1 << 22  # numbers of a temporary array
+MEMORY = 1 << 28  # bytes
+_BLOCK = 64  # columns after which the others are brought up to date, and rows of H that are in memory
+_CHUNK = 1 << 22  # the most weights that are rounded at once
+_COPIES = 4  # float32 copies of these weights in memory
+_PIECE = 1 << 18  # weights whose range is searched at once
 _CLIPPED = (0.0, 0.02, 0.04, 0.06, 0.09, 0.12)  # shares of a group's range that are tried to be cut off at either end
 
 
@@ -54,24 +56,24 @@ class _Grid:
         else:
             self.zero_points = self.stored_zero_points.float()
 
-    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scales, their reciprocals and the zero points of each column, (K, R)."""
-        scales = self.scales.T.repeat_interleave(GROUP, dim=0)
-        return scales, _reciprocal(scales), self.zero_points.T.repeat_interleave(GROUP, dim=0)
+    def groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scales, their reciprocals and the zero points, each (G, R)."""
+        scales = self.scales.T.contiguous()
+        return scales, _reciprocal(scales), self.zero_points.T.contiguous()
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """Return the nearest codes, float32, of a matrix (R, K)."""
-        groups = weight.view(len(weight), -1, GROUP)
-        codes = (groups - self.zero_points[..., None]) * _reciprocal(self.scales)[..., None]
-        return codes.round_().clamp_(0 if self.bits < 8 else 1, self.most).flatten(1)
+        """Return the nearest codes, uint8, of a matrix (R, K)."""
+        codes = weight.view(len(weight), -1, GROUP) - self.zero_points[..., None]
+        codes.mul_(_reciprocal(self.scales)[..., None]).round_().clamp_(0 if self.bits < 8 else 1, self.most)
+        return codes.to(torch.uint8).flatten(1)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Return the numbers (R, K) of codes (R, K)."""
-        groups = codes.view(len(codes), -1, GROUP)
-        return (groups * self.scales[..., None] + self.zero_points[..., None]).flatten(1)
+    def values(self, codes: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return the numbers (r, K) of codes (r, K), of these rows of the matrix."""
+        groups = codes.view(len(codes), -1, GROUP).float()
+        return groups.mul_(self.scales[rows, :, None]).add_(self.zero_points[rows, :, None]).flatten(1)
 
     def matrix(self, codes: Tensor) -> Codes:
-        return Codes(self.bits, codes.to(torch.uint8), self.stored_scales, self.stored_zero_points, self.units)
+        return Codes(self.bits, codes, self.stored_scales, self.stored_zero_points, self.units)
 
     def rows(self, chosen: Tensor, other: _Grid) -> _Grid:
         """Return a grid with the rows of `self` where `chosen`, (R,) bool, else with those of `other`."""
@@ -96,83 +98,71 @@ def _reciprocal(scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_matrix(
-    weight: Tensor, hessian: Tensor | None, bits: Bits, *, rounds: int = ROUNDS, scratch: Path | None = None
+    weight: Tensor, hessian: FileMatrix | None, bits: Bits, *, rounds: int = ROUNDS, memory: int = MEMORY
 ) -> Codes:
     """Return a matrix (R, K), quantized; K is a multiple of 32.
 
-    hessian: the mean of x xᵀ over the inputs, (K, K) float32; it is changed. None: round each weight to the nearest.
-    scratch: a file in which H waits while its factor is needed; None: memory. Both (K, K) matrices together would take
-        more than a layer.
+    hessian: the mean of x xᵀ over the inputs, (K, K). None: round each weight to the nearest. memory: how many bytes to
+    take beside both, as far as that is possible: rows are rounded a few at a time. The result is among them.
     """
-    weight = weight.float()
+    R, K = weight.shape
+    numbers = max(0, memory // 4 - weight.numel() // 2)  # without codes, which are copied once
+    parts = torch.split(weight, _evenly(R, min(_CHUNK, numbers // _COPIES) // K))  # rows do not depend on each other
     if hessian is None:
-        grid = _fitted_ranges(weight, None, bits)
-        return grid.matrix(grid.nearest(weight))
-    mean = hessian.diagonal().mean()
+        return concatenate([_nearest(part, bits) for part in parts])
+    diagonal = torch.cat([hessian.read(i, j).diagonal(offset=i).clone() for i, j in _blocks(K)])
+    mean = diagonal.mean()
     if not mean > 0:  # no inputs
-        return round_matrix(weight, None, bits)
-    hessian.diagonal().add_(DAMPING * mean)
-    diagonal = hessian.diagonal().clone()
-    order = diagonal.argsort(descending=True)
-    split = torch.split(weight, max(1, _CHUNK // weight.shape[1]))  # rows do not depend on each other
-    grids = [_fitted_ranges(part, diagonal, bits) for part in split]
-    chosen: list[Tensor] = []
-    with _Parked(hessian, scratch) as parked:
-        del hessian
-        factor = _inverse_factor(parked.read, order, diagonal)
-        for part, grid in zip(split, grids, strict=True):
-            chosen.append(_gptq(part, order, factor, grid).to(torch.uint8))
-        del factor
-        hessian = parked.whole()
-    parts = []
-    for part, grid in zip(split, grids, strict=True):
-        codes = chosen.pop(0).float()
+        return round_matrix(weight, None, bits, memory=memory)
+    diagonal += DAMPING * mean
+    damped = _Damped(hessian, diagonal)
+    order = diagonal.argsort(descending=True).flip(0)  # beginning with the last
+    factor = _factor(hessian, order, diagonal)
+    rounded = []
+    for part in parts:
+        part = part.float()
+        grid = _fitted_ranges(part, diagonal, bits)
+        codes = _gptq(part, order, factor, grid)
         for _ in range(rounds):
-            grid = _fitted_scales(part, hessian, grid, codes)
-            codes = _descended(part, hessian, grid, codes)
-        parts.append(grid.matrix(codes))
-    return concatenate(parts)
+            grid = _fitted_scales(part, damped, grid, codes)
+            codes = _descended(part, damped, grid, codes)
+        rounded.append(grid.matrix(codes))
+    return concatenate(rounded)
 
 
-class _Parked:
-    """A matrix (K, K) that is not needed for a while: in a file if there is one, which is deleted at the end."""
+def _evenly(rows: int, most: int) -> int:
+    """Return how many rows a part has if there are as few parts as possible, of at most so many rows, or one."""
+    return -(-rows // -(-rows // max(1, most)))
 
-    def __init__(self, matrix: Tensor, path: Path | None) -> None:
-        self._matrix, self._path, self._size = matrix, path, len(matrix)
-        if path is not None:
-            with explain_os_errors(path):
-                matrix.numpy().tofile(path)
-            self._matrix = torch.empty(0)
 
-    def __enter__(self) -> _Parked:
-        return self
+def _blocks(count: int) -> list[tuple[int, int]]:
+    """Return where blocks of _BLOCK rows begin and end."""
+    return [(i, min(count, i + _BLOCK)) for i in range(0, count, _BLOCK)]
 
-    def __exit__(self, *_: object) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Return some rows."""
-        if self._path is None:
-            return self._matrix[rows]
-        found = torch.empty(len(rows), self._size)
-        with explain_os_errors(self._path), open(self._path, "rb") as file:
-            for at, row in enumerate(rows.tolist()):
-                file.seek(4 * self._size * row)
-                found[at] = torch.from_numpy(np.fromfile(file, np.float32, self._size))
-        return found
+def _nearest(weight: Tensor, bits: Bits) -> Codes:
+    weight = weight.float()
+    grid = _fitted_ranges(weight, None, bits)
+    return grid.matrix(grid.nearest(weight))
 
-    def whole(self) -> Tensor:
-        if self._path is None:
-            return self._matrix
-        with explain_os_errors(self._path):
-            return torch.from_numpy(np.fromfile(self._path, np.float32).reshape(self._size, self._size))
+
+class _Damped:
+    """A symmetric matrix in a file with another diagonal, (K,)."""
+
+    def __init__(self, matrix: FileMatrix, diagonal: Tensor) -> None:
+        self._matrix, self.diagonal = matrix, diagonal
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """Return some rows, (n, K)."""
+        rows = self._matrix.read(begin, end)
+        rows.diagonal(offset=begin).copy_(self.diagonal[begin:end])
+        return rows
 
 
 def _fitted_ranges(weight: Tensor, importance: Tensor | None, bits: Bits) -> _Grid:
     """Return a grid with a range for each group: of a few, the one with the smallest squared error of the nearest
     numbers. importance: weights of the columns, (K,)."""
-    rows = max(1, _CHUNK // weight.shape[1])
+    rows = max(1, _PIECE // weight.shape[1])
     scales, zero_points = [], []
     weights = torch.ones(weight.shape[1]) if importance is None else importance
     for part in torch.split(weight, rows):
@@ -198,108 +188,146 @@ def _fitted_ranges(weight: Tensor, importance: Tensor | None, bits: Bits) -> _Gr
     return _Grid(bits, torch.cat(scales), torch.cat(zero_points))
 
 
-def _gptq(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
-    """Return codes (R, K), chosen column by column in this order. factor: as from `_inverse_factor`, in the order."""
-    K = weight.shape[1]
-    scales, inverses, zero_points = (each[order] for each in grid.columns())
-    w = weight.T[order]  # (K, R); a copy
-    codes = torch.empty_like(w)
-    errors = torch.empty(_BLOCK, w.shape[1])
-    for begin in range(0, K, _BLOCK):
-        end = min(K, begin + _BLOCK)
-        for k in range(begin, end):
-            code = ((w[k] - zero_points[k]) * inverses[k]).round_().clamp_(0 if grid.bits < 8 else 1, grid.most)
-            codes[k] = code
-            error = torch.sub(w[k], code.mul_(scales[k]).add_(zero_points[k]), out=errors[k - begin])
-            error /= factor[k, k]
-            w[k + 1 : end].addr_(factor[k, k + 1 : end], error, alpha=-1)
-        w[end:].addmm_(factor[begin:end, end:].T, errors[: end - begin], alpha=-1)
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return placed.T.contiguous()
+def _gptq(weight: Tensor, order: Tensor, factor: FileMatrix, grid: _Grid) -> Tensor:
+    """Return codes (R, K) uint8, chosen column by column, from the last one in this order to the first.
 
-
-def _inverse_factor(read: Callable[[Tensor], Tensor], order: Tensor, diagonal: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of H, (K, K), its rows and columns in this order.
-
-    read: returns rows of H. diagonal: that of H, which is increased if necessary. The one matrix is computed in place.
+    factor: as from `_factor`, in the order. With H = L Lᵀ, the error (w - ŵ) H (w - ŵ)ᵀ is the squared length of
+    (w - ŵ) L. The last of its numbers depends on the last column alone, the one before on two, and so on. Each code is
+    the one that makes its number smallest, given the codes after it. Those are GPTQ's codes (Chen et al. 2025,
+    2507.18553), without the inverse of H.
     """
-    diagonal, extra = diagonal[order], 0.0
-    factor = torch.empty(len(order), len(order))
-    while True:
-        for rows, part in zip(torch.split(order, _BLOCK), torch.split(factor, _BLOCK), strict=True):
-            torch.index_select(read(rows), 1, order, out=part)
-        factor.diagonal().copy_(diagonal)
-        try:
-            torch.linalg.cholesky(factor, out=factor)
-            torch.cholesky_inverse(factor, out=factor)
-            torch.linalg.cholesky(factor, upper=True, out=factor)
-            return factor
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # torch's stubs do not export it
-            more = max(extra, DAMPING)
-            diagonal.add_(more * diagonal.mean())
-            extra = 10 * more
-
-
-def _fitted_scales(weight: Tensor, hessian: Tensor, grid: _Grid, codes: Tensor) -> _Grid:
-    """Return the grid with scales and zero points that fit the codes best, in the rows where that is better."""
-    K = weight.shape[1]
-    G = K // GROUP
-    affine = grid.bits < 8
-    rows = max(1, _CHUNK // (K * G))
-    blocks = hessian.view(G, GROUP, G, GROUP)
-    ones = blocks.sum(dim=(1, 3)) if affine else None  # (G, G)
-    scales, zero_points = [], []
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        b = len(weight[part])
-        residual = (weight[part] - grid.values(codes)[part]) @ hessian if b < len(weight) else None
-        if residual is None:
-            residual = (weight - grid.values(codes)) @ hessian
-        c = codes[part].view(b, G, GROUP) - (0 if affine else 128)
-        products = (c.transpose(0, 1) @ hessian.view(G, GROUP, K)).view(G, b, G, GROUP)  # of each group's codes and H
-        normal = torch.einsum("gbhj,bhj->bgh", products, c)
-        right = (residual.view(b, G, GROUP) * c).sum(dim=-1)
-        if ones is not None:
-            mixed = products.sum(dim=-1).transpose(0, 1)  # (b, G, G): of scales and zero points
-            normal = torch.cat(
-                [torch.cat([normal, mixed], dim=2), torch.cat([mixed.mT, ones.expand(b, G, G)], dim=2)], dim=1
-            )
-            right = torch.cat([right, residual.view(b, G, GROUP).sum(dim=-1)], dim=1)
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal.add_(1e-3 * diagonal + 1e-12 * diagonal.mean() + 1e-30)  # some groups have a single code
-        change = torch.linalg.solve_ex(normal, right)[0].nan_to_num_(0, 0, 0)
-        scales.append(grid.scales[part] + change[:, :G])
-        zero_points.append(grid.zero_points[part] + (change[:, G:] if affine else 0))
-    fitted = _Grid(grid.bits, torch.cat(scales).clamp_min(0), torch.cat(zero_points))
-    better = _errors(weight, hessian, fitted.values(codes)) < _errors(weight, hessian, grid.values(codes))
-    return fitted.rows(better, grid)
-
-
-def _descended(weight: Tensor, hessian: Tensor, grid: _Grid, codes: Tensor) -> Tensor:
-    """Return codes that are changed one column after the other, each to the best one, given all others."""
-    K = weight.shape[1]
-    scales, inverses, zero_points = grid.columns()
-    codes = codes.T.contiguous()
-    values = codes * scales + zero_points  # (K, R)
-    gradient = hessian @ (weight.T - values)  # (K, R)
-    diagonal = hessian.diagonal()
-    changes = torch.empty(_BLOCK, len(weight))
-    for begin in range(0, K, _BLOCK):
-        end = min(K, begin + _BLOCK)
-        own = gradient[begin:end].clone()
-        for k in range(begin, end):
-            i = k - begin
-            target = torch.add(values[k], own[i], alpha=1 / float(diagonal[k]))
-            code = target.sub_(zero_points[k]).mul_(inverses[k]).round_().clamp_(0 if grid.bits < 8 else 1, grid.most)
-            codes[k] = code
-            change = torch.sub(code.mul_(scales[k]).add_(zero_points[k]), values[k], out=changes[i])
-            own.addr_(hessian[begin:end, k], change, alpha=-1)
-        gradient.addmm_(hessian[:, begin:end], changes[: end - begin], alpha=-1)
+    R, K = weight.shape
+    scales, inverses, zero_points = grid.groups()
+    least, places = 0 if grid.bits < 8 else 1, order.tolist()
+    codes = torch.empty(K, R, dtype=torch.uint8)
+    lengths = torch.zeros(K, R)  # (w - ŵ) L, of the columns that are done
+    for begin, end in _blocks(K)[::-1]:
+        panel = factor.read(begin, end)  # rows of L
+        errors = weight.T[order[begin:end]]  # a copy, of the weights at first
+        own, diagonal = lengths[begin:end], panel.diagonal(offset=begin).tolist()
+        for i in reversed(range(end - begin)):
+            place = places[begin + i]
+            group = place // GROUP
+            target = torch.add(errors[i], own[i], alpha=1 / diagonal[i])
+            code = target.sub_(zero_points[group]).mul_(inverses[group]).round_().clamp_(least, grid.most)
+            codes[place] = code
+            errors[i] -= code.mul_(scales[group]).add_(zero_points[group])
+            own[:i].addr_(panel[i, begin : begin + i], errors[i])
+        lengths[:begin].addmm_(panel[:, :begin].T, errors)
     return codes.T.contiguous()
 
 
-def _errors(weight: Tensor, hessian: Tensor, values: Tensor) -> Tensor:
+def _factor(hessian: FileMatrix, order: Tensor, diagonal: Tensor) -> FileMatrix:
+    """Return L of the Cholesky factorization H = L Lᵀ, (K, K) lower triangular, rows and columns of H in this order.
+
+    diagonal: that of H, which is increased if necessary. Two blocks of rows are in memory.
+    """
+    K = len(order)
+    diagonal, extra = diagonal[order], 0.0
+    factor = FileMatrix(K, K, hessian.directory)
+    while not _factorized(hessian, order, diagonal, factor):
+        more = max(extra, DAMPING)
+        diagonal += more * diagonal.mean()
+        extra = 10 * more
+    return factor
+
+
+def _factorized(hessian: FileMatrix, order: Tensor, diagonal: Tensor, factor: FileMatrix) -> bool:
+    """Write the factor; return whether H is positive definite, up to rounding."""
+    blocks = _blocks(len(order))
+    for begin, end in blocks:
+        rows = hessian.gather(order[begin:end])[:, order]
+        rows.diagonal(offset=begin).copy_(diagonal[begin:end])
+        for first, last in blocks[: begin // _BLOCK]:
+            done = factor.read(first, last)
+            part = rows[:, first:last].addmm_(rows[:, :first], done[:, :first].T, alpha=-1)
+            part.copy_(torch.linalg.solve_triangular(done[:, first:last], part.T, upper=False).T)
+        own = rows[:, begin:end].addmm_(rows[:, :begin], rows[:, :begin].T, alpha=-1)
+        triangle, failed = torch.linalg.cholesky_ex(own)
+        if failed or not triangle.isfinite().all():
+            return False
+        own.copy_(triangle)
+        rows[:, end:] = 0
+        factor.write(begin, rows)
+    return True
+
+
+def _fitted_scales(weight: Tensor, hessian: _Damped, grid: _Grid, codes: Tensor) -> _Grid:
+    """Return the grid with scales and zero points that fit the codes best, in the rows where that is better."""
+    R, K = weight.shape
+    G = K // GROUP
+    unknowns = (2 if grid.bits < 8 else 1) * G
+    step = _evenly(R, 2 * weight.numel() // (5 * K + 3 * unknowns**2))
+    scales, zero_points, errors = [], [], []
+    for rows in (slice(i, i + step) for i in range(0, R, step)):
+        difference = weight[rows] - grid.values(codes[rows], rows)  # (r, K)
+        change, error = _best_changes(difference, codes[rows], hessian, grid.bits)
+        errors.append(error)
+        scales.append(grid.scales[rows] + change[:, :G])
+        zero_points.append(grid.zero_points[rows] + (change[:, G:] if grid.bits < 8 else 0))
+    fitted = _Grid(grid.bits, torch.cat(scales).clamp_min(0), torch.cat(zero_points))
+    return fitted.rows(_errors(weight, hessian, fitted, codes) < torch.cat(errors), grid)
+
+
+def _best_changes(difference: Tensor, codes: Tensor, hessian: _Damped, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Return the changes of the scales, and below 8 bits of the zero points, (r, G or 2G), that make the error of each
+    row smallest, by least squares; and the error before, (r,). difference: (r, K), of the weights and their values."""
+    R, K = codes.shape
+    G, affine = K // GROUP, bits < 8
+    c = (codes.float() - (0 if affine else 128)).view(R, G, GROUP)
+    normal = torch.empty(R, 2 * G if affine else G, 2 * G if affine else G)
+    right = torch.empty(R, len(normal[0]))
+    error = torch.zeros(R)
+    for begin, end in _blocks(K):
+        panel = hessian.read(begin, end)  # (n, K)
+        residual = difference @ panel.T  # (r, n)
+        error += (residual * difference[:, begin:end]).sum(dim=1)
+        for g in range(begin // GROUP, end // GROUP):
+            mine = slice(g * GROUP - begin, (g + 1) * GROUP - begin)
+            products = (c[:, g] @ panel[mine]).view(R, G, GROUP)  # of the group's codes and H
+            right[:, g] = (residual[:, mine] * c[:, g]).sum(dim=-1)
+            if affine:
+                normal[:, g, G:] = products.sum(dim=-1)
+                normal[:, G:, g] = normal[:, g, G:]
+                normal[:, G + g, G:] = panel[mine].sum(dim=0).view(G, GROUP).sum(dim=-1)
+                right[:, G + g] = residual[:, mine].sum(dim=-1)
+            normal[:, g, :G] = products.mul_(c).sum(dim=-1)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-3 * diagonal + 1e-12 * diagonal.mean() + 1e-30)  # some groups have a single code
+    return torch.linalg.solve_ex(normal, right)[0].nan_to_num_(0, 0, 0), error
+
+
+def _errors(weight: Tensor, hessian: _Damped, grid: _Grid, codes: Tensor) -> Tensor:
     """Return (w - ŵ) H (w - ŵ)ᵀ of each row, (R,)."""
-    difference = weight - values
-    return ((difference @ hessian) * difference).sum(dim=1)
+    difference = weight - grid.values(codes)
+    found = torch.zeros(len(weight))
+    for begin, end in _blocks(weight.shape[1]):
+        found += ((difference @ hessian.read(begin, end).T) * difference[:, begin:end]).sum(dim=1)
+    return found
+
+
+def _descended(weight: Tensor, hessian: _Damped, grid: _Grid, codes: Tensor) -> Tensor:
+    """Return codes that are changed one column after the other, each to the best one, given all others."""
+    R, K = weight.shape
+    scales, inverses, zero_points = grid.groups()
+    least = 0 if grid.bits < 8 else 1
+    gradient = torch.empty(K, R)  # H (w - ŵ)ᵀ
+    difference = weight - grid.values(codes)
+    for begin, end in _blocks(K):
+        torch.mm(hessian.read(begin, end), difference.T, out=gradient[begin:end])
+    del difference
+    codes = codes.T.contiguous()
+    changes = torch.empty(_BLOCK, R)
+    for begin, end in _blocks(K):
+        panel, own = hessian.read(begin, end), gradient[begin:end]
+        diagonal = panel.diagonal(offset=begin).tolist()
+        for k in range(begin, end):
+            i, group = k - begin, k // GROUP
+            value = codes[k].float().mul_(scales[group]).add_(zero_points[group])
+            target = torch.add(value, own[i], alpha=1 / diagonal[i])
+            code = target.sub_(zero_points[group]).mul_(inverses[group]).round_().clamp_(least, grid.most)
+            codes[k] = code
+            change = torch.sub(code.mul_(scales[group]).add_(zero_points[group]), value, out=changes[i])
+            own[i + 1 :].addr_(panel[i + 1 :, k], change, alpha=-1)
+        gradient[end:].addmm_(panel[:, end:].T, changes[: end - begin], alpha=-1)
+    return codes.T.contiguous()

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith.errors import GptsmithError
 from gptsmith.log import progress
 from gptsmith.model.quantized import BITS, GROUP, Bits, can_quantize
 from gptsmith.model.transformer import Transformer
-from gptsmith.quantize.calibration import ObservedInputs, matrices_of
+from gptsmith.quantize.calibration import LayerArguments, ObservedInputs, first_states, layer_arguments, matrices_of
+from gptsmith.quantize.file_matrix import FileMatrix
 
 SEQUENCES, LENGTH = 8, 256  # of the text on which gradients are computed
 _SPARE = 0.5  # bits per weight for wider matrices
@@ -65,17 +67,19 @@ def _mixture(name: str) -> str | None:
     return module.rpartition(".")[0] if last.isdigit() else None
 
 
-def choose_widths(model: Transformer, ids: Tensor, bits: Bits, *, budget: float | None = None) -> dict[str, Bits]:
+def choose_widths(
+    model: Transformer, ids: Tensor, bits: Bits, *, budget: float | None = None, directory: Path | None = None
+) -> dict[str, Bits]:
     """Return the width of each matrix of the layers, at least 4 bits.
 
     ids: (N, T), a calibration text. budget: bits per weight on average, scales and zero points included; None: half a
-    bit more than `bits` take. With 8 bits all matrices have 8.
+    bit more than `bits` take. With 8 bits all matrices have 8. directory: as for `loss_of_rounding`.
     """
     matrices = quantizable(model)
     if bits == 8 and budget is None:
         return dict.fromkeys(matrices, 8)
     average = bits_per_weight(bits) + _SPARE if budget is None else budget
-    losses = loss_of_rounding(model, ids)
+    losses = loss_of_rounding(model, ids, directory)
     return allocate(losses, {name: weight.numel() for name, weight in matrices.items()}, average)
 
 
@@ -116,59 +120,50 @@ def _error(bits: Bits) -> float:
     return 4.0 ** (4 - bits) * (1.4 if bits == 8 else 1.0)
 
 
-def loss_of_rounding(model: Transformer, ids: Tensor) -> dict[str, float]:
+def loss_of_rounding(model: Transformer, ids: Tensor, directory: Path | None = None) -> dict[str, float]:
     """Return how much the loss of a token would rise, in nats, if a matrix were rounded to 4 bits, by its name.
 
-    ids: (N, T); a part of them is used. In memory are the activations of one layer for one sequence.
+    ids: (N, T); a part of them is used. In memory are the activations of one layer for one sequence. directory: on a
+    disk with room for its hidden states before each layer.
     """
     matrices = quantizable(model)
     rows = ids[:: max(1, len(ids) // SEQUENCES), :LENGTH][:SEQUENCES]
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}  # of gradients
-    times: dict[str, int] = {}  # inputs; some of them are seen again in the backward pass
+    counts: dict[str, int] = {}  # of inputs
 
     def seen(name: str, x: Tensor) -> None:
-        times[name] = times.get(name, 0) + len(x)
+        counts[name] = counts.get(name, 0) + len(x)
         _add(inputs, name, x.square().sum(dim=0))
 
     def multiplied(name: str, y: Tensor) -> None:
-        if not y.requires_grad:
-            return
-
         def add(gradient: Tensor) -> None:
-            flat = gradient.detach().reshape(-1, gradient.shape[-1])
-            counts[name] = counts.get(name, 0) + len(flat)
-            _add(gradients, name, flat.square().sum(dim=0))
+            _add(gradients, name, gradient.detach().flatten(0, -2).square().sum(dim=0))
 
         y.register_hook(add)  # type: ignore[no-untyped-call]
 
-    before = model.activation_checkpointing, model.training
+    was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False).eval()
-    model.activation_checkpointing = True
+    model.requires_grad_(False).eval()  # of the hidden states alone is a gradient computed
     generator = torch.Generator().manual_seed(0)
-    # The graph begins with the embeddings, since no weight needs a gradient.
-    beginning = model.embed_tokens.register_forward_hook(lambda module, ids, x: x.detach().requires_grad_())
+    arguments = layer_arguments(model, rows[:1])
+    before = FileMatrix(len(model.layers), rows.shape[1] * model.config.hidden_size, directory)
     try:
-        with progress(len(rows), "Choosing widths") as bar, ObservedInputs(matrices, seen, multiplied):
+        observed = ObservedInputs(matrices, seen, multiplied)
+        with progress(len(rows), "Choosing widths") as bar:
             for row in rows:
-                with torch.enable_grad():
-                    hidden = model.hidden_states(row[None])
-                    torch.autograd.backward(hidden, _gradient_of_loss(model, hidden.detach(), generator))
+                _backward(model, row, arguments, before, generator, observed)
                 bar.advance(1)
     finally:
-        beginning.remove()
-        model.activation_checkpointing = before[0]
-        model.train(before[1])
+        model.train(was_training)
         for parameter in trained:
             parameter.requires_grad_()
     losses = {}
     for name, weight in matrices.items():
-        if counts.get(name):
+        if name in gradients:
             low, high = weight.view(len(weight), -1, GROUP).aminmax(dim=-1)
             errors = ((high - low) / 15).square() / 12  # (R, G), the mean squared error of a weight
-            by_group = inputs[name].view(-1, GROUP).sum(dim=1) / times[name]
+            by_group = inputs[name].view(-1, GROUP).sum(dim=1) / counts[name]
             losses[name] = 0.5 * float(gradients[name] @ (errors @ by_group)) / rows.numel()
     return losses
 
@@ -177,16 +172,55 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
+def _backward(
+    model: Transformer,
+    ids: Tensor,
+    arguments: list[LayerArguments],
+    before: FileMatrix,
+    generator: torch.Generator,
+    observed: ObservedInputs,
+) -> None:
+    """Compute a sequence, and the gradient of its loss back to the first layer.
+
+    before: gets the inputs of each layer. observed: sees each layer once, when its gradient is computed.
+    """
+    blocks: Any = model.layers
+    with torch.no_grad():
+        x = first_states(model, ids[None])
+        for i, (block, (positional, named)) in enumerate(zip(blocks, arguments, strict=True)):
+            before.write(i, x.flatten())
+            if i < len(blocks) - 1:
+                x = block(x, *positional, **named)
+    shape, gradient = x.shape, None
+    for i, (block, (positional, named)) in reversed(list(enumerate(zip(blocks, arguments, strict=True)))):
+        with torch.enable_grad():
+            x = before.read(i, i + 1).view(shape).requires_grad_()
+            with observed:
+                y = block(x, *positional, **named)
+            if gradient is None:
+                y = model.final_states(y)
+                gradient = _gradient_of_loss(model, y.detach(), generator)
+            torch.autograd.backward(y, gradient)
+        gradient = x.grad
+
+
+@torch.no_grad()
 def _gradient_of_loss(model: Transformer, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Return the gradient with respect to the final hidden states (1, T, C) of the summed loss of drawn labels."""
+    layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    step = max(1, min(_HEAD_TOKENS, layer // (4 * model.config.vocab_size)))  # of which less than a layer is computed
+    draws = torch.rand(hidden.shape[1], 1, generator=generator)
     parts = []
-    for part in torch.split(hidden[0], _HEAD_TOKENS):
-        part = part.requires_grad_()
+    for part, drawn in zip(torch.split(hidden[0], step), torch.split(draws, step), strict=True):
         logits = model.lm_head(part).float()
         if not logits.isfinite().all():
             raise GptsmithError("the model's logits are NaN or infinite: its weights are damaged.")
-        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
-        parts.append(torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), part)[0])
+        probabilities = torch.softmax(logits, dim=-1, out=logits)
+        sums = probabilities.cumsum(dim=-1)
+        labels = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp_max(sums.shape[1] - 1)
+        del sums
+        probabilities.scatter_add_(1, labels, torch.full_like(drawn, -1.0))
+        parts.append(probabilities @ model.lm_head.weight.float())
     return torch.cat(parts)[None]
 
 
