@@ -43,7 +43,13 @@ def channel_model() -> Transformer:
     tokenizer = channel_tokenizer()
     template = ChatTemplate(tokenizer)
     config = tiny_config(
-        "gpt_oss", vocab_size=tokenizer.vocab_size, max_position_embeddings=256, hidden_size=32, initializer_range=0.1
+        "gpt_oss",
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=256,
+        hidden_size=32,
+        num_hidden_layers=4,
+        sliding_window=48,
+        initializer_range=0.1,
     )
     model, rows = Transformer(config), list[tuple[Tensor, Tensor]]()
     for question, answer in ANSWERS.items():
@@ -54,10 +60,12 @@ def channel_model() -> Transformer:
     inputs = pad_sequence([ids for ids, _ in rows], batch_first=True)
     targets = pad_sequence([wanted for _, wanted in rows], batch_first=True, padding_value=_IGNORED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(50):
-        loss = cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=_IGNORED)
+    for _ in range(200):
+        losses = cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=_IGNORED, reduction="none")
+        if float(losses.detach().max()) < 0.1:  # also of the tokens in which the answers differ
+            break
         optimizer.zero_grad()
-        loss.backward()
+        losses.sum().backward()
         optimizer.step()
-    assert float(loss.detach()) < 0.05
+    assert float(losses.detach().max()) < 0.1
     return model.eval()
