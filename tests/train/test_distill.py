@@ -75,7 +75,7 @@ def test_the_student_comes_near_the_teacher(
     on_policy: bool, models: tuple[Path, Path, Path], tmp_path: Path, run_cli: Any
 ) -> None:
     teacher, student, chats = models
-    rate = 0.0005 if on_policy else 0.004
+    rate = 0.0002 if on_policy else 0.004
     options = ["--lora", "off", "--optim.name", "adamw", "--optim.lr", rate, "--sample-tokens", 0, "--compile", "off"]
     if on_policy:  # from a student that can say something
         started = gptsmith.distill(

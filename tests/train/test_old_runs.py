@@ -157,7 +157,14 @@ def test_the_settings_of_an_old_run_start_a_new_one(old: Path, run_cli: RunCli, 
     settings, new = old / "interrupted" / "run.json", old / "new"
     code, _, errors = run_cli("train", old / "words.txt", "--config", settings, "--out", new)
     assert code == 0, errors
-    assert_as_expected(new, expected["interrupted"], to_the_bit=exact(expected))
+    found, wanted = rows(new / "metrics.jsonl"), expected["interrupted"]["metrics"]
+    for key in ("step", "tokens", "lr"):
+        assert [row.get(key) for row in found] == [row.get(key) for row in wanted]
+    for key in ("loss", "val_loss"):  # from other initial weights
+        assert [row[key] for row in found if key in row] == pytest.approx(
+            [row[key] for row in wanted if key in row], abs=0.1
+        )
+    assert (new / "last" / "config.json").read_bytes() == (old / "interrupted" / "last" / "config.json").read_bytes()
 
 
 def test_old_runs_are_served(old: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_transformers_reads_it_with_equal_scores(trained: Run) -> None:
 
 
 def test_an_adapter_is_folded_in(place: Path, tmp_path: Path) -> None:
-    options = {**QUICK, "lora": {"rank": 4}, "steps": 12, "optim": {"lr": 0.01}}
+    options = {**QUICK, "lora": {"rank": 4}, "steps": 24, "optim": {"lr": 0.01}}
     run = gptsmith.reward(place / "base", place / "pairs.jsonl", out=tmp_path / "rm", **options)
     best = [row["val_loss"] for row in run.metrics if "val_loss" in row]
     assert min(best) < 0.6
