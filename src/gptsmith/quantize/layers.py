@@ -175,6 +175,7 @@ def _rounded(
             made[name] = QuantizedMatrix.of(codes)
             for rows in torch.split(torch.arange(len(codes.codes)), _ROWS):
                 stage[name][rows] = codes.values(rows)
+            del codes, hessian  # else they would stay while the next one is computed
             advance(1 / len(matrices))
     return made
 
