@@ -337,14 +337,16 @@ def test_beam_search_equals_transformers(
 @pytest.mark.parametrize(
     "adjustments", [{"repetition_penalty": 1.6}, {"min_tokens": 6}, {"logit_bias": {4: 2.5, 9: -3.0}}]
 )
+@pytest.mark.parametrize("seed", [3, 4, 5])
 def test_beam_search_with_adjustments_equals_transformers(
-    make_model: Any, tmp_path: Any, adjustments: dict[str, Any]
+    make_model: Any, tmp_path: Any, adjustments: dict[str, Any], seed: int
 ) -> None:
+    """Also where a beam both ends and goes on, as with each of these seeds."""
     from transformers import AutoModelForCausalLM
 
     from gptsmith.formats.hf import save_model
 
-    model = make_model("qwen3", context=40)
+    model = make_model("qwen3", context=40, seed=seed)
     save_model(model, tmp_path)
     reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     params = SamplingParams(max_tokens=10, temperature=0, beams=3, n=3, stop_ids=(7,), **adjustments)
@@ -420,7 +422,7 @@ def test_beams_samples_and_greedy_in_one_batch(make_model: Any, data: st.DataObj
 
 
 def test_stop_tokens_and_min_tokens(make_model: Any, naive: Any) -> None:
-    model = make_model("qwen2")
+    model = make_model("qwen2", seed=5)
     greedy = naive(model, [1, 2], 12)
     stop = next(token for token in greedy[2:] if token not in greedy[:2])
     place = greedy.index(stop)

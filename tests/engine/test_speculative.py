@@ -177,7 +177,7 @@ def test_sampled_tokens_keep_their_distribution(make_model: Any, kind: str) -> N
     params = [SamplingParams(max_tokens=4, temperature=1.0, seed=10 * i) for i in range(n)]
     batches = [params[i : i + 60] for i in range(0, n, 60)]  # no request may wait, since there are no drafts then
     ids = torch.tensor([r.ids for batch in batches for r in engine.generate([[1, 2]] * len(batch), batch)])
-    assert engine.stats.drafted > n
+    assert engine.stats.drafted > n / 2
     assert 0.05 < engine.stats.acceptance_rate < 0.95
     with torch.no_grad():
         p1 = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)

@@ -806,11 +806,11 @@ def test_a_line_end_can_be_pointed_at(site: Any, open_page: Open) -> None:
 
 
 def test_keyboard_only(site: Any, open_page: Open) -> None:
-    page = open_page(site.url, PLAY | {"temperatures": "0", "echo": True})
+    page = open_page(site.url, PLAY | {"prompt": "def", "temperatures": "0", "echo": True})
     page.locator("#prompt").focus()
     page.keyboard.press("Control+Enter")
     page.locator(".columns:not(:has(.column.working)) .token:not([data-from-prompt])").nth(13).wait_for()
-    assert page.locator(".token[data-from-prompt]").all_inner_texts() == ["a", "b", "c"]
+    assert page.locator(".token[data-from-prompt]").all_inner_texts() == ["d", "e", "f"]
     page.locator(".token").first.focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")

@@ -29,20 +29,23 @@ class BeamStep:
 
 @dataclass
 class FinishedBeams:
-    """The `width` best texts that have ended, as (score, order of ending, last step, reason)."""
+    """The `width` best texts that have ended, as (score, order of ending, text)."""
 
     width: int
     length_penalty: float
     early_stopping: bool
-    best: list[tuple[float, int, BeamStep, FinishReason]] = field(default_factory=list)
+    best: list[tuple[float, int, Sequence]] = field(default_factory=list)
     seen: int = 0
 
     def score(self, total: float, length: int) -> float:
         return float(total / max(1, length) ** self.length_penalty)
 
     def add(self, step: BeamStep, reason: FinishReason) -> None:
-        length = len(step.parent.generated) + 1
-        self.best.append((self.score(step.total, length), -self.seen, step, reason))
+        """Add a text that ends with a step. It is a copy: other steps extend the parent."""
+        text = step.parent.fork(self.seen, step.parent.request.seed)
+        text.push(step.token.id, step.token)
+        text.finish_reason = reason
+        self.best.append((self.score(step.total, len(text.generated)), -self.seen, text))
         self.seen += 1
         self.best.sort(key=lambda each: each[:2], reverse=True)
         del self.best[self.width :]
@@ -166,11 +169,9 @@ class BeamSearch:
 
     def _end(self, request: Request, finished: FinishedBeams) -> None:
         completed = []
-        for index, (_, _, step, reason) in enumerate(finished.best[: request.params.n]):
-            sequence = step.parent.fork(index, request.seed)
-            sequence.push(step.token.id, step.token)
-            sequence.finish_reason = reason
-            completed.append(sequence)
+        for index, (_, _, text) in enumerate(finished.best[: request.params.n]):
+            text.index = index
+            completed.append(text)
         for beam in list(request.live):
             self._lifecycle.scheduler.remove(beam)
         request.live, request.finished = [], completed
