@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,13 +10,12 @@ import tyro
 
 from gptsmith.cli.eval import refuse_unwritable, write_record
 from gptsmith.cli.parser import parse
-from gptsmith.errors import TokenizerError, UsageError
-from gptsmith.log import note
+from gptsmith.errors import UsageError
 
 if TYPE_CHECKING:
     from gptsmith.model.quantized import Bits
     from gptsmith.model.transformer import Transformer
-    from gptsmith.quantize.report import Comparison, Reference, Size
+    from gptsmith.quantize.report import Size
     from gptsmith.tokenizer import Tokenizer
 
 
@@ -55,10 +51,12 @@ def main(arguments: list[str]) -> int:
     _check(chosen)
 
     from gptsmith.loading import load_model
+    from gptsmith.quantize.directory import read_text
     from gptsmith.quantize.report import parse_bytes, planned_sizes
 
     memory = None if chosen.memory is None else parse_bytes(chosen.memory, "--memory")
-    text = _text(chosen.text) if chosen.tokens and chosen.out is not None else ""
+    if chosen.tokens and chosen.out is not None:
+        read_text(chosen.text)  # refuse one that cannot be read before the model is loaded
     model, tokenizer = load_model(chosen.model, quantize="none")
     record: dict[str, Any] = {"model": chosen.model}
     bits: Bits = chosen.bits or 8
@@ -66,7 +64,7 @@ def main(arguments: list[str]) -> int:
         sizes = planned_sizes(model, spare=0.0 if chosen.calibration == "none" else 0.5)
         bits = _recommend(chosen, model, sizes, memory, record)
     if chosen.out is not None:
-        record |= _quantize(chosen, chosen.out, model, tokenizer, bits, text)
+        record |= _quantize(chosen, chosen.out, model, tokenizer, bits)
     if chosen.json is not None:
         write_record(chosen.json, record)
     return 0
@@ -108,115 +106,34 @@ def _recommend(chosen: Quantize, model: Transformer, sizes: list[Size], memory: 
     return chosen.bits
 
 
-def _quantize(
-    chosen: Quantize, out: Path, model: Transformer, tokenizer: Tokenizer, bits: Bits, text: str
-) -> dict[str, Any]:
+def _quantize(chosen: Quantize, out: Path, model: Transformer, tokenizer: Tokenizer, bits: Bits) -> dict[str, Any]:
     """Quantize the model, write it, print a report, and return it as plain data."""
-    from gptsmith.checkpoint import save_checkpoint
-    from gptsmith.model.quantized import quantize
-    from gptsmith.quantize.calibration import calibration_ids
-    from gptsmith.quantize.layers import open_partial, quantize_layers, round_outer
-    from gptsmith.quantize.widths import count_widths, left_wide, quantizable
+    from gptsmith.quantize.directory import quantize
+    from gptsmith.quantize.widths import count_widths
 
-    if not quantizable(model):
-        raise UsageError("this model cannot be quantized: it has no matrix whose width is a multiple of 32.")
-    reference = _reference(chosen, model, tokenizer, text)
-    before = _stored_size(model)
-    if names := left_wide(model):
-        note(
-            f"note: {len(names)} matrices stay in full precision, since their width is not a multiple of 32: "
-            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        )
-    partial = out.with_name(f"{out.name}.partial")
-    if chosen.calibration == "none":
-        widths = dict.fromkeys(quantizable(model), bits)
-        quantize(model, bits)
-    else:
-        path = None if chosen.calibration is None else Path(chosen.calibration)
-        ids = calibration_ids(model, tokenizer, path, tokens=chosen.calibration_tokens)
-        with _kept(partial):
-            widths = open_partial(partial, model, ids, bits, None)
-            quantize_layers(model, ids, widths, partial)
-        round_outer(model)
-    comparison = None if reference is None else reference.compare(model)
-    save_checkpoint(out, model, tokenizer)
-    if chosen.calibration != "none":
-        shutil.rmtree(partial, ignore_errors=True)
-    after, in_memory = _stored_size(model), sum(tensor.nbytes for tensor in _tensors(model))
-    counts = count_widths(widths.values())
-    print(f"{out}: {bits} bits, {_size(before)} in fp32 -> {_size(after)}, {_size(in_memory)} in memory")
+    made = quantize(
+        model,
+        tokenizer,
+        out,
+        bits=bits,
+        calibration=chosen.calibration,
+        calibration_tokens=chosen.calibration_tokens,
+        text=chosen.text,
+        tokens=chosen.tokens,
+    )
+    print(
+        f"{out}: {bits} bits, {_size(made.bytes_fp32)} in fp32 -> {_size(made.bytes)}, "
+        f"{_size(made.bytes_in_memory)} in memory"
+    )
+    counts = count_widths(made.widths.values())
     if len(counts) > 1:
         print("matrices of the layers: " + ", ".join(f"{n:,} in {width} bits" for width, n in counts.items()))
-    record = {"out": str(out), "bits": bits, "widths": widths, "bytes_fp32": before, "bytes": after}
-    record |= {"bytes_in_memory": in_memory}
-    return record | _print_comparison(comparison)
-
-
-def _print_comparison(comparison: Comparison | None) -> dict[str, Any]:
-    if comparison is None:
-        return {}
-    c = comparison
-    print(f"perplexity {c.before:.3f} before, {c.after:.3f} after ({100 * c.change:+.2f}%), on {c.tokens:,} tokens")
-    print(f"KL divergence {c.divergence:.5f} nats, the same most likely token in {100 * c.agreement:.2f}% of places")
-    return {
-        "tokens": c.tokens,
-        "perplexity_before": c.before,
-        "perplexity_after": c.after,
-        "kl_divergence": c.divergence,
-        "top1_agreement": c.agreement,
-    }
-
-
-@contextmanager
-def _kept(partial: Path) -> Iterator[None]:
-    """Tell the user where unfinished work is when the command is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        note(f"Interrupted. Run the same command again to continue, or delete {partial}.")
-        raise
-
-
-def _reference(chosen: Quantize, model: Transformer, tokenizer: Tokenizer, text: str) -> Reference | None:
-    """Return what is to be known of the full model, if anything is to be measured."""
-    from gptsmith.quantize.report import Reference
-
-    if not chosen.tokens:
-        return None
-    try:
-        ids = tokenizer.encode(text[: 20 * chosen.tokens])[: chosen.tokens]
-    except TokenizerError:
-        if chosen.text is not None:
-            raise
-        note("note: perplexity not measured: the tokenizer lacks characters of the default text. Use --text FILE.")
-        return None
-    assert chosen.out is not None
-    disk = next(parent for parent in chosen.out.absolute().parents if parent.is_dir())
-    return Reference(model, ids, prefix=tokenizer.prefix_ids, directory=disk)
-
-
-def _stored_size(model: Transformer) -> int:
-    """Return the bytes of the weights in a file."""
-    from gptsmith.model.quantized import quantized_state
-
-    return sum(tensor.nbytes for tensor in quantized_state(model).values())
-
-
-def _tensors(model: Transformer) -> list[Any]:
-    """Return the tensors of a model's state, shared ones once."""
-    return list({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+    if (c := made.comparison) is not None:
+        print(f"perplexity {c.before:.3f} before, {c.after:.3f} after ({100 * c.change:+.2f}%), on {c.tokens:,} tokens")
+        agreement = f"the same most likely token in {100 * c.agreement:.2f}% of places"
+        print(f"KL divergence {c.divergence:.5f} nats, {agreement}")
+    return made.record()
 
 
 def _size(size: int) -> str:
     return f"{size / 1e3:,.0f} KB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
-
-
-def _text(path: Path | None) -> str:
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics.values())
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {path} cannot be read: {error}.") from None

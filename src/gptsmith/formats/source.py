@@ -116,7 +116,7 @@ class ModelSource:
         Raises CheckpointError that lists missing and unexpected tensors and wrong shapes.
         """
         shapes = {name: shape for name, (_, shape) in self._stored().items()}
-        stacked = LAYOUTS[self.config.model_type].stacked_experts
+        stacked = LAYOUTS[self.config.model_type].stacked_experts or self.bits is not None  # ours, or a tensor each
         parts = self.config.num_hidden_layers * (1 if stacked else max(1, self.config.num_experts or 0))
         if parts > len(shapes):  # building so many takes long, even without their weights
             raise CheckpointError(
