@@ -68,8 +68,8 @@ def make_model(tokenizer: Tokenizer, text: str = "llama", vision: VisionConfig =
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_the_file_holds_tower_and_projector(tokenizer: Tokenizer, tmp_path: Path, dtype: Any) -> None:
     model = make_model(tokenizer)
-    write_mmproj(model, tmp_path / "picture_reader.gguf", dtype)
-    file = open_gguf(tmp_path / "picture_reader.gguf")
+    write_mmproj(model, tmp_path / "mmproj.gguf", dtype)
+    file = open_gguf(tmp_path / "mmproj.gguf")
     assert file.metadata["general.architecture"] == "clip"
     assert file.metadata["clip.projector_type"] == "mlp"
     assert list(file.metadata["clip.vision.feature_layer"]) == [3]
@@ -130,8 +130,8 @@ def test_eyes_that_llama_cpp_cannot_read(
 ) -> None:
     model = make_model(tokenizer, vision=dataclasses.replace(SIGLIP, **changes))
     with pytest.raises(UsageError, match=message):
-        write_mmproj(model, tmp_path / "picture_reader.gguf")
-    assert not (tmp_path / "picture_reader.gguf").exists()
+        write_mmproj(model, tmp_path / "mmproj.gguf")
+    assert not (tmp_path / "mmproj.gguf").exists()
 
 
 # llama.cpp

@@ -1,4 +1,4 @@
-"""Directories of models that see: their text models alone compute what the whole does without pictures."""
+"""Multimodal directories: their text models alone compute what the whole does without pictures."""
 
 from __future__ import annotations
 

@@ -108,7 +108,9 @@ class _ConfigReader:
     def read(self) -> dict[str, Any]:
         known = sorted({each.gguf for each in ARCHITECTURES.values()})
         if self.arch == "clip":
-            raise self.fail("it holds how a model sees (mmproj), not the model, which is in a GGUF file of its own")
+            raise self.fail(
+                "it holds a vision tower and a projector (mmproj); the text model is in a GGUF file of its own"
+            )
         if self.arch not in known:
             raise self.fail(f"unknown architecture {self.arch!r:.80}. Supported: {', '.join(known)}")
         self.check_neutral(_NEUTRAL)
