@@ -1,4 +1,4 @@
-"""A text model gets picture_reader: what it knew stays, and transformers opens what is written."""
+"""A text model gets a vision tower: what it knew stays, and transformers opens what is written."""
 
 from __future__ import annotations
 

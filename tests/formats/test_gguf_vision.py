@@ -75,8 +75,8 @@ def test_the_file_holds_tower_and_projector(tokenizer: Tokenizer, tmp_path: Path
     assert list(file.metadata["clip.vision.feature_layer"]) == [3]
     assert "v.post_ln.weight" not in file.tensors
     elements = sum(int(np.prod(info.shape)) for info in file.tensors.values())
-    picture_reader = [*model.vision.parameters(), *model.projector.parameters()]
-    assert elements == sum(parameter.numel() for parameter in picture_reader)
+    parts = [*model.vision.parameters(), *model.projector.parameters()]
+    assert elements == sum(parameter.numel() for parameter in parts)
     matrices = {info.type.name for name, info in file.tensors.items() if name.endswith("ffn_up.weight")}
     assert matrices == {dtype.upper()}
     assert file.tensors["v.patch_embd.weight"].shape == (64, 3, 12, 12)
@@ -140,7 +140,7 @@ def test_eyes_that_llama_cpp_cannot_read(
 class Llama:
     """A text model and a vision tower in llama.cpp, through its multimodal library."""
 
-    def __init__(self, text: Path, picture_reader: Path) -> None:
+    def __init__(self, text: Path, mmproj: Path) -> None:
         llama_cpp = pytest.importorskip("llama_cpp", reason="the optional package llama-cpp-python is not installed")
         self.mtmd = pytest.importorskip("llama_cpp.mtmd_cpp", reason="llama-cpp-python was built without mtmd")
         self.api = llama_cpp
@@ -149,7 +149,7 @@ class Llama:
         )
         params = self.mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads, params.warmup = False, False, 1, False
-        self.context = self.mtmd.mtmd_init_from_file(str(picture_reader).encode(), self.llama.model, params)
+        self.context = self.mtmd.mtmd_init_from_file(str(mmproj).encode(), self.llama.model, params)
         assert self.context, "llama.cpp does not read the file"
 
     def logits(self, text: str, images: list[DecodedImage]) -> tuple[list[int | None], np.ndarray]:
@@ -202,12 +202,12 @@ class Llama:
 )
 def test_llama_cpp_gives_the_same_logits(tokenizer: Tokenizer, tmp_path: Path, text: str, vision: VisionConfig) -> None:
     model = make_model(tokenizer, text, vision)
-    text_file, picture_reader = tmp_path / "seer.gguf", tmp_path / "seer-mmproj.gguf"
+    text_file, mmproj = tmp_path / "seer.gguf", tmp_path / "seer-mmproj.gguf"
     write_gguf(text_part(model), tokenizer_to_gguf(tokenizer, model.config.vocab_size), text_file, "f32")
-    write_mmproj(model, picture_reader, "f32")
+    write_mmproj(model, mmproj, "f32")
     noise = np.random.default_rng(1).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     images = [DecodedImage(pixels) for pixels in noise]
-    engine = Llama(text_file, picture_reader)
+    engine = Llama(text_file, mmproj)
     ids, actual = engine.logits("It was <__media__> the best <__media__>of times", images)
     engine.close()
     assert ids.count(None) == 2 * vision.tokens

@@ -41,11 +41,11 @@ TOWER: dict[str, Any] = {
 
 
 def seeing_config(family: str = "llama", vision: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
-    picture_reader = VisionConfig(**{**TOWER, **(vision or {})})
+    tower = VisionConfig(**{**TOWER, **(vision or {})})
     groups: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
     if family.startswith("gpt"):  # whose embeddings transformers does not find, so it cannot tie them
         groups = {"tie_word_embeddings": False, "intermediate_size": 128}
-    return FAMILIES[family](**{**SIZES, **groups, **changes}, vision=picture_reader, image_token_id=IMAGE)
+    return FAMILIES[family](**{**SIZES, **groups, **changes}, vision=tower, image_token_id=IMAGE)
 
 
 def made(config: ModelConfig) -> Transformer:
