@@ -48,9 +48,9 @@ def tokenizer() -> Tokenizer:
     return with_special_tokens(base, ("<image>",), {"chat_template": TEMPLATE})[0]
 
 
-def make_model(tokenizer: Tokenizer, *, picture_reader: bool = True, context: int = 120) -> Transformer:
+def make_model(tokenizer: Tokenizer, *, reads_pictures: bool = True, context: int = 120) -> Transformer:
     config = tiny_config("qwen3", vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
-    if picture_reader:
+    if reads_pictures:
         config = dataclasses.replace(config, vision=VISION, image_token_id=tokenizer.added_tokens()["<image>"])
     torch.manual_seed(1)
     return Transformer(config).eval()
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     """A folder with the models `seer` and `text`, and pictures: two good ones, a damaged one and a huge one."""
     place = tmp_path_factory.mktemp("pictures")
     for name in ("seer", "text"):
-        save_checkpoint(place / name, make_model(tokenizer, picture_reader=name == "seer"), tokenizer)
+        save_checkpoint(place / name, make_model(tokenizer, reads_pictures=name == "seer"), tokenizer)
     for i, name in enumerate(("a cat.png", "dog.jpg")):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / name)
