@@ -137,7 +137,7 @@ def test_the_text_model_is_that_of_the_whole(kind: str, tmp_path: Path, capsys: 
     whole = made(kind, tmp_path / "whole")
     capsys.readouterr()
     source = open_model(tmp_path / "whole")
-    note = f"note: only the text model of {tmp_path / 'whole'} is read. It cannot see: images are left out.\n"
+    note = f"note: only the text model of {tmp_path / 'whole'} is read; images are left out.\n"
     assert capsys.readouterr().err == note
     model = source.model()
     equal_logits(model, whole)

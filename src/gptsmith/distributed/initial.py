@@ -24,7 +24,7 @@ def initialize_shards(model: Transformer, at: Coordinates, seed: int) -> None:
     """Initialize the shards of a divided model that the process at these coordinates has."""
     parameters = [(name, p, sharding_of(p)) for name, p in named_parameters(model)]
     largest = max(math.prod(sharding.shape) for _, _, sharding in parameters)
-    memory = torch.empty(largest)  # of all of them: memory of its own for each would not be returned in between
+    memory = torch.empty(largest)  # shared by all: freed memory would not be returned in between
     for name, p, sharding in parameters:
         whole = memory[: math.prod(sharding.shape)].view(sharding.shape)
         if model.initialize_parameter(name, whole, seed):

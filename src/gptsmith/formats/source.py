@@ -256,7 +256,7 @@ def open_model(path: Path) -> ModelSource:
     config = _checked_config(values, str(path / CONFIG_FILE), read_preprocessor(path))
     rename: Rename = str
     if model_type_of(values) in hf_text.MODEL_TYPES:
-        note(f"note: only the text model of {path} is read. It cannot see: images are left out.")
+        note(f"note: only the text model of {path} is read; images are left out.")
         values, rename = hf_text.text_values(values), hf_text.text_name
     if config.max_position_embeddings < values.get("max_position_embeddings", 0):
         note(

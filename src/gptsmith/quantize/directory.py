@@ -28,8 +28,11 @@ CALIBRATION_TOKENS, TOKENS = 16_384, 8_192
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written. widths: bits of the matrices of the layers, by name. Bytes are those of the weights in float32,
-    in the file and in memory. comparison: with the full model; None if it was not measured."""
+    """The result of `quantize`.
+
+    widths: bits of the matrices of the layers, by name. Bytes are those of the weights in float32, in the file and in
+    memory. comparison: with the full model; None if it was not measured.
+    """
 
     out: Path
     bits: Bits
@@ -133,7 +136,7 @@ def _reference(model: Transformer, tokenizer: Tokenizer, path: Path | None, toke
 
 @contextmanager
 def _kept(partial: Path) -> Iterator[None]:
-    """Tell the user where unfinished work is when quantizing is interrupted."""
+    """Say where the unfinished work is if the user interrupts."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Matrices that are in a file, because there is no room for them in memory."""
+"""Matrices in temporary files, for which there is no room in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptsmith.storage import explain_os_errors
 
 
 class FileMatrix:
-    """A matrix (R, K) float32 in a file without a name, which goes when the object or the process does.
+    """A matrix (R, K) float32 in an unnamed temporary file, deleted when the object or the process ends.
 
-    It has to be written before it is read. directory: on the disk to use; None: that of temporary files.
+    It has to be written before it is read. directory: where the file is made; None: where temporary files are.
     Raises GptsmithError if the disk is full.
     """
 
